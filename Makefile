@@ -1,0 +1,49 @@
+# `make setup TORCH="torch==2.13.0 --index-url URL"` takes another build of torch, and CONSTRAINTS=/dev/null
+# any version of everything. Where torch is installed already: `pip install --no-deps .`, no make.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+
+bin := $(abspath $(VENV))/bin
+pip := $(bin)/python -m pip install --quiet -c $(CONSTRAINTS)
+installed := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check bench kernels clean
+
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+
+setup: $(installed) ## create .venv with everything that CI tests with
+
+# torch comes first and alone: its build is chosen here, and the rest finds it in place.
+$(installed): pyproject.toml setup.py $(filter-out /dev/null,$(CONSTRAINTS))
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(pip) --no-deps $(TORCH)
+	$(pip) 'setuptools>=77'
+	$(pip) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+quickstart: setup ## the main job on the built-in corpus; results in runs/quickstart
+	PATH="$(bin):$$PATH" launch/quickstart.sh
+
+test: setup ## all tests
+	$(bin)/python -m pytest
+
+check: setup ## style, types and the order of imports
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/python -m pytest --quiet tests/test_layers.py
+
+bench: setup ## the benchmarks; results in benchmarks/results
+	set -e; for file in benchmarks/*.py; do $(bin)/python $$file; done
+
+kernels: setup ## the tests of the kernels: compiled where there is a GPU, else interpreted
+	$(bin)/python -m pytest -k kernels
+
+clean: ## remove what was built and cached, not .venv and runs
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find megagrow kernels tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,412 @@
+"""torch.distributed.checkpoint with a digest for every stored item, and without reading pickles.
+
+Writing: torch's planner and writer; each item is hashed on its way to the file. Reading: torch's
+    planner and reader; each item is hashed before torch parses it. What torch keeps in `.metadata`,
+    a pickle, is rebuilt from the manifest.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+import warnings
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megagrow.checkpoint.agreement import Ranks, cause_of, failure
+from megagrow.checkpoint.format import FileEntry, Item, Manifest, TensorEntry
+from megagrow.checkpoint.shards import DTYPES, LocalShard
+from megagrow.errors import CheckpointError
+
+_BLOCK_BYTES = 1 << 20
+
+
+def write_items(
+    path: Path, shards: Mapping[str, LocalShard], ranks: Ranks, action: str
+) -> "ItemWriter":
+    """Writes and fsyncs the shards of all ranks, every box once; a collective.
+
+    Returns:
+        The writer; on the first rank it has the tables for the manifest.
+
+    Raises:
+        CheckpointError: on every rank; `action`, the failing ranks and their causes.
+    """
+    writer = ItemWriter(path)
+
+    def write() -> None:
+        data = {name: shard.data for name, shard in shards.items()}
+        planner = _ShardSavePlanner(shards)
+        dcp.save(
+            data,
+            storage_writer=writer,
+            planner=planner,
+            process_group=ranks.group,
+            no_dist=not ranks.is_distributed,
+        )
+
+    _run(write, ranks, action)
+    return writer
+
+
+def read_items(
+    path: Path, manifest: Manifest, shards: Mapping[str, LocalShard], ranks: Ranks, action: str
+) -> None:
+    """Fills the shards from a checkpoint, each stored item checked before it is used; a collective.
+
+    Raises:
+        CheckpointError: on every rank; `action`, the failing ranks and their causes. Some shards
+            are then filled.
+    """
+
+    def read() -> None:
+        data = {name: shard.data for name, shard in shards.items()}
+        dcp.load(
+            cast(dict[str, Any], data),
+            storage_reader=ItemReader(path, manifest),
+            planner=_ShardLoadPlanner(shards),
+            process_group=ranks.group,
+            no_dist=not ranks.is_distributed,
+        )
+
+    _run(read, ranks, action)
+
+
+class ItemWriter(dcp.FileSystemWriter):
+    """torch's writer; on the first rank it ends up with the tables of what all ranks wrote."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
+        self.tensors: dict[str, TensorEntry] = {}
+        self.files: dict[str, FileEntry] = {}
+        self.items: tuple[Item, ...] = ()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        if not plan.items:
+            done.set_result([])
+            return done
+        hashing = _HashingTransforms()
+        self.transforms = cast(Any, hashing)
+        try:
+            results = super().write_data(plan, planner).value()
+        except Exception as error:
+            file = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
+            raise CheckpointError(f"{file}: {cause_of(error)}") from error
+        done.set_result(
+            [
+                dataclasses.replace(r, storage_data=(r.storage_data, hashing.digests[r.index]))
+                for r in results
+            ]
+        )
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = [result for of_rank in results for result in of_rank]
+        stored = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+        self.tensors = {
+            name: TensorEntry(str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size))
+            for name, entry in stored.items()
+        }
+        self.items = tuple(_written_item(metadata, result) for result in written)
+        plain = [
+            dataclasses.replace(result, storage_data=result.storage_data[0]) for result in written
+        ]
+        super().finish(metadata, [plain])
+        self.files = _file_table(Path(self.path), self.items)
+
+
+class ItemReader(dcp.FileSystemReader):
+    """torch's reader, with metadata from the manifest; checks an item before torch parses it."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        super().__init__(path)
+        self.manifest = manifest
+        self.items = {MetadataIndex(i.tensor, i.offsets): i for i in manifest.items}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        chunks = defaultdict(list)
+        for item in self.manifest.items:
+            box = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
+            chunks[item.tensor].append(box)
+        tensors = {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=DTYPES[entry.dtype]), torch.Size(entry.shape), chunks[name]
+            )
+            for name, entry in self.manifest.tensors.items()
+        }
+        places = {i: _StorageInfo(x.file, x.start, x.num_bytes) for i, x in self.items.items()}
+        return Metadata(tensors, storage_data=places)  # type: ignore[arg-type]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        reads: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
+        for read in plan.items:
+            reads[read.storage_index].append(read)
+        for index, of_item in reads.items():
+            try:
+                self.verify(self.items[index])
+                super().read_data(dataclasses.replace(plan, items=of_item), planner)
+            except Exception as error:
+                raise CheckpointError(cause_of(error)) from error
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def verify(self, item: Item) -> None:
+        """Compares the item's bytes with their digest; refuses what would unpack to more bytes.
+
+        Raises:
+            CheckpointError: names file and tensor.
+        """
+        file = Path(self.path) / item.file
+        with open_sized(file, self.manifest.files[item.file]) as stream:
+            view = self._slice_file(stream, _StorageInfo(item.file, item.start, item.num_bytes))
+            if digest_of(view) != item.sha256:
+                end = item.start + item.num_bytes
+                raise CheckpointError(
+                    f"{file}: bytes {item.start} to {end} (tensor {item.tensor!r}) differ from "
+                    "their digest: the file is damaged"
+                )
+            if not _is_plain_archive(view, item.num_bytes):
+                raise CheckpointError(f"{file}: tensor {item.tensor!r} is no plain torch archive")
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        return cast(IO[bytes], _Slice(file, sinfo.offset, sinfo.length))
+
+
+@contextmanager
+def open_sized(path: Path, entry: FileEntry) -> Generator[IO[bytes], None, None]:
+    """Opens a file that must have the size that the manifest says.
+
+    Raises:
+        CheckpointError: the file is missing, shorter or longer.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    with stream:
+        num_bytes = os.fstat(stream.fileno()).st_size
+        if num_bytes != entry.num_bytes:
+            raise CheckpointError(
+                f"{path}: has {num_bytes} bytes instead of {entry.num_bytes}: the file is damaged"
+            )
+        yield stream
+
+
+def digest_of(stream: IO[bytes]) -> str:
+    """The sha256 of all that is left to read."""
+    digest = hashlib.sha256()
+    while block := stream.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class _ShardSavePlanner(dcp.DefaultSavePlanner):
+    """Plans boxes of plain local tensors; torch writes each box once and checks the cover."""
+
+    def __init__(self, shards: Mapping[str, LocalShard]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.shards = shards
+
+    def create_local_plan(self) -> SavePlan:
+        boxes = {name: shard for name, shard in self.shards.items() if shard.data.numel()}
+        self.plan = SavePlan([_write_item(name, shard) for name, shard in boxes.items()])
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        seen: dict[str, tuple[str, int]] = {}
+        for rank, plan in enumerate(all_plans):
+            for item in plan.items:
+                data = cast(TensorWriteData, item.tensor_data)
+                kind = f"{data.properties.dtype}{list(data.size)}"
+                first, first_rank = seen.setdefault(item.index.fqn, (kind, rank))
+                if kind != first:
+                    raise CheckpointError(
+                        f"tensor {item.index.fqn!r} is {first} on rank {first_rank} and {kind} on "
+                        f"rank {rank}; one name must be one tensor"
+                    )
+        return super().create_global_plan(all_plans)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.shards[index.fqn].data
+
+
+class _ShardLoadPlanner(dcp.DefaultLoadPlanner):
+    """Plans which parts of which stored boxes fill the local ones."""
+
+    def __init__(self, shards: Mapping[str, LocalShard]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.shards = shards
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        reads = []
+        for name, shard in self.shards.items():
+            if shard.data.numel():
+                box = ChunkStorageMetadata(torch.Size(shard.offsets), shard.data.size())
+                stored = cast(TensorStorageMetadata, self.metadata.state_dict_metadata[name])
+                reads += create_read_items_for_chunk_list(name, stored, [box])
+        return LoadPlan(reads)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.shards[index.fqn].data
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise CheckpointError(f"{read_item.storage_index.fqn!r} is no tensor; it is not loaded")
+
+
+class _HashingTransforms:
+    """Takes the place of the writer's stream transforms: sees each item on its way to the file."""
+
+    def __init__(self) -> None:
+        self.digests: dict[MetadataIndex, str] = {}
+
+    def transform_save_stream(
+        self, item: WriteItem, raw: IO[bytes]
+    ) -> tuple[io.RawIOBase, list[str]]:
+        return _HashedStream(raw, lambda digest: self.digests.update({item.index: digest})), []
+
+
+class _HashedStream(io.RawIOBase):
+    """Passes bytes on to a file and reports their digest when closed; the file stays open."""
+
+    def __init__(self, raw: IO[bytes], report: Callable[[str], None]) -> None:
+        self._raw = raw
+        self._report = report
+        self._digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._raw.write(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._report(self._digest.hexdigest())
+        super().close()
+
+
+class _Slice(io.RawIOBase):
+    """A read-only part of a file as a file of its own; torch's cannot seek from the end."""
+
+    def __init__(self, raw: IO[bytes], start: int, length: int) -> None:
+        self._raw = raw
+        self._start = start
+        self._length = length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, self._length - self._position)
+        view = memoryview(buffer).cast("B")[:left]
+        self._raw.seek(self._start + self._position)
+        num_bytes = cast(io.BufferedReader, self._raw).readinto(view)
+        self._position += num_bytes
+        return num_bytes
+
+
+def _write_item(name: str, shard: LocalShard) -> WriteItem:
+    offsets = torch.Size(shard.offsets)
+    return WriteItem(
+        index=MetadataIndex(name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets, shard.data.size()),
+            properties=TensorProperties(dtype=shard.data.dtype),
+            size=torch.Size(shard.shape),
+        ),
+    )
+
+
+def _written_item(metadata: Metadata, result: WriteResult) -> Item:
+    index, (place, digest) = result.index, result.storage_data
+    tensor = cast(TensorStorageMetadata, metadata.state_dict_metadata[index.fqn])
+    box = tensor.chunks[cast(int, index.index)]
+    return Item(
+        tensor=index.fqn,
+        offsets=tuple(box.offsets),
+        sizes=tuple(box.sizes),
+        file=place.relative_path,
+        start=place.offset,
+        num_bytes=place.length,
+        sha256=digest,
+    )
+
+
+def _file_table(path: Path, items: tuple[Item, ...]) -> dict[str, FileEntry]:
+    """All files beside the manifest, with the sizes that were written, not those that are found."""
+    num_bytes: dict[str, int] = defaultdict(int)
+    for item in items:
+        num_bytes[item.file] += item.num_bytes
+    files = {name: FileEntry(size, None) for name, size in num_bytes.items()}
+    metadata = path / ".metadata"
+    with metadata.open("rb") as stream:
+        files[metadata.name] = FileEntry(metadata.stat().st_size, digest_of(stream))
+    return files
+
+
+def _is_plain_archive(stream: IO[bytes], num_bytes: int) -> bool:
+    """Whether a zip archive is uncompressed: torch.load unpacks one to whatever size it claims."""
+    try:
+        entries = zipfile.ZipFile(stream).infolist()
+    except zipfile.BadZipFile:
+        return False
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    return stored and sum(entry.file_size for entry in entries) <= num_bytes
+
+
+def _run(function: Callable[[], None], ranks: Ranks, action: str) -> None:
+    """Runs one of torch's collectives; its exception, which all ranks get, becomes one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            function()
+    except CheckpointException as error:
+        causes = {rank: cause_of(cause) for rank, (cause, _) in error.failures.items()}
+        raise failure(action, causes, ranks.world_size) from error

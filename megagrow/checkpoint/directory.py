@@ -1,0 +1,163 @@
+"""The commit protocol: a checkpoint appears complete or not at all, and is never written again.
+
+    step-N.tmp-*/  is filled  ->  fsync  ->  rename to step-N/  ->  fsync  ->  `latest` replaced
+    step-N.trash-*/           a checkpoint that is being deleted step-N.damaged-*/         a
+    checkpoint that failed its own digests, set aside for a newer one of the same step
+
+A process may die between any two calls here: what is then left beside complete checkpoints bears
+another name.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
+from megagrow.errors import CheckpointError
+
+LATEST = "latest"
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+_LEFTOVER = re.compile(rf"(step-[0-9]+|{LATEST})\.(tmp|trash)-[0-9a-f]+")
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(root: Path, step: int) -> Path:
+    """Removes what dead saves left in `root`; returns a new directory to fill for this step."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            _delete(path)
+    temporary = _renamed(root / f"step-{step}", "tmp")
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, manifest: Manifest) -> Path:
+    """Writes the manifest into a filled directory and commits it; returns its path.
+
+    The data files must be on the disk already. On an OSError the checkpoint is either complete or
+    not there.
+    """
+    root, raw = temporary.parent, manifest.to_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    _write(temporary / MANIFEST, raw)
+    _write(temporary / DIGEST, f"{digest}  {MANIFEST}\n".encode())
+    _sync_directory(temporary)
+    path = root / f"step-{manifest.step}"
+    os.rename(temporary, path)
+    _sync_directory(root)
+    pointer = _renamed(root / LATEST, "tmp")
+    _write(pointer, json.dumps({"step": path.name, "manifest_sha256": digest}).encode() + b"\n")
+    os.replace(pointer, root / LATEST)
+    _sync_directory(root)
+    return path
+
+
+def discard(temporary: Path) -> None:
+    """Removes a directory that will not be published; never fails."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prune(newest: Path, keep_last: int) -> None:
+    """Deletes checkpoints before `newest` so that `keep_last` remain; a failure is only a warning.
+
+    Steps after `newest` are left alone: a run that went back to it has not vouched for them.
+    """
+    directories = step_directories(newest.parent)
+    for path in directories[directories.index(newest) :][keep_last:]:
+        try:
+            trash = _renamed(path, "trash")
+            os.rename(path, trash)
+            _sync_directory(newest.parent)
+            _delete(trash)
+        except OSError as error:
+            logger.warning("cannot delete the old checkpoint %s: %s", path, error)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that its step can be saved again; returns its new path."""
+    aside = _renamed(path, "damaged")
+    os.rename(path, aside)
+    _sync_directory(path.parent)
+    return aside
+
+
+def step_directories(root: Path) -> list[Path]:
+    """The directories step-N under `root`, the highest step first, good or damaged."""
+    if not root.is_dir():
+        return []
+    steps = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def read_checked_manifest(path: Path) -> bytes:
+    """The bytes of a manifest, compared with the digest beside it and the one in `latest`.
+
+    Raises:
+        CheckpointError: a file is missing, or a digest differs.
+    """
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
+    raw, noted = _read(path / MANIFEST), _read(path / DIGEST)
+    digest = hashlib.sha256(raw).hexdigest()
+    if noted != f"{digest}  {MANIFEST}\n".encode():
+        raise CheckpointError(f"{path / MANIFEST}: damaged, its digest is not the one in {DIGEST}")
+    pointer = path.absolute().parent / LATEST
+    if pointer.is_file() and digest != _latest_digest(pointer).get(path.name, digest):
+        raise CheckpointError(
+            f"{path / MANIFEST}: replaced, its digest is not the one in {pointer}"
+        )
+    return raw
+
+
+def _latest_digest(pointer: Path) -> dict[str, str]:
+    """The step that `latest` names, and its manifest's digest; empty if `latest` itself is damaged.
+
+    `latest` only adds a check: a checkpoint holds its own digests, so a bad pointer must not make
+    it unreadable.
+    """
+    try:
+        record = json.loads(_read(pointer))
+        return {str(record["step"]): str(record["manifest_sha256"])}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        logger.warning("%s is damaged; checkpoints are found without it", pointer)
+        return {}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _write(path: Path, raw: bytes) -> None:
+    with path.open("xb") as stream:
+        stream.write(raw)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _renamed(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

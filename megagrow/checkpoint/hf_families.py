@@ -1,0 +1,194 @@
+"""One table per Hugging Face model family: what config.json and the tensors mean in our terms.
+
+A family is added by adding a `Family` to `FAMILIES`; hf_config.py and hf_tensors.py read the tables
+in both directions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megagrow.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where config.json holds a field of `ModelConfig`.
+
+    Attributes:
+        key: name in config.json.
+        default: what transformers assumes when the key is absent or null; a function of the fields
+            above it where it depends on them; None: the key is required.
+    """
+
+    key: str
+    default: int | float | Callable[[Mapping[str, Any]], int] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where one part of a parameter lies: block `index` of `of` equal ones along the out dim."""
+
+    module: str
+    index: int = 0
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type of transformers.
+
+    Attributes:
+        model_type: `model_type` in config.json, `family` in `ModelConfig`.
+        architecture: the class that transformers builds.
+        entries: field of `ModelConfig` -> entry of config.json.
+        kind: fields of `ModelConfig` that the family fixes, functions of the model where they
+            follow from other fields.
+        bias_switches: entries that make up `ModelConfig.bias`; empty: `kind` fixes it.
+        only: entries of which no other values are understood. The first is written, and assumed
+            where the key is absent or null.
+        constants: entries that are written and not read, because they leave the logits alone.
+            Dropout is one of them: it acts in training only, and megagrow trains without it.
+        body: prefix that the tensors of a folder saved without its head do not have.
+        layers: prefix of a layer's modules, before its number.
+        outside: module of ours -> full name of theirs, outside the layers.
+        inside: module of ours -> where its parts (`Role.parts`) lie in theirs, in every layer.
+        transposed: whether the matrices inside the layers are stored in x out.
+        ignored: pattern of tensor names that hold no parameters.
+    """
+
+    model_type: str
+    architecture: str
+    entries: Mapping[str, Entry]
+    kind: Mapping[str, Any]
+    bias_switches: tuple[str, ...]
+    only: Mapping[str, tuple[Any, ...]]
+    constants: Mapping[str, Any]
+    body: str
+    layers: str
+    outside: Mapping[str, str]
+    inside: Mapping[str, tuple[Block, ...]]
+    transposed: bool
+    ignored: str
+
+
+# Entries that change the logits in some family and have no counterpart here, with what they may be.
+ONLY_ANYWHERE: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": (None, {}),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
+}
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    entries={
+        "vocab_size": Entry("vocab_size"),
+        "hidden_size": Entry("hidden_size"),
+        "num_layers": Entry("num_hidden_layers"),
+        "num_heads": Entry("num_attention_heads"),
+        "num_kv_heads": Entry("num_key_value_heads", lambda fields: fields["num_heads"]),
+        "head_dim": Entry("head_dim", lambda f: f["hidden_size"] // f["num_heads"]),
+        "ffn_size": Entry("intermediate_size"),
+        "max_seq_length": Entry("max_position_embeddings", 2048),
+        "norm_eps": Entry("rms_norm_eps", 1e-6),
+        "tied_embeddings": Entry("tie_word_embeddings", False),
+    },
+    kind={"norm": "rms_norm", "positions": "rope", "activation": "swiglu"},
+    bias_switches=("attention_bias", "mlp_bias"),
+    only={"hidden_act": ("silu", "swish")},
+    constants={
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+        "use_cache": True,
+    },
+    body="model.",
+    layers="model.layers.",
+    outside={
+        "embedding.tokens": "model.embed_tokens",
+        "final_norm": "model.norm",
+        "head": "lm_head",
+    },
+    inside={
+        "attention_norm": (Block("input_layernorm"),),
+        "attention.query": (Block("self_attn.q_proj"),),
+        "attention.key_value": (Block("self_attn.k_proj"), Block("self_attn.v_proj")),
+        "attention.output": (Block("self_attn.o_proj"),),
+        "mlp_norm": (Block("post_attention_layernorm"),),
+        "mlp.gate_up": (Block("mlp.gate_proj"), Block("mlp.up_proj")),
+        "mlp.down": (Block("mlp.down_proj"),),
+    },
+    transposed=False,
+    ignored=r".*\.rotary_emb\.inv_freq",
+)
+
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    entries={
+        "vocab_size": Entry("vocab_size"),
+        "hidden_size": Entry("n_embd"),
+        "num_layers": Entry("n_layer"),
+        "num_heads": Entry("n_head"),
+        "ffn_size": Entry("n_inner", lambda fields: 4 * fields["hidden_size"]),
+        "max_seq_length": Entry("n_positions", 1024),
+        "norm_eps": Entry("layer_norm_epsilon", 1e-5),
+        "tied_embeddings": Entry("tie_word_embeddings", True),
+    },
+    kind={
+        "norm": "layer_norm",
+        "positions": "learned",
+        "activation": "gelu",
+        "bias": True,
+        "num_kv_heads": lambda model: model.num_heads,
+        "head_dim": lambda model: model.hidden_size // model.num_heads,
+    },
+    bias_switches=(),
+    only={
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+    },
+    constants={
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    },
+    body="transformer.",
+    layers="transformer.h.",
+    outside={
+        "embedding.tokens": "transformer.wte",
+        "embedding.positions": "transformer.wpe",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    inside={
+        "attention_norm": (Block("ln_1"),),
+        "attention.query": (Block("attn.c_attn", 0, 3),),
+        "attention.key_value": (Block("attn.c_attn", 1, 3), Block("attn.c_attn", 2, 3)),
+        "attention.output": (Block("attn.c_proj"),),
+        "mlp_norm": (Block("ln_2"),),
+        "mlp.up": (Block("mlp.c_fc"),),
+        "mlp.down": (Block("mlp.c_proj"),),
+    },
+    transposed=True,
+    ignored=r".*\.attn\.(bias|masked_bias)",
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, GPT2)}
+
+
+def fixed_fields(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """The values that the family's models have in the fields of `Family.kind`."""
+    return {
+        name: value(model) if callable(value) else value for name, value in family.kind.items()
+    }

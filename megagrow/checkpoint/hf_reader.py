@@ -1,0 +1,259 @@
+"""Reads a Hugging Face folder tensor by tensor, under megagrow's parameter names.
+
+Nothing in the folder is trusted: every name, shape and dtype is checked before the first tensor is
+read, files outside the folder cannot be named, and nothing is executed or unpickled.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megagrow.checkpoint.hf_config import (
+    CONFIG_FILE,
+    model_config_from_hf,
+    read_json,
+    special_token_ids,
+)
+from megagrow.checkpoint.hf_families import FAMILIES, Family
+from megagrow.checkpoint.hf_tensors import (
+    Place,
+    expected_tensors,
+    fuse,
+    places,
+    unexpected_tensors,
+)
+from megagrow.checkpoint.safetensors_file import DTYPE_NAMES
+from megagrow.config import ModelConfig
+from megagrow.errors import CheckpointError
+from megagrow.roles import role_of
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_COMPARED_ROWS = 4096  # of a tied head at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: what the file's header says about it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class HFReader:
+    """The model in a Hugging Face folder.
+
+    Attributes:
+        folder: the folder.
+        model: its configuration.
+        token_ids: the special token ids that config.json states.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, malformed, unexpected or of the wrong shape or
+            dtype, or config.json describes a model that megagrow cannot hold; the message names it.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        entries = read_json(self.folder / CONFIG_FILE)
+        self.model = model_config_from_hf(self.folder)
+        self.token_ids = special_token_ids(entries)
+        self._family = FAMILIES[self.model.family]
+        self._stored = _with_body(_catalog(self.folder), self._family)
+        self._tied_head = self._take_tied_head()
+        _check_tensors(self._stored, self._family, self.model, self.folder)
+
+    def fetch(self, name: str) -> Tensor:
+        """One whole parameter, in its stored dtype, on the CPU.
+
+        Args:
+            name: a parameter of `roles.parameter_names(self.model)`.
+
+        Raises:
+            CheckpointError: the file changed since it was opened, or a head that config.json calls
+                tied differs from the embedding.
+        """
+        if name == "embedding.tokens" and self._tied_head is not None:
+            self._compare_tied_head(self._tied_head)
+        pieces = [self._read(place) for place in places(self._family, name)]
+        dtypes = sorted({str(piece.dtype).removeprefix("torch.") for piece in pieces})
+        if len(dtypes) > 1:
+            parts = ", ".join(place.tensor for place in places(self._family, name))
+            raise CheckpointError(
+                f"{self.folder}: {parts} are stored as {' and '.join(dtypes)}; megagrow keeps them "
+                "in one tensor, so store them in one dtype"
+            )
+        return fuse(pieces, role_of(name), self.model)
+
+    def _read(self, place: Place) -> Tensor:
+        stored = self._stored[place.tensor]
+        with _open(stored.file) as file:
+            if place.of == 1:
+                whole: Tensor = file.get_tensor(stored.key)
+                return whole.T if place.transposed else whole
+            size = stored.shape[place.out_dim] // place.of
+            block = slice(place.index * size, (place.index + 1) * size)
+            view = file.get_slice(stored.key)
+            return view[:, block].T if place.transposed else view[block]
+
+    def _take_tied_head(self) -> Stored | None:
+        """Takes the head of a tied model off the catalog, or into the embedding's empty place."""
+        if not self.model.tied_embeddings:
+            return None
+        outside = self._family.outside
+        embedding, head = f"{outside['embedding.tokens']}.weight", f"{outside['head']}.weight"
+        stored = self._stored.pop(head, None)
+        if stored is not None and embedding not in self._stored:
+            self._stored[embedding] = stored
+            return None
+        return stored
+
+    def _compare_tied_head(self, head: Stored) -> None:
+        tokens = self._stored[f"{self._family.outside['embedding.tokens']}.weight"]
+        equal = (head.shape, head.dtype) == (tokens.shape, tokens.dtype)
+        with _open(head.file) as head_file, _open(tokens.file) as tokens_file:
+            head_rows, token_rows = head_file.get_slice(head.key), tokens_file.get_slice(tokens.key)
+            for start in range(0, tokens.shape[0], _COMPARED_ROWS) if equal else ():
+                rows = slice(start, start + _COMPARED_ROWS)
+                if not torch.equal(head_rows[rows], token_rows[rows]):
+                    equal = False
+        if not equal:
+            raise CheckpointError(
+                f"{self.folder}: tie_word_embeddings=true, but {head.key} differs from "
+                f"{tokens.key}; set tie_word_embeddings=false in {CONFIG_FILE}"
+            )
+
+
+def is_hf_folder(path: Path | str) -> bool:
+    """Whether a folder looks like a Hugging Face model: its config.json states a model type.
+
+    A folder with unreadable config.json counts when Hugging Face's weight files are there, so that
+    reading it can say what is wrong.
+    """
+    path = Path(path)
+    if not (path / CONFIG_FILE).is_file():
+        return False
+    try:
+        return "model_type" in read_json(path / CONFIG_FILE)
+    except CheckpointError:
+        return any((path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it becomes a CheckpointError.
+
+    Opened anew for each tensor: closing it unmaps the pages that have been read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{path}: cannot be read ({reason}); restore the file") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file ({' '.join(str(error).split())}); "
+            "restore the file"
+        ) from None
+
+
+def _catalog(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder, as the headers of its files describe it."""
+    stored: dict[str, Stored] = {}
+    index = _index(folder)
+    for path in [folder / name for name in sorted(set(index.values()))] or [folder / WEIGHTS_FILE]:
+        with _open(path) as file:
+            for key in file.keys():  # noqa: SIM118 - the file is no mapping
+                if key in stored:
+                    raise CheckpointError(
+                        f"{path}: tensor {key} stands in {stored[key].file.name} too; remove one"
+                    )
+                header = file.get_slice(key)
+                stored[key] = Stored(path, key, tuple(header.get_shape()), header.get_dtype())
+    for key, name in index.items():
+        if key not in stored or stored[key].file.name != name:
+            raise CheckpointError(
+                f"{folder / name}: tensor {key} is missing, though {INDEX_FILE} places it there; "
+                "restore the file"
+            )
+    return stored
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> file name of a sharded folder; empty when one file holds everything."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return {}
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; save the model with "
+            "save_pretrained, which writes safetensors"
+        )
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map must name tensors and files; restore the file")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain_name(name):
+            raise CheckpointError(
+                f"{path}: weight_map places {key} in {name!r}; it must be the plain name of a "
+                ".safetensors file of the folder"
+            )
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    has_separator = any(sign in name for sign in ("/", "\\", "\0"))
+    return name.endswith(".safetensors") and not has_separator
+
+
+def _with_body(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """The catalog under full names; a folder saved without its head lacks the body's prefix."""
+    if any(name.startswith(family.body) for name in stored):
+        return dict(stored)
+    headless = f"{family.outside['head']}."
+    return {
+        name if name.startswith(headless) else family.body + name: entry
+        for name, entry in stored.items()
+    }
+
+
+def _check_tensors(
+    stored: Mapping[str, Stored], family: Family, model: ModelConfig, folder: Path
+) -> None:
+    if model.num_layers > len(stored):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: {family.entries['num_layers'].key}={model.num_layers}, but "
+            f"the folder holds only {len(stored)} tensors; restore the file"
+        )
+    for name, shape in expected_tensors(family, model):
+        if name not in stored:
+            raise CheckpointError(
+                f"{folder}: tensor {name} is missing; restore the weights that belong to "
+                f"{CONFIG_FILE}"
+            )
+        entry = stored[name]
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.key} has shape {list(entry.shape)}, {CONFIG_FILE} "
+                f"asks for {list(shape)}; restore the one that belongs to the other"
+            )
+        if entry.dtype not in DTYPE_NAMES.values():
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.key} is stored as {entry.dtype}; use an unquantized "
+                f"model, in {', '.join(DTYPE_NAMES.values())}"
+            )
+    unexpected = unexpected_tensors(stored, family, model)
+    if unexpected:
+        raise CheckpointError(
+            f"{stored[unexpected[0]].file}: tensor {stored[unexpected[0]].key} has no place in the "
+            f"model that {CONFIG_FILE} describes, and would be lost; use a folder without it"
+        )

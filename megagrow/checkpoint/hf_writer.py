@@ -1,0 +1,250 @@
+"""Writes a complete Hugging Face folder: config, weights, tokenizer; all of it or nothing.
+
+    NAME.tmp-*/  is filled  ->  fsync  ->  rename to NAME/
+    NAME.trash-*/           what NAME/ was before, being deleted
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrow.checkpoint.hf_config import CONFIG_FILE, check_exportable, hf_config_from_model
+from megagrow.checkpoint.hf_families import FAMILIES
+from megagrow.checkpoint.hf_reader import INDEX_FILE, WEIGHTS_FILE, is_hf_folder
+from megagrow.checkpoint.hf_tensors import FamilyTensors, expected_tensors
+from megagrow.checkpoint.safetensors_file import SafetensorsFile
+from megagrow.config import ModelConfig
+from megagrow.data.tokenizer import Tokenizer, load_tokenizer
+from megagrow.errors import CheckpointError, MegagrowError
+from megagrow.roles import num_parameters, parameter_names
+
+GENERATION_FILE = "generation_config.json"
+SHARD_BYTES = 5 * 10**9
+_ASSUMED_ITEM_BYTES = 4  # where only the tensors themselves will tell
+
+
+def write_hf_folder(
+    folder: Path | str,
+    model: ModelConfig,
+    fetch: Callable[[str], Tensor],
+    tokenizer_source: Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    token_ids: Mapping[str, Any] | None = None,
+    is_writer: bool = True,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Exports a model in the layout of transformers' `save_pretrained`.
+
+    No more than one parameter is in memory at a time. On several ranks all of them call this, and
+    every rank fetches every parameter in the same order, so that `fetch` may be a collective. What
+    goes wrong in writing is raised after the last fetch: no rank is left waiting in one.
+
+    Args:
+        folder: must not exist or be empty, unless `overwrite` is set.
+        fetch: gives the whole parameter of a name; only the writer uses what it returns.
+        tokenizer_source: what `load_tokenizer` takes; None: no tokenizer files.
+        dtype: of the stored weights; None: as fetched.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`; None: as the tokenizer says.
+        is_writer: whether this rank writes; exactly one does.
+        overwrite: replace the Hugging Face folder that is there.
+        shard_bytes: weights beyond this size are cut into files of at most this size.
+
+    Raises:
+        ConfigError: the model's family cannot express it (on all ranks, before the first fetch).
+        CheckpointError: the folder is taken or cannot be written.
+        DataError: the tokenizer cannot be read.
+    """
+    check_exportable(model)
+    output = _Folder(Path(folder), model, dtype, shard_bytes)
+    attempt = _Attempt(is_writer)
+    try:
+        attempt(output.start, tokenizer_source, token_ids, overwrite)
+        for name in parameter_names(model):
+            attempt(output.add, name, fetch(name))
+        attempt(output.publish)
+    finally:
+        output.discard()
+    if isinstance(attempt.error, OSError):
+        raise CheckpointError(
+            f"{folder}: cannot be written ({attempt.error.strerror}); free space or choose another"
+        ) from attempt.error
+    if attempt.error is not None:
+        raise attempt.error
+
+
+def check_target(folder: Path, overwrite: bool = False) -> None:
+    """Raises CheckpointError unless an export may be written to `folder`."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is not a folder; choose another name")
+    if any(folder.iterdir()) and not (overwrite and is_hf_folder(folder)):
+        rule = "is not a Hugging Face folder, so not replaced" if overwrite else "is not empty"
+        raise CheckpointError(f"{folder}: {rule}; remove it or choose another name")
+
+
+class _Attempt:
+    """Runs one step after another until one fails; later steps are left out, the error is kept."""
+
+    def __init__(self, active: bool) -> None:
+        self._active = active
+        self.error: Exception | None = None
+
+    def __call__(self, step: Callable[..., None], *args: Any) -> None:
+        if self._active and self.error is None:
+            try:
+                step(*args)
+            except (OSError, MegagrowError) as error:
+                self.error = error
+
+
+class _Folder:
+    """A Hugging Face folder being written."""
+
+    def __init__(
+        self, path: Path, model: ModelConfig, dtype: torch.dtype | None, shard_bytes: int
+    ) -> None:
+        self._path, self._model, self._dtype = path, model, dtype
+        self._temporary = _beside(path, "tmp")
+        self._tensors = FamilyTensors(FAMILIES[model.family], model)
+        item_bytes = dtype.itemsize if dtype else _ASSUMED_ITEM_BYTES
+        self._files = _plan_files(model, shard_bytes // item_bytes)
+        self._file_of = {name: file for file, names in self._files.items() for name in names}
+        self._open: dict[str, SafetensorsFile] = {}
+        self._dtypes: set[torch.dtype] = set()
+        self._num_bytes = 0
+        self._token_ids: dict[str, Any] = {}
+
+    def start(
+        self,
+        tokenizer_source: Path | str | None,
+        token_ids: Mapping[str, Any] | None,
+        overwrite: bool,
+    ) -> None:
+        check_target(self._path, overwrite)
+        tokenizer = load_tokenizer(tokenizer_source) if tokenizer_source else None
+        _check_tokenizer(tokenizer, self._model)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self._path, "tmp")
+        self._temporary.mkdir()
+        if tokenizer is not None:
+            tokenizer.save(self._temporary)
+            self._token_ids = {"eos_token_id": tokenizer.eod_id}
+        if token_ids is not None:
+            self._token_ids = dict(token_ids)
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        for tensor_name, tensor in self._tensors.completed_by(name, parameter.detach()):
+            self._write(tensor_name, tensor if self._dtype is None else tensor.to(self._dtype))
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = SafetensorsFile(self._temporary / file, self._files[file])
+        self._open[file].add(name, tensor)
+        self._dtypes.add(tensor.dtype)
+        self._num_bytes += tensor.nbytes
+
+    def publish(self) -> None:
+        """Completes the folder and gives it its name."""
+        config = hf_config_from_model(
+            self._model, dtype=_common_dtype(self._dtypes), token_ids=self._token_ids
+        )
+        _write_json(self._temporary / CONFIG_FILE, config)
+        _write_json(self._temporary / GENERATION_FILE, self._generation_config())
+        if len(self._files) > 1:
+            _write_json(self._temporary / INDEX_FILE, self._index())
+        for path in [*self._temporary.iterdir(), self._temporary]:
+            _sync(path)
+        if self._path.exists():
+            os.rename(self._path, _beside(self._path, "trash"))
+        os.rename(self._temporary, self._path)
+        _sync(self._path.parent)
+        _remove_leftovers(self._path, "trash")
+
+    def discard(self) -> None:
+        """Removes what was not published; never fails."""
+        for file in self._open.values():
+            file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _generation_config(self) -> dict[str, Any]:
+        stated = {name: value for name, value in self._token_ids.items() if value is not None}
+        return {"_from_model_config": True, **stated}
+
+    def _index(self) -> dict[str, Any]:
+        totals = {
+            "total_parameters": num_parameters(self._model),
+            "total_size": self._num_bytes,
+        }
+        return {"metadata": totals, "weight_map": dict(sorted(self._file_of.items()))}
+
+
+def _plan_files(model: ModelConfig, limit: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File name -> shapes of its tensors; a file has at most `limit` elements, or one tensor."""
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    held = 0
+    for name, shape in expected_tensors(FAMILIES[model.family], model):
+        size = torch.Size(shape).numel()
+        if files[-1] and held + size > limit:
+            files.append({})
+            held = 0
+        files[-1][name] = shape
+        held += size
+    if len(files) == 1:
+        return {WEIGHTS_FILE: files[0]}
+    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    return {
+        f"{stem}-{number:05}-of-{len(files):05}.safetensors": tensors
+        for number, tensors in enumerate(files, start=1)
+    }
+
+
+def _check_tokenizer(tokenizer: Tokenizer | None, model: ModelConfig) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size={model.vocab_size}; give the tokenizer of the model's data"
+        )
+
+
+def _common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The dtype that holds all of the stored ones: what readers convert the whole model to."""
+    first, *rest = dtypes
+    for dtype in rest:
+        first = torch.promote_types(first, dtype)
+    return first
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def _remove_leftovers(path: Path, kind: str) -> None:
+    """Removes what exports to `path` that were killed have left beside it."""
+    leftover = re.compile(rf"{re.escape(path.name)}\.{kind}-[0-9a-f]{{8}}")
+    for sibling in path.parent.iterdir():
+        if leftover.fullmatch(sibling.name):
+            shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""A trained model from outside the run, whatever its format: own checkpoint, run directory, or Hugging Face folder.
+
+Growth, teachers, scoring, evaluation and conversion all read models through `open_source`.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrow.checkpoint import hf, store
+from megagrow.config import ModelConfig, from_dict
+from megagrow.data.dataset import PackedDataset
+from megagrow.errors import CheckpointError, DataError
+from megagrow.model import Transformer
+from megagrow.parallel.loss import token_scores
+from megagrow.parallel.mesh import Axis, Mesh
+from megagrow.parallel.shards import fill, shard_parameters
+
+CHECK_SAMPLES = 8
+UNFIT_SHARE = 0.9  # of ln(vocabulary size): what a model that learned nothing of this data scores
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Attributes:
+        path: the folder that holds it.
+        model: its configuration.
+        fetch: reads one whole parameter by its megagrow name, in the stored dtype.
+        identity: hash that names these weights.
+        ledger: what its training cost, or None when unknown.
+        tokenizer: the tokenizer that it was trained with ("" when unknown).
+    """
+
+    path: Path
+    model: ModelConfig
+    fetch: Callable[[str], Tensor]
+    identity: str
+    ledger: dict[str, Any] | None
+    tokenizer: str
+
+
+def open_source(path: Path | str) -> Source:
+    """Opens an own checkpoint (`step-N`), a run directory (its newest checkpoint) or a Hugging Face folder.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a checkpoint, a run directory or a Hugging Face folder")
+    if hf.is_hf_folder(path):
+        return _open_hf(path)
+    found = store.candidates(path) or store.candidates(path / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"{path}: neither a checkpoint (manifest.json) nor a Hugging Face folder (config.json with safetensors); "
+            "give the folder of one"
+        )
+    return _open_own(found[0])
+
+
+def load_model(source: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> Transformer:
+    """The whole model on every pipeline and data rank, sharded over the tensor axis only, for inference.
+
+    Args:
+        source: where the weights come from.
+        mesh: its tensor axis shards the model; the other axes are ignored.
+        dtype: of the parameters; None: float32.
+    """
+    alone = replace(mesh, pp=Axis(), dp=Axis())
+    with torch.device("meta"):
+        model = Transformer(source.model, alone)
+    shard_parameters(model, alone)
+    model.to(dtype or torch.float32).to_empty(device=mesh.device)
+    for name, parameter in model.named_parameters():
+        fill(parameter, source.fetch(name).to(mesh.device))
+    return model.requires_grad_(False).eval()
+
+
+def check_source(model: Transformer, dataset: PackedDataset, mesh: Mesh, name: str, skip: bool = False) -> float:
+    """The mean loss of a source on a few samples of the data, refused when the two do not belong together.
+
+    Args:
+        model: from `load_model`.
+        dataset: the data that the source is to be used on; its first samples are read.
+        mesh: the model's mesh.
+        name: what the source is, for the message.
+        skip: return the loss without refusing.
+
+    Returns:
+        Loss in nats per token.
+
+    Raises:
+        DataError: the loss is at least 0.9·ln(vocabulary size), as that of a model which never saw such data.
+    """
+    vocab_size = model.config.vocab_size
+    tokens_BS = torch.as_tensor(dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples))), device=mesh.device)
+    if int(tokens_BS.max()) >= vocab_size:
+        raise DataError(
+            f"{name} has a vocabulary of {vocab_size}, but the data holds token {int(tokens_BS.max())}; "
+            "tokenize the data with the source's tokenizer"
+        )
+    with torch.no_grad():
+        hidden_TH = model(tokens_BS[:, :-1]).flatten(0, 1)
+        nll_T, _ = token_scores(hidden_TH, model.head_VH, tokens_BS[:, 1:].flatten(), vocab_size, mesh.tp)
+    loss, limit = nll_T.mean().item(), UNFIT_SHARE * math.log(vocab_size)
+    if not (loss < limit or skip):
+        raise DataError(
+            f"{name} has loss {loss:.3f} on the data, chance is {math.log(vocab_size):.3f} and the limit {limit:.3f}: "
+            "its tokenizer or weights do not fit this data; use data made with its tokenizer, "
+            "or --init.skip-source-check to go on all the same"
+        )
+    return loss
+
+
+def _open_hf(path: Path) -> Source:
+    reader = hf.HFReader(path)
+    return Source(path, reader.model, reader.fetch, _folder_identity(path), None, str(path))
+
+
+def _open_own(path: Path) -> Source:
+    manifest = store.read_manifest(path)
+    where = f"{path}/manifest.json"
+    model = from_dict(manifest.state["model"], ModelConfig, where, "state.model")
+
+    def fetch(name: str) -> Tensor:
+        return store.read_full(path, [f"model.{name}"])[f"model.{name}"]
+
+    identity = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+    tokenizer = manifest.config.get("data", {}).get("tokenizer", "")
+    return Source(path, model, fetch, identity, manifest.state.get("ledger"), tokenizer)
+
+
+def _folder_identity(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) + [path / "config.json"]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

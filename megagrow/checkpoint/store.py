@@ -1,0 +1,250 @@
+"""Saving and loading: any layout loads what any other saved, and nothing is used unverified."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, is_initialized
+
+from megagrow.checkpoint import directory
+from megagrow.checkpoint.agreement import Ranks, some
+from megagrow.checkpoint.dcp_io import ItemReader, digest_of, open_sized, read_items, write_items
+from megagrow.checkpoint.format import MANIFEST, Manifest, check_json
+from megagrow.checkpoint.shards import DTYPES, LocalShard, layout_of, local_shards
+from megagrow.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    *,
+    config: dict[str, Any],
+    provenance: dict[str, Any],
+    group: ProcessGroup | None = None,
+    keep_last: int = 0,
+) -> Path:
+    """Saves a checkpoint as `root/step-N`; a collective over all ranks of `group`.
+
+    Args:
+        root: a directory that all ranks share.
+        tensors: by name; plain tensors are the same on all ranks that name them, DTensors have any
+            layout. Ranks may hold different names, as pipeline stages do; a box that several ranks
+            hold is written once.
+        state: JSON values only, as are `config` and `provenance`; those of the first rank are
+            written.
+        group: for all communication, ideally gloo and used by nothing else.
+        keep_last: number of checkpoints to keep, this one included; 0 keeps all.
+
+    Raises:
+        CheckpointError: on every rank: the step exists, a value cannot be stored, or any rank
+            cannot write (which rank, which file, why). Older checkpoints are untouched then.
+    """
+    root, ranks = Path(root), Ranks(group)
+    action = f"cannot save step {step} in {root}"
+    shards = ranks.together(action, lambda: _stage(tensors, state, config, provenance))
+    temporary = ranks.first(action, lambda: _make_room(root, step))
+    try:
+        written = write_items(temporary, shards, ranks, action)
+
+        def commit() -> Path:
+            manifest = Manifest(
+                step=step,
+                layout=layout_of(tensors, ranks.world_size),
+                config=config,
+                provenance=provenance,
+                state=state,
+                tensors=written.tensors,
+                files=written.files,
+                items=written.items,
+            )
+            _check_files(temporary, manifest)
+            path = directory.publish(temporary, manifest)
+            if keep_last:
+                directory.prune(path, keep_last)
+            return path
+
+        return ranks.first(action, commit)
+    except CheckpointError:
+        if ranks.is_first:
+            directory.discard(temporary)
+        raise
+
+
+def load(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    group: ProcessGroup | None = None,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """Fills `tensors` in place from a checkpoint and returns its state; a collective over `group`.
+
+    Every stored item that a rank reads is compared with its digest before it is used. After an
+    error some tensors may have been filled.
+
+    Args:
+        tensors: plain tensors (filled whole) or DTensors, on any device and in any layout.
+        strict: whether the checkpoint and the tensors of all ranks must have the same names;
+            otherwise what both have is loaded. Shapes and dtypes must agree in any case.
+
+    Raises:
+        CheckpointError: on every rank: the checkpoint is missing, damaged, or does not fit (names
+            the tensors).
+    """
+    path, ranks = Path(path), Ranks(group)
+    action = f"cannot load {path}"
+    manifest, shards = ranks.together(action, lambda: (read_manifest(path), local_shards(tensors)))
+    seen = ranks.gather((manifest.sha256, bytes(name in tensors for name in manifest.tensors)))
+
+    def check() -> None:
+        if len({digest for digest, _ in seen}) > 1:
+            raise CheckpointError("the ranks see different manifests; all must see one directory")
+        if ranks.is_first:
+            _check_files(path, manifest)
+        is_read = [
+            any(ranks_read) for ranks_read in zip(*(reads for _, reads in seen), strict=True)
+        ]
+        unread = [name for name, used in zip(manifest.tensors, is_read, strict=True) if not used]
+        _check_fit(manifest, tensors, unread, strict)
+
+    ranks.together(action, check)
+    known = {name: shard for name, shard in shards.items() if name in manifest.tensors}
+    read_items(path, manifest, known, ranks, action)
+    return manifest.state
+
+
+def candidates(root: Path) -> list[Path]:
+    """The checkpoints in `root` (or `root` itself) whose manifest is intact, highest step first.
+
+    The others are named in a warning of the first rank. An empty list means that nothing was saved
+    here.
+
+    Raises:
+        CheckpointError: there are checkpoints, and the manifests of all of them are damaged.
+    """
+    root = Path(root)
+    paths = [root] if (root / MANIFEST).is_file() else directory.step_directories(root)
+    intact, problems = [], []
+    for path in paths:
+        try:
+            directory.read_checked_manifest(path)
+            intact.append(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems and not intact:
+        raise CheckpointError(
+            f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away"
+        )
+    for problem in problems:
+        if not is_initialized() or torch.distributed.get_rank() == 0:
+            logger.warning("%s; it is passed over", problem)
+    return intact
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint at `path`, its digest and every field checked.
+
+    Raises:
+        CheckpointError: names the file and the field.
+    """
+    path = Path(path)
+    return Manifest.parse(directory.read_checked_manifest(path), path / MANIFEST)
+
+
+def read_full(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Whole tensors by name, on the CPU and verified, in this process alone.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or lacks one of the names.
+    """
+    path, action = Path(path), f"cannot read {path}"
+    manifest = read_manifest(path)
+    tensors = {}
+    for name in names:
+        if name not in manifest.tensors:
+            raise CheckpointError(f"{action}: it has no tensor {name!r}")
+        entry = manifest.tensors[name]
+        tensors[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    read_items(path, manifest, local_shards(tensors), Ranks(None, alone=True), action)
+    return tensors
+
+
+def verify(path: Path) -> Manifest:
+    """Compares every byte of a checkpoint with its digests, in this process; returns the manifest.
+
+    Raises:
+        CheckpointError: names the damaged file.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    _check_files(path, manifest)
+    reader = ItemReader(path, manifest)
+    for item in manifest.items:
+        reader.verify(item)
+    return manifest
+
+
+def _stage(
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    provenance: dict[str, Any],
+) -> dict[str, LocalShard]:
+    for name, record in (("state", state), ("config", config), ("provenance", provenance)):
+        check_json(record, name)
+    return local_shards(tensors)
+
+
+def _make_room(root: Path, step: int) -> Path:
+    """A directory to fill. A damaged checkpoint of this step (the run fell back) is set aside."""
+    path = root / f"step-{step}"
+    if path.exists():
+        try:
+            verify(path)
+        except CheckpointError as error:
+            logger.warning("%s; it is kept as %s", error, directory.set_aside(path))
+        else:
+            raise CheckpointError(
+                f"{path} exists and is intact; move it away to save this step again"
+            )
+    return directory.prepare(root, step)
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """Every file has the size in the manifest, and the digest if it does not consist of items."""
+    for name, entry in manifest.files.items():
+        with open_sized(path / name, entry) as stream:
+            if entry.sha256 is not None and digest_of(stream) != entry.sha256:
+                raise CheckpointError(
+                    f"{path / name}: differs from its digest: the file is damaged"
+                )
+
+
+def _check_fit(
+    manifest: Manifest, tensors: Mapping[str, Tensor], unread: list[str], strict: bool
+) -> None:
+    missing, misfits = [], []
+    for name, tensor in tensors.items():
+        stored = manifest.tensors.get(name)
+        wanted = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        if stored is None:
+            missing.append(name)
+        elif (found := f"{stored.dtype}{list(stored.shape)}") != wanted:
+            misfits.append(f"{name}: {found}, not {wanted}")
+    problems = [f"{len(misfits)} of another shape or dtype ({some(misfits)})"] if misfits else []
+    if strict and missing:
+        problems.append(f"{len(missing)} missing ({some(missing)})")
+    if strict and unread:
+        problems.append(f"{len(unread)} unexpected ({some(unread)})")
+    if problems:
+        raise CheckpointError(
+            f"its tensors do not fit the model: {', '.join(problems)}; use the configuration that "
+            "it was saved with (tools/inspect_checkpoint.py shows it)"
+        )

@@ -1,0 +1,47 @@
+"""Files that are either whole or absent: temporary names, fsync, rename."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megagrow.errors import DataError
+
+
+@contextmanager
+def os_errors_as_data_errors(path: str | Path) -> Iterator[None]:
+    """Turn an OSError (no such file, no space …) into a DataError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise DataError(f"{error.filename or path}: {reason}") from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable (a rename survives a power cut only after this)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises DataError when the folder cannot be made or written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with os_errors_as_data_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)

@@ -1,0 +1,185 @@
+"""Raw records of text corpora: JSON lines and plain text, uncompressed, gzip or zstandard."""
+
+import codecs
+import gzip
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, cast
+
+from megagrow.data.files import os_errors_as_data_errors
+from megagrow.errors import DataError
+
+_COMPRESSED = (".gz", ".zst")
+_JSON = (".jsonl", ".ndjson", ".json")
+_BATCH_BYTES = 256 << 10
+_MAX_RECORD_BYTES = 256 << 20  # a larger one is a decompression bomb or not a text corpus
+
+
+class BadRecord(Exception):
+    """A record that is not what the format asks for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive records of one file: lines of a JSON lines file, or one whole text file."""
+
+    path: str
+    first_line: int  # of records[0], from 1
+    records: list[bytes]
+    is_json: bool
+    position: int  # bytes of all input files, as stored, that were read up to here
+
+
+def total_bytes(paths: Sequence[str | Path]) -> int:
+    """Stored size of all input files. Raises DataError naming a path that is not a file."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such input file")
+    return sum(Path(path).stat().st_size for path in paths)
+
+
+def read_batches(
+    paths: Sequence[str | Path], max_record_bytes: int = _MAX_RECORD_BYTES
+) -> Iterator[Batch]:
+    """The records of `paths` in order. Names decide: `.jsonl`, `.ndjson`, `.json` hold one JSON
+    object per line, anything else is one document; `.gz` and `.zst` are decompressed.
+
+    Raises DataError for a file that cannot be read or decompressed, or a record above the limit.
+    """
+    before = 0
+    for path in map(Path, paths):
+        yield from _read_file(path, before, max_record_bytes)
+        before += path.stat().st_size
+
+
+def parse_record(record: bytes, is_json: bool, json_key: str) -> str:
+    """The text of a record. Raises BadRecord when it has none."""
+    try:
+        text = record.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8 at byte {error.start}") from error
+    if not is_json:
+        return text
+    try:
+        fields = json.loads(text)
+    except RecursionError as error:
+        raise BadRecord("JSON nested too deeply") from error
+    except ValueError as error:
+        raise BadRecord(f"not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadRecord(f"must be a JSON object, is {type(fields).__name__}")
+    if json_key not in fields:
+        raise BadRecord(f"has no key {json_key!r}, only {', '.join(map(repr, fields))[:80]}")
+    if not isinstance(fields[json_key], str):
+        raise BadRecord(f"{json_key!r} must be a string, is {type(fields[json_key]).__name__}")
+    return _without_surrogates(fields[json_key])
+
+
+def read_texts(paths: Sequence[str | Path], json_key: str = "text") -> Iterator[str]:
+    """The texts of `paths` in order. Raises DataError naming file and line of a bad record."""
+    total_bytes(paths)
+    for batch in read_batches(paths):
+        for line, record in enumerate(batch.records, batch.first_line):
+            try:
+                yield parse_record(record, batch.is_json, json_key)
+            except BadRecord as error:
+                raise DataError(f"{batch.path}:{line}: {error}") from error
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"lone surrogate at character {error.start}: not valid text") from error
+    return text
+
+
+def _read_file(path: Path, before: int, max_record_bytes: int) -> Iterator[Batch]:
+    is_json = _kind(path) in _JSON
+    records: list[bytes] = []
+    size, line = 0, 1
+    with os_errors_as_data_errors(path), open(path, "rb") as stored:
+        for record in _records(path, stored, is_json, max_record_bytes):
+            records.append(record)
+            size += len(record)
+            if size >= _BATCH_BYTES:
+                yield Batch(str(path), line, records, is_json, before + stored.tell())
+                records, size, line = [], 0, line + len(records)
+        yield Batch(str(path), line, records, is_json, before + stored.tell())
+
+
+def _records(path: Path, stored: IO[bytes], is_json: bool, limit: int) -> Iterator[bytes]:
+    """Lines with their ends, or the whole file, without a byte order mark."""
+    damage: list[type[Exception]] = [EOFError, zlib.error, gzip.BadGzipFile]
+    if path.suffix == ".zst":
+        damage.append(_zstandard(path).ZstdError)
+    try:
+        stream = _decompressed(path, stored)
+        read = stream.readline if is_json else stream.read
+        for line in count(1):
+            record = read(limit + 1)
+            if len(record) > limit:
+                raise DataError(f"{path}:{line}: record larger than {limit} bytes")
+            if not record:
+                return
+            yield record.removeprefix(codecs.BOM_UTF8) if line == 1 else record
+    except tuple(damage) as error:
+        raise DataError(f"{path}: compressed file is damaged or truncated ({error})") from error
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    return suffixes[-1] if suffixes else ""
+
+
+def _decompressed(path: Path, stored: IO[bytes]) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(stored))
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstandardReader(stored, _zstandard(path)), _BATCH_BYTES)
+    return stored
+
+
+def _zstandard(path: Path) -> ModuleType:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading .zst needs one more package: pip install zstandard"
+        ) from error
+
+
+class _ZstandardReader(io.RawIOBase):
+    """Frames end to end; zstandard's own stream reader takes a truncated file for a whole one."""
+
+    def __init__(self, stored: IO[bytes], zstandard: ModuleType) -> None:
+        self._stored = stored
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None  # the frame that is open
+        self._unread = b""  # stored bytes after the end of the last frame
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            block = self._unread or self._stored.read(8192)
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("ends inside a frame")
+                return 0
+            frame = self._frame or self._decompressor.decompressobj()
+            self._ready = memoryview(frame.decompress(block))
+            self._frame, self._unread = (None, frame.unused_data) if frame.eof else (frame, b"")
+        size = min(len(target), len(self._ready))
+        target[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size

@@ -1,0 +1,314 @@
+"""Text to token ids and back: sentencepiece models, Hugging Face `tokenizer.json`, bytes."""
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import sentencepiece
+import tokenizers
+
+from megagrow.data import sentencepiece_export
+from megagrow.data.files import os_errors_as_data_errors, write_atomically
+from megagrow.errors import ConfigError, DataError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<eod>", "[SEP]")
+_HUGGING_FACE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_CHUNK_CHARACTERS = 2048  # text is sampled for training in pieces of whole lines of about this size
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What every tokenizer offers."""
+
+    name: str  # "sentencepiece", "huggingface" or "byte"
+    vocab_size: int  # one more than the largest id
+    eod_id: int | None  # the id that ends a document; None: the tokenizer has none
+    fingerprint: str  # sha256 over (id, piece): what an id means, whatever file says it
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, nothing added. Raises DataError for a lone surrogate."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `transformers.AutoTokenizer.from_pretrained` needs to give the same ids."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer at `path`: a sentencepiece `*.model`, a `tokenizer.json`, a folder, or "byte".
+
+    In a folder, `tokenizer.json` goes before `tokenizer.model` (it knows added tokens).
+    Raises DataError naming the path when there is none or it cannot be read.
+    """
+    if str(path) == ByteTokenizer.name:
+        return ByteTokenizer()
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "tokenizer.model")]
+        found = [file for file in found if file.is_file()]
+        if not found:
+            raise DataError(f"{path}: holds neither tokenizer.json nor tokenizer.model")
+        path = found[0]
+    if not path.is_file():
+        raise DataError(f"{path}: no such tokenizer; give a *.model, a tokenizer.json or `byte`")
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    raise DataError(
+        f"{path}: not a tokenizer by its name; give a *.model, a tokenizer.json or `byte`"
+    )
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model file."""
+
+    name = "sentencepiece"
+
+    def __init__(self, path: str | Path) -> None:
+        with os_errors_as_data_errors(path):
+            self._model = Path(path).read_bytes()
+        self._path = Path(path)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+            self.vocab_size = int(self._processor.vocab_size())
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{path}: not a sentencepiece model") from error
+        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+        self.eod_id: int | None = _end_of_document(
+            {piece: i for i, piece in enumerate(pieces)}, self._processor.eos_id()
+        )
+        self.fingerprint = _fingerprint(enumerate(pieces))
+
+    def encode(self, text: str) -> list[int]:
+        _refuse_surrogates(text)
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        fast = sentencepiece_export.to_hugging_face(self._model, str(self._path))
+        end = None if self.eod_id is None else self._processor.id_to_piece(self.eod_id)
+        write_atomically(Path(folder) / "tokenizer.model", self._model)
+        _save_hugging_face(Path(folder), fast, end)
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`; the files beside it say which token ends a document."""
+
+    name = "huggingface"
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        with os_errors_as_data_errors(path):
+            content = self._path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises the bare class
+            raise DataError(f"{path}: not a tokenizer.json ({_one_line(error)})") from error
+        self._tokenizer.no_truncation()  # the file may ask for either; a corpus wants neither
+        self._tokenizer.no_padding()
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise DataError(f"{path}: the vocabulary is empty")
+        self.vocab_size = max(vocab.values()) + 1
+        declared = vocab.get(self._declared_end() or "", -1)
+        self.eod_id: int | None = _end_of_document(vocab, declared)
+        self.fingerprint = _fingerprint((i, piece) for piece, i in vocab.items())
+
+    def encode(self, text: str) -> list[int]:
+        _refuse_surrogates(text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        beside = [self._path.with_name(name) for name in _HUGGING_FACE_FILES]
+        with os_errors_as_data_errors(folder):
+            for source in [file for file in beside if file.is_file()]:
+                write_atomically(folder / source.name, source.read_bytes())
+            write_atomically(folder / "tokenizer.json", self._path.read_bytes())
+        if not (folder / "tokenizer_config.json").exists():
+            end = None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)
+            write_atomically(folder / "tokenizer_config.json", _tokenizer_config(end))
+
+    def _declared_end(self) -> str | None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            path = self._path.with_name(name)
+            if not path.is_file():
+                continue
+            try:
+                token = json.loads(path.read_bytes().decode("utf-8")).get("eos_token")
+            except (ValueError, AttributeError, RecursionError, OSError) as error:
+                raise DataError(f"{path}: not a JSON object ({_one_line(error)})") from error
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                return token
+        return None
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: ids 0 … 255, and 256 at the end of a document. Needs no file."""
+
+    name = "byte"
+    vocab_size = 257
+    eod_id: int | None = 256
+
+    def __init__(self) -> None:
+        self.fingerprint = _fingerprint(enumerate([*_byte_characters(), END_OF_DOCUMENT]))
+
+    def encode(self, text: str) -> list[int]:
+        _refuse_surrogates(text)
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        vocab = {character: byte for byte, character in enumerate(_byte_characters())}
+        fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
+        fast.decoder = tokenizers.decoders.ByteLevel()
+        fast.add_special_tokens([END_OF_DOCUMENT])
+        _save_hugging_face(Path(folder), fast, END_OF_DOCUMENT)
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    output_prefix: str | Path,
+    max_bytes: int = 128 << 20,
+) -> SentencePieceTokenizer:
+    """Train BPE with byte fallback, write OUTPUT_PREFIX.model (whole or not at all), and load it.
+
+    Any text can be encoded and comes back unchanged (U+2581 apart, sentencepiece's own sign for a
+    space). Id 0 is "<unk>" (never used), id 1 ends a document, 2 … 257 are the bytes. Of a larger
+    corpus, a uniform sample of about `max_bytes` is used; the result depends on the arguments only.
+    Raises DataError when the text is too small for `vocab_size`, or `vocab_size` for the text.
+    """
+    if vocab_size < 259:
+        raise ConfigError(f"vocab_size={vocab_size} must be at least 259: 256 bytes, 2 marks, text")
+    sample = _sample(texts, max_bytes)
+    if not sample:
+        raise DataError("no text to train a tokenizer on: the input is empty")
+    trained = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=trained,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * _CHUNK_CHARACTERS,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_DOCUMENT,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = _one_line(error).split("] ")[-1] or "no usable text"
+        raise DataError(f"cannot train {vocab_size} pieces on this text: {reason}") from error
+    write_atomically(f"{output_prefix}.model", trained.getvalue())
+    return SentencePieceTokenizer(f"{output_prefix}.model")
+
+
+def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """Chunks of whole lines, a uniform sample of at most `max_bytes` (Vitter 1985, algorithm R)."""
+    kept: list[str] = []
+    chooser = random.Random(0)
+    limit = max(1, max_bytes // _CHUNK_CHARACTERS)
+    for count, chunk in enumerate(chunk for text in texts for chunk in _chunks(text)):
+        if count < limit:
+            kept.append(chunk)
+        elif (place := chooser.randrange(count + 1)) < limit:
+            kept[place] = chunk
+    return kept
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Whole lines up to the chunk size; longer lines are cut (the trainer skips long sentences)."""
+    start = 0
+    while start < len(text):
+        end = start + _CHUNK_CHARACTERS
+        if end < len(text):
+            end = (text.rfind("\n", start, end) + 1) or end
+        yield text[start:end]
+        start = end
+
+
+def _end_of_document(vocab: dict[str, int], declared: int) -> int | None:
+    """The declared id, else that of the first usual name in the vocabulary, else None."""
+    if declared >= 0:
+        return declared
+    return next((vocab[name] for name in _END_NAMES if name in vocab), None)
+
+
+def _fingerprint(pieces: Iterable[tuple[int, str]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(pieces)).encode()).hexdigest()
+
+
+def _refuse_surrogates(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"lone surrogate at character {error.start}: not valid text") from error
+
+
+def _save_hugging_face(folder: Path, fast: tokenizers.Tokenizer, end: str | None) -> None:
+    write_atomically(folder / "tokenizer.json", fast.to_str(pretty=True).encode("utf-8"))
+    write_atomically(folder / "tokenizer_config.json", _tokenizer_config(end))
+
+
+def _tokenizer_config(end: str | None) -> bytes:
+    fields: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    if end is not None:
+        fields["eos_token"] = end
+    return (json.dumps(fields, indent=2) + "\n").encode()
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which byte-level vocabularies write each byte (GPT-2's table)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (chr(256 + i) for i in range(256))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

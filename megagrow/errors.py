@@ -1,0 +1,46 @@
+"""What can go wrong for a user, and the exit code that each case ends the program with.
+
+Every message is one line: what, where, the rule, the remedy. The traceback is shown only with `--run.debug`.
+"""
+
+
+class MegagrowError(Exception):
+    """Base of all errors that a user can cause and mend; `exit_code` is what the program exits with."""
+
+    exit_code = 1
+
+
+class ConfigError(MegagrowError):
+    """The command line or the configuration breaks a rule."""
+
+    exit_code = 2
+
+
+class DataError(MegagrowError):
+    """A dataset, corpus, tokenizer or score file is missing, malformed or does not fit the model."""
+
+    exit_code = 3
+
+
+class CheckpointError(MegagrowError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+    exit_code = 4
+
+
+class NonFiniteError(MegagrowError):
+    """Loss or gradients stayed non-finite for longer than allowed."""
+
+    exit_code = 5
+
+
+class HangError(MegagrowError):
+    """A rank did not answer within its time limit."""
+
+    exit_code = 6
+
+
+class Preempted(MegagrowError):
+    """The run was asked to stop; its state has been saved."""
+
+    exit_code = 7

@@ -1,0 +1,121 @@
+"""How many floating-point operations a model costs: every matrix product, two operations per multiply-add.
+
+Two conventions for attention, by name, because published figures differ by them:
+
+    full    scores and values over all S x S pairs, as in torch's flop counter, torchtitan and most papers
+    causal  half of that, since a causal mask needs only half of the pairs, as in Megatron
+
+Norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What an implementation
+adds (recompute, padded vocabulary rows, work repeated on several ranks) is left out too: the count belongs to the
+algorithm, so that layouts can be compared.
+"""
+
+from typing import Literal
+
+from megagrow.config import ModelConfig
+from megagrow.roles import Role, axis_size, axis_unit, parameter_names, role_of, shape_of, split_name
+
+Convention = Literal["full", "causal"]
+DEFAULT_CONVENTION: Convention = "full"
+
+# Dense bf16 FLOP/s of one device from the vendors' data sheets; the first name that occurs in the device's counts.
+_PEAK_BF16 = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("MI300X", 1307e12),
+    ("MI250X", 383e12),
+)
+
+
+def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION) -> float:
+    """FLOPs of one token's forward pass, output head included, inside a sequence of `seq_length` tokens.
+
+    Twice this number of a Llama model with an untied head is close to the well-known 2N; the rest is attention.
+    """
+    weights = 0
+    for name in parameter_names(model):
+        role = role_of(name)
+        if role.kind in ("matrix", "head"):
+            rows, columns = _matrix_shape(role, model)
+            weights += rows * columns
+    if model.tied_embeddings:
+        weights += model.vocab_size * model.hidden_size
+    pairs = seq_length if convention == "full" else seq_length / 2
+    attention = 2 * model.num_heads * model.head_dim * pairs * model.num_layers  # scores, and values
+    return 2.0 * (weights + attention)
+
+
+def forward_flops(
+    model: ModelConfig, tokens: int, seq_length: int, convention: Convention = DEFAULT_CONVENTION
+) -> float:
+    """FLOPs of `tokens` through body and head without a backward pass: a teacher's share, or scoring a corpus."""
+    return tokens * forward_flops_per_token(model, seq_length, convention)
+
+
+def training_flops(
+    model: ModelConfig, tokens: int, seq_length: int, convention: Convention = DEFAULT_CONVENTION
+) -> float:
+    """FLOPs of training on `tokens`: forward, and twice as much for the gradients of inputs and weights."""
+    return 3 * forward_flops(model, tokens, seq_length, convention)
+
+
+def ligo_generation_flops(source: ModelConfig, target: ModelConfig) -> float:
+    """FLOPs of generating the target's weights once from the source with LiGO's dense tied maps (arXiv 2303.00980, Alg. 1).
+
+    Layers are mixed on the small side, Σ_j w_kj·Θ_j, then widened to O·Θ·Iᵀ in the cheaper of the two orders. Each
+    target weight is generated once, however many ranks need it; the batch does not matter.
+    """
+    return sum(_generated(name, source, target) for name in parameter_names(target))
+
+
+def ligo_step_flops(
+    source: ModelConfig,
+    target: ModelConfig,
+    tokens: int,
+    seq_length: int,
+    convention: Convention = DEFAULT_CONVENTION,
+) -> float:
+    """FLOPs of one step that learns LiGO's maps: the target's training step, the generation and its backward pass.
+
+    The backward pass is taken as twice the generation. That is a little too much, because the frozen source needs no
+    gradient; the ledger would rather charge learned growth too much than too little.
+    """
+    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(source, target)
+
+
+def peak_flops_per_second(device_name: str, precision: str) -> float | None:
+    """Dense peak FLOP/s of one device, the denominator of MFU; None when it is not known (CPUs, fp32)."""
+    if precision != "bf16":
+        return None
+    return next((peak for part, peak in _PEAK_BF16 if part.lower() in device_name.lower()), None)
+
+
+def _matrix_shape(role: Role, model: ModelConfig) -> tuple[int, int]:
+    rows, columns = shape_of(role, model)
+    return rows, columns
+
+
+def _generated(name: str, source: ModelConfig, target: ModelConfig) -> float:
+    role = role_of(name)
+    layer, _ = split_name(name)
+    flops = 0.0
+    for out_map in role.out_maps:
+        small_out, large_out = (axis_size(role.out, m) * axis_unit(role.out, m) for m in (source, target))
+        small_in = large_in = 1
+        if role.in_ is not None:
+            small_in, large_in = (axis_size(role.in_, m) * axis_unit(role.in_, m) for m in (source, target))
+        if layer is not None:
+            flops += 2.0 * source.num_layers * small_out * small_in
+        widen_out = 2.0 * large_out * small_out if out_map else 0.0
+        widen_in = 2.0 * large_in * small_in if role.in_map else 0.0
+        out_first = widen_out * small_in + widen_in * (large_out if out_map else small_out)
+        in_first = widen_in * small_out + widen_out * (large_in if role.in_map else small_in)
+        flops += min(out_first, in_first)
+    return flops

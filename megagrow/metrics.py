@@ -1,0 +1,324 @@
+"""What a run tells while it runs: metrics.jsonl, a progress bar or plain lines, and exit.json when it ends."""
+
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+
+from megagrow.config import Config, to_dict
+from megagrow.data.files import os_errors_as_data_errors, write_atomically
+from megagrow.errors import ConfigError, DataError
+
+KEYS = (  # of a line of metrics.jsonl, always present, null where there is nothing to say
+    "step",
+    "phase",
+    "tokens",
+    "loss",
+    "ce",
+    "kd",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "flops_total",
+    "seconds_total",
+    "validation_loss",
+    "skipped",
+)
+METRICS_FILE = "metrics.jsonl"
+EXIT_FILE = "exit.json"
+
+
+class Metrics:
+    """Writes one JSON object per logged step to `metrics.jsonl`, and the same to TensorBoard and W&B when asked for.
+
+    Each step stands once: what an interrupted run wrote after the checkpoint that it resumes from is dropped, because
+    those steps are run again.
+
+    Args:
+        run_dir: the run's directory; made if need be.
+        config: read for run.tensorboard and run.wandb.
+        resume_step: the last step that is kept; None: the run starts anew.
+        enabled: False on the ranks that only take part.
+
+    Raises:
+        ConfigError: TensorBoard or W&B is asked for and not installed.
+        DataError: the existing file is damaged before its last line, or cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, resume_step: int | None = None, enabled: bool = True) -> None:
+        self.path = run_dir / METRICS_FILE
+        self.enabled = enabled
+        self.last_step = -1
+        self._writers: list[Any] = []
+        if not enabled:
+            return
+        if config.run.tensorboard:
+            self._writers.append(_TensorBoard(run_dir, resume_step))
+        if config.run.wandb:
+            self._writers.append(_WandB(run_dir, config))
+        self.rewind(resume_step)
+
+    def rewind(self, step: int | None) -> None:
+        """Drops the lines after `step` (None: all of them), in one atomic replacement of the file."""
+        if not self.enabled:
+            return
+        lines = [] if step is None else [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self.last_step = lines[-1]["step"] if lines else -1
+
+    def log(self, *, step: int, phase: str, **values: Any) -> None:
+        """Appends one line; `values` are the other KEYS, and whatever else is worth keeping.
+
+        A number that is not finite is written as null and named under "non_finite", so that each line is strict JSON.
+        """
+        if not self.enabled:
+            return
+        assert step > self.last_step, f"step {step} is logged after step {self.last_step}"
+        line = _strict({**dict.fromkeys(KEYS), "step": step, "phase": phase, **values})
+        with os_errors_as_data_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.last_step = step
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        for writer in self._writers:
+            writer.log(step, numbers)
+
+    def close(self) -> None:
+        """Ends TensorBoard and W&B; the file needs no closing."""
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a missing file has none, and a last line torn by a crash is left out.
+
+    Raises:
+        DataError: the file is damaged elsewhere, or its steps do not increase.
+    """
+    if not path.exists():
+        return []
+    with os_errors_as_data_errors(path):
+        content = path.read_bytes()
+    *whole, _torn = content.split(b"\n")
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(whole, 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise DataError(f"{path}: line {number} is not an object with a step; restore the file or remove the line")
+        if lines and line["step"] <= lines[-1]["step"]:
+            raise DataError(f"{path}: line {number} has step {line['step']} after step {lines[-1]['step']}; remove it")
+        lines.append(line)
+    return lines
+
+
+def _strict(line: dict[str, Any]) -> dict[str, Any]:
+    bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {**line, **dict.fromkeys(bad), "non_finite": bad} if bad else line
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        try:
+            module = importlib.import_module("torch.utils.tensorboard")
+        except ImportError:
+            raise ConfigError(
+                "run.tensorboard is set but tensorboard is not installed; "
+                "pip install 'megagrow[tensorboard]' or leave the option out"
+            ) from None
+        self.writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandB:
+    """W&B without a network or a login writes below the run directory, for `wandb sync` later."""
+
+    def __init__(self, run_dir: Path, config: Config) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise ConfigError(
+                f"run.wandb={config.run.wandb} is set but wandb is not installed; "
+                "pip install 'megagrow[wandb]' or leave the option out"
+            ) from None
+        options = {
+            "project": config.run.wandb,
+            "name": run_dir.name,
+            "dir": str(run_dir),
+            "config": to_dict(config),
+            "settings": wandb.Settings(init_timeout=30, silent=True),
+        }
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        try:
+            self.run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:
+            print(f"W&B cannot be reached ({_one_line(error)}); its data go to {run_dir / 'wandb'}", file=sys.stderr)
+            self.run = wandb.init(mode="offline", **options)
+
+    def log(self, step: int, numbers: dict[str, float]) -> None:
+        self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class Progress:
+    """The state of the run on standard error: a bar on a terminal, else a plain line every few seconds.
+
+    Args:
+        total_steps: steps of the whole run.
+        enabled: False on all ranks but one; nothing is shown there.
+        stream: where to write; standard error when None.
+        plain_interval: seconds between plain lines.
+    """
+
+    def __init__(
+        self, total_steps: int, enabled: bool = True, stream: TextIO | None = None, plain_interval: float = 10.0
+    ) -> None:
+        self.total_steps, self.enabled, self.plain_interval = total_steps, enabled, plain_interval
+        self.stream = stream or sys.stderr
+        self._history: deque[tuple[float, int]] = deque(maxlen=50)
+        self._phase = ""
+        self._printed = -math.inf
+        self._bar: RichProgress | None = None
+        self._task = TaskID(0)
+        if enabled and self.stream.isatty() and os.environ.get("TERM") != "dumb":
+            self._bar = _bar(self.stream)
+            self._task = self._bar.add_task("", total=total_steps, visible=False, status="")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def update(
+        self,
+        step: int,
+        *,
+        phase: str,
+        loss: float | None,
+        lr: float | None = None,
+        tokens_per_second: float | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        """Shows that `step` is done; `total_steps` is that of the phase where it has steps of its own (learning LiGO)."""
+        if not self.enabled:
+            return
+        total = total_steps or self.total_steps
+        now = time.monotonic()
+        changed = phase != self._phase or (bool(self._history) and step <= self._history[-1][1])
+        if changed:
+            self._history.clear()
+        self._phase = phase
+        self._history.append((now, step))
+        status = _status(loss, lr, tokens_per_second, self._time_left(step, total))
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.update(
+                self._task, description=phase, completed=step, total=total, status=status, visible=True
+            )
+        elif changed or step == total or now - self._printed >= self.plain_interval:
+            self._printed = now
+            print(f"{phase} step {step}/{total}  {status}", file=self.stream, flush=True)
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar, or plainly; nothing on ranks that are not enabled."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and gives the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _time_left(self, step: int, total: int) -> float | None:
+        (start, first), (end, last) = self._history[0], self._history[-1]
+        return (end - start) / (last - first) * (total - step) if last > first else None
+
+
+def _bar(stream: TextIO) -> RichProgress:
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[status]}", markup=False),
+        console=Console(file=stream),
+        redirect_stdout=sys.stdout.isatty(),  # a piped standard output must stay what its reader expects
+    )
+
+
+def _status(loss: float | None, lr: float | None, tokens_per_second: float | None, left: float | None) -> str:
+    parts = [f"loss {loss:.4f}" if loss is not None else ""]
+    parts += [f"lr {lr:.2e}" if lr is not None else ""]
+    parts += [f"{tokens_per_second:,.0f} tok/s" if tokens_per_second is not None else ""]
+    parts += [f"{duration(left)} left" if left is not None else ""]
+    return "  ".join(part for part in parts if part)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def write_exit(run_dir: Path, code: int, reason: str, step: int, rank: int, host: str) -> None:
+    """Writes why the run ended; launchers read this file, because torchrun turns every non-zero code into 1."""
+    content = {"code": code, "reason": reason, "step": step, "rank": rank, "host": host}
+    write_atomically(run_dir / EXIT_FILE, (json.dumps(content) + "\n").encode())
+
+
+def clear_exit(run_dir: Path) -> None:
+    """Removes the file at the start of a run: a run that is found without one has crashed, or still runs."""
+    with os_errors_as_data_errors(run_dir / EXIT_FILE):
+        (run_dir / EXIT_FILE).unlink(missing_ok=True)
+
+
+def read_exit(run_dir: Path) -> dict[str, Any] | None:
+    """What `write_exit` wrote; None when the run has not ended or crashed.
+
+    Raises:
+        DataError: the file is malformed.
+    """
+    path = run_dir / EXIT_FILE
+    if not path.exists():
+        return None
+    with os_errors_as_data_errors(path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("code"), int):
+        raise DataError(f"{path}: not an object with an exit code; remove the file and start the run again")
+    return content

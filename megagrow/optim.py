@@ -1,0 +1,189 @@
+"""AdamW on this rank's shards, learning-rate schedules, clipping over the whole mesh, and the guard against bad steps."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagrow.config import OptimConfig
+from megagrow.parallel.collectives import sum_over
+from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.shards import counted_here, local, wrap_like
+from megagrow.roles import TIED_EMBEDDING, role_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """What one tensor's learning rate, eps and weight decay are multiplied by; growth changes them."""
+
+    lr: float = 1.0
+    eps: float = 1.0
+    weight_decay: float = 1.0
+
+
+class Optimizer:
+    """AdamW (Loshchilov & Hutter, 2019) over named parameters, run on plain local tensors by torch's fused step.
+
+    Args:
+        parameters: this rank's parameters by name; plain tensors or DTensors.
+        config: rates and factors.
+        multipliers: per-tensor factors; names left out have 1.
+        step: updates that the moments have already seen.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        multipliers: Mapping[str, Multipliers] | None = None,
+        step: int = 0,
+    ) -> None:
+        self.parameters, self.config = dict(parameters), config
+        self.multipliers = {name: (multipliers or {}).get(name, Multipliers()) for name in self.parameters}
+        self.views = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
+        self.adamw = torch.optim.AdamW(
+            self._groups(), lr=torch.tensor(config.lr), betas=(config.beta1, config.beta2), fused=True
+        )
+        for view in self.views.values():
+            self.adamw.state[view] = {"step": torch.tensor(float(step)), **{m: torch.zeros_like(view) for m in MOMENTS}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        grouped: dict[tuple[Multipliers, bool], list[nn.Parameter]] = {}
+        for name, view in self.views.items():
+            grouped.setdefault((self.multipliers[name], role_of(name).decays), []).append(view)
+        return [
+            {
+                "params": views,
+                "lr_factor": factors.lr,
+                "eps": self.config.eps * factors.eps,
+                "weight_decay": self.config.weight_decay * factors.weight_decay * decays,
+            }
+            for (factors, decays), views in grouped.items()
+        ]
+
+    @property
+    def step_count(self) -> int:
+        """Updates that the moments have seen."""
+        return int(next(iter(self.adamw.state.values()))["step"])
+
+    def step(self, lr: float) -> None:
+        """Applies one update from the parameters' gradients, then drops the gradients."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        for name, view in self.views.items():
+            parameter = self.parameters[name]
+            view.data = local(parameter.detach())
+            view.grad = None if parameter.grad is None else local(parameter.grad)
+        self.adamw.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Frees all gradients without using them."""
+        for name, view in self.views.items():
+            view.grad = self.parameters[name].grad = None
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """{"exp_avg": {name: tensor}, "exp_avg_sq": …}, laid out like the parameters and sharing the state's memory."""
+        return {
+            moment: {
+                name: wrap_like(self.adamw.state[view][moment], self.parameters[name])
+                for name, view in self.views.items()
+            }
+            for moment in MOMENTS
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by flat names, as checkpoints store it."""
+        return {f"optim.{moment}.{name}": t for moment, named in self.moments().items() for name, t in named.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What is not a tensor: the step and the multipliers that differ from 1."""
+        changed = {name: asdict(m) for name, m in self.multipliers.items() if m != Multipliers()}
+        return {"step": self.step_count, "multipliers": changed}
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float, mesh: Mesh) -> float:
+    """Scales all gradients so that their norm over the whole mesh is at most `max_norm`.
+
+    Args:
+        parameters: this rank's parameters by name.
+        max_norm: bound; 0 measures without clipping.
+        mesh: where the rank stands.
+
+    Returns:
+        The norm before clipping, the same number on every rank; not finite when any gradient is not.
+    """
+    norm = gradient_norm(parameters, mesh)
+    if max_norm and math.isfinite(norm) and norm > max_norm:
+        gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, max_norm / norm)
+    return norm
+
+
+def gradient_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> float:
+    """The Euclidean norm of all gradients over the whole mesh, every element counted once."""
+    second_copy = mesh.pp.size > 1 and not mesh.pp.is_first
+    counted = [
+        local(p.grad)
+        for name, p in parameters.items()
+        if p.grad is not None and counted_here(name, mesh, held_elsewhere=second_copy and name == TIED_EMBEDDING)
+    ]
+    total = torch.zeros((), dtype=torch.double, device=mesh.device)
+    if counted:
+        total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+    return math.sqrt(sum_over(total, mesh.world).item())
+
+
+def lr_at(step: int, total: int, config: OptimConfig) -> float:
+    """Learning rate of a step (from 0) of a run of `total` steps.
+
+    Warm-up is linear. `wsd` stays flat, then decays linearly over the last `decay_fraction` (Hu et al., 2024, MiniCPM);
+    `cosine` decays over all that follows the warm-up (Loshchilov & Hutter, 2017); both end at `min_lr_ratio`.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        decay = max(round(total * config.decay_fraction), 1)
+        share = min((total - step) / decay, 1.0)
+    else:
+        progress = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
+        share = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
+
+
+@dataclass
+class StepGuard:
+    """Decides whether a step's gradients may reach the weights; its window survives a resume.
+
+    Attributes:
+        losses: the latest good losses.
+        bad_steps: steps in a row that were refused.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    bad_steps: int = 0
+
+    def accepts(self, loss: float, grad_norm: float, config: OptimConfig) -> bool:
+        """Records the step; False when it must be skipped: not finite, or a loss spike when those are watched for.
+
+        The spike rule is OLMo's: more than mean + `spike_sigma` standard deviations of the last `spike_window` losses.
+        """
+        good = math.isfinite(loss) and math.isfinite(grad_norm) and not self._is_spike(loss, config)
+        self.bad_steps = 0 if good else self.bad_steps + 1
+        if good and config.spike_sigma:
+            self.losses = [*self.losses, loss][-config.spike_window :]
+        return good
+
+    def _is_spike(self, loss: float, config: OptimConfig) -> bool:
+        if not config.spike_sigma or len(self.losses) < max(config.spike_window // 4, 2):
+            return False
+        limit = statistics.fmean(self.losses) + config.spike_sigma * statistics.stdev(self.losses)
+        return loss > max(limit, self.losses[-1])

@@ -1,0 +1,209 @@
+"""Cross-entropy and distillation on vocabulary shards, from hidden states, chunked over tokens.
+
+    loss = Σ_t weight_t · [(1 − ω)·CE_t + ω·KD_t]        CE_t = lse(s_t) − s_t[label]
+    KD_t = Σ_v p_t[v] · (log p_t[v] − log q_t[v])         p = softmax(teacher / ρ), q = softmax(student [/ ρ])
+
+The gradients of the local logits are written while the logits of a chunk are at hand, so that no logits survive the
+chunk. Denominators are summed over the tensor axis inside the function, where autograd does not see them; the gradient
+is written by hand. (Summing the final scalar with a differentiable all-reduce instead would make every gradient
+`tp` times too large while the loss looks right.)
+
+Source of the mixture: SALT (Rawat et al., 2024, arXiv 2410.18779); knowledge distillation: Hinton et al., 2015.
+"""
+
+# Shape suffix legend: T = tokens, C = tokens of a chunk, H = hidden, V = local vocabulary rows.
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrow import ops
+from megagrow.parallel.collectives import max_over, sum_over
+from megagrow.parallel.mesh import Axis
+from megagrow.parallel.shards import chunk
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How the teacher is mixed in.
+
+    Attributes:
+        weight: ω, the share of the distillation term.
+        temperature: ρ.
+        both: apply ρ to the student too (True), or to the teacher only.
+        scale: factor on the distillation term (ρ² for Hinton's convention).
+        chunk_tokens: tokens whose logits exist at a time.
+    """
+
+    weight: float = 0.0
+    temperature: float = 1.0
+    both: bool = False
+    scale: float = 1.0
+    chunk_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Where this rank's rows stand in the vocabulary."""
+
+    tp: Axis
+    vocab: slice
+
+    def local_labels(self, labels_T: Tensor) -> Tensor:
+        inside = (labels_T >= self.vocab.start) & (labels_T < self.vocab.stop)
+        return torch.where(inside, labels_T - self.vocab.start, -1)
+
+
+def vocab_parallel_loss(
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor,
+    vocab_size: int,
+    tp: Axis,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    options: LossOptions | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted loss sum over tokens, the same on every tensor rank.
+
+    Args:
+        hidden_TH: the model's states after its final norm; whole on every tensor rank.
+        head_VH: this rank's rows of the output matrix.
+        labels_T: token ids in the whole vocabulary.
+        weights_T: weight of each token; 0 leaves it out.
+        vocab_size: rows of the whole output matrix.
+        tp: the tensor axis.
+        teacher_hidden, teacher_head: [T, H_teacher] and [V, H_teacher] of the teacher, or None.
+        options: see `LossOptions`; without a teacher only `chunk_tokens` matters.
+
+    Returns:
+        The loss [1] (pipeline schedules join outputs, which therefore have a dim), differentiable in hidden_TH and
+        head_VH, and the detached weighted sums [loss, CE, KD].
+    """
+    options = options or LossOptions()
+    shard = _Shard(tp, chunk(vocab_size, tp))
+    needs_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad)
+    return _Loss.apply(
+        hidden_TH, head_VH, labels_T, weights_T, shard, teacher_hidden, teacher_head, options, needs_gradient
+    )
+
+
+def token_scores(
+    hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, vocab_size: int, tp: Axis, chunk_tokens: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood and rank of every label, without gradients.
+
+    The rank is the number of logits strictly greater than the label's, which needs no sort and sums over shards.
+
+    Returns:
+        nll_T (float32 or wider), rank_T (int32), the same on every tensor rank.
+    """
+    shard = _Shard(tp, chunk(vocab_size, tp))
+    nlls, ranks = [], []
+    with torch.no_grad():
+        for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
+            logits_CV = hidden_CH @ head_VH.to(hidden_CH.dtype).T
+            local_C = shard.local_labels(labels_C)
+            lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
+            nlls.append(lse_C - label_logit_C)
+            ranks.append(sum_over(ops.vocab_rank(logits_CV, label_logit_C, local_C), tp))
+    return torch.cat(nlls), torch.cat(ranks)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        head_VH: Tensor,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        shard: _Shard,
+        teacher_TH: Tensor | None,
+        teacher_head_VH: Tensor | None,
+        options: LossOptions,
+        needs_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+        head = head_VH.to(hidden_TH.dtype)
+        sums = torch.zeros(3, dtype=wide, device=hidden_TH.device)
+        grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
+        grad_head = torch.zeros_like(head_VH) if needs_gradient else None
+        for start in range(0, hidden_TH.shape[0], options.chunk_tokens):
+            part = slice(start, start + options.chunk_tokens)
+            hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
+            logits_CV = hidden_CH @ head.T
+            if teacher_TH is None or teacher_head_VH is None:
+                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard.tp, needs_gradient)
+            else:
+                teacher_CV = teacher_TH[part] @ teacher_head_VH.to(teacher_TH.dtype).T
+                sums += _distillation(
+                    logits_CV, teacher_CV, local_C, weights_T[part], shard.tp, options, needs_gradient
+                )
+            if grad_hidden is not None and grad_head is not None:
+                torch.mm(logits_CV, head, out=grad_hidden[part])
+                grad_head += logits_CV.T @ hidden_CH
+        if grad_hidden is not None:
+            sum_over(grad_hidden, shard.tp)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.mark_non_differentiable(sums)
+        return sums[:1].clone(), sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        scale = grad_loss.to(grad_hidden.dtype)
+        return grad_hidden * scale, grad_head * scale.to(grad_head.dtype), *(None,) * 7
+
+
+def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the whole vocabulary and the label's logit, from this rank's shard."""
+    stats_C3 = ops.vocab_stats(logits_CV, local_C)
+    local_max_C, sum_exp_C, label_logit_C = stats_C3.unbind(-1)
+    max_C = max_over(local_max_C.clone(), tp)
+    merged_2C = sum_over(torch.stack([sum_exp_C * (local_max_C - max_C).exp(), label_logit_C]), tp)
+    return merged_2C[0].log() + max_C, merged_2C[1]
+
+
+def _cross_entropy(logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool) -> Tensor:
+    """Returns the sums [loss, CE, 0]; turns the logits into their gradient in place when asked to."""
+    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
+    ce = ((lse_C - label_logit_C) * weights_C).sum()
+    if write_gradient:
+        ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C)
+    return torch.stack([ce, ce, torch.zeros_like(ce)])
+
+
+def _distillation(
+    logits_CV: Tensor,
+    teacher_CV: Tensor,
+    local_C: Tensor,
+    weights_C: Tensor,
+    tp: Axis,
+    options: LossOptions,
+    write_gradient: bool,
+) -> Tensor:
+    """Returns the sums [loss, CE, KD]; turns the logits into their gradient in place when asked to."""
+    omega, rho, scale = options.weight, options.temperature, options.scale
+    student_rho = rho if options.both else 1.0
+    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
+    teacher_CV = teacher_CV.to(lse_C.dtype).div_(rho)
+    teacher_lse_C, _ = _merged_stats(teacher_CV, torch.full_like(local_C, -1), tp)
+    if student_rho == 1.0:
+        soft_CV, soft_lse_C = logits_CV.to(lse_C.dtype), lse_C
+    else:
+        soft_CV = logits_CV.to(lse_C.dtype) / student_rho
+        soft_lse_C, _ = _merged_stats(soft_CV, torch.full_like(local_C, -1), tp)
+    p_CV = (teacher_CV - teacher_lse_C.unsqueeze(-1)).exp_()
+    cross_C = sum_over((p_CV * (teacher_CV - soft_CV)).sum(-1), tp)
+    kd = ((cross_C - teacher_lse_C + soft_lse_C) * weights_C).sum() * scale
+    ce = ((lse_C - label_logit_C) * weights_C).sum()
+    if write_gradient:
+        kd_weight_C = weights_C * (omega * scale / student_rho)
+        kd_grad_CV = (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
+        ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C * (1 - omega))
+        logits_CV.add_(kd_grad_CV.to(logits_CV.dtype))
+    return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])

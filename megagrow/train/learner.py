@@ -1,0 +1,142 @@
+"""One optimizer step: of a model's weights, or of the maps that LiGO learns.
+
+Both kinds of learner have the same face, so that the loop does not care which one it drives.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megagrow.config import Config
+from megagrow.growth.ligo import Ligo
+from megagrow.optim import MOMENTS, Optimizer, StepGuard, clip_gradients, gradient_norm
+from megagrow.parallel.pipeline import Batch
+from megagrow.train.part import Part, gradients
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave: mean losses in nats per token, and whether it reached the weights."""
+
+    loss: float
+    ce: float
+    kd: float
+    grad_norm: float
+    lr: float
+    accepted: bool
+
+
+class Learner(Protocol):
+    """Something whose weights a step improves.
+
+    Attributes:
+        part: the model that the losses are those of.
+    """
+
+    part: Part
+
+    def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+class ModelLearner:
+    """Trains a model's weights with AdamW."""
+
+    def __init__(self, part: Part, optimizer: Optimizer, config: Config) -> None:
+        self.part, self.optimizer, self.config = part, optimizer, config
+
+    def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
+        """Forward, backward, clip, update; a step that the guard refuses leaves everything as it was."""
+        loss, ce, kd = self.part.engine.train_step(batch).tolist()
+        norm = clip_gradients(self.part.parameters, self.config.optim.clip_norm, self.part.mesh)
+        accepted = guard.accepts(loss, norm, self.config.optim)
+        if accepted:
+            self.optimizer.step(lr)
+        else:
+            self.optimizer.drop_gradients()
+        return StepResult(loss, ce, kd, norm, lr, accepted)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint stores: weights and moments."""
+        return {**self.part.tensors(), **self.optimizer.tensors()}
+
+
+class MapLearner:
+    """Learns LiGO's maps through the target model: generate, train step, pull the gradients back to the maps.
+
+    The target's weights and gradients exist, but no moments for them: learning takes less memory than training.
+
+    Args:
+        small: the frozen source.
+        part: the target; its weights are generated from the maps.
+        ligo: the maps.
+        fetch: reads whole source tensors, a collective.
+        config: the run's configuration.
+    """
+
+    def __init__(
+        self, small: Part, part: Part, ligo: Ligo, fetch: Callable[[str], Tensor], config: Config
+    ) -> None:
+        self.small, self.part, self.ligo, self.fetch, self.config = small, part, ligo, fetch, config
+        optim = config.optim
+        self.adamw = torch.optim.AdamW(
+            list(ligo.parameters().values()), betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0
+        )
+        for parameter in ligo.parameters().values():
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            self.adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+    def generate(self) -> None:
+        """Writes the target's weights from the maps as they are now."""
+        self.ligo.generate(self.fetch, self.part.parameters)
+
+    def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
+        """One learning step of the maps on the ordinary loss (LiGO, Eq. 3); afterwards the weights are generated anew."""
+        loss, ce, kd = self.part.engine.train_step(batch).tolist()
+        # Clipping by the maps' own norm; that of the weights only tells whether everything is finite.
+        norm = gradient_norm(self.part.parameters, self.part.mesh)
+        accepted = guard.accepts(loss, norm, self.config.optim)
+        if accepted:
+            parameters = self.part.parameters
+            self.ligo.pull_back(self.fetch, parameters, gradients(parameters), self.part.mesh)
+            self._update(lr)
+            self.generate()
+        for parameter in self.part.parameters.values():
+            parameter.grad = None
+        return StepResult(loss, ce, kd, norm, lr, accepted)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint stores: the small model, the maps and their moments."""
+        maps = self.ligo.parameters()
+        stored = {f"ligo.map.{name}": p.detach() for name, p in maps.items()}
+        stored |= {f"ligo.{moment}.{name}": self.adamw.state[p][moment] for name, p in maps.items() for moment in MOMENTS}
+        return {**self.small.tensors(), **stored}
+
+    def set_step_count(self, step: int) -> None:
+        """Tells Adam how many updates the loaded moments have seen."""
+        for state in self.adamw.state.values():
+            state["step"].fill_(float(step))
+
+    @property
+    def step_count(self) -> int:
+        """Updates of the maps so far."""
+        return int(next(iter(self.adamw.state.values()))["step"])
+
+    def _update(self, lr: float) -> None:
+        maps = list(self.ligo.parameters().values())
+        torch.nn.utils.clip_grad_norm_(maps, self.config.optim.clip_norm or float("inf"))
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad()
+
+
+def map_lr(step: int, config: Config) -> float:
+    """Learning rate of LiGO's maps at a learning step: linear decay to zero, so that the last maps are settled."""
+    growth = config.growth
+    return growth.ligo_lr * (1 - step / max(growth.ligo_steps, 1))
+

@@ -1,0 +1,77 @@
+"""What a run knows beside its tensors: plain data that goes into every checkpoint's manifest."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from megagrow.config import Config, ModelConfig, from_dict, to_dict
+from megagrow.errors import CheckpointError
+from megagrow.ledger import Ledger
+from megagrow.optim import StepGuard
+
+Phase = Literal["small", "ligo", "main"]
+
+
+@dataclass
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        model: the model in training now (the small one until growth is complete).
+        phase: `small` before growing, `ligo` while maps are learned, then `main`.
+        step: steps done, learning steps of LiGO included; metrics.jsonl counts by it.
+        train_step: steps of the schedule done; learning LiGO stands still on it.
+        ligo_step: learning steps of LiGO done.
+        grown_at: train_step at which the model grew; None before.
+        tokens: training tokens seen, over all phases.
+        cursors: samples consumed from each stream: `all` data, and the `selected` share of SALT's stage 1.
+        guard: recent losses and refused steps.
+        ledger: what everything cost.
+        rolled_back_at: step of the last roll-back, -1 when there was none.
+        optimizer: Adam's step and per-tensor multipliers.
+    """
+
+    model: ModelConfig
+    phase: Phase
+    step: int = 0
+    train_step: int = 0
+    ligo_step: int = 0
+    grown_at: int | None = None
+    tokens: int = 0
+    cursors: dict[str, int] = field(default_factory=lambda: {"all": 0, "selected": 0})
+    guard: StepGuard = field(default_factory=StepGuard)
+    ledger: Ledger = field(default_factory=Ledger)
+    rolled_back_at: int = -1
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+    def is_done(self, config: Config) -> bool:
+        """Whether the schedule is at its end."""
+        return self.phase == "main" and self.train_step >= config.train.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as plain data."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("model", "guard", "ledger")}
+        return {
+            **plain,
+            "model": to_dict(self.model),
+            "guard": asdict(self.guard),
+            "ledger": self.ledger.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> "RunState":
+        """The inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: fields are missing or unknown.
+        """
+        known = set(cls.__dataclass_fields__)
+        if set(data) != known:
+            odd = ", ".join(sorted(set(data) ^ known))
+            raise CheckpointError(f"{where}: state has missing or unknown fields ({odd}); it is from another version")
+        values = {
+            **data,
+            "model": from_dict(data["model"], ModelConfig, where, "state.model"),
+            "guard": StepGuard(**data["guard"]),
+            "ledger": Ledger.from_dict(data["ledger"], f"{where}: state.ledger"),
+        }
+        return cls(**values)

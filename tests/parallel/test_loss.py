@@ -1,0 +1,349 @@
+"""The mixed loss against softmax and KL divergence written densely in float64, gradients above all."""
+
+# Shape suffix legend: T = tokens, H = hidden, G = the teacher's hidden, V = vocabulary.
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagrow.parallel.collectives import copy_to, reduce_from
+from megagrow.parallel.loss import LossOptions, token_scores, vocab_parallel_loss
+from megagrow.parallel.mesh import Axis
+from megagrow.parallel.shards import chunk
+from tests.ranks import run_ranks
+
+VOCAB = 29  # neither 2 nor 4 divides it
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+OMEGAS = (0.0, 1 / 3, 1.0)
+RHOS = (0.25, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of the loss, whole."""
+
+    hidden_TH: Tensor
+    head_VH: Tensor
+    labels_T: Tensor
+    weights_T: Tensor
+    teacher_TG: Tensor
+    teacher_head_VG: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        cast = {k: v.to(dtype) for k, v in vars(self).items() if v.is_floating_point()}
+        return replace(self, **cast)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one evaluation gives; the gradient of the head is that of the rank's rows."""
+
+    loss: Tensor
+    sums: Tensor
+    grad_hidden: Tensor
+    grad_head: Tensor
+
+
+def problem(dtype: torch.dtype = torch.float64, vocab: int = VOCAB, tokens: int = 13) -> Problem:
+    """Logits of a few units, uneven weights, of which one is zero and its label ignored."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    labels_T = torch.randint(vocab, (tokens,), generator=generator)
+    weights_T = torch.rand(tokens, generator=generator) + 0.25
+    labels_T[3], weights_T[3] = -100, 0.0
+    hidden_TH, head_VH = normal(tokens, 7), normal(vocab, 7)
+    teacher_TG, teacher_head_VG = normal(tokens, 5), normal(vocab, 5)
+    return Problem(hidden_TH, head_VH, labels_T, weights_T, teacher_TG, teacher_head_VG).to(dtype)
+
+
+def oracle(p: Problem, options: LossOptions, with_teacher: bool = True) -> Result:
+    """The definition, through torch's softmax, KL divergence and autograd, in float64."""
+    p = p.to(torch.float64)
+    hidden_TH, head_VH = (x.clone().requires_grad_() for x in (p.hidden_TH, p.head_VH))
+    logits_TV = hidden_TH @ head_VH.T
+    counted = p.labels_T >= 0
+    ce_T = F.cross_entropy(logits_TV, p.labels_T.clamp(min=0), reduction="none")
+    ce = (ce_T * p.weights_T)[counted].sum()
+    loss, kd = ce, torch.zeros_like(ce)
+    if with_teacher:
+        rho = options.temperature
+        target_TV = (p.teacher_TG @ p.teacher_head_VG.T / rho).softmax(-1)
+        student_TV = (logits_TV / (rho if options.both else 1.0)).log_softmax(-1)
+        kl_T = F.kl_div(student_TV, target_TV, reduction="none").sum(-1)
+        kd = options.scale * (kl_T * p.weights_T).sum()
+        loss = (1 - options.weight) * ce + options.weight * kd
+    loss.backward()
+    assert hidden_TH.grad is not None and head_VH.grad is not None
+    sums = torch.stack([loss, ce, kd]).detach()
+    return Result(loss.detach(), sums, hidden_TH.grad, head_VH.grad)
+
+
+def evaluate(
+    p: Problem,
+    options: LossOptions,
+    tp: Axis | None = None,
+    with_teacher: bool = True,
+    mutant: bool = False,
+    factor: float = 1.0,
+) -> Result:
+    """The loss on this rank's shard of the vocabulary; `factor` multiplies the loss before the backward pass.
+
+    The mutant sums the final scalar with an all-reduce whose backward pass sums once more: the right loss, with
+    gradients that are tp times too large.
+    """
+    tp = tp or Axis()
+    rows = chunk(len(p.head_VH), tp)
+    hidden_TH = p.hidden_TH.clone().requires_grad_()
+    head_VH = p.head_VH[rows].clone().requires_grad_()
+    loss, sums = vocab_parallel_loss(
+        hidden_TH,
+        head_VH,
+        p.labels_T,
+        p.weights_T,
+        len(p.head_VH),
+        tp,
+        teacher_hidden=p.teacher_TG if with_teacher else None,
+        teacher_head=p.teacher_head_VG[rows] if with_teacher else None,
+        options=options,
+    )
+    if mutant:
+        own = loss if tp.is_first else loss - loss.detach()
+        loss = reduce_from(copy_to(own, tp), tp)
+    (loss * factor).backward()
+    assert hidden_TH.grad is not None and head_VH.grad is not None
+    return Result(loss.detach(), sums, hidden_TH.grad, head_VH.grad)
+
+
+def tp_axis() -> Axis:
+    world = dist.get_world_size()
+    return Axis(dist.group.WORLD, dist.get_rank(), world) if world > 1 else Axis()
+
+
+def evaluate_all(p: Problem, choices: list[LossOptions], mutant: bool = False) -> list[Result]:
+    """What one rank computes for every choice of options."""
+    return [evaluate(p, options, tp_axis(), mutant=mutant) for options in choices]
+
+
+def sharded(
+    p: Problem, choices: list[LossOptions], world: int, mutant: bool = False
+) -> list[Result]:
+    """One result per choice: all ranks must agree on what is whole; the head's rows are put together."""
+    by_rank = run_ranks(evaluate_all, world, p, choices, mutant)
+    merged = []
+    for results in zip(*by_rank, strict=True):
+        for other in results[1:]:
+            for name in ("loss", "sums", "grad_hidden"):
+                assert torch.equal(getattr(other, name), getattr(results[0], name)), name
+        merged.append(replace(results[0], grad_head=torch.cat([r.grad_head for r in results])))
+    return merged
+
+
+def worst_error(result: Result, expected: Result) -> dict[str, float]:
+    """Largest error of each part, relative to its largest entry (or to 1 if that is smaller)."""
+    errors = {}
+    for name, value in vars(result).items():
+        truth = getattr(expected, name)
+        assert value.shape == truth.shape, name
+        scale = max(truth.abs().max().item(), 1.0) if truth.numel() else 1.0
+        errors[name] = (value.double() - truth).abs().max().item() / scale
+    return errors
+
+
+def assert_matches(result: Result, expected: Result, tolerance: float) -> None:
+    errors = worst_error(result, expected)
+    assert max(errors.values()) <= tolerance, errors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("both", [False, True], ids=["teacher", "both"])
+def test_gradients_of_the_mixture(world: int, dtype: torch.dtype, both: bool) -> None:
+    choices = [
+        LossOptions(omega, rho, both, scale, chunk_tokens=5)
+        for omega in OMEGAS
+        for rho in RHOS
+        for scale in (1.0, rho**2)
+    ]
+    p = problem(dtype)
+    for options, result in zip(choices, sharded(p, choices, world), strict=True):
+        assert result.grad_hidden.dtype == result.grad_head.dtype == dtype
+        assert_matches(result, oracle(p, options), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_bfloat16_stays_near_the_truth(world: int) -> None:
+    options = LossOptions(1 / 3, 0.5, chunk_tokens=5)
+    p = problem(torch.bfloat16)
+    (result,) = sharded(p, [options], world)
+    assert result.loss.dtype == torch.float32
+    assert_matches(result, oracle(p, options), 2e-2)
+
+
+def test_more_ranks_than_vocabulary_chunks() -> None:
+    """Five rows on four ranks: 2, 2, 1 and none at all."""
+    options = LossOptions(0.5, 2.0)
+    p = problem(vocab=5)
+    (result,) = sharded(p, [options], 4)
+    assert_matches(result, oracle(p, options), 1e-10)
+
+
+def test_gradients_that_are_tp_times_too_large_would_be_seen() -> None:
+    options = LossOptions(1 / 3)
+    p = problem()
+    (result,) = sharded(p, [options], 2, mutant=True)
+    expected = oracle(p, options)
+    errors = worst_error(result, expected)
+    assert errors["loss"] <= 1e-10 and errors["sums"] <= 1e-10
+    assert torch.allclose(result.grad_head, 2 * expected.grad_head)
+    with pytest.raises(AssertionError):
+        assert_matches(result, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("omega", OMEGAS)
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 12])
+def test_chunks_change_nothing(chunk_tokens: int, omega: float) -> None:
+    options = LossOptions(omega, 0.5)
+    whole = evaluate(problem(), options)
+    assert_matches(evaluate(problem(), replace(options, chunk_tokens=chunk_tokens)), whole, 1e-13)
+
+
+@pytest.mark.parametrize("omega", [1 / 3, 1.0])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_teacher_equal_to_the_student_teaches_nothing(world: int, omega: float) -> None:
+    p = problem()
+    p = replace(p, teacher_TG=p.hidden_TH, teacher_head_VG=p.head_VH)
+    options = LossOptions(omega)
+    (result,) = sharded(p, [options], world)
+    plain = evaluate(p, options, with_teacher=False)
+    assert result.sums[2] == 0.0
+    scaled = Result(
+        *((1 - omega) * x for x in (plain.loss, plain.sums, plain.grad_hidden, plain.grad_head))
+    )
+    errors = worst_error(replace(result, sums=scaled.sums), scaled)
+    assert max(errors.values()) <= 1e-13, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_weight_zero_is_bit_equal_to_the_plain_loss(dtype: torch.dtype) -> None:
+    p = problem(dtype)
+    mixed = evaluate(p, LossOptions(0.0, 0.25, chunk_tokens=4))
+    plain = evaluate(p, LossOptions(chunk_tokens=4), with_teacher=False)
+    assert mixed.sums[2] > 0
+    for name in ("loss", "grad_hidden", "grad_head"):
+        assert torch.equal(getattr(mixed, name), getattr(plain, name)), name
+
+
+def test_plain_loss_matches_cross_entropy() -> None:
+    p = problem()
+    result = evaluate(p, LossOptions(chunk_tokens=4), with_teacher=False)
+    assert_matches(result, oracle(p, LossOptions(), with_teacher=False), 1e-10)
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_tokens_of_weight_zero_have_no_influence(with_teacher: bool) -> None:
+    p = problem()
+    changed = replace(
+        p,
+        hidden_TH=p.hidden_TH.index_fill(0, torch.tensor([3]), 9.0),
+        teacher_TG=p.teacher_TG.index_fill(0, torch.tensor([3]), -9.0),
+        labels_T=p.labels_T.index_fill(0, torch.tensor([3]), 1),
+    )
+    options = LossOptions(1 / 3)
+    before, after = (evaluate(x, options, with_teacher=with_teacher) for x in (p, changed))
+    for name, value in vars(before).items():
+        assert torch.equal(value, getattr(after, name)), name
+    assert not before.grad_hidden[3].any()
+
+
+def test_the_gradient_follows_what_multiplies_the_loss() -> None:
+    options = LossOptions(1 / 3)
+    once, thrice = (evaluate(problem(), options, factor=f) for f in (1.0, 3.0))
+    torch.testing.assert_close(thrice.grad_hidden, 3 * once.grad_hidden, rtol=1e-14, atol=0)
+    torch.testing.assert_close(thrice.grad_head, 3 * once.grad_head, rtol=1e-14, atol=0)
+
+
+def test_a_factor_is_not_rounded_to_the_activations() -> None:
+    """1/3 in bfloat16 is 0.2 % too large, and every gradient would be."""
+    p = problem(torch.bfloat16)
+    once, third = (evaluate(p, LossOptions(), with_teacher=False, factor=f) for f in (1.0, 1 / 3))
+    ratio = third.grad_hidden.double().norm() / once.grad_hidden.double().norm()
+    assert abs(ratio.item() * 3 - 1) < 5e-4
+
+
+def test_without_gradients_only_the_value_is_computed() -> None:
+    p, options = problem(), LossOptions(1 / 3, 0.5)
+    expected = evaluate(p, options)
+    with torch.no_grad():
+        loss, sums = vocab_parallel_loss(
+            p.hidden_TH.requires_grad_(),
+            p.head_VH,
+            p.labels_T,
+            p.weights_T,
+            VOCAB,
+            Axis(),
+            p.teacher_TG,
+            p.teacher_head_VG,
+            options,
+        )
+    assert not loss.requires_grad
+    assert torch.equal(loss, expected.loss) and torch.equal(sums, expected.sums)
+
+
+def given_logits(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits on a coarse grid, so that many are equal, and labels."""
+    generator = torch.Generator().manual_seed(3)
+    logits_TV = torch.randn(tokens, vocab, generator=generator).mul(8).round().div(4).to(dtype)
+    return logits_TV, torch.randint(vocab, (tokens,), generator=generator)
+
+
+def score_given_logits(logits_TV: Tensor, labels_T: Tensor, chunk_tokens: int) -> list[Tensor]:
+    """Scores through the identity as output matrix, which hands the logits on unchanged."""
+    tp, vocab = tp_axis(), logits_TV.shape[1]
+    head_VH = torch.eye(vocab, dtype=logits_TV.dtype)[chunk(vocab, tp)]
+    return list(token_scores(logits_TV, head_VH, labels_T, vocab, tp, chunk_tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [5, 29, 515])
+def test_scores_of_given_logits_are_bit_equal_on_any_number_of_ranks(
+    vocab: int, dtype: torch.dtype
+) -> None:
+    logits_TV, labels_T = given_logits(50, vocab, dtype)
+    nll_T, rank_T = score_given_logits(logits_TV, labels_T, 16)
+    truth_TV = logits_TV.double()
+    expected_T = F.cross_entropy(truth_TV, labels_T, reduction="none")
+    label_T1 = truth_TV.gather(1, labels_T[:, None])
+    assert nll_T.dtype == torch.promote_types(dtype, torch.float32) and (nll_T >= 0).all()
+    torch.testing.assert_close(nll_T.double(), expected_T, rtol=1e-6, atol=1e-6)
+    assert rank_T.dtype == torch.int32
+    assert torch.equal(rank_T, (truth_TV > label_T1).sum(-1).int())
+    assert ((truth_TV == label_T1).sum(-1) > 1).any(), "the test should contain ties"
+    for world in (2, 4):
+        for scores in run_ranks(score_given_logits, world, logits_TV, labels_T, 7):
+            assert torch.equal(scores[0], nll_T) and torch.equal(scores[1], rank_T)
+
+
+def test_scores_from_hidden_states_agree_in_double_precision() -> None:
+    p = problem()
+    labels_T = p.labels_T.clamp(min=0)
+    nll_T, rank_T = token_scores(p.hidden_TH, p.head_VH, labels_T, VOCAB, Axis())
+    logits_TV = p.hidden_TH @ p.head_VH.T
+    torch.testing.assert_close(
+        nll_T, F.cross_entropy(logits_TV, labels_T, reduction="none"), rtol=0, atol=1e-13
+    )
+    for world in (2, 4):
+        for nll_rank_T, rank_rank_T in run_ranks(score_hidden, world, p, labels_T):
+            torch.testing.assert_close(nll_rank_T, nll_T, rtol=0, atol=1e-13)
+            assert torch.equal(rank_rank_T, rank_T)
+
+
+def score_hidden(p: Problem, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    tp = tp_axis()
+    return token_scores(p.hidden_TH, p.head_VH[chunk(VOCAB, tp)], labels_T, VOCAB, tp)

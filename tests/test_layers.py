@@ -1,0 +1,339 @@
+"""The order of imports, and the loads that could run code: read from the syntax, nothing is run."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ["megagrow", "kernels", "tools", "benchmarks", "launch", "tests"]
+
+# A file imports only what stands above it here; growth and salt do not even know each other.
+ORDER = [
+    "errors",
+    "config",
+    "presets",
+    "roles",
+    "ops",
+    "parallel",
+    "model",
+    "data",
+    "optim",
+    "checkpoint",
+    "growth",
+    "salt",
+    "flops",
+    "memory",
+    "ledger",
+    "metrics",
+    "evaluate",
+    "report",
+    "train",
+    "__main__",
+]
+STRANGERS = [("growth", "salt"), ("salt", "growth")]
+KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "megagrow_kernels"}
+TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "tyro"}
+MAIN_LINES, TOOL_LINES = 80, 100
+
+RUN_CODE = {
+    "eval",
+    "exec",
+    "marshal.load",
+    "marshal.loads",
+    "pickle.Unpickler",
+    "pickle.load",
+    "pickle.loads",
+    "shelve.open",
+    "yaml.full_load",
+    "yaml.load",
+    "yaml.unsafe_load",
+}
+NEVER_TRUE = {"allow_pickle", "trust_remote_code"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its path under the root, as text and as a tree."""
+
+    path: Path
+    text: str
+    tree: ast.Module
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.text.splitlines())
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module` is absolute and ends in the imported name, if there is one: it may be a module."""
+
+    line: int
+    module: str
+
+
+def sources(root: Path, *folders: str) -> Iterator[Source]:
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            text = path.read_text()
+            yield Source(path.relative_to(root), text, ast.parse(text))
+
+
+def imports_of(source: Source) -> Iterator[Import]:
+    """All imports, those inside functions and those through importlib included."""
+    for node in ast.walk(source.tree):
+        match node:
+            case ast.Import():
+                yield from (Import(node.lineno, name.name) for name in node.names)
+            case ast.ImportFrom():
+                base = _absolute(source.path, node.level, node.module)
+                yield from (Import(node.lineno, f"{base}.{name.name}") for name in node.names)
+            case ast.Call(args=[ast.Constant(value=str(module)), *_]):
+                called = ast.unparse(node.func).split(".")[-1]
+                if called in ("import_module", "__import__"):
+                    yield Import(node.lineno, module)
+
+
+def _absolute(path: Path, level: int, module: str | None) -> str:
+    inside = path.relative_to("kernels") if path.parts[0] == "kernels" else path
+    above = inside.parts[: len(inside.parts) - level] if level else ()
+    return ".".join([*above, *([module] if module else [])])
+
+
+def order_errors(root: Path) -> Iterator[str]:
+    for source in sources(root, "megagrow"):
+        layer = Path(source.path.parts[1]).stem
+        if layer != "__init__" and layer not in ORDER:
+            yield f"megagrow/{source.path.parts[1]} is not in the order: give it a place in ORDER"
+            continue
+        for found in imports_of(source):
+            top, _, rest = found.module.partition(".")
+            reason = _order_error(layer, rest.split(".")[0]) if top == "megagrow" else None
+            if reason:
+                yield f"{source.path}:{found.line} {reason}"
+
+
+def _order_error(layer: str, imported: str) -> str | None:
+    if imported not in ORDER:
+        return None  # a name of megagrow/__init__.py; a file without a place is reported by itself
+    if layer == "__init__":
+        return f"imports {imported}: megagrow/__init__.py imports nothing of megagrow"
+    if (layer, imported) in STRANGERS:
+        return f"imports {imported}: {layer} and {imported} never import each other"
+    if ORDER.index(imported) > ORDER.index(layer):
+        return f"imports {imported}: {imported} stands below {layer} in the order"
+    return None
+
+
+def outside_errors(root: Path) -> Iterator[str]:
+    """What kernels and tools may not import, and the name that belongs to another package."""
+    for source in sources(root, *FOLDERS):
+        for found in imports_of(source):
+            top = found.module.split(".")[0]
+            where, folder = f"{source.path}:{found.line} imports {top}", source.path.parts[0]
+            if top == "kernels":
+                yield f"{where}: that name belongs to another package, ours is megagrow_kernels"
+            elif folder == "kernels" and top not in KERNELS_MAY_IMPORT:
+                yield f"{where}: kernels import torch and triton only"
+            elif folder == "tools" and top not in TOOLS_MAY_IMPORT:
+                yield f"{where}: tools import megagrow only"
+
+
+def size_errors(root: Path) -> Iterator[str]:
+    for source in sources(root, "megagrow", "tools"):
+        is_tool = source.path.parts[0] == "tools"
+        limit = TOOL_LINES if is_tool else MAIN_LINES
+        if (is_tool or source.path.name == "__main__.py") and source.num_lines >= limit:
+            yield f"{source.path} has {source.num_lines} lines: it stays under {limit}"
+
+
+def load_errors(root: Path) -> Iterator[str]:
+    """Calls that can run code from a file: unpickling, yaml objects, eval, remote code."""
+    for source in sources(root, *FOLDERS):
+        names = dict(_local_names(source.tree))
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Call):
+                reason = _load_error(_dotted(node.func, names), node.keywords)
+                if reason:
+                    yield f"{source.path}:{node.lineno} {reason}"
+
+
+def _local_names(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((name.asname, name.name) for name in node.names if name.asname)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (
+                (name.asname or name.name, f"{node.module}.{name.name}") for name in node.names
+            )
+
+
+def _dotted(node: ast.expr, names: dict[str, str]) -> str:
+    match node:
+        case ast.Name(id=name):
+            return names.get(name, name)
+        case ast.Attribute(value=value, attr=attr):
+            return f"{_dotted(value, names)}.{attr}"
+    return "<expression>"
+
+
+def _load_error(called: str, keywords: list[ast.keyword]) -> str | None:
+    given = {keyword.arg: getattr(keyword.value, "value", "unknown") for keyword in keywords}
+    if called.removeprefix("builtins.") in RUN_CODE:
+        return f"calls {called}: it can run code"
+    if called == "torch.load" and given.get("weights_only") is not True:
+        return "calls torch.load without weights_only=True: it can run code"
+    for name in sorted(NEVER_TRUE & given.keys()):
+        if given[name] is not False:
+            return f"passes {name}: it can run code"
+    return None
+
+
+CHECKS = [order_errors, outside_errors, size_errors, load_errors]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_project_keeps_its_rules(check) -> None:
+    errors = list(check(ROOT))
+    assert not errors, "\n" + "\n".join(errors)
+
+
+def test_the_walk_sees_the_project() -> None:
+    seen = {str(source.path) for source in sources(ROOT, *FOLDERS)}
+    assert {"megagrow/errors.py", "kernels/megagrow_kernels/__init__.py", "tests/ranks.py"} <= seen
+
+
+BAD_ORDER = [
+    ("import megagrow.train", "train stands below config in the order"),
+    ("from megagrow import errors, train", "train stands below config in the order"),
+    ("from megagrow.train import run", "train stands below config in the order"),
+    ("from .train import run", "train stands below config in the order"),
+    ("from . import train", "train stands below config in the order"),
+    ("def f():\n    from megagrow.train import run", "train stands below config in the order"),
+    ("if TYPE_CHECKING:\n    import megagrow.train as t", "train stands below config in the order"),
+    ("importlib.import_module('megagrow.train')", "train stands below config in the order"),
+    ("import os, megagrow.parallel.mesh", "parallel stands below config in the order"),
+]
+GOOD_ORDER = [
+    "from megagrow.errors import ConfigError",
+    "from . import errors, __version__",
+    "import megagrow, os.path, train",
+    "text = 'import megagrow.train'",
+]
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(("code", "message"), BAD_ORDER)
+def test_a_downward_import_is_caught(tmp_path: Path, code: str, message: str) -> None:
+    (error,) = order_errors(write(tmp_path, {"megagrow/config.py": code}))
+    assert error.startswith("megagrow/config.py:")
+    assert error.endswith(f" imports {message.split()[0]}: {message}")
+
+
+@pytest.mark.parametrize("code", GOOD_ORDER)
+def test_what_stands_above_may_be_imported(tmp_path: Path, code: str) -> None:
+    assert list(order_errors(write(tmp_path, {"megagrow/config.py": code}))) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "message"),
+    [
+        ("megagrow/growth/a.py", "from ..salt import b", "growth and salt never import each other"),
+        ("megagrow/salt/a.py", "from ..growth.b import c", "salt and growth never import each"),
+        ("megagrow/data/a.py", "from .. import train", "train stands below data in the order"),
+        ("megagrow/data/x/a.py", "from ... import train", "train stands below data in the order"),
+        ("megagrow/__init__.py", "from .config import C", "imports nothing of megagrow"),
+        ("megagrow/x.py", "", "megagrow/x.py is not in the order"),
+        ("megagrow/misc/a.py", "", "megagrow/misc is not in the order"),
+    ],
+)
+def test_packages_keep_the_order_too(tmp_path: Path, path: str, code: str, message: str) -> None:
+    (error,) = order_errors(write(tmp_path, {path: code}))
+    assert message in error
+
+
+def test_a_package_may_import_itself_and_what_is_above(tmp_path: Path) -> None:
+    code = "from . import maps\nfrom .maps import Map\nfrom ..parallel import mesh"
+    assert list(order_errors(write(tmp_path, {"megagrow/growth/grow.py": code}))) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "message"),
+    [
+        ("kernels/megagrow_kernels/a.py", "import megagrow.ops", "torch and triton only"),
+        ("kernels/megagrow_kernels/a.py", "import numpy as np", "torch and triton only"),
+        ("tools/a.py", "from tests.ranks import run_ranks", "tools import megagrow only"),
+        ("tools/a.py", "import megagrow_kernels", "tools import megagrow only"),
+        ("megagrow/ops.py", "import kernels", "belongs to another package"),
+        ("tests/test_a.py", "def f():\n    from kernels import get_kernel", "another package"),
+    ],
+)
+def test_a_foreign_import_is_caught(tmp_path: Path, path: str, code: str, message: str) -> None:
+    (error,) = outside_errors(write(tmp_path, {path: code}))
+    assert message in error
+
+
+def test_what_kernels_and_tools_need_is_allowed(tmp_path: Path) -> None:
+    kernel = "import math, torch, triton.language as tl\nfrom . import b\nimport megagrow_kernels.c"
+    tool = "import json\nimport tyro\nfrom megagrow.report import write_report"
+    files = {"kernels/megagrow_kernels/a.py": kernel, "tools/a.py": tool}
+    assert list(outside_errors(write(tmp_path, files))) == []
+
+
+def test_long_entry_files_are_caught(tmp_path: Path) -> None:
+    files = {
+        "megagrow/__main__.py": "pass\n" * 80,
+        "megagrow/train.py": "pass\n" * 400,
+        "tools/long.py": "pass\n" * 100,
+        "tools/short.py": "pass\n" * 99,
+    }
+    assert list(size_errors(write(tmp_path, files))) == [
+        "megagrow/__main__.py has 80 lines: it stays under 80",
+        "tools/long.py has 100 lines: it stays under 100",
+    ]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle\npickle.load(f)",
+        "import pickle as p\np.loads(b)",
+        "from pickle import Unpickler as U\nU(f)",
+        "import torch\ntorch.load(f)",
+        "import torch\ntorch.load(f, weights_only=False)",
+        "from torch import load\nload(f, map_location='cpu')",
+        "import yaml\nyaml.load(f, Loader=yaml.SafeLoader)",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "AutoModel.from_pretrained(f, trust_remote_code=flag)",
+        "eval('1')",
+        "import builtins\nbuiltins.exec(text)",
+    ],
+)
+def test_a_load_that_can_run_code_is_caught(tmp_path: Path, code: str) -> None:
+    (error,) = load_errors(write(tmp_path, {"megagrow/data/a.py": code}))
+    assert error.endswith("it can run code")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.load(f, weights_only=True)",
+        "import yaml\nyaml.safe_load(f)",
+        "import numpy as np\nnp.load(f, allow_pickle=False)",
+        "import pickle\npickle.dumps(x)\nclass Allowlist(pickle.Unpickler): pass",
+        "model.eval()\nself.teacher.model.eval()",
+        "'pickle.load(f) and eval(x)'",
+    ],
+)
+def test_a_safe_load_passes(tmp_path: Path, code: str) -> None:
+    assert list(load_errors(write(tmp_path, {"megagrow/data/a.py": code}))) == []
