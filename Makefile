@@ -18,11 +18,11 @@ help: ## what can be made
 
 setup: $(installed) ## create .venv with everything that CI tests with
 
-# torch comes first and alone: its build is chosen here, and the rest finds it in place.
+# torch comes alone and before all that needs it: its build is chosen here, the rest finds it in place.
 $(installed): pyproject.toml setup.py $(filter-out /dev/null,$(CONSTRAINTS))
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
-	$(pip) --no-deps $(TORCH)
 	$(pip) 'setuptools>=77'
+	$(pip) --no-deps $(TORCH)
 	$(pip) --no-build-isolation --editable '.[dev]'
 	touch $@
 
@@ -42,7 +42,7 @@ bench: setup ## the benchmarks; results in benchmarks/results
 	set -e; for file in benchmarks/*.py; do $(bin)/python $$file; done
 
 kernels: setup ## the tests of the kernels: compiled where there is a GPU, else interpreted
-	$(bin)/python -m pytest -k kernels
+	$(bin)/python -m pytest tests/kernels
 
 clean: ## remove what was built and cached, not .venv and runs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

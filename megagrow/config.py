@@ -12,8 +12,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 
 from megagrow.errors import ConfigError
@@ -186,7 +187,7 @@ class CheckpointConfig:
 class InitConfig:
     """Where the first weights come from."""
 
-    from_: str = ""  # own checkpoint, run directory or Hugging Face folder; empty: random
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""  # own checkpoint, run directory or Hugging Face folder; empty: random
     source_flops: float = -1.0  # FLOPs spent on a source from outside; -1: unknown, all-in savings stay null
     skip_source_check: bool = False  # go on although the source does not fit the data
 
@@ -389,6 +390,16 @@ def from_dict(data: Any, kind: type | None = None, where: str = "configuration",
             raise ConfigError(f"{where}: unknown key {full}{nearest(full, option_names())}")
         values[names[key]] = _typed(value, hints[names[key]], where, full)
     return kind(**values)
+
+
+def check_value(value: Any, path: str, where: str) -> None:
+    """Raises ConfigError unless `value` may stand at a dotted path of `option_names`."""
+    kind: Any = Config
+    for name in path.split("."):
+        hints = {n.rstrip("_"): h for n, h in typing.get_type_hints(kind).items()}
+        hint = hints[name]
+        kind = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), hint)
+    _typed(value, hint, where, path)
 
 
 def _typed(value: Any, hint: Any, where: str, path: str) -> Any:

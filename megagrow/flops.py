@@ -1,24 +1,32 @@
-"""How many floating-point operations a model costs: every matrix product, two operations per multiply-add.
+"""What a model costs in floating-point operations: every matrix product, two per multiply-add.
 
 Two conventions for attention, by name, because published figures differ by them:
 
-    full    scores and values over all S x S pairs, as in torch's flop counter, torchtitan and most papers
+    full    scores and values over all S x S pairs, as in torch's flop counter and most papers
     causal  half of that, since a causal mask needs only half of the pairs, as in Megatron
 
-Norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What an implementation
-adds (recompute, padded vocabulary rows, work repeated on several ranks) is left out too: the count belongs to the
-algorithm, so that layouts can be compared.
+Norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What
+an implementation adds (recompute, padded vocabulary rows, work repeated on several ranks) is left
+out too: the count belongs to the algorithm, so that layouts can be compared.
 """
 
 from typing import Literal
 
 from megagrow.config import ModelConfig
-from megagrow.roles import Role, axis_size, axis_unit, parameter_names, role_of, shape_of, split_name
+from megagrow.roles import (
+    Role,
+    axis_size,
+    axis_unit,
+    parameter_names,
+    role_of,
+    shape_of,
+    split_name,
+)
 
 Convention = Literal["full", "causal"]
 DEFAULT_CONVENTION: Convention = "full"
 
-# Dense bf16 FLOP/s of one device from the vendors' data sheets; the first name that occurs in the device's counts.
+# Dense bf16 FLOP/s from the vendors' data sheets; the first name that occurs in the device's.
 _PEAK_BF16 = (
     ("B200", 2250e12),
     ("H200", 989e12),
@@ -34,10 +42,12 @@ _PEAK_BF16 = (
 )
 
 
-def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION) -> float:
-    """FLOPs of one token's forward pass, output head included, inside a sequence of `seq_length` tokens.
+def forward_flops_per_token(
+    model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION
+) -> float:
+    """FLOPs of one token's forward pass, head included, inside a sequence of `seq_length` tokens.
 
-    Twice this number of a Llama model with an untied head is close to the well-known 2N; the rest is attention.
+    Of the well-known 2N, only the weights that multiply something count; attention comes on top.
     """
     weights = 0
     for name in parameter_names(model):
@@ -48,29 +58,32 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Con
     if model.tied_embeddings:
         weights += model.vocab_size * model.hidden_size
     pairs = seq_length if convention == "full" else seq_length / 2
-    attention = 2 * model.num_heads * model.head_dim * pairs * model.num_layers  # scores, and values
+    attention = (
+        2 * model.num_heads * model.head_dim * pairs * model.num_layers
+    )  # scores, and values
     return 2.0 * (weights + attention)
 
 
 def forward_flops(
     model: ModelConfig, tokens: int, seq_length: int, convention: Convention = DEFAULT_CONVENTION
 ) -> float:
-    """FLOPs of `tokens` through body and head without a backward pass: a teacher's share, or scoring a corpus."""
+    """FLOPs of `tokens` through body and head, no backward pass: a teacher's, or scoring's."""
     return tokens * forward_flops_per_token(model, seq_length, convention)
 
 
 def training_flops(
     model: ModelConfig, tokens: int, seq_length: int, convention: Convention = DEFAULT_CONVENTION
 ) -> float:
-    """FLOPs of training on `tokens`: forward, and twice as much for the gradients of inputs and weights."""
+    """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients."""
     return 3 * forward_flops(model, tokens, seq_length, convention)
 
 
 def ligo_generation_flops(source: ModelConfig, target: ModelConfig) -> float:
-    """FLOPs of generating the target's weights once from the source with LiGO's dense tied maps (arXiv 2303.00980, Alg. 1).
+    """FLOPs of generating the target's weights once with LiGO's dense tied maps.
 
-    Layers are mixed on the small side, Σ_j w_kj·Θ_j, then widened to O·Θ·Iᵀ in the cheaper of the two orders. Each
-    target weight is generated once, however many ranks need it; the batch does not matter.
+    Layers are mixed on the small side, Σ_j w_kj·Θ_j, then widened to O·Θ·Iᵀ in the cheaper of the
+    two orders (Wang et al., 2023, arXiv 2303.00980, algorithm 1). Each target weight is generated
+    once, however many ranks need it; the batch does not matter.
     """
     return sum(_generated(name, source, target) for name in parameter_names(target))
 
@@ -82,16 +95,18 @@ def ligo_step_flops(
     seq_length: int,
     convention: Convention = DEFAULT_CONVENTION,
 ) -> float:
-    """FLOPs of one step that learns LiGO's maps: the target's training step, the generation and its backward pass.
+    """FLOPs of one step that learns LiGO's maps: the target's step, generation and its backward.
 
-    The backward pass is taken as twice the generation. That is a little too much, because the frozen source needs no
-    gradient; the ledger would rather charge learned growth too much than too little.
+    The backward pass is taken as twice the generation. That is a little too much, because the
+    frozen source needs no gradient; better to charge learned growth too much than too little.
     """
-    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(source, target)
+    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(
+        source, target
+    )
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
-    """Dense peak FLOP/s of one device, the denominator of MFU; None when it is not known (CPUs, fp32)."""
+    """Dense peak FLOP/s of a device, the denominator of MFU; None when not known (CPUs, fp32)."""
     if precision != "bf16":
         return None
     return next((peak for part, peak in _PEAK_BF16 if part.lower() in device_name.lower()), None)
@@ -107,10 +122,14 @@ def _generated(name: str, source: ModelConfig, target: ModelConfig) -> float:
     layer, _ = split_name(name)
     flops = 0.0
     for out_map in role.out_maps:
-        small_out, large_out = (axis_size(role.out, m) * axis_unit(role.out, m) for m in (source, target))
+        small_out, large_out = (
+            axis_size(role.out, m) * axis_unit(role.out, m) for m in (source, target)
+        )
         small_in = large_in = 1
         if role.in_ is not None:
-            small_in, large_in = (axis_size(role.in_, m) * axis_unit(role.in_, m) for m in (source, target))
+            small_in, large_in = (
+                axis_size(role.in_, m) * axis_unit(role.in_, m) for m in (source, target)
+            )
         if layer is not None:
             flops += 2.0 * source.num_layers * small_out * small_in
         widen_out = 2.0 * large_out * small_out if out_map else 0.0

@@ -1,9 +1,9 @@
-"""What a run cost: FLOPs, tokens and seconds of every phase, and of everything from outside that the run builds on.
+"""What a run cost: FLOPs, tokens and seconds of every phase, and of all that the run builds on.
 
 Two totals come out of it, and every saving is stated by both:
 
-    papers_convention  what the run itself spent on the large model: operator learning, teacher, training
-    all_in             that, and the small model's training and the scoring of the corpus, wherever they happened
+    papers_convention  what the run spent on the large model: operator learning, teacher, training
+    all_in             that, the small model's training and scoring, wherever they happened
 
 A cost that nobody knows is None, and a sum that contains it is None: never zero.
 """
@@ -66,7 +66,8 @@ class Inherited:
 
     Attributes:
         label: what it serves as: "source", "teacher", "scores" …
-        identity: the same for every use of one thing (a checkpoint's hash, a folder), so that it is charged once.
+        identity: the same for every use of one thing (a checkpoint's hash, a folder), so that it
+            is charged once.
         ledger: what making it cost.
     """
 
@@ -93,15 +94,26 @@ class Ledger:
 
     @classmethod
     def outside(cls, flops: float | None = None) -> "Ledger":
-        """The ledger of a model from outside: all is unknown but, at best, the FLOPs that the user gives."""
+        """A model from outside: all is unknown but, at best, the FLOPs that the user gives."""
         return cls(phases=[Phase("train", tokens=None, flops=flops, seconds=None)])
 
     def add(
-        self, phase: str, *, flops: float, tokens: int, seconds: float, steps: int = 1, model: str = ""
+        self,
+        phase: str,
+        *,
+        flops: float,
+        tokens: int,
+        seconds: float,
+        steps: int = 1,
+        model: str = "",
     ) -> None:
         """Adds the cost of `steps` steps to the entry of (phase, model)."""
         assert phase in PHASES, f"unknown phase {phase}"
-        assert all(math.isfinite(x) and x >= 0 for x in (flops, tokens, seconds, steps)), (flops, tokens, seconds)
+        assert all(math.isfinite(x) and x >= 0 for x in (flops, tokens, seconds, steps)), (
+            flops,
+            tokens,
+            seconds,
+        )
         entry = next((p for p in self.phases if (p.phase, p.model) == (phase, model)), None)
         if entry is None:
             entry = Phase(phase, model)
@@ -112,15 +124,16 @@ class Ledger:
         entry.seconds = _sum([entry.seconds, float(seconds)])
 
     def inherit(self, label: str, identity: str, ledger: "Ledger") -> None:
-        """Records that the run builds on something that cost `ledger`; a second record of the same use replaces the first.
+        """Records that the run builds on something that cost `ledger`; repeating it is harmless.
 
         Raises:
             CheckpointError: its FLOPs were counted by another convention.
         """
         if ledger.convention != self.convention:
             raise CheckpointError(
-                f"the ledger of {label} {identity} counts FLOPs by the convention {ledger.convention!r}, this run by "
-                f"{self.convention!r}: such numbers cannot be added; count both by the same convention"
+                f"the ledger of {label} {identity} counts FLOPs by the convention "
+                f"{ledger.convention!r}, this run by {self.convention!r}: such numbers cannot be "
+                "added; count both by the same convention"
             )
         self.inherited = [i for i in self.inherited if (i.label, i.identity) != (label, identity)]
         self.inherited.append(Inherited(label, identity, ledger))
@@ -130,13 +143,18 @@ class Ledger:
         self.events.append({"event": event, "step": step, **values})
 
     def own(self) -> Totals:
-        """What this run itself has spent so far, on whichever model; what it inherited is left out."""
+        """What this run itself has spent so far, on whichever model, without what it inherited."""
         return _total([p for p in self.phases if p.phase != "evaluation"])
 
     def totals(self) -> dict[str, Totals]:
-        """{"papers_convention", "all_in"}: {"flops", "tokens", "seconds"}; None for what is not known."""
+        """{"papers_convention", "all_in"}: {"flops", "tokens", "seconds"}; None: not known."""
         mine = [p for p in self.phases if p.phase != "evaluation"]
-        theirs = [p for ledger in self._foundations().values() for p in ledger.phases if p.phase != "evaluation"]
+        theirs = [
+            p
+            for ledger in self._foundations().values()
+            for p in ledger.phases
+            if p.phase != "evaluation"
+        ]
         return {
             "papers_convention": _total([p for p in mine if p.phase not in LEFT_OUT_BY_PAPERS]),
             "all_in": _total(mine + theirs),
@@ -144,12 +162,17 @@ class Ledger:
 
     def inherited_cost(self) -> Totals:
         """What `all_in` holds beyond `own`: the cost of everything that this run started from."""
-        return _total([p for x in self._foundations().values() for p in x.phases if p.phase != "evaluation"])
+        return _total(
+            [p for x in self._foundations().values() for p in x.phases if p.phase != "evaluation"]
+        )
 
     def _foundations(self) -> dict[str, "Ledger"]:
         found: dict[str, Ledger] = {}
         for item in self.inherited:
-            for identity, ledger in ((item.identity, item.ledger), *item.ledger._foundations().items()):
+            for identity, ledger in (
+                (item.identity, item.ledger),
+                *item.ledger._foundations().items(),
+            ):
                 known = found.get(identity)
                 if known is None or _known_flops(ledger) > _known_flops(known):
                     found[identity] = ledger
@@ -161,7 +184,8 @@ class Ledger:
             "convention": self.convention,
             "phases": [dict(vars(p)) for p in self.phases],
             "inherited": [
-                {"label": i.label, "identity": i.identity, "ledger": i.ledger.to_dict()} for i in self.inherited
+                {"label": i.label, "identity": i.identity, "ledger": i.ledger.to_dict()}
+                for i in self.inherited
             ],
             "events": [dict(e) for e in self.events],
         }
@@ -171,9 +195,12 @@ class Ledger:
         """The inverse of `to_dict`; every field is checked.
 
         Raises:
-            CheckpointError: a key is missing, unknown or of the wrong type, or a cost is negative or not finite.
+            CheckpointError: a key is missing, unknown or of the wrong type, or a cost is negative
+                or not finite.
         """
-        fields = _mapping(data, where, {"convention": str, "phases": list, "inherited": list, "events": list})
+        fields = _mapping(
+            data, where, {"convention": str, "phases": list, "inherited": list, "events": list}
+        )
         return cls(
             fields["convention"],
             [_phase(p, f"{where}: phases[{n}]") for n, p in enumerate(fields["phases"])],
@@ -196,9 +223,13 @@ class Ledger:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a finished run has a ledger") from None
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror}); a finished run has a ledger"
+            ) from None
         except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON ({error}); restore the file or run again") from None
+            raise CheckpointError(
+                f"{path}: not JSON ({error}); restore the file or run again"
+            ) from None
         if isinstance(data, dict):
             data.pop("totals", None)
         return cls.from_dict(data, str(path))
@@ -220,9 +251,20 @@ def _known_flops(ledger: Ledger) -> float:
 
 def _phase(data: Any, where: str) -> Phase:
     number = (int, float, type(None))
-    kinds = {"phase": str, "model": str, "steps": int, "tokens": (int, type(None)), "flops": number, "seconds": number}
+    kinds = {
+        "phase": str,
+        "model": str,
+        "steps": int,
+        "tokens": (int, type(None)),
+        "flops": number,
+        "seconds": number,
+    }
     fields = _mapping(data, where, kinds)
-    _check(fields["phase"] in PHASES, where, f"phase={fields['phase']!r} must be one of {', '.join(PHASES)}")
+    _check(
+        fields["phase"] in PHASES,
+        where,
+        f"phase={fields['phase']!r} must be one of {', '.join(PHASES)}",
+    )
     for name in ("steps", *MEASURES):
         value = fields[name]
         holds = value is None or (math.isfinite(value) and value >= 0)
@@ -232,12 +274,16 @@ def _phase(data: Any, where: str) -> Phase:
 
 def _inherited(data: Any, where: str) -> Inherited:
     fields = _mapping(data, where, {"label": str, "identity": str, "ledger": dict})
-    return Inherited(fields["label"], fields["identity"], Ledger.from_dict(fields["ledger"], f"{where}.ledger"))
+    return Inherited(
+        fields["label"], fields["identity"], Ledger.from_dict(fields["ledger"], f"{where}.ledger")
+    )
 
 
 def _event(data: Any, where: str) -> dict[str, Any]:
     _check(isinstance(data, dict), where, f"must be a mapping, got {type(data).__name__}")
-    _mapping({k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int})
+    _mapping(
+        {k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int}
+    )
     return dict(data)
 
 

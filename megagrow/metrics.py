@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, a progress bar or plain lines, and exit.json when it ends."""
+"""What a run tells: metrics.jsonl, a progress bar or plain lines, and exit.json when it ends."""
 
 import importlib
 import json
@@ -40,10 +40,10 @@ EXIT_FILE = "exit.json"
 
 
 class Metrics:
-    """Writes one JSON object per logged step to `metrics.jsonl`, and the same to TensorBoard and W&B when asked for.
+    """Writes one JSON object per logged step to `metrics.jsonl`; if asked, to TensorBoard and W&B.
 
-    Each step stands once: what an interrupted run wrote after the checkpoint that it resumes from is dropped, because
-    those steps are run again.
+    Each step stands once: what an interrupted run wrote after the checkpoint that it resumes from
+    is dropped, because those steps are run again.
 
     Args:
         run_dir: the run's directory; made if need be.
@@ -56,7 +56,9 @@ class Metrics:
         DataError: the existing file is damaged before its last line, or cannot be written.
     """
 
-    def __init__(self, run_dir: Path, config: Config, resume_step: int | None = None, enabled: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, config: Config, resume_step: int | None = None, enabled: bool = True
+    ) -> None:
         self.path = run_dir / METRICS_FILE
         self.enabled = enabled
         self.last_step = -1
@@ -70,17 +72,22 @@ class Metrics:
         self.rewind(resume_step)
 
     def rewind(self, step: int | None) -> None:
-        """Drops the lines after `step` (None: all of them), in one atomic replacement of the file."""
+        """Drops the lines after `step` (None: all of them) by one atomic replacement of the file."""
         if not self.enabled:
             return
-        lines = [] if step is None else [line for line in read_metrics(self.path) if line["step"] <= step]
+        lines = (
+            []
+            if step is None
+            else [line for line in read_metrics(self.path) if line["step"] <= step]
+        )
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         self.last_step = lines[-1]["step"] if lines else -1
 
     def log(self, *, step: int, phase: str, **values: Any) -> None:
         """Appends one line; `values` are the other KEYS, and whatever else is worth keeping.
 
-        A number that is not finite is written as null and named under "non_finite", so that each line is strict JSON.
+        A number that is not finite is written as null and named under "non_finite", so that each
+        line is strict JSON.
         """
         if not self.enabled:
             return
@@ -101,7 +108,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a missing file has none, and a last line torn by a crash is left out.
+    """The lines of a metrics.jsonl: none of a missing file, no last line torn by a crash.
 
     Raises:
         DataError: the file is damaged elsewhere, or its steps do not increase.
@@ -118,15 +125,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise DataError(f"{path}: line {number} is not an object with a step; restore the file or remove the line")
+            raise DataError(
+                f"{path}: line {number} is not an object with a step; restore or remove the line"
+            )
         if lines and line["step"] <= lines[-1]["step"]:
-            raise DataError(f"{path}: line {number} has step {line['step']} after step {lines[-1]['step']}; remove it")
+            raise DataError(
+                f"{path}: line {number} has step {line['step']} after step {lines[-1]['step']}; "
+                "remove one of the two lines"
+            )
         lines.append(line)
     return lines
 
 
 def _strict(line: dict[str, Any]) -> dict[str, Any]:
-    bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+    bad = [
+        key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)
+    ]
     return {**line, **dict.fromkeys(bad), "non_finite": bad} if bad else line
 
 
@@ -139,7 +153,8 @@ class _TensorBoard:
                 "run.tensorboard is set but tensorboard is not installed; "
                 "pip install 'megagrow[tensorboard]' or leave the option out"
             ) from None
-        self.writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=(resume_step or 0) + 1)
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self.writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -150,7 +165,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """W&B without a network or a login writes below the run directory, for `wandb sync` later."""
+    """W&B: online where WANDB_API_KEY or WANDB_MODE says so, else into the run directory."""
 
     def __init__(self, run_dir: Path, config: Config) -> None:
         try:
@@ -167,11 +182,16 @@ class _WandB:
             "config": to_dict(config),
             "settings": wandb.Settings(init_timeout=30, silent=True),
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or (
+            "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        )
         try:
             self.run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:
-            print(f"W&B cannot be reached ({_one_line(error)}); its data go to {run_dir / 'wandb'}", file=sys.stderr)
+            print(
+                f"W&B cannot be reached ({_one_line(error)}); its data go to {run_dir / 'wandb'}",
+                file=sys.stderr,
+            )
             self.run = wandb.init(mode="offline", **options)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
@@ -186,7 +206,7 @@ def _one_line(error: Exception) -> str:
 
 
 class Progress:
-    """The state of the run on standard error: a bar on a terminal, else a plain line every few seconds.
+    """The state of the run on standard error: a bar on a terminal, else now and then a plain line.
 
     Args:
         total_steps: steps of the whole run.
@@ -196,7 +216,11 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int, enabled: bool = True, stream: TextIO | None = None, plain_interval: float = 10.0
+        self,
+        total_steps: int,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        plain_interval: float = 10.0,
     ) -> None:
         self.total_steps, self.enabled, self.plain_interval = total_steps, enabled, plain_interval
         self.stream = stream or sys.stderr
@@ -213,7 +237,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -227,7 +254,7 @@ class Progress:
         tokens_per_second: float | None = None,
         total_steps: int | None = None,
     ) -> None:
-        """Shows that `step` is done; `total_steps` is that of the phase where it has steps of its own (learning LiGO)."""
+        """Shows that `step` is done, of `total_steps` where a phase has steps of its own."""
         if not self.enabled:
             return
         total = total_steps or self.total_steps
@@ -241,7 +268,12 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             self._bar.update(
-                self._task, description=phase, completed=step, total=total, status=status, visible=True
+                self._task,
+                description=phase,
+                completed=step,
+                total=total,
+                status=status,
+                visible=True,
             )
         elif changed or step == total or now - self._printed >= self.plain_interval:
             self._printed = now
@@ -273,11 +305,13 @@ def _bar(stream: TextIO) -> RichProgress:
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[status]}", markup=False),
         console=Console(file=stream),
-        redirect_stdout=sys.stdout.isatty(),  # a piped standard output must stay what its reader expects
+        redirect_stdout=sys.stdout.isatty(),  # what goes into a pipe stays out of the bar's stream
     )
 
 
-def _status(loss: float | None, lr: float | None, tokens_per_second: float | None, left: float | None) -> str:
+def _status(
+    loss: float | None, lr: float | None, tokens_per_second: float | None, left: float | None
+) -> str:
     parts = [f"loss {loss:.4f}" if loss is not None else ""]
     parts += [f"lr {lr:.2e}" if lr is not None else ""]
     parts += [f"{tokens_per_second:,.0f} tok/s" if tokens_per_second is not None else ""]
@@ -293,13 +327,13 @@ def duration(seconds: float) -> str:
 
 
 def write_exit(run_dir: Path, code: int, reason: str, step: int, rank: int, host: str) -> None:
-    """Writes why the run ended; launchers read this file, because torchrun turns every non-zero code into 1."""
+    """Writes why the run ended: launchers read it, as torchrun turns every error code into 1."""
     content = {"code": code, "reason": reason, "step": step, "rank": rank, "host": host}
     write_atomically(run_dir / EXIT_FILE, (json.dumps(content) + "\n").encode())
 
 
 def clear_exit(run_dir: Path) -> None:
-    """Removes the file at the start of a run: a run that is found without one has crashed, or still runs."""
+    """Removes the file at the start of a run: a run without one has crashed, or still runs."""
     with os_errors_as_data_errors(run_dir / EXIT_FILE):
         (run_dir / EXIT_FILE).unlink(missing_ok=True)
 
@@ -320,5 +354,7 @@ def read_exit(run_dir: Path) -> dict[str, Any] | None:
     except ValueError:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("code"), int):
-        raise DataError(f"{path}: not an object with an exit code; remove the file and start the run again")
+        raise DataError(
+            f"{path}: not an object with an exit code; remove the file and start the run again"
+        )
     return content

@@ -72,6 +72,11 @@ class Optimizer:
         """Updates that the moments have seen."""
         return int(next(iter(self.adamw.state.values()))["step"])
 
+    @step_count.setter
+    def step_count(self, step: int) -> None:
+        for state in self.adamw.state.values():
+            state["step"].fill_(float(step))
+
     def step(self, lr: float) -> None:
         """Applies one update from the parameters' gradients, then drops the gradients."""
         for group in self.adamw.param_groups:

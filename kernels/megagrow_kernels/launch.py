@@ -5,7 +5,7 @@ chosen by timing on a GPU yet (kernels/README.md has the figures).
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,8 +33,11 @@ RMS_NORM_BACKWARD_PROGRAMS_PER_SM = 2
 
 
 def pick(table: tuple[Launch, ...], num_columns: int) -> Launch:
-    """The first configuration of `table` that holds `num_columns` in one block, else the widest."""
-    return next((launch for launch in table if launch.block >= num_columns), table[-1])
+    """The first entry of `table` that holds `num_columns` in one block, no wider than they need;
+    else the widest, for a kernel that goes through the columns block by block."""
+    launch = next((launch for launch in table if launch.block >= num_columns), table[-1])
+    power_of_two = 1 << max(num_columns - 1, 0).bit_length()
+    return replace(launch, block=min(launch.block, power_of_two))
 
 
 @functools.cache

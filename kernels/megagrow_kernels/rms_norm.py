@@ -159,7 +159,7 @@ def _forward(
             rstd_T,
             eps,
             H=H,
-            BLOCK_H=min(launch.block, triton.next_power_of_2(H)),
+            BLOCK_H=launch.block,
             HAS_RESIDUAL=residual_TH is not None,
             num_warps=launch.num_warps,
         )
@@ -175,8 +175,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     T, H = x_TH.shape
     launch = pick(RMS_NORM_BACKWARD, H)
-    block = min(launch.block, triton.next_power_of_2(H))
-    num_blocks = triton.cdiv(H, block)
+    num_blocks = triton.cdiv(H, launch.block)
     G = min(T, num_multiprocessors(x_TH.device) * RMS_NORM_BACKWARD_PROGRAMS_PER_SM)
     dx_TH = torch.empty_like(x_TH)
     dweight_GH = torch.empty(G, H, dtype=torch.float32, device=x_TH.device)
@@ -184,7 +183,14 @@ def _backward(
     if T > 0 and num_blocks > 1:
         dot_T = torch.empty_like(rstd_T)
         rms_norm_dot_kernel[(T,)](
-            x_TH, weight_H, rstd_T, dy_TH, dot_T, H=H, BLOCK_H=block, num_warps=launch.num_warps
+            x_TH,
+            weight_H,
+            rstd_T,
+            dy_TH,
+            dot_T,
+            H=H,
+            BLOCK_H=launch.block,
+            num_warps=launch.num_warps,
         )
     if T > 0:
         rms_norm_bwd_kernel[(G, num_blocks)](
@@ -198,7 +204,7 @@ def _backward(
             dweight_GH,
             T,
             H=H,
-            BLOCK_H=block,
+            BLOCK_H=launch.block,
             HAS_DSUM=dsum_TH is not None,
             num_warps=launch.num_warps,
         )

@@ -84,7 +84,7 @@ def vocab_stats_kernel(p_logits, p_labels, p_stats, stride_t, num_valid, BLOCK_V
     b_max = tl.full([], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_V], dtype=tl.float32)
     # Full blocks load without a mask: a mask at an odd num_valid would cost the 128-bit loads.
-    num_full = num_valid - num_valid % BLOCK_V
+    num_full = num_valid // BLOCK_V * BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         b_x = tl.load(p_row + (i_v + o_block)).to(tl.float32)
         b_max, b_sum = _update_stats(b_max, b_sum, b_x)
@@ -109,7 +109,7 @@ def vocab_rank_kernel(
     i_label = _local_column(tl.load(p_labels + i_t), num_valid)
     b_label = tl.load(p_label_logits + i_t)
     b_count = tl.zeros([BLOCK_V], dtype=tl.int32)
-    num_full = num_valid - num_valid % BLOCK_V
+    num_full = num_valid // BLOCK_V * BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         o_v = i_v + o_block
         b_x = tl.load(p_row + o_v).to(tl.float32)
@@ -131,7 +131,7 @@ def vocab_grad_kernel(
     i_label = _local_column(tl.load(p_labels + i_t), num_valid)
     b_logsumexp = tl.load(p_logsumexp + i_t)
     b_scale = tl.load(p_scale + i_t)
-    num_full = num_valid - num_valid % BLOCK_V
+    num_full = num_valid // BLOCK_V * BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         o_v = i_v + o_block
         b_p = tl.exp(tl.load(p_row + o_v).to(tl.float32) - b_logsumexp)
@@ -141,7 +141,7 @@ def vocab_grad_kernel(
         o_v = i_v + o_block
         b_x = tl.load(p_row + o_v, mask=o_v < num_valid, other=float("-inf")).to(tl.float32)
         b_p = tl.exp(b_x - b_logsumexp)
-        b_grad = tl.where(o_v < num_valid, b_scale * tl.where(o_v == i_label, b_p - 1.0, b_p), 0.0)
+        b_grad = b_scale * tl.where(o_v == i_label, b_p - 1.0, b_p)
         tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < V)
 
 
@@ -170,11 +170,6 @@ def _check(
     return num_valid
 
 
-def _block(V: int) -> tuple[int, int]:
-    launch = pick(VOCAB, max(V, 1))
-    return min(launch.block, triton.next_power_of_2(max(V, 1))), launch.num_warps
-
-
 def vocab_stats(
     logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int | None = None
 ) -> torch.Tensor:
@@ -196,7 +191,7 @@ def vocab_stats(
     num_valid = _check("vocab_stats", logits_TV, num_valid, labels=labels_T)
     T, V = logits_TV.shape
     stats_T3 = torch.empty(T, 3, dtype=torch.float32, device=logits_TV.device)
-    block, num_warps = _block(V)
+    launch = pick(VOCAB, V)
     if T > 0:
         vocab_stats_kernel[(T,)](
             logits_TV,
@@ -204,8 +199,8 @@ def vocab_stats(
             stats_T3,
             logits_TV.stride(0),
             num_valid,
-            BLOCK_V=block,
-            num_warps=num_warps,
+            BLOCK_V=launch.block,
+            num_warps=launch.num_warps,
         )
     return stats_T3
 
@@ -238,7 +233,7 @@ def vocab_rank(
     )
     T, V = logits_TV.shape
     rank_T = torch.empty(T, dtype=torch.int32, device=logits_TV.device)
-    block, num_warps = _block(V)
+    launch = pick(VOCAB, V)
     if T > 0:
         vocab_rank_kernel[(T,)](
             logits_TV,
@@ -247,8 +242,8 @@ def vocab_rank(
             rank_T,
             logits_TV.stride(0),
             num_valid,
-            BLOCK_V=block,
-            num_warps=num_warps,
+            BLOCK_V=launch.block,
+            num_warps=launch.num_warps,
         )
     return rank_T
 
@@ -276,7 +271,7 @@ def vocab_grad_(
         "vocab_grad_", logits_TV, num_valid, labels=labels_T, logsumexp=logsumexp_T, scale=scale_T
     )
     T, V = logits_TV.shape
-    block, num_warps = _block(V)
+    launch = pick(VOCAB, V)
     if T > 0:
         vocab_grad_kernel[(T,)](
             logits_TV,
@@ -286,7 +281,7 @@ def vocab_grad_(
             logits_TV.stride(0),
             V,
             num_valid,
-            BLOCK_V=block,
-            num_warps=num_warps,
+            BLOCK_V=launch.block,
+            num_warps=launch.num_warps,
         )
     return logits_TV

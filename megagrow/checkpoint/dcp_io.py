@@ -12,7 +12,7 @@ import os
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -93,7 +93,7 @@ def read_items(
         data = {name: shard.data for name, shard in shards.items()}
         dcp.load(
             cast(dict[str, Any], data),
-            storage_reader=ItemReader(path, manifest),
+            storage_reader=ItemReader(path, manifest, shards),
             planner=_ShardLoadPlanner(shards),
             process_group=ranks.group,
             no_dist=not ranks.is_distributed,
@@ -149,35 +149,45 @@ class ItemWriter(dcp.FileSystemWriter):
 class ItemReader(dcp.FileSystemReader):
     """torch's reader, with metadata from the manifest; checks an item before torch parses it."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, names: Iterable[str]) -> None:
         super().__init__(path)
         self.manifest = manifest
-        self.items = {MetadataIndex(i.tensor, i.offsets): i for i in manifest.items}
+        self.names = tuple(names)
+        self.items = {
+            MetadataIndex(name, item.offsets): item
+            for name in self.names
+            for item in manifest.items_of[name]
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        chunks = defaultdict(list)
-        for item in self.manifest.items:
-            box = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
-            chunks[item.tensor].append(box)
-        tensors = {
-            name: TensorStorageMetadata(
-                TensorProperties(dtype=DTYPES[entry.dtype]), torch.Size(entry.shape), chunks[name]
-            )
-            for name, entry in self.manifest.tensors.items()
-        }
         places = {i: _StorageInfo(x.file, x.start, x.num_bytes) for i, x in self.items.items()}
-        return Metadata(tensors, storage_data=places)  # type: ignore[arg-type]
+        tensors = {name: self._tensor_metadata(name) for name in self.names}
+        return Metadata(dict(tensors), storage_data=places)
+
+    def _tensor_metadata(self, name: str) -> TensorStorageMetadata:
+        entry = self.manifest.tensors[name]
+        boxes = [
+            ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
+            for item in self.manifest.items_of[name]
+        ]
+        properties = TensorProperties(dtype=DTYPES[entry.dtype])
+        return TensorStorageMetadata(properties, torch.Size(entry.shape), boxes)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         reads: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
         for read in plan.items:
             reads[read.storage_index].append(read)
         for index, of_item in reads.items():
+            item = self.items[index]
+            self.verify(item)
             try:
-                self.verify(self.items[index])
                 super().read_data(dataclasses.replace(plan, items=of_item), planner)
             except Exception as error:
-                raise CheckpointError(cause_of(error)) from error
+                file = Path(self.path) / item.file
+                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+                raise CheckpointError(
+                    f"{file}: tensor {item.tensor!r} cannot be read: {reason}"
+                ) from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -209,19 +219,18 @@ def open_sized(path: Path, entry: FileEntry) -> Generator[IO[bytes], None, None]
     """Opens a file that must have the size that the manifest says.
 
     Raises:
-        CheckpointError: the file is missing, shorter or longer.
+        CheckpointError: the file is missing, shorter or longer, or cannot be read.
     """
     try:
-        stream = path.open("rb")
+        with path.open("rb") as stream:
+            num_bytes = os.fstat(stream.fileno()).st_size
+            if num_bytes != entry.num_bytes:
+                raise CheckpointError(
+                    f"{path}: has {num_bytes} bytes, not {entry.num_bytes}: the file is damaged"
+                )
+            yield stream
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    with stream:
-        num_bytes = os.fstat(stream.fileno()).st_size
-        if num_bytes != entry.num_bytes:
-            raise CheckpointError(
-                f"{path}: has {num_bytes} bytes instead of {entry.num_bytes}: the file is damaged"
-            )
-        yield stream
 
 
 def digest_of(stream: IO[bytes]) -> str:

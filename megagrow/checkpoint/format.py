@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,6 +78,14 @@ class Manifest:
     items: tuple[Item, ...]
     format_version: int = FORMAT_VERSION
     sha256: str = field(default="", compare=False)  # of the file this was read from
+
+    @cached_property
+    def items_of(self) -> dict[str, list[Item]]:
+        """The items of every tensor."""
+        items: dict[str, list[Item]] = {name: [] for name in self.tensors}
+        for item in self.items:
+            items[item.tensor].append(item)
+        return items
 
     def to_bytes(self) -> bytes:
         """The text of `manifest.json`."""

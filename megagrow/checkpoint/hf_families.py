@@ -155,6 +155,7 @@ GPT2 = Family(
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
     },
     constants={
         "attn_pdrop": 0.0,
@@ -189,6 +190,4 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, G
 
 def fixed_fields(family: Family, model: ModelConfig) -> dict[str, Any]:
     """The values that the family's models have in the fields of `Family.kind`."""
-    return {
-        name: value(model) if callable(value) else value for name, value in family.kind.items()
-    }
+    return {name: value(model) if callable(value) else value for name, value in family.kind.items()}

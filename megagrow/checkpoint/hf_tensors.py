@@ -5,7 +5,7 @@ second), and query heads of one key/value head stand together in both, so rows a
 never permuted inside a head.
 """
 
-# Shape legend: U = units (heads, neurons), E = elements of one, P = parts, I = in dim (of matrices).
+# Shape legend: U = units (heads, neurons), E = elements of each, P = parts, I = in dim (matrices).
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,4 +140,3 @@ def _module_of(leaf: str) -> tuple[str, str]:
 
 def _tensor_in_layer(family: Family, layer: int, block: Block, suffix: str) -> str:
     return f"{family.layers}{layer}.{block.module}.{suffix}"
-

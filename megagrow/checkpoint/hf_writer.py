@@ -1,14 +1,6 @@
-"""Writes a complete Hugging Face folder: config, weights, tokenizer; all of it or nothing.
-
-    NAME.tmp-*/  is filled  ->  fsync  ->  rename to NAME/
-    NAME.trash-*/           what NAME/ was before, being deleted
-"""
+"""Writes a complete Hugging Face folder: config, weights, tokenizer; all of it or nothing."""
 
 import json
-import os
-import re
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +13,7 @@ from megagrow.checkpoint.hf_families import FAMILIES
 from megagrow.checkpoint.hf_reader import INDEX_FILE, WEIGHTS_FILE, is_hf_folder
 from megagrow.checkpoint.hf_tensors import FamilyTensors, expected_tensors
 from megagrow.checkpoint.safetensors_file import SafetensorsFile
+from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
 from megagrow.config import ModelConfig
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import CheckpointError, MegagrowError
@@ -75,22 +68,19 @@ def write_hf_folder(
     finally:
         output.discard()
     if isinstance(attempt.error, OSError):
-        raise CheckpointError(
-            f"{folder}: cannot be written ({attempt.error.strerror}); free space or choose another"
-        ) from attempt.error
+        raise cannot_be_written(folder, attempt.error) from attempt.error
     if attempt.error is not None:
         raise attempt.error
 
 
 def check_target(folder: Path, overwrite: bool = False) -> None:
-    """Raises CheckpointError unless an export may be written to `folder`."""
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder; choose another name")
-    if any(folder.iterdir()) and not (overwrite and is_hf_folder(folder)):
-        rule = "is not a Hugging Face folder, so not replaced" if overwrite else "is not empty"
-        raise CheckpointError(f"{folder}: {rule}; remove it or choose another name")
+    """Raises CheckpointError unless an export may be written to `folder`.
+
+    Args:
+        overwrite: a Hugging Face folder may be there; nothing else is ever replaced.
+    """
+    if not overwrite or not is_hf_folder(folder):
+        check_free(folder)
 
 
 class _Attempt:
@@ -114,8 +104,7 @@ class _Folder:
     def __init__(
         self, path: Path, model: ModelConfig, dtype: torch.dtype | None, shard_bytes: int
     ) -> None:
-        self._path, self._model, self._dtype = path, model, dtype
-        self._temporary = _beside(path, "tmp")
+        self._folder, self._model, self._dtype = StagedFolder(path), model, dtype
         self._tensors = FamilyTensors(FAMILIES[model.family], model)
         item_bytes = dtype.itemsize if dtype else _ASSUMED_ITEM_BYTES
         self._files = _plan_files(model, shard_bytes // item_bytes)
@@ -131,14 +120,12 @@ class _Folder:
         token_ids: Mapping[str, Any] | None,
         overwrite: bool,
     ) -> None:
-        check_target(self._path, overwrite)
+        check_target(self._folder.path, overwrite)
         tokenizer = load_tokenizer(tokenizer_source) if tokenizer_source else None
         _check_tokenizer(tokenizer, self._model)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(self._path, "tmp")
-        self._temporary.mkdir()
+        self._folder.start()
         if tokenizer is not None:
-            tokenizer.save(self._temporary)
+            tokenizer.save(self._folder.temporary)
             self._token_ids = {"eos_token_id": tokenizer.eod_id}
         if token_ids is not None:
             self._token_ids = dict(token_ids)
@@ -150,7 +137,7 @@ class _Folder:
     def _write(self, name: str, tensor: Tensor) -> None:
         file = self._file_of[name]
         if file not in self._open:
-            self._open[file] = SafetensorsFile(self._temporary / file, self._files[file])
+            self._open[file] = SafetensorsFile(self._folder.temporary / file, self._files[file])
         self._open[file].add(name, tensor)
         self._dtypes.add(tensor.dtype)
         self._num_bytes += tensor.nbytes
@@ -160,23 +147,17 @@ class _Folder:
         config = hf_config_from_model(
             self._model, dtype=_common_dtype(self._dtypes), token_ids=self._token_ids
         )
-        _write_json(self._temporary / CONFIG_FILE, config)
-        _write_json(self._temporary / GENERATION_FILE, self._generation_config())
+        _write_json(self._folder.temporary / CONFIG_FILE, config)
+        _write_json(self._folder.temporary / GENERATION_FILE, self._generation_config())
         if len(self._files) > 1:
-            _write_json(self._temporary / INDEX_FILE, self._index())
-        for path in [*self._temporary.iterdir(), self._temporary]:
-            _sync(path)
-        if self._path.exists():
-            os.rename(self._path, _beside(self._path, "trash"))
-        os.rename(self._temporary, self._path)
-        _sync(self._path.parent)
-        _remove_leftovers(self._path, "trash")
+            _write_json(self._folder.temporary / INDEX_FILE, self._index())
+        self._folder.publish()
 
     def discard(self) -> None:
         """Removes what was not published; never fails."""
         for file in self._open.values():
             file.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._folder.discard()
 
     def _generation_config(self) -> dict[str, Any]:
         stated = {name: value for name, value in self._token_ids.items() if value is not None}
@@ -226,25 +207,5 @@ def _common_dtype(dtypes: set[torch.dtype]) -> torch.dtype:
     return first
 
 
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
-
-
-def _remove_leftovers(path: Path, kind: str) -> None:
-    """Removes what exports to `path` that were killed have left beside it."""
-    leftover = re.compile(rf"{re.escape(path.name)}\.{kind}-[0-9a-f]{{8}}")
-    for sibling in path.parent.iterdir():
-        if leftover.fullmatch(sibling.name):
-            shutil.rmtree(sibling, ignore_errors=True)
-
-
 def _write_json(path: Path, entries: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

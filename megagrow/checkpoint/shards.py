@@ -1,8 +1,8 @@
 """The box of a global tensor that this rank holds: what it saves, and what it loads.
 
-torch's own answer (`compute_local_shape_and_global_offset`) is wrong for FSDP2 over a
-tensor-parallel shard whenever a chunk is empty or short (13 rows on dp 3 x tp 2, for example), so
-boxes are computed here and compared with the local tensor.
+torch's own answer (`compute_local_shape_and_global_offset`, torch 2.13) is wrong for FSDP2 over a
+tensor-parallel shard when chunks get short: 13 rows on dp 3 x tp 2 overlap, and DCP refuses to save
+them. So boxes are computed here, and compared with the local tensor.
 """
 
 import math

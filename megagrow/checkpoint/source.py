@@ -21,6 +21,7 @@ from megagrow.model import Transformer
 from megagrow.parallel.loss import token_scores
 from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.parallel.shards import fill, shard_parameters
+from megagrow.roles import parameter_names
 
 CHECK_SAMPLES = 8
 UNFIT_SHARE = 0.9  # of ln(vocabulary size): what a model that learned nothing of this data scores
@@ -37,6 +38,8 @@ class Source:
         identity: hash that names these weights.
         ledger: what its training cost, or None when unknown.
         tokenizer: the tokenizer that it was trained with ("" when unknown).
+        read: reads any stored tensor by its name in the checkpoint (own checkpoints; Adam's moments are there).
+        optimizer: Adam's step and multipliers, when the moments are stored too.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class Source:
     identity: str
     ledger: dict[str, Any] | None
     tokenizer: str
+    read: Callable[[str], Tensor]
+    optimizer: dict[str, Any] | None = None
 
 
 def open_source(path: Path | str) -> Source:
@@ -121,9 +126,14 @@ def check_source(model: Transformer, dataset: PackedDataset, mesh: Mesh, name: s
     return loss
 
 
+def check_fits(source: Source, dataset: PackedDataset, mesh: Mesh, skip: bool = False) -> float:
+    """`check_source` for a model that is not in memory: loads it, checks it, frees it."""
+    return check_source(load_model(source, mesh), dataset, mesh, str(source.path), skip)
+
+
 def _open_hf(path: Path) -> Source:
     reader = hf.HFReader(path)
-    return Source(path, reader.model, reader.fetch, _folder_identity(path), None, str(path))
+    return Source(path, reader.model, reader.fetch, _folder_identity(path), None, str(path), reader.fetch)
 
 
 def _open_own(path: Path) -> Source:
@@ -131,12 +141,17 @@ def _open_own(path: Path) -> Source:
     where = f"{path}/manifest.json"
     model = from_dict(manifest.state["model"], ModelConfig, where, "state.model")
 
+    def read(name: str) -> Tensor:
+        return store.read_full(path, [name])[name]
+
     def fetch(name: str) -> Tensor:
-        return store.read_full(path, [f"model.{name}"])[f"model.{name}"]
+        return read(f"model.{name}")
 
     identity = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
     tokenizer = manifest.config.get("data", {}).get("tokenizer", "")
-    return Source(path, model, fetch, identity, manifest.state.get("ledger"), tokenizer)
+    has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
+    optimizer = manifest.state.get("optimizer") if has_moments else None
+    return Source(path, model, fetch, identity, manifest.state.get("ledger"), tokenizer, read, optimizer)
 
 
 def _folder_identity(path: Path) -> str:

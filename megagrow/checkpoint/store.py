@@ -158,14 +158,19 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.parse(directory.read_checked_manifest(path), path / MANIFEST)
 
 
-def read_full(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+def read_full(
+    path: Path, names: Iterable[str], manifest: Manifest | None = None
+) -> dict[str, Tensor]:
     """Whole tensors by name, on the CPU and verified, in this process alone.
+
+    Args:
+        manifest: what `read_manifest` returned, which saves reading it again with every call.
 
     Raises:
         CheckpointError: the checkpoint is damaged or lacks one of the names.
     """
     path, action = Path(path), f"cannot read {path}"
-    manifest = read_manifest(path)
+    manifest = manifest or read_manifest(path)
     tensors = {}
     for name in names:
         if name not in manifest.tensors:
@@ -185,7 +190,7 @@ def verify(path: Path) -> Manifest:
     path = Path(path)
     manifest = read_manifest(path)
     _check_files(path, manifest)
-    reader = ItemReader(path, manifest)
+    reader = ItemReader(path, manifest, manifest.tensors)
     for item in manifest.items:
         reader.verify(item)
     return manifest

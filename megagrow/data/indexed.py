@@ -299,10 +299,12 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove what was written; an earlier dataset of that name stays."""
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # flushing what is thrown away may fail on a full disk
-            self._tokens_file.close()
+        try:
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # flushing what is thrown away may fail on a full disk
+                self._tokens_file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -32,7 +32,7 @@ class Summary:
 
     num_documents: int
     num_tokens: int
-    num_empty: int  # records without text, left out
+    num_empty: int  # texts of white space only, left out
     num_bad: int  # records that could not be read, left out (`on_bad_line="skip"`)
     bad_examples: list[str]  # the first of these: "file:line: reason"
     seconds: float
@@ -59,8 +59,8 @@ class _Encoder:
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def document(self, text: str) -> list[int]:
-        """Token ids of one document; empty for an empty text."""
-        return self._tokenizer.encode(text) + self._end if text else []
+        """Token ids of one document; none for a text of white space only."""
+        return self._tokenizer.encode(text) + self._end if text.strip() else []
 
     def batch(self, batch: Batch) -> _Encoded:
         tokens: list[int] = []
@@ -68,8 +68,7 @@ class _Encoder:
         bad: list[str] = []
         num_empty = 0
         for line, record in enumerate(batch.records, batch.first_line):
-            if not record.strip():
-                num_empty += 1
+            if batch.is_json and not record.strip():
                 continue
             try:
                 ids = self.document(parse_record(record, batch.is_json, self._json_key))
@@ -196,7 +195,7 @@ def _end_of_document(tokenizer: Tokenizer, append_eod: bool) -> list[int]:
 
 def _encode_in_processes(
     batches: Iterator[Batch], workers: int, arguments: tuple[str | Path, str, bool]
-) -> Iterator[_Encoded]:
+) -> Generator[_Encoded, None, None]:
     """Encoded batches in input order; at most a few per worker are in flight."""
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, arguments

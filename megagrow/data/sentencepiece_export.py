@@ -22,7 +22,8 @@ _SPACE = "▁"
 _PROBES = (
     "def f(x):\n    if x:\n\t\treturn 'a  b'  # done\n\n\n",
     "  The quick brown fox, 12.5 % of 2048 — jumps; isn't it?   ",
-    "naïve Ωμέγα 你好世界 مرحبا \U0001f600\U0001f1e9\U0001f1ea e\u0301 \u00a0\u200d\ufb01\r\n\x00",
+    "naïve Ωμέγα 你好世界 مرحبا \U0001f600 \U0001f1e9\U0001f1ea e\u0301",
+    "no-break\u00a0 joiner \u200d ligature \ufb01 \r\n \x00",
     " " * 37 + "x" + " " * 5 + "\n" * 7,
     "",
 )
@@ -42,8 +43,9 @@ class _Model:
 def to_hugging_face(model: bytes, where: str) -> tokenizers.Tokenizer:
     """The `tokenizers` equivalent of a sentencepiece model (BPE or unigram).
 
-    `where` names the model in errors. Raises DataError when the model has no equivalent, or when
-    ids differ on probe texts.
+    BPE ids are equal; unigram ids too but for ties, which the two libraries break differently
+    (about 1 line of source code in 1,000). `where` names the model in errors. Raises DataError when
+    the model has no equivalent, or when ids differ on probe texts.
     """
     spec = _parse(model)
     if any(kind == _UNUSED for _, _, kind in spec.pieces):
@@ -53,7 +55,8 @@ def to_hugging_face(model: bytes, where: str) -> tokenizers.Tokenizer:
     tokenizer.decoder = _decoder(spec)
     tokenizer.add_special_tokens([_added(piece, special=True) for piece in _special(spec)])
     tokenizer.add_tokens([_added(p) for p, _, kind in spec.pieces if kind == _USER_DEFINED])
-    _check_equal(model, tokenizer, where)
+    user_defined = [p.replace(_SPACE, " ") for p, _, kind in spec.pieces if kind == _USER_DEFINED]
+    _check_equal(model, tokenizer, [*_PROBES, *(f"x{p}y {p}" for p in user_defined)], where)
     return tokenizer
 
 
@@ -90,7 +93,10 @@ def _normalizer(spec: _Model) -> normalizers.Normalizer:
     if spec.charsmap:
         steps.append(normalizers.Precompiled(spec.charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
@@ -113,9 +119,11 @@ def _added(piece: str, special: bool = False) -> AddedToken:
     return AddedToken(piece, special=special, normalized=not special)
 
 
-def _check_equal(model: bytes, tokenizer: tokenizers.Tokenizer, where: str) -> None:
+def _check_equal(
+    model: bytes, tokenizer: tokenizers.Tokenizer, probes: list[str], where: str
+) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    for probe in _PROBES:
+    for probe in probes:
         if tokenizer.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
             raise DataError(
                 f"{where}: has no Hugging Face equivalent, the ids of {probe[:20]!r} would differ"

@@ -84,6 +84,8 @@ class SentencePieceTokenizer:
             self._model = Path(path).read_bytes()
         self._path = Path(path)
         try:
+            if not self._model:  # the library takes it for a model that is not loaded yet
+                raise RuntimeError("empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
             self.vocab_size = int(self._processor.vocab_size())
         except (RuntimeError, OSError) as error:

@@ -38,7 +38,8 @@ def _wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: torch.dt
     for module in [*blocks, model]:
         fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
         # The loss is already divided by the global number of tokens: gradients are summed, not averaged.
-        module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:

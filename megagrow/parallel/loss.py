@@ -1,18 +1,23 @@
 """Cross-entropy and distillation on vocabulary shards, from hidden states, chunked over tokens.
 
-    loss = Σ_t weight_t · [(1 − ω)·CE_t + ω·KD_t]        CE_t = lse(s_t) − s_t[label]
-    KD_t = Σ_v p_t[v] · (log p_t[v] − log q_t[v])         p = softmax(teacher / ρ), q = softmax(student [/ ρ])
+    loss = Σ_t weight_t · [(1 − ω)·CE_t + ω·KD_t]
+    CE_t = lse(s_t) − s_t[label]
+    KD_t = Σ_v p_t[v] · (log p_t[v] − log q_t[v])
+    p = softmax(teacher / ρ), q = softmax(student [/ ρ])
 
-The gradients of the local logits are written while the logits of a chunk are at hand, so that no logits survive the
-chunk. Denominators are summed over the tensor axis inside the function, where autograd does not see them; the gradient
-is written by hand. (Summing the final scalar with a differentiable all-reduce instead would make every gradient
-`tp` times too large while the loss looks right.)
+The gradients of the local logits are written while the logits of a chunk are at hand, so that no
+logits survive the chunk. Denominators are summed over the tensor axis inside the function, where
+autograd does not see them; the gradient is written by hand. (Summing the final scalar with a
+differentiable all-reduce instead would make every gradient `tp` times too large while the loss
+looks right.)
 
-Source of the mixture: SALT (Rawat et al., 2024, arXiv 2410.18779); knowledge distillation: Hinton et al., 2015.
+Source of the mixture: SALT (Rawat et al., 2024, arXiv 2410.18779); knowledge distillation: Hinton
+et al., 2015.
 """
 
 # Shape suffix legend: T = tokens, C = tokens of a chunk, H = hidden, V = local vocabulary rows.
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,37 +85,86 @@ def vocab_parallel_loss(
         options: see `LossOptions`; without a teacher only `chunk_tokens` matters.
 
     Returns:
-        The loss [1] (pipeline schedules join outputs, which therefore have a dim), differentiable in hidden_TH and
-        head_VH, and the detached weighted sums [loss, CE, KD].
+        The loss [1] (pipeline schedules join outputs, which therefore have a dim), differentiable
+        in hidden_TH and head_VH, and the detached weighted sums [loss, CE, KD].
     """
     options = options or LossOptions()
     shard = _Shard(tp, chunk(vocab_size, tp))
     needs_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad)
     return _Loss.apply(
-        hidden_TH, head_VH, labels_T, weights_T, shard, teacher_hidden, teacher_head, options, needs_gradient
+        hidden_TH,
+        head_VH,
+        labels_T,
+        weights_T,
+        shard,
+        teacher_hidden,
+        teacher_head,
+        options,
+        needs_gradient,
     )
 
 
 def token_scores(
-    hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, vocab_size: int, tp: Axis, chunk_tokens: int = 1024
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    labels_T: Tensor,
+    vocab_size: int,
+    tp: Axis,
+    chunk_tokens: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood and rank of every label, without gradients.
 
-    The rank is the number of logits strictly greater than the label's, which needs no sort and sums over shards.
+    The rank is the number of logits strictly greater than the label's, which needs no sort and sums
+    over shards. For the same logits both results have the same bits on any number of tensor ranks.
 
     Returns:
-        nll_T (float32 or wider), rank_T (int32), the same on every tensor rank.
+        nll_T (float32 or wider, never negative), rank_T (int32), the same on every tensor rank.
     """
     shard = _Shard(tp, chunk(vocab_size, tp))
     nlls, ranks = [], []
     with torch.no_grad():
-        for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
-            logits_CV = hidden_CH @ head_VH.to(hidden_CH.dtype).T
-            local_C = shard.local_labels(labels_C)
-            lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
-            nlls.append(lse_C - label_logit_C)
+        head = head_VH.to(hidden_TH.dtype)
+        for hidden_CH, labels_C in zip(
+            hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True
+        ):
+            logits_CV, local_C = hidden_CH @ head.T, shard.local_labels(labels_C)
+            label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
+            nlls.append(_exact_nll(logits_CV, label_logit_C, vocab_size, tp))
             ranks.append(sum_over(ops.vocab_rank(logits_CV, label_logit_C, local_C), tp))
     return torch.cat(nlls), torch.cat(ranks)
+
+
+def _label_logits(logits_CV: Tensor, local_C: Tensor) -> Tensor:
+    """The label's logit, in at least float32; 0 on the shards that do not hold it."""
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    if logits_CV.shape[1] == 0:
+        return torch.zeros(len(logits_CV), dtype=wide, device=logits_CV.device)
+    own_C = logits_CV.gather(1, local_C.clamp(min=0).unsqueeze(1)).squeeze(1).to(wide)
+    return torch.where(local_C >= 0, own_C, 0.0)
+
+
+def _exact_nll(logits_CV: Tensor, label_logit_C: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+    """lse − label logit, with the exponentials summed in fixed point.
+
+    Integers add up to the same in any order, so the result does not show how the vocabulary is
+    split. exp(0) is 2^k units with vocab_size·2^k ≤ 2^62: truncation loses less than vocab_size /
+    2^k of the sum, 2^-26 at 262,144 tokens.
+    """
+    wide = label_logit_C.dtype
+    bits = 62 - (vocab_size - 1).bit_length()
+    max_C = torch.full_like(label_logit_C, -torch.inf)
+    if logits_CV.shape[1] > 0:
+        max_C = logits_CV.amax(-1).to(wide)
+    # Not every backend's maximum keeps NaN: as infinity it reaches the result of every rank.
+    max_C = max_over(max_C.masked_fill(max_C.isnan(), torch.inf), tp)
+    units_C = torch.zeros(len(logits_CV), dtype=torch.int64, device=logits_CV.device)
+    on_cpu = logits_CV.device.type == "cpu"
+    budget = ops.CHUNK_LOGITS_CPU if on_cpu else ops.CHUNK_LOGITS_GPU
+    for block_CV in logits_CV.split(max(budget // max(len(logits_CV), 1), 1), dim=1):
+        shifted_CV = block_CV.to(wide) - max_C.unsqueeze(1)
+        units_C += shifted_CV.exp_().mul_(2.0**bits).to(torch.int64).sum(-1)
+    log_sum_C = sum_over(units_C, tp).double().log() - bits * math.log(2)
+    return (log_sum_C + (max_C.double() - label_logit_C.double())).clamp(min=0).to(wide)
 
 
 class _Loss(torch.autograd.Function):
@@ -137,11 +191,19 @@ class _Loss(torch.autograd.Function):
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
             logits_CV = hidden_CH @ head.T
             if teacher_TH is None or teacher_head_VH is None:
-                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard.tp, needs_gradient)
+                sums += _cross_entropy(
+                    logits_CV, local_C, weights_T[part], shard.tp, needs_gradient
+                )
             else:
                 teacher_CV = teacher_TH[part] @ teacher_head_VH.to(teacher_TH.dtype).T
                 sums += _distillation(
-                    logits_CV, teacher_CV, local_C, weights_T[part], shard.tp, options, needs_gradient
+                    logits_CV,
+                    teacher_CV,
+                    local_C,
+                    weights_T[part],
+                    shard.tp,
+                    options,
+                    needs_gradient,
                 )
             if grad_hidden is not None and grad_head is not None:
                 torch.mm(logits_CV, head, out=grad_hidden[part])
@@ -155,8 +217,13 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        scale = grad_loss.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_head * scale.to(grad_head.dtype), *(None,) * 7
+        return _scaled(grad_hidden, grad_loss), _scaled(grad_head, grad_loss), *(None,) * 7
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """The product in at least float32: 1/3 rounded to bfloat16 makes every gradient 0.2 % off."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return (grad.to(wide) * factor.to(wide)).to(grad.dtype)
 
 
 def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
@@ -168,8 +235,10 @@ def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis) -> tuple[Tensor,
     return merged_2C[0].log() + max_C, merged_2C[1]
 
 
-def _cross_entropy(logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool) -> Tensor:
-    """Returns the sums [loss, CE, 0]; turns the logits into their gradient in place when asked to."""
+def _cross_entropy(
+    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool
+) -> Tensor:
+    """Returns the sums [loss, CE, 0]; turns the logits into their gradient when asked to."""
     lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
     ce = ((lse_C - label_logit_C) * weights_C).sum()
     if write_gradient:
@@ -186,7 +255,7 @@ def _distillation(
     options: LossOptions,
     write_gradient: bool,
 ) -> Tensor:
-    """Returns the sums [loss, CE, KD]; turns the logits into their gradient in place when asked to."""
+    """Returns the sums [loss, CE, KD]; turns the logits into their gradient when asked to."""
     omega, rho, scale = options.weight, options.temperature, options.scale
     student_rho = rho if options.both else 1.0
     lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
@@ -203,7 +272,9 @@ def _distillation(
     ce = ((lse_C - label_logit_C) * weights_C).sum()
     if write_gradient:
         kd_weight_C = weights_C * (omega * scale / student_rho)
-        kd_grad_CV = (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
+        kd_grad_CV = (
+            (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
+        )
         ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C * (1 - omega))
         logits_CV.add_(kd_grad_CV.to(logits_CV.dtype))
     return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])

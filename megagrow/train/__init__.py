@@ -6,6 +6,11 @@
     part.py      this rank's share of a model, and how it is built and loaded
     learner.py   one optimizer step: of the model, or of LiGO's maps
     growing.py   from the small model to the large one
+    salt_stage.py  SALT inside the run: teacher and selected data
+    stop.py      signals
     saving.py    checkpoints of a run, and resuming from them
 """
 
+from megagrow.train.run import run
+
+__all__ = ["run"]

@@ -5,7 +5,7 @@ Both kinds of learner have the same face, so that the loop does not care which o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Learner(Protocol):
 
     def tensors(self) -> dict[str, Tensor]: ...
 
+    def state(self) -> dict[str, Any]: ...
+
 
 class ModelLearner:
     """Trains a model's weights with AdamW."""
@@ -63,6 +65,10 @@ class ModelLearner:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint stores: weights and moments."""
         return {**self.part.tensors(), **self.optimizer.tensors()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores beside tensors."""
+        return self.optimizer.state()
 
 
 class MapLearner:
@@ -115,6 +121,10 @@ class MapLearner:
         stored = {f"ligo.map.{name}": p.detach() for name, p in maps.items()}
         stored |= {f"ligo.{moment}.{name}": self.adamw.state[p][moment] for name, p in maps.items() for moment in MOMENTS}
         return {**self.small.tensors(), **stored}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores beside tensors."""
+        return {"step": self.step_count, "multipliers": {}}
 
     def set_step_count(self, step: int) -> None:
         """Tells Adam how many updates the loaded moments have seen."""

@@ -28,6 +28,7 @@ class RunState:
         ledger: what everything cost.
         rolled_back_at: step of the last roll-back, -1 when there was none.
         optimizer: Adam's step and per-tensor multipliers.
+        pending_event: losses noted when growing began, until it is complete.
     """
 
     model: ModelConfig
@@ -42,6 +43,7 @@ class RunState:
     ledger: Ledger = field(default_factory=Ledger)
     rolled_back_at: int = -1
     optimizer: dict[str, Any] = field(default_factory=dict)
+    pending_event: dict[str, Any] | None = None
 
     def is_done(self, config: Config) -> bool:
         """Whether the schedule is at its end."""

@@ -1,4 +1,6 @@
-"""The mixed loss against softmax and KL divergence written densely in float64, gradients above all."""
+"""The mixed loss against softmax and KL divergence written densely in float64, gradients above
+all.
+"""
 
 # Shape suffix legend: T = tokens, H = hidden, G = the teacher's hidden, V = vocabulary.
 
@@ -82,7 +84,7 @@ def oracle(p: Problem, options: LossOptions, with_teacher: bool = True) -> Resul
     loss.backward()
     assert hidden_TH.grad is not None and head_VH.grad is not None
     sums = torch.stack([loss, ce, kd]).detach()
-    return Result(loss.detach(), sums, hidden_TH.grad, head_VH.grad)
+    return Result(sums[:1], sums, hidden_TH.grad, head_VH.grad)
 
 
 def evaluate(
@@ -93,10 +95,11 @@ def evaluate(
     mutant: bool = False,
     factor: float = 1.0,
 ) -> Result:
-    """The loss on this rank's shard of the vocabulary; `factor` multiplies the loss before the backward pass.
+    """The loss on this rank's shard of the vocabulary; `factor` multiplies the loss before the
+    backward pass.
 
-    The mutant sums the final scalar with an all-reduce whose backward pass sums once more: the right loss, with
-    gradients that are tp times too large.
+    The mutant sums the final scalar with an all-reduce whose backward pass sums once more: the
+    right loss, with gradients that are tp times too large.
     """
     tp = tp or Axis()
     rows = chunk(len(p.head_VH), tp)
@@ -122,7 +125,7 @@ def evaluate(
 
 
 def tp_axis() -> Axis:
-    world = dist.get_world_size()
+    world = dist.get_world_size() if dist.is_initialized() else 1
     return Axis(dist.group.WORLD, dist.get_rank(), world) if world > 1 else Axis()
 
 
@@ -134,7 +137,9 @@ def evaluate_all(p: Problem, choices: list[LossOptions], mutant: bool = False) -
 def sharded(
     p: Problem, choices: list[LossOptions], world: int, mutant: bool = False
 ) -> list[Result]:
-    """One result per choice: all ranks must agree on what is whole; the head's rows are put together."""
+    """One result per choice: all ranks must agree on what is whole; the head's rows are put
+    together.
+    """
     by_rank = run_ranks(evaluate_all, world, p, choices, mutant)
     merged = []
     for results in zip(*by_rank, strict=True):

@@ -1,4 +1,4 @@
-"""Every layout trains the same model: loss and each gradient of a sharded model against one process, in float64."""
+"""Every layout trains the same model: loss, each gradient and the weights after updates, against one process."""
 
 import dataclasses
 
@@ -49,9 +49,9 @@ def make_inputs(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:], counts / counts.sum()
 
 
-def steps(config: Config, mesh: Mesh, num_updates: int) -> dict[str, Tensor]:
+def steps(config: Config, mesh: Mesh, num_updates: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Loss, clip norm, whole gradients of the first step, and whole weights after the updates."""
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         part = build_part(config.model, config, mesh)
         initialize_part(part, seed=3)
@@ -72,8 +72,8 @@ def steps(config: Config, mesh: Mesh, num_updates: int) -> dict[str, Tensor]:
         torch.set_default_dtype(torch.float32)
 
 
-def sharded_steps(config: Config, num_updates: int) -> dict[str, Tensor]:
-    return steps(config, make_mesh(config.parallel), num_updates)
+def sharded_steps(config: Config, num_updates: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    return steps(config, make_mesh(config.parallel), num_updates, dtype)
 
 
 def worst_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
@@ -109,6 +109,17 @@ def test_layout_equals_one_process(model: ModelConfig, layout: tuple[int, int, i
     for found in results:
         difference, name = worst_difference(found, expected)
         assert difference < 1e-10, (name, difference)
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1, 2), (8, 2, 2, 2)], ids=lambda x: "-".join(map(str, x)))
+def test_layout_equals_one_process_in_float32(layout: tuple[int, int, int, int]) -> None:
+    """One gradient each; float32 takes another path through FSDP's reduction than float64."""
+    ranks, tensor, pipeline, microbatch = layout
+    expected = steps(config_of(LLAMA), Mesh.single(), 1, torch.float32)
+    for found in run_ranks(sharded_steps, ranks, config_of(LLAMA, tensor, pipeline, microbatch), 1, torch.float32):
+        gradients = {name: value for name, value in found.items() if not name.startswith("weight.")}
+        difference, name = worst_difference(gradients, expected)
+        assert difference < 1e-5, (name, difference)
 
 
 def test_microbatches_do_not_change_the_step() -> None:

@@ -1,0 +1,161 @@
+"""Own checkpoint <-> Hugging Face folder, and the proof that both compute the same logits."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.source import Source, load_model, open_source
+from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
+from megagrow.config import Config, DataConfig, to_dict
+from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
+from megagrow.errors import CheckpointError
+from megagrow.parallel.mesh import Mesh
+from megagrow.roles import parameter_names
+
+Format = Literal["hf", "megagrow"]
+TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+COMPARED_TOKENS = (2, 64)  # samples, tokens per sample
+ALLOWED_SHARE = 1e-3  # of the largest logit: far above rounding in float32, far below a lost tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the logits of two folders lie apart, on random tokens, in float32."""
+
+    largest_difference: float
+    largest_logit: float
+    num_tokens: int
+    libraries: tuple[str, str]  # that computed the logits of the first and of the second folder
+
+
+def convert(source: Path, target: Path, to: Format) -> bool:
+    """Writes the model at `source` to the new folder `target`, every tensor in its stored dtype.
+
+    Args:
+        source: own checkpoint, run directory or Hugging Face folder.
+        target: must not exist or be empty. An own checkpoint becomes `target/step-0`, with the
+            tokenizer beside it in `target/tokenizer`.
+
+    Returns:
+        Whether the model's tokenizer was found and came along.
+
+    Raises:
+        CheckpointError: the source is unusable, or the target is taken or cannot be written.
+        ConfigError: the model cannot be expressed in the target's format.
+    """
+    check_free(target)
+    opened = open_source(source)
+    tokenizer = tokenizer_of(opened)
+    if to == "hf":
+        token_ids = _token_ids(opened)
+        hf.write_hf_folder(target, opened.model, opened.fetch, tokenizer, token_ids=token_ids)
+    else:
+        _write_own(target, opened, tokenizer)
+    return tokenizer is not None
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Runs both folders on the same random tokens.
+
+    transformers computes a Hugging Face folder where it is installed (one of the two, so that
+    megagrow is always part of the comparison); megagrow computes the rest.
+    """
+    model = open_source(first).model
+    shape = (COMPARED_TOKENS[0], min(COMPARED_TOKENS[1], model.max_seq_length))
+    generator = torch.Generator().manual_seed(0)
+    ids_BS = torch.randint(model.vocab_size, shape, generator=generator)
+    libraries = ["megagrow", "megagrow"]
+    foreign = [index for index, path in enumerate((first, second)) if hf.is_hf_folder(path)]
+    if foreign and importlib.util.find_spec("transformers") is not None:
+        libraries[foreign[-1]] = "transformers"
+    logits = [
+        _LOGITS[library](path, ids_BS)
+        for library, path in zip(libraries, (first, second), strict=True)
+    ]
+    return Comparison(
+        (logits[0] - logits[1]).abs().max().item(),
+        logits[0].abs().max().item(),
+        ids_BS.numel(),
+        (libraries[0], libraries[1]),
+    )
+
+
+def check_equal(comparison: Comparison) -> None:
+    """Raises CheckpointError when two folders are not the same model, rounding apart."""
+    limit = ALLOWED_SHARE * comparison.largest_logit
+    if not comparison.largest_difference <= limit:
+        raise CheckpointError(
+            f"the logits differ by {comparison.largest_difference:.3g}, more than {limit:.3g} "
+            f"({ALLOWED_SHARE} of the largest): do not use the converted folder"
+        )
+
+
+def tokenizer_of(source: Source) -> Path | None:
+    """The tokenizer of a model on disk: what it names, else the one beside it, if there is one."""
+    beside = source.path.parent / TOKENIZER_FOLDER
+    for place in [Path(source.tokenizer), beside] if source.tokenizer else [beside]:
+        is_folder_of_one = any((place / name).is_file() for name in TOKENIZER_FILES)
+        if str(place) == ByteTokenizer.name or place.is_file() or is_folder_of_one:
+            return place
+    return None
+
+
+def _write_own(target: Path, source: Source, tokenizer_source: Path | None) -> None:
+    staged = StagedFolder(target)
+    try:
+        staged.start()
+        tokenizer = ""
+        if tokenizer_source is not None:
+            load_tokenizer(tokenizer_source).save(staged.temporary / TOKENIZER_FOLDER)
+            tokenizer = str((target / TOKENIZER_FOLDER).absolute())
+        store.save(
+            staged.temporary,
+            0,
+            {f"model.{name}": source.fetch(name) for name in parameter_names(source.model)},
+            {"model": to_dict(source.model), "ledger": source.ledger},
+            config=to_dict(Config(model=source.model, data=DataConfig(tokenizer=tokenizer))),
+            provenance={
+                "converted_from": {"path": str(source.path), "identity": source.identity},
+                "token_ids": _token_ids(source),
+            },
+        )
+        staged.publish()
+    except OSError as error:
+        raise cannot_be_written(target, error) from error
+    finally:
+        staged.discard()
+
+
+def _token_ids(source: Source) -> dict[str, Any] | None:
+    """The special token ids that the source states; None: it states none."""
+    if hf.is_hf_folder(source.path):
+        return hf.HFReader(source.path).token_ids or None
+    stated = store.read_manifest(source.path).provenance.get("token_ids")
+    return stated if isinstance(stated, dict) else None
+
+
+def _own_logits(path: Path, ids_BS: Tensor) -> Tensor:
+    with torch.no_grad():
+        return load_model(open_source(path), Mesh.single()).logits(ids_BS)
+
+
+def _transformers_logits(path: Path, ids_BS: Tensor) -> Tensor:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    with torch.no_grad():
+        logits: Tensor = model.eval()(ids_BS).logits
+    return logits
+
+
+_LOGITS = {"megagrow": _own_logits, "transformers": _transformers_logits}

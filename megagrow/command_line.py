@@ -1,0 +1,72 @@
+"""From `PRESET_OR_FILE [--section.field VALUE …]` to a configuration, with errors that fit on one line."""
+
+from pathlib import Path
+
+import tyro
+import yaml
+
+from megagrow import presets
+from megagrow.config import Config, check_value, load_file, nearest, option_names
+from megagrow.errors import ConfigError
+
+USAGE = "usage: python -m megagrow PRESET_OR_FILE [--init.from CKPT] [--section.field VALUE ...]"
+
+
+def parse(arguments: list[str]) -> Config:
+    """The configuration that the arguments describe.
+
+    Raises:
+        ConfigError: no such preset or file, unknown option (the nearest one is named), wrong value, broken rule.
+    """
+    if not arguments:
+        raise ConfigError(f"{USAGE}; presets: {', '.join(presets.names())}")
+    if arguments[0] in ("-h", "--help"):
+        return tyro.cli(Config, args=["--help"], prog="python -m megagrow PRESET_OR_FILE")
+    base, rest = load(arguments[0]), arguments[1:]
+    if "-h" not in rest and "--help" not in rest:
+        rest = _checked(rest)
+    kinds = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return tyro.cli(Config, default=base, args=rest, prog=f"python -m megagrow {arguments[0]}", config=kinds)
+
+
+def load(name: str) -> Config:
+    """The preset of this name, or the configuration in the file of this path.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    if name in presets.names():
+        return presets.get(name)
+    path = Path(name)
+    if not path.exists():
+        known = presets.names()
+        raise ConfigError(
+            f"{name}: neither a preset nor a file{nearest(name, known)} Presets: {', '.join(known)}; "
+            "or give the path of a YAML file"
+        )
+    return load_file(path)
+
+
+def _checked(arguments: list[str]) -> list[str]:
+    """The arguments as tyro wants them, after each name and value has been looked at."""
+    known, pending, checked = option_names(), list(arguments), list[str]()
+    while pending:
+        option, has_value, value = pending.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in known:
+            raise ConfigError(f"command line: unknown option {option}{nearest(name, known)}")
+        if not has_value and not pending:
+            raise ConfigError(f"command line: {option} needs a value")
+        value = value if has_value else pending.pop(0)
+        checked += [f"--{name}", _value(name, value)]
+    return checked
+
+
+def _value(name: str, value: str) -> str:
+    try:
+        plain = yaml.safe_load(value)
+        check_value(plain, name, "command line")
+    except (yaml.YAMLError, ConfigError):
+        check_value(value, name, "command line")  # "2024" is text where text is wanted
+        return value
+    return str(plain) if isinstance(plain, bool) else value

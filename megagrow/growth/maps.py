@@ -1,0 +1,128 @@
+"""How axes and layers grow: of which source units each target unit is made.
+
+An axis map M [target elements, source elements] acts in two forms, one for each way that a parameter can use an axis:
+
+    O = diag(out_scale) · M    builds what is written to the axis: rows of a matrix, an embedding, a norm's gains
+    I = diag(in_scale) · M     builds what reads from the axis: columns of the next matrix
+
+A small model's activation x becomes O x, and a reader W becomes W Iᵀ; so W x is kept wherever Iᵀ O is the identity.
+"""
+
+# Shape suffix legend: T = target elements, S = source elements of an axis.
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scale = float | Tensor  # one number for the whole axis, or one per target element [T]
+Form = Literal["out", "in"]  # O or I
+Elements = slice | Tensor  # target elements of an axis: a range, or indices
+
+
+@dataclass(frozen=True, eq=False)
+class SparseMap:
+    """Copies: target element t is source element index[t]. A gather, never a matrix product.
+
+    Attributes:
+        index: [T] int64.
+        num_source: S.
+        out_scale, in_scale: diagonals of O and I.
+    """
+
+    index: Tensor
+    num_source: int
+    out_scale: Scale = 1.0
+    in_scale: Scale = 1.0
+
+    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x."""
+        return x.index_select(dim, self.index[elements].to(x.device))
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMap:
+    """Learned combinations: target element t is Σ_s matrix[t, s] · (source element s).
+
+    Attributes:
+        matrix: [T, S].
+        out_scale, in_scale: diagonals of O and I.
+    """
+
+    matrix: Tensor
+    out_scale: Scale = 1.0
+    in_scale: Scale = 1.0
+
+    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x, in the map's dtype; only these rows are multiplied."""
+        rows, x = self.matrix[elements], x.to(self.matrix.dtype)
+        return rows @ x if dim == 0 else x @ rows.T
+
+
+AxisMap = SparseMap | DenseMap
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Copies: target layer k is source layer index[k] (one 1 in each row of w)."""
+
+    index: tuple[int, ...]
+
+    def targets_of(self, source_layer: int) -> list[int]:
+        """The target layers that are copies of a source layer."""
+        return [k for k, j in enumerate(self.index) if j == source_layer]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMix:
+    """Weighted sums of layers: w [target layers, source layers] for each leaf of `roles.leaves`."""
+
+    weights: Mapping[str, Tensor]
+
+
+def interleave(num_source: int, num_target: int) -> Tensor:
+    """The unit that each target unit copies, replicas side by side: 0 0 1 1 2 2.
+
+    Side by side rather than laid end to end, so that growing a contiguous shard gives the shard of what has grown. When
+    the sizes do not divide, the first units get the spare copies as evenly as can be.
+    """
+    return torch.arange(num_target) * num_source // num_target
+
+
+def interleave_queries(source_heads: int, source_kv: int, target_heads: int, target_kv: int) -> Tensor:
+    """The query head that each target query head copies, given that kv heads are interleaved.
+
+    A query head may only be copied to places that share a copy of its own key/value head. Every copy of a group gets all
+    of the group's heads equally often if the numbers allow, so that the copies also get equal gradients:
+
+        2 kv heads of 2 queries -> 4 kv heads of 4:    0 0 1 1 | 0 0 1 1 | 2 2 3 3 | 2 2 3 3
+    """
+    kv_of_target = interleave(source_kv, target_kv)
+    source_group, target_group = source_heads // source_kv, target_heads // target_kv
+    heads = []
+    for kv in range(source_kv):
+        num_places = int((kv_of_target == kv).sum()) * target_group
+        place = torch.arange(num_places)
+        if target_group >= source_group:
+            within = place % target_group * source_group // target_group
+        else:  # a copy has too few places for all heads: they take turns over the copies
+            within = place % source_group
+        heads.append(kv * source_group + within)
+    return torch.cat(heads)
+
+
+def to_elements(units: Tensor, unit_size: int) -> Tensor:
+    """An index of units (heads) as an index of their elements."""
+    return (units[:, None] * unit_size + torch.arange(unit_size)).flatten()
+
+
+def first_copies(index: Tensor) -> Tensor:
+    """[T] bool: whether a target element is the first copy of its source element."""
+    first_place: dict[int, int] = {}
+    for place, unit in enumerate(index.tolist()):
+        first_place.setdefault(unit, place)
+    is_first = torch.zeros(len(index), dtype=torch.bool)
+    is_first[list(first_place.values())] = True
+    return is_first

@@ -1,0 +1,196 @@
+"""A run is one function that returns one complete configuration.
+
+The docstring says what to expect, what it costs, and the command. Paths are relative to where the command is run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from megagrow.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    GrowthConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SaltConfig,
+    TrainConfig,
+)
+
+_PRESETS: dict[str, Callable[[], Config]] = {}
+
+
+def _preset(function: Callable[[], Config]) -> Callable[[], Config]:
+    _PRESETS[function.__name__] = function
+    return function
+
+
+def names() -> list[str]:
+    """All presets, in the order of this file."""
+    return list(_PRESETS)
+
+
+def get(name: str) -> Config:
+    """The configuration of a preset.
+
+    Raises:
+        KeyError: no such preset.
+    """
+    return _PRESETS[name]()
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------------
+
+
+def llama_model(layers: int, hidden: int, head_dim: int, ffn: int, vocab: int, length: int) -> ModelConfig:
+    """A Llama shape with as many heads as head_dim divides the width into."""
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=hidden // head_dim,
+        ffn_size=ffn,
+        max_seq_length=length,
+    )
+
+
+def gpt2_model(layers: int, hidden: int) -> ModelConfig:
+    """A GPT-2 shape (Radford et al., 2019): heads of 64, FFN of 4 x width, learned positions, tied head."""
+    return ModelConfig(
+        family="gpt2",
+        vocab_size=50_257,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=hidden // 64,
+        ffn_size=4 * hidden,
+        max_seq_length=1024,
+        norm="layer_norm",
+        positions="learned",
+        activation="gelu",
+        bias=True,
+        tied_embeddings=True,
+    )
+
+
+# --- training from scratch ----------------------------------------------------------------------------------------------
+
+
+@_preset
+def llama_125m() -> Config:
+    """A Llama of 134M parameters (12 x 768, vocabulary 32,000) on 2.6B tokens, Chinchilla's 20 per parameter.
+
+    Cost: 2.4e18 FLOPs. Not yet run to its end here.
+    torchrun --nproc-per-node 8 -m megagrow llama_125m --data.train PREFIX --data.validation PREFIX --data.tokenizer T
+    """
+    return Config(
+        model=llama_model(12, 768, 64, 2048, 32_000, 2048),
+        data=DataConfig(seq_length=2048),
+        train=TrainConfig(steps=10_000, global_batch_size=128, precision="bf16", eval_interval=500),
+        optim=OptimConfig(lr=6e-4, warmup_steps=500, min_lr_ratio=0.1),
+        checkpoint=CheckpointConfig(interval=500, keep_last=3),
+        run=RunConfig(dir="runs/llama_125m"),
+    )
+
+
+@_preset
+def gpt2_124m() -> Config:
+    """GPT-2 base (124M parameters) on 2.5B tokens.
+
+    Cost: 2.1e18 FLOPs. Not yet run to its end here.
+    torchrun --nproc-per-node 8 -m megagrow gpt2_124m --data.train PREFIX --data.validation PREFIX --data.tokenizer T
+    """
+    return Config(
+        model=gpt2_model(12, 768),
+        data=DataConfig(seq_length=1024),
+        train=TrainConfig(steps=10_000, global_batch_size=240, precision="bf16", eval_interval=500),
+        optim=OptimConfig(lr=6e-4, warmup_steps=500, schedule="cosine", min_lr_ratio=0.1),
+        checkpoint=CheckpointConfig(interval=500, keep_last=3),
+        run=RunConfig(dir="runs/gpt2_124m"),
+    )
+
+
+# --- growing ------------------------------------------------------------------------------------------------------------
+
+
+@_preset
+def grow_llama_125m() -> Config:
+    """Doubles the depth and the width of `llama_125m` by LiGO, with SALT for the first sixth of the run.
+
+    Cost: the large model's 8.6e18 FLOPs per 2.6B tokens, plus 4 % for learning the maps and teaching. Not yet run to
+    its end here; the shares of learning and stage 1 are those of the papers.
+    torchrun --nproc-per-node 8 -m megagrow grow_llama_125m --init.from runs/llama_125m --salt.teacher runs/llama_125m …
+    """
+    return dataclasses.replace(
+        llama_125m(),
+        model=llama_model(24, 1536, 64, 4096, 32_000, 2048),
+        growth=GrowthConfig(method="ligo", optimizer="reset", rewarmup_steps=200),
+        salt=SaltConfig(steps=1_700),
+        optim=OptimConfig(lr=4e-4, warmup_steps=500, min_lr_ratio=0.1),
+        run=RunConfig(dir="runs/grow_llama_125m"),
+    )
+
+
+# --- the quickstart: minutes on two CPU cores -----------------------------------------------------------------------------
+
+QUICKSTART = "runs/quickstart"
+QUICKSTART_VOCAB = 2048
+
+
+def _quickstart(arm: str, model: ModelConfig, steps: int) -> Config:
+    return Config(
+        model=model,
+        data=DataConfig(
+            train=f"{QUICKSTART}/data/train",
+            validation=f"{QUICKSTART}/data/validation",
+            tokenizer=f"{QUICKSTART}/data/tokenizer.model",
+            seq_length=128,
+        ),
+        train=TrainConfig(steps=steps, global_batch_size=8, eval_interval=25, eval_batches=8),
+        optim=OptimConfig(lr=4e-3, warmup_steps=10, decay_fraction=0.4),
+        checkpoint=CheckpointConfig(interval=25, keep_last=2),
+        run=RunConfig(dir=f"{QUICKSTART}/{arm}"),
+    )
+
+
+def _quickstart_small_model() -> ModelConfig:
+    return llama_model(3, 96, 32, 256, QUICKSTART_VOCAB, 128)
+
+
+def _quickstart_large_model() -> ModelConfig:
+    return llama_model(6, 192, 32, 512, QUICKSTART_VOCAB, 128)
+
+
+@_preset
+def quickstart_small() -> Config:
+    """The quickstart's small model, 0.7M parameters.
+
+    torchrun --nproc-per-node 2 -m megagrow quickstart_small
+    """
+    return _quickstart("small", _quickstart_small_model(), steps=400)
+
+
+@_preset
+def quickstart_scratch() -> Config:
+    """The quickstart's large model, 3.4M parameters, from random weights; run at three budgets.
+
+    torchrun --nproc-per-node 2 -m megagrow quickstart_scratch --train.steps 200 --run.dir runs/quickstart/scratch-200
+    """
+    return _quickstart("scratch-200", _quickstart_large_model(), steps=200)
+
+
+@_preset
+def quickstart_grown_salt() -> Config:
+    """The quickstart's large model grown from the small one by LiGO and trained with SALT on data that it picked.
+
+    torchrun --nproc-per-node 2 -m megagrow quickstart_grown_salt
+    """
+    return dataclasses.replace(
+        _quickstart("grown_salt", _quickstart_large_model(), steps=200),
+        init=InitConfig(from_=f"{QUICKSTART}/small"),
+        growth=GrowthConfig(method="ligo", optimizer="reset", ligo_steps=20),
+        salt=SaltConfig(
+            teacher=f"{QUICKSTART}/small", steps=60, weight=0.3, scores=f"{QUICKSTART}/scores", keep_fraction=0.5
+        ),
+    )

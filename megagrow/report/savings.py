@@ -1,0 +1,136 @@
+"""What growing saves: cost at equal loss, and loss at equal cost, between finished runs.
+
+Between two finished scratch runs the loss is taken as linear in the logarithm of the cost. A scratch
+run that a cheaper one equals is left out, which favours the baseline. Nothing is extrapolated:
+outside of the range of the finished scratch runs a saving is null, with the reason and a bound.
+"""
+
+import math
+
+from megagrow.report.run import Json, Run
+
+CONVENTIONS = ("papers_convention", "all_in")
+Front = list[tuple[float, float]]  # (cost, loss) of finished runs: costs rise, losses fall
+
+
+def pareto_front(points: list[tuple[float, float]]) -> Front:
+    """The (cost, loss) pairs that no pair of at most the same cost equals, cheapest first."""
+    front: Front = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def cost_at_loss(front: Front, loss: float) -> float:
+    """The cost at which the baseline reaches `loss`, which lies within the losses of the front."""
+    for (low, worse), (high, better) in zip(front, front[1:], strict=False):
+        if better <= loss <= worse:
+            share = (worse - loss) / (worse - better)
+            return low * (high / low) ** share
+    assert loss == front[0][1], f"loss {loss} lies outside of the front"
+    return front[0][0]
+
+
+def loss_at_cost(front: Front, cost: float) -> float:
+    """The baseline's loss at `cost`, which is not below the front; beyond its end, the last loss."""
+    for (low, worse), (high, better) in zip(front, front[1:], strict=False):
+        if low <= cost <= high:
+            return worse + (better - worse) * math.log(cost / low) / math.log(high / low)
+    assert cost >= front[-1][0], f"cost {cost} lies below the front"
+    return front[-1][1]
+
+
+def compare(grown: Run, scratch: list[Run]) -> Json:
+    """A grown run against finished scratch runs: cost at equal loss, loss at equal all-in FLOPs."""
+    savings = {}
+    for convention in CONVENTIONS:
+        found = {m: saving(grown, scratch, convention, m) for m in ("flops", "seconds")}
+        savings[convention] = {
+            **{measure: entry["value"] for measure, entry in found.items()},
+            "reason": {measure: entry["reason"] for measure, entry in found.items()},
+            "bound": {measure: entry["bound"] for measure, entry in found.items()},
+        }
+    return {"savings": savings, "at_equal_all_in_flops": at_equal_cost(grown, scratch)}
+
+
+def saving(grown: Run, scratch: list[Run], convention: str, measure: str) -> Json:
+    """1 - cost(grown) / cost(scratch at the grown run's loss).
+
+    Returns:
+        {"value", "reason", "bound"}: value is None when it is not known, and reason says why; bound
+        is then {"at_least": x} or {"at_most": x} where the finished runs allow one.
+    """
+    spent, loss = grown.cost(convention, measure), grown.final_loss
+    front = scratch_front(scratch, convention, measure)
+    if loss is None:
+        return _null(f"{grown.name} is not finished: {grown.unfinished}")
+    if spent is None:
+        return _null(f"the {measure} of what {grown.name} builds on are unknown")
+    if not front:
+        return _null("no scratch run of known cost is finished")
+    if loss < front[-1][1]:
+        largest = max(known_costs(scratch, convention, measure))
+        reason = f"no finished scratch run reaches {loss:.4f}; the best has {front[-1][1]:.4f}"
+        return _null(reason, {"at_least": 1 - spent / largest})
+    if loss > front[0][1]:
+        reason = f"the smallest scratch budget already reaches {front[0][1]:.4f}, below {loss:.4f}"
+        return _null(reason, {"at_most": 1 - spent / front[0][0]})
+    return {"value": 1 - spent / cost_at_loss(front, loss), "reason": None, "bound": None}
+
+
+def at_equal_cost(grown: Run, scratch: list[Run]) -> Json:
+    """The grown run's loss against scratch's at the same all-in FLOPs.
+
+    Returns:
+        {"all_in_flops", "grown_loss", "scratch_loss", "nats", "beats", "sentence"}: nats is how far
+        the grown run is below scratch; what is not known is None.
+    """
+    flops, loss = grown.cost("all_in", "flops"), grown.final_loss
+    front = scratch_front(scratch, "all_in", "flops")
+    beats, scratch_loss = None, None
+    if not front or loss is None:
+        why = "a run is not finished"
+    elif flops is None:
+        why = f"what {grown.name} builds on has an unknown cost"
+    elif front[0][0] <= flops <= max(known_costs(scratch, "all_in", "flops")):
+        scratch_loss = loss_at_cost(front, flops)
+        beats, why = loss < scratch_loss, f"by {abs(scratch_loss - loss):.4f} nats"
+    elif flops > front[0][0] and loss >= front[-1][1]:
+        beats, why = False, "scratch reached its loss with fewer"
+    elif flops < front[0][0] and loss < front[0][1]:
+        beats, why = True, "the smallest scratch budget spent more for a worse loss"
+    else:
+        why = "no scratch run was given about as many"
+    verdict = {True: "beats", False: "does not beat", None: "cannot be compared with"}[beats]
+    return {
+        "all_in_flops": flops,
+        "grown_loss": loss,
+        "scratch_loss": scratch_loss,
+        "nats": None if scratch_loss is None or loss is None else scratch_loss - loss,
+        "beats": beats,
+        "sentence": f"the grown arm {verdict} scratch at equal all-in FLOPs ({why})",
+    }
+
+
+def scratch_front(scratch: list[Run], convention: str, measure: str) -> Front:
+    """(cost, loss) of the finished scratch runs of known cost, without those that one equals."""
+    found = [(run.cost(convention, measure), run.final_loss) for run in scratch]
+    return pareto_front([(cost, loss) for cost, loss in found if cost and loss is not None])
+
+
+def known_costs(scratch: list[Run], convention: str, measure: str) -> list[float]:
+    """The costs of the finished runs, where they are known."""
+    found = [run.cost(convention, measure) for run in scratch if not run.unfinished]
+    return [cost for cost in found if cost is not None]
+
+
+def no_savings(reason: str) -> Json:
+    """What `compare` would say under "savings" if there were a grown run; all of it null."""
+    nothing = {"flops": None, "seconds": None}
+    why = {"flops": reason, "seconds": reason}
+    return {convention: {**nothing, "reason": why, "bound": nothing} for convention in CONVENTIONS}
+
+
+def _null(reason: str, bound: Json | None = None) -> Json:
+    return {"value": None, "reason": reason, "bound": bound}

@@ -1,0 +1,21 @@
+"""SALT (Rawat et al., 2024, arXiv 2410.18779): the small model picks the data, teaches early, then
+leaves.
+"""
+
+from megagrow.salt.schedule import is_stage_one, teacher_weight
+from megagrow.salt.score import ScoreSettings, score_corpus
+from megagrow.salt.score_files import Scores, read_scores
+from megagrow.salt.select import select
+from megagrow.salt.teacher import Teacher, check_teacher
+
+__all__ = [
+    "ScoreSettings",
+    "Scores",
+    "Teacher",
+    "check_teacher",
+    "is_stage_one",
+    "read_scores",
+    "score_corpus",
+    "select",
+    "teacher_weight",
+]

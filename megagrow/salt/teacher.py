@@ -1,0 +1,149 @@
+"""The small model as a teacher inside the mesh: body on all pipeline ranks, head on the last stage
+only.
+
+Run whole on the last stage, the teacher would cost that stage PP times as much as its share. So
+each pipeline rank holds the body and runs every PP-th microbatch before the step; only hidden
+states travel, never logits.
+"""
+
+# Shape suffix legend: B = this data rank's samples, S = sequence, H = the teacher's hidden size, V
+# = local vocabulary.
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagrow.checkpoint.source import Source, load_model
+from megagrow.config import ModelConfig, ParallelConfig, SaltConfig, check_model, require
+from megagrow.model.transformer import LossOptions, Transformer
+from megagrow.model.transformer import Teacher as StageTeacher
+from megagrow.parallel.mesh import Axis, Mesh
+
+
+class Teacher:
+    """A trained model that gives hidden states to distil from, forward only.
+
+    Args:
+        source: the teacher.
+        mesh: its tensor axis shards the teacher as it shards the student, so that vocabulary shards
+            line up.
+        salt: temperature and weight.
+        student: the model that learns.
+        dtype: of the teacher's parameters and activations; None: float32.
+
+    Attributes:
+        config: the teacher's configuration.
+        model: the whole teacher, sharded over the tensor axis.
+
+    Raises:
+        ConfigError: the vocabularies differ, or the tensor axis does not divide the teacher.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        mesh: Mesh,
+        salt: SaltConfig,
+        student: ModelConfig,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_model(source.model, ParallelConfig(tensor=mesh.tp.size), f"the teacher {source.path}")
+        _check_vocabulary(source.model, student)
+        self.config, self.mesh, self.salt = source.model, mesh, salt
+        self._model: Transformer | None = load_model(source, mesh, dtype)
+
+    @property
+    def model(self) -> Transformer:
+        assert self._model is not None, "the teacher has been freed"
+        return self._model
+
+    def hidden(self, ids_BS: Tensor, num_microbatches: int) -> Tensor | None:
+        """The states [B, S, H] after the teacher's final norm; None on all but the last pipeline
+        rank.
+
+        Args:
+            ids_BS: this data rank's samples, the same on every pipeline and tensor rank.
+            num_microbatches: pieces that B is cut into; pipeline rank p runs pieces p, p + PP, …
+        """
+        model, pp = self.model, self.mesh.pp
+        pieces = ids_BS.chunk(num_microbatches)
+        with torch.no_grad():
+            own = {i: model(pieces[i]) for i in range(pp.rank, len(pieces), pp.size)}
+        if not pp.is_last:
+            _send(own, pp)
+            return None
+        dtype = next(model.parameters()).dtype
+        hidden_BSH = torch.empty(
+            *ids_BS.shape, self.config.hidden_size, dtype=dtype, device=ids_BS.device
+        )
+        _collect(hidden_BSH, own, num_microbatches, pp)
+        return hidden_BSH
+
+    def attach(self, model: Transformer) -> None:
+        """Gives the last stage the head and how it is mixed in; the other stages drop theirs."""
+        if model.is_last:
+            model.teacher = StageTeacher(self.model.head_VH.detach(), loss_options(self.salt))
+        elif not self.config.tied_embeddings:
+            del self.model.head
+
+    def free(self, model: Transformer) -> None:
+        """Drops the teacher's weights here and on the stage; its memory is released."""
+        model.teacher = None
+        self._model = None
+
+
+def loss_options(salt: SaltConfig) -> LossOptions:
+    """How the loss mixes the teacher in, from the configuration."""
+    return LossOptions(
+        weight=salt.weight,
+        temperature=salt.temperature,
+        both=salt.temperature_on == "both",
+        scale=salt.temperature**2 if salt.scale_by_temperature_squared else 1.0,
+    )
+
+
+def check_teacher(teacher: ModelConfig, student: ModelConfig, seq_length: int) -> None:
+    """Raises ConfigError unless `teacher` can teach `student` on sequences of `seq_length`; for use
+    before a run.
+    """
+    _check_vocabulary(teacher, student)
+    require(
+        teacher.positions != "learned" or seq_length <= teacher.max_seq_length,
+        f"data.seq_length={seq_length} exceeds the teacher's max_seq_length="
+        f"{teacher.max_seq_length}, the rows of its position table; use shorter sequences or "
+        "another salt.teacher",
+    )
+
+
+def _check_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:
+    require(
+        teacher.vocab_size == student.vocab_size,
+        f"the teacher has vocab_size={teacher.vocab_size}, the model vocab_size="
+        f"{student.vocab_size}: distillation compares the same tokens; use a salt.teacher with "
+        "the model's tokenizer",
+    )
+
+
+def _send(own: dict[int, Tensor], pp: Axis) -> None:
+    requests = [
+        dist.isend(hidden.contiguous(), group=pp.group, group_dst=pp.size - 1)
+        for hidden in own.values()
+    ]
+    for request in requests:
+        assert request is not None
+        request.wait()
+
+
+def _collect(hidden_BSH: Tensor, own: dict[int, Tensor], num_microbatches: int, pp: Axis) -> None:
+    """Fills in the microbatches of this rank, and receives those of the others in the order in
+    which they are sent.
+    """
+    requests = []
+    for i, piece_BSH in enumerate(hidden_BSH.chunk(num_microbatches)):
+        if i in own:
+            piece_BSH.copy_(own[i])
+        else:
+            requests.append(dist.irecv(piece_BSH, group=pp.group, group_src=i % pp.size))
+    for request in requests:
+        assert request is not None
+        request.wait()

@@ -1,0 +1,118 @@
+"""From the small model to the large one, inside the running job: which learner a run has at each point, and the changes
+between them.
+
+    small   ModelLearner of the source
+    ligo    MapLearner: the source, frozen, and the target that is generated from it
+    main    ModelLearner of the target
+"""
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from megagrow.checkpoint.source import Source
+from megagrow.config import Config
+from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.moments import grow_multipliers, grow_optimizer
+from megagrow.optim import Multipliers, Optimizer
+from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.shards import fill
+from megagrow.train.learner import Learner, MapLearner, ModelLearner
+from megagrow.train.part import Part, build_part
+from megagrow.train.state import RunState
+
+
+def new_learner(part: Part, config: Config, source: Source | None = None) -> ModelLearner:
+    """Trains a model from its first step, or from the optimizer state that its source brings along.
+
+    A source's moments are kept only where they are about to grow with it; a run that starts from the weights of a
+    finished one has its own optimizer.
+    """
+    keeps_moments = config.growth.method != "none" and config.growth.optimizer == "exact"
+    if source is None or source.optimizer is None or not keeps_moments:
+        return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
+    optimizer = _restored_optimizer(part, config, source.optimizer)
+    for moment, tensors in optimizer.moments().items():
+        for name, tensor in tensors.items():
+            fill(tensor, source.read(f"optim.{moment}.{name}").to(tensor.device))
+    return ModelLearner(part, optimizer, config)
+
+
+def learner_for(state: RunState, config: Config, mesh: Mesh) -> Learner:
+    """The learner of a saved state, with tensors that wait to be loaded."""
+    part = build_part(state.model, config, mesh)
+    if state.phase == "ligo":
+        return _map_learner(part, config)
+    return ModelLearner(part, _restored_optimizer(part, config, state.optimizer), config)
+
+
+def after_load(learner: Learner, state: RunState) -> None:
+    """What a learner still needs when its tensors have been loaded."""
+    if isinstance(learner, MapLearner):
+        learner.set_step_count(int(state.optimizer["step"]))
+        learner.generate()
+
+
+def begin(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Learner:
+    """Grows at once, or begins to learn the maps; moves the state on."""
+    assert isinstance(learner, ModelLearner)
+    if config.growth.method == "ligo":
+        state.phase = "ligo"
+        grown = _map_learner(learner.part, config)
+        grown.generate()
+        return grown
+    grown_learner = _grow_copies(learner, config, mesh)
+    _complete(state, config)
+    return grown_learner
+
+
+def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
+    """Keeps what the maps generate as the target's weights and drops maps and source; moves the state on."""
+    assert isinstance(learner, MapLearner)
+    learner.generate()
+    _complete(state, config)
+    part = learner.part
+    del learner
+    gc.collect()
+    return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
+
+
+def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
+    recipe, policy = _recipe(small.part, config), config.growth.optimizer
+    part = build_part(config.model, config, mesh)
+    grow_into(recipe, _fetch(small.part.parameters, recipe, mesh), part.parameters)
+    old = small.optimizer
+    optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
+    sources = {moment: _fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
+    optimizer.step_count = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
+    return ModelLearner(part, optimizer, config)
+
+
+def _map_learner(small: Part, config: Config) -> MapLearner:
+    recipe, mesh = _recipe(small, config), small.mesh
+    small.model.requires_grad_(False)
+    ligo = Ligo(recipe, noise=config.growth.ligo_noise, seed=config.train.seed, device=mesh.device)
+    part = build_part(config.model, config, mesh)
+    return MapLearner(small, part, ligo, _fetch(small.parameters, recipe, mesh), config)
+
+
+def _recipe(small: Part, config: Config) -> Recipe:
+    return make_recipe(config.growth.method, small.model.config, config.model)
+
+
+def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:
+    return mesh_fetch(tensors, recipe.source, mesh)
+
+
+def _restored_optimizer(part: Part, config: Config, saved: dict[str, Any]) -> Optimizer:
+    multipliers = {name: Multipliers(**factors) for name, factors in saved["multipliers"].items()}
+    return Optimizer(part.parameters, config.optim, multipliers, int(saved["step"]))
+
+
+def _complete(state: RunState, config: Config) -> None:
+    state.phase, state.model, state.grown_at = "main", config.model, state.train_step
+

@@ -1,0 +1,98 @@
+"""SALT's stage 1 inside a run: its teacher while it teaches, and the stream of the data that it picked."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from megagrow import flops
+from megagrow.checkpoint.source import Source, check_fits, open_source
+from megagrow.config import Config
+from megagrow.data.dataset import PackedDataset
+from megagrow.data.loader import SampleOrder, Stream
+from megagrow.ledger import Ledger, Phase
+from megagrow.parallel.mesh import Mesh
+from megagrow.salt.score import read_scores
+from megagrow.salt.select import select
+from megagrow.salt.teacher import Teacher, check_teacher
+from megagrow.train.learner import Learner
+from megagrow.train.state import RunState
+
+
+class SaltStage:
+    """Attaches the teacher when stage 1 begins and frees it when it ends.
+
+    Args:
+        config: the run's configuration; its salt section may be empty.
+        mesh: where this rank stands.
+        dataset: the training data, which the scores must be those of.
+        state: the run's state; what teacher and scores cost is entered into its ledger.
+        tell: prints a line for the user.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, dataset: PackedDataset, state: RunState, tell: Callable[[str], None]
+    ) -> None:
+        self.config, self.mesh, self.dataset, self.state, self.tell = config, mesh, dataset, state, tell
+        self.teacher: Teacher | None = None
+        self.seconds = 0.0  # what the teacher took of the current step
+        self.stream = self._selected_stream() if config.salt.scores else None
+
+    def switch(self, on: bool, learner: Learner) -> None:
+        """Makes the teacher present or absent; nothing happens when it already is."""
+        self.seconds = 0.0
+        wanted = on and bool(self.config.salt.teacher)
+        if wanted and self.teacher is None:
+            self.teacher = self._load_teacher()
+            self.teacher.attach(learner.part.model)
+        elif not wanted and self.teacher is not None:
+            self.teacher.free(learner.part.model)
+            self.teacher = None
+            self.tell(f"stage 1 ends after step {self.state.step}: the teacher is freed")
+
+    def rejoin(self, state: RunState) -> None:
+        """Follows the run to another state after a roll-back; the teacher is attached anew at the next step."""
+        self.state, self.teacher = state, None
+
+    def teacher_hidden(self, tokens: Tensor, num_microbatches: int) -> Tensor | None:
+        """The teacher's states for packed samples [B, S + 1], on the last stage; its cost goes into the ledger."""
+        if self.teacher is None:
+            return None
+        began = time.perf_counter()
+        hidden = self.teacher.hidden(tokens[:, :-1].to(self.mesh.device), num_microbatches)
+        self.seconds = time.perf_counter() - began
+        length = self.config.data.seq_length
+        num_tokens = self.config.train.global_batch_size * length
+        spent = flops.forward_flops(self.teacher.config, num_tokens, length)
+        self.state.ledger.add("teacher", flops=spent, tokens=num_tokens, seconds=self.seconds)
+        return hidden
+
+    def _load_teacher(self) -> Teacher:
+        config = self.config
+        source = open_source(config.salt.teacher)
+        check_teacher(source.model, config.model, config.data.seq_length)
+        loss = check_fits(source, self.dataset, self.mesh, config.init.skip_source_check)
+        self.state.ledger.inherit("teacher", source.identity, ledger_of(source, config))
+        self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {loss:.3f})")
+        return Teacher(source, self.mesh, config.salt)
+
+    def _selected_stream(self) -> Stream:
+        salt = self.config.salt
+        scores = read_scores(Path(salt.scores), self.dataset)
+        ids = select(scores, salt.score, salt.keep_fraction)
+        cost = scores.cost
+        scoring = Ledger(phases=[Phase("scoring", tokens=cost.tokens, flops=cost.flops, seconds=cost.seconds)])
+        self.state.ledger.inherit("scores", scores.sha256, scoring)
+        # Whoever scored was trained; where it is the source or the teacher too, their known ledger counts instead.
+        self.state.ledger.inherit("scorer", scores.identity.model, Ledger.outside())
+        self.tell(f"stage 1 trains on {len(ids):,} of {self.dataset.num_samples:,} samples, by {salt.score}")
+        return Stream(self.dataset, SampleOrder(ids, self.config.data.seed))
+
+
+def ledger_of(source: Source, config: Config) -> Ledger:
+    """What a source's training cost, as far as anybody knows."""
+    if source.ledger is not None:
+        return Ledger.from_dict(source.ledger, f"{source.path}: ledger")
+    given = config.init.source_flops
+    return Ledger.outside(given if given >= 0 else None)

@@ -1,0 +1,303 @@
+"""The loop: which step comes next, and what follows each step."""
+
+import time
+from pathlib import Path
+
+from megagrow import flops
+from megagrow.checkpoint.source import Source, check_fits, open_source
+from megagrow.config import Config, ModelConfig, check_growable, to_dict
+from megagrow.data.dataset import PackedDataset
+from megagrow.data.description import describe
+from megagrow.data.loader import SampleOrder, Stream
+from megagrow.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
+from megagrow.evaluate import Evaluator, make_batch
+from megagrow.metrics import Metrics, Progress
+from megagrow.optim import lr_at
+from megagrow.parallel.mesh import Mesh
+from megagrow.roles import num_parameters
+from megagrow.salt.schedule import is_stage_one
+from megagrow.train import growing, saving
+from megagrow.train.learner import Learner, StepResult, map_lr
+from megagrow.train.part import build_part, initialize_part, load_part
+from megagrow.train.salt_stage import SaltStage, ledger_of
+from megagrow.train.state import RunState
+from megagrow.train.stop import StopRequest
+
+
+class Trainer:
+    """One run: its data, its learner, its state.
+
+    Args:
+        config: must have passed `config.check`.
+        mesh: where this rank stands.
+
+    Raises:
+        DataError, CheckpointError, ConfigError: something that the run needs is missing or does not fit.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.dir = Path(config.run.dir)
+        self.dataset = open_dataset(config.data.train, config.model, config)
+        self.stream = Stream(self.dataset, SampleOrder(self.dataset.num_samples, config.data.seed))
+        self.evaluator = make_evaluator(config)
+        self.progress = Progress(config.train.steps, enabled=mesh.is_main)
+        self.learner, self.state = self._resume() or self._begin()
+        self.salt = SaltStage(config, mesh, self.dataset, self.state, self.progress.message)
+        self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
+
+    # --- where the run starts -----------------------------------------------------------------------------------
+
+    def _resume(self) -> tuple[Learner, RunState] | None:
+        """The newest checkpoint of the run that can be read whole; None when the run is new."""
+        problem: CheckpointError | None = None
+        for path in saving.saved(self.config):
+            state = saving.read_state(path, self.config)
+            learner = growing.learner_for(state, self.config, self.mesh)
+            try:
+                saving.load(path, learner, self.mesh)
+            except CheckpointError as error:
+                self.progress.message(f"warning: {error}; trying the one before it")
+                problem = error
+                continue
+            growing.after_load(learner, state)
+            self.progress.message(f"resuming from {path}")
+            return learner, state
+        if problem is not None:
+            raise problem
+        return None
+
+    def _begin(self) -> tuple[Learner, RunState]:
+        config = self.config
+        if config.init.from_:
+            return self._begin_from(open_source(config.init.from_))
+        small = config.growth.source
+        state = RunState(small or config.model, "small" if small else "main")
+        part = build_part(state.model, config, self.mesh)
+        initialize_part(part, config.train.seed)
+        return growing.new_learner(part, config), state
+
+    def _begin_from(self, source: Source) -> tuple[Learner, RunState]:
+        config = self.config
+        grows = config.growth.method != "none"
+        if grows:
+            check_growable(source.model, config.model)
+        elif source.model != config.model:
+            raise CheckpointError(
+                f"{source.path} holds another model ({first_difference(source.model, config.model)}); "
+                "make the models equal, or set growth.method to grow it"
+            )
+        self._check_source(source)
+        state = RunState(source.model, "small" if grows else "main")
+        state.ledger.inherit("source", source.identity, ledger_of(source, config))
+        part = build_part(source.model, config, self.mesh)
+        load_part(part, source.fetch)
+        return growing.new_learner(part, config, source), state
+
+    def _check_source(self, source: Source) -> None:
+        loss = check_fits(source, self.dataset, self.mesh, self.config.init.skip_source_check)
+        self.progress.message(f"source {source.path}: loss {loss:.3f} on the data")
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the end of the schedule.
+
+        Raises:
+            Preempted: a signal asked for a stop; everything is saved.
+            NonFiniteError: too many steps in a row were refused, before and after a roll-back.
+        """
+        with StopRequest() as stop, self.progress:
+            if self.state.step == 0 and self.evaluator and not self.config.init.from_:
+                self.progress.message(f"{describe_model(self.state.model)}, {self.mesh.world.size} rank(s)")
+            while not self.state.is_done(self.config):
+                self._grow_if_due()
+                self._step()
+                if stop.agreed(self.mesh):
+                    self._save()
+                    raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; saved")
+            self._save()
+            self.metrics.close()
+
+    def _grow_if_due(self) -> None:
+        state, config = self.state, self.config
+        if state.phase == "small" and state.train_step >= config.growth.at_step:
+            before = self._validate(self.learner)
+            self.learner = growing.begin(self.learner, state, config, self.mesh)
+            state.pending_event = {"loss_before": before, "loss_initial": self._validate(self.learner)}
+        if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
+            self.learner = growing.finish(self.learner, state, config)
+        if state.phase == "main" and state.pending_event is not None:
+            self._record_growth()
+
+    def _record_growth(self) -> None:
+        state = self.state
+        assert state.pending_event is not None
+        after = self._validate(self.learner)
+        event = {"method": self.config.growth.method, "loss_after": after, **state.pending_event}
+        state.ledger.add_event("growth", state.step, **event)
+        state.pending_event = None
+        shown = {k: round(v, 4) for k, v in event.items() if isinstance(v, float)}
+        self.progress.message(f"grown to {describe_model(state.model)} by {event['method']}: {shown}")
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        state, config = self.state, self.config
+        salt_on = state.phase == "main" and is_stage_one(state.train_step - (state.grown_at or 0), config.salt)
+        self.salt.switch(salt_on, self.learner)
+        phase = {"small": "small" if config.growth.source else "train", "ligo": "ligo"}.get(state.phase)
+        phase = phase or ("salt" if salt_on else "train")
+        result = self._learn(salt_on)
+        seconds = time.perf_counter() - began - self.salt.seconds
+        self._count(phase, seconds)
+        self._follow_up(phase, result, seconds)
+
+    def _learn(self, salt_on: bool) -> StepResult:
+        """Takes the next samples of the stream that is in turn and learns from them."""
+        state, config, mesh = self.state, self.config, self.mesh
+        name, stream = ("selected", self.salt.stream) if salt_on and self.salt.stream else ("all", self.stream)
+        size = config.train.global_batch_size
+        _, tokens = stream.batch(state.cursors[name], size, mesh.dp.rank, mesh.dp.size)
+        state.cursors[name] += size
+        hidden = self.salt.teacher_hidden(tokens, self.learner.part.engine.num_microbatches) if salt_on else None
+        batch = make_batch(tokens, size, mesh, hidden)
+        return self.learner.step(batch, self._lr(), state.guard)
+
+    def _lr(self) -> float:
+        state, config = self.state, self.config
+        if state.phase == "ligo":
+            return map_lr(state.ligo_step, config)
+        lr = lr_at(state.train_step, config.train.steps, config.optim)
+        warmup = config.growth.rewarmup_steps
+        if state.grown_at is None or warmup == 0:
+            return lr
+        return lr * min(1.0, (state.train_step - state.grown_at + 1) / warmup)
+
+    def _count(self, phase: str, seconds: float) -> None:
+        """Charges a step to the ledger and moves the counters."""
+        state, config = self.state, self.config
+        tokens, length = config.train.global_batch_size * config.data.seq_length, config.data.seq_length
+        if phase == "ligo":
+            spent = flops.ligo_step_flops(state.model, config.model, tokens, length)
+        else:
+            spent = flops.training_flops(state.model, tokens, length)
+        name = describe_model(config.model if phase == "ligo" else state.model)
+        state.ledger.add(phase, flops=spent, tokens=tokens, seconds=seconds, model=name)
+        state.tokens += tokens
+        state.step += 1
+        if phase == "ligo":
+            state.ligo_step += 1
+        else:
+            state.train_step += 1
+
+    # --- what follows a step --------------------------------------------------------------------------------------
+
+    def _follow_up(self, phase: str, result: StepResult, seconds: float) -> None:
+        state, config = self.state, self.config
+        validation = self._validate(self.learner) if self._is_due(config.train.eval_interval) else None
+        self._log(phase, result, seconds, validation)
+        if state.guard.bad_steps >= config.optim.max_bad_steps:
+            self._roll_back(result)
+        elif self._is_due(config.checkpoint.interval) and not state.is_done(config):
+            self._save()
+
+    def _is_due(self, interval: int) -> bool:
+        return self.state.is_done(self.config) or (interval > 0 and self.state.step % interval == 0)
+
+    def _validate(self, learner: Learner) -> float | None:
+        if self.evaluator is None:
+            return None
+        began = time.perf_counter()
+        loss = self.evaluator.loss(learner.part.engine, self.mesh)
+        model, tokens = learner.part.model.config, self.evaluator.num_tokens
+        spent = flops.forward_flops(model, tokens, self.config.data.seq_length)
+        seconds = time.perf_counter() - began
+        self.state.ledger.add("evaluation", flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))
+        return loss
+
+    def _log(self, phase: str, result: StepResult, seconds: float, validation: float | None) -> None:
+        state, config = self.state, self.config
+        rate = config.train.global_batch_size * config.data.seq_length / seconds
+        if state.step % config.run.log_interval == 0 or validation is not None or not result.accepted:
+            own = state.ledger.own()
+            self.metrics.log(
+                step=state.step,
+                phase=phase,
+                tokens=state.tokens,
+                loss=result.loss,
+                ce=result.ce,
+                kd=result.kd if phase == "salt" and config.salt.teacher else None,
+                lr=result.lr,
+                grad_norm=result.grad_norm,
+                tokens_per_second=rate,
+                mfu=None,
+                flops_total=own["flops"],
+                seconds_total=own["seconds"],
+                validation_loss=validation,
+                skipped=not result.accepted,
+            )
+        if phase == "ligo":
+            done, total = state.ligo_step, config.growth.ligo_steps
+        else:
+            done, total = state.train_step, config.train.steps
+        self.progress.update(
+            done, phase=phase, loss=result.loss, lr=result.lr, tokens_per_second=rate, total_steps=total
+        )
+
+    def _roll_back(self, result: StepResult) -> None:
+        """Returns to the last checkpoint and goes on with the data after the bad stretch; the second time it stops."""
+        state = self.state
+        what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
+        found = self._resume() if state.rolled_back_at < 0 else None
+        if found is None:
+            raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
+        self.learner, restored = found
+        restored.cursors, restored.rolled_back_at = dict(state.cursors), state.step
+        self.state = restored
+        self.salt.rejoin(restored)
+        self.metrics.rewind(restored.step)
+        self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
+
+    def _save(self) -> None:
+        saving.save(self.learner, self.state, self.config, self.mesh)
+        if self.mesh.is_main:
+            self.state.ledger.save(self.dir / "ledger.json")
+
+
+def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDataset:
+    """Opens a token file and makes sure that the model can read it.
+
+    Raises:
+        DataError: missing, malformed or too short file, or a vocabulary larger than the model's.
+    """
+    if not prefix:
+        raise ConfigError("data.train is empty; set --data.train to the prefix of a .bin/.idx pair")
+    described = describe(prefix)
+    if described and described["vocab_size"] > model.vocab_size:
+        raise DataError(
+            f"{prefix}: made with a vocabulary of {described['vocab_size']}, model.vocab_size={model.vocab_size}; "
+            f"set --model.vocab-size {described['vocab_size']} or more"
+        )
+    return PackedDataset(prefix, config.data.seq_length)
+
+
+def make_evaluator(config: Config) -> Evaluator | None:
+    """The held-out batches that the configuration names, or None."""
+    if not config.data.validation or config.train.eval_batches == 0:
+        return None
+    dataset = open_dataset(config.data.validation, config.model, config)
+    return Evaluator(dataset, config.train.global_batch_size, config.train.eval_batches)
+
+
+def describe_model(model: ModelConfig) -> str:
+    """A model in a few words, for messages and the ledger."""
+    millions = num_parameters(model) / 1e6
+    return f"{model.family} {model.num_layers}x{model.hidden_size} ({millions:.3g}M parameters)"
+
+
+def first_difference(old: ModelConfig, new: ModelConfig) -> str:
+    """The first field in which two models differ, in words."""
+    before, now = to_dict(old), to_dict(new)
+    name = next(name for name in before if before[name] != now[name])
+    return f"{name}={before[name]} there, {now[name]} here"
+

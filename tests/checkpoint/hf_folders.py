@@ -1,0 +1,96 @@
+"""Small random Hugging Face folders, written by transformers itself."""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB_SIZE = 61  # odd, and no multiple of anything else here
+NUM_LAYERS = 3
+LLAMA = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 3,
+    "eos_token_id": [4, 5],
+}
+GPT2 = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 24,
+    "n_layer": NUM_LAYERS,
+    "n_head": 4,
+    "n_positions": 32,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
+}
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, LLAMA),
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, GPT2),
+}
+
+
+def random_model(family: str, **changes: Any) -> Any:
+    """A model of transformers in which every parameter, biases and gains included, is random."""
+    config_class, model_class, fields = CLASSES[family]
+    torch.manual_seed(0)
+    model = model_class(config_class(**(fields | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            offset = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(offset + 0.2 * torch.randn_like(parameter))
+    return model
+
+
+def save_folder(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """Saves such a model; options of `save_pretrained` are not needed, see `shard` for several files."""
+    random_model(family, **changes).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in the folder's safetensors files."""
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def logits_of(folder: Path, ids_BS: Tensor) -> Tensor:
+    """What transformers computes from a folder; no tensor of it may be missing or left over."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    with torch.no_grad():
+        return model.eval()(ids_BS).logits
+
+
+def random_ids(num_tokens: int = 19) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (2, num_tokens), generator=torch.Generator().manual_seed(1))
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A byte-pair tokenizer.json of less than `VOCAB_SIZE` tokens, with an end of document."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 4, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["grow the small model, train the large model"] * 3, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder

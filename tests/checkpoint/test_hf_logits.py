@@ -1,0 +1,59 @@
+"""The same weights give the same logits in transformers and here, in both directions."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megagrow.checkpoint.hf import HFReader, write_hf_folder
+from megagrow.checkpoint.source import load_model, open_source
+from megagrow.config import ModelConfig
+from megagrow.model.transformer import Transformer
+from megagrow.parallel.mesh import Mesh
+from tests.checkpoint.hf_folders import logits_of, random_ids, save_folder
+from tests.checkpoint.test_hf_config import OWN_GPT2, OWN_LLAMA
+
+LARGEST_DIFFERENCE = 1e-5
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+THEIRS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("llama", {"head_dim": 10, **BIASES}),
+    ("llama", {"rope_theta": 100.0, "rms_norm_eps": 0.1}),
+    ("gpt2", {}),
+    ("gpt2", {"tie_word_embeddings": False, "n_inner": 50, "layer_norm_epsilon": 0.1}),
+    ("gpt2", {"activation_function": "gelu_pytorch_tanh", "n_head": 1}),
+]
+OURS = [
+    OWN_LLAMA,
+    replace(OWN_LLAMA, num_kv_heads=4, bias=True, tied_embeddings=True),
+    OWN_GPT2,
+    replace(OWN_GPT2, tied_embeddings=False),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), THEIRS)
+def test_logits_of_their_folder(tmp_path, family: str, changes: dict) -> None:
+    folder, ids_BS = save_folder(tmp_path, family, **changes), random_ids()
+    theirs = logits_of(folder, ids_BS)
+    ours = load_model(open_source(folder), Mesh.single()).logits(ids_BS)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=LARGEST_DIFFERENCE, rtol=0)
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_logits_of_our_folder(tmp_path, model: ModelConfig) -> None:
+    transformer, ids_BS = Transformer(model), random_ids()
+    weights = dict(transformer.named_parameters())
+    with torch.no_grad():
+        for parameter in weights.values():
+            parameter.copy_((parameter.ndim == 1) + 0.2 * torch.randn_like(parameter))
+        ours = transformer.logits(ids_BS)
+    write_hf_folder(tmp_path / "out", model, weights.__getitem__)
+    theirs = logits_of(tmp_path / "out", ids_BS)
+    assert ours.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=LARGEST_DIFFERENCE, rtol=0)
+    assert HFReader(tmp_path / "out").model == model

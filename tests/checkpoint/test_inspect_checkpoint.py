@@ -1,0 +1,63 @@
+"""`tools/inspect_checkpoint.py` shows what is there and says what is damaged."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.samples import save_step
+
+TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
+
+
+@pytest.fixture(autouse=True)
+def tools_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+
+
+def inspect(*arguments: object) -> int:
+    """Runs the tool as the command line does; returns the exit code."""
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_it_shows_the_newest_checkpoint_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_step(tmp_path / "checkpoints", 1)
+    newest = save_step(tmp_path / "checkpoints", 1200)
+    (tmp_path / "link").symlink_to(newest)
+    for path in (tmp_path, tmp_path / "checkpoints", newest, tmp_path / "link"):
+        assert inspect(path, "--verify") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "│ step │ 1,200 │" in shown
+        assert "hidden_size=3" in shown
+        assert "grown_from=None" in shown
+        assert "│ norm │ bfloat16 │ [5] │ 10 │" in shown
+        assert "│ 3 tensors │ │ │ 150 │" in shown
+        assert "every byte agrees" in shown
+
+
+def test_damage_is_one_line_and_exit_code_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_step(tmp_path, 3)
+    file = path / "__0_0.distcp"
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+    assert inspect(path) == 0
+    capsys.readouterr()
+    assert inspect(path, "--verify") == 4
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {file}: ")
+    assert captured.err.count("\n") == 1
+    (path / "manifest.json").unlink()
+    assert inspect(path) == 4
+    assert inspect(tmp_path) == 4
+    assert inspect(tmp_path / "nowhere") == 4
+    assert "nowhere: no checkpoint" in capsys.readouterr().err

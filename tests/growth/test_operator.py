@@ -1,0 +1,116 @@
+"""Boxes of grown parameters: any box of the whole is what the operator computes for it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagrow.config import ModelConfig
+from megagrow.growth import maps
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.maps import SparseMap
+from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.operator import Quantity, grow_box
+from megagrow.roles import parameter_names, parameter_shapes
+from tests.growth import models
+from tests.growth.models import make, tensors_of, widened
+
+SOURCE = dataclasses.replace(models.EVERYTHING, num_layers=1)
+TARGET = widened(SOURCE, hidden=2, query=4, kv=2, ffn=3)
+
+
+def random_box(shape: tuple[int, ...], generator: torch.Generator) -> tuple[slice, ...]:
+    """A box that is not empty; its ends fall inside heads and fused rows."""
+    ends = [torch.randperm(size + 1, generator=generator)[:2].sort().values for size in shape]
+    return tuple(slice(int(start), int(stop)) for start, stop in ends)
+
+
+def boxes_and_wholes(recipe: Recipe, quantity: Quantity) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    source = tensors_of(make(recipe.source))
+    pairs = []
+    for name, shape in parameter_shapes(recipe.target).items():
+        whole = grow_box(recipe, name, source[name], tuple(slice(0, n) for n in shape), quantity)
+        assert tuple(whole.shape) == shape
+        for _ in range(5):
+            box = random_box(shape, generator)
+            pairs.append((grow_box(recipe, name, source[name], box, quantity), whole[box]))
+    return pairs
+
+
+@pytest.mark.parametrize("quantity", ["value", "gradient", "squared_gradient"])
+def test_box_of_copies_is_the_box_of_the_whole(quantity: Quantity) -> None:
+    recipe = make_recipe("clone", SOURCE, TARGET)
+    for found, expected in boxes_and_wholes(recipe, quantity):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("quantity", ["value", "gradient", "squared_gradient"])
+def test_box_of_unequal_scales_is_the_box_of_the_whole(quantity: Quantity) -> None:
+    recipe = make_recipe("clone", SOURCE, TARGET)
+    generator = torch.Generator().manual_seed(2)
+    axes = {
+        name: SparseMap(
+            axis.index,
+            axis.num_source,
+            torch.rand(len(axis.index), generator=generator),
+            torch.rand(len(axis.index), generator=generator),
+        )
+        for name, axis in recipe.axes.items()
+        if name != "key"  # a fused parameter, one part of which has one scale
+    }
+    recipe = dataclasses.replace(recipe, axes={**axes, "key": recipe.axes["key"]})
+    for found, expected in boxes_and_wholes(recipe, quantity):
+        assert torch.equal(found, expected)
+
+
+def test_box_of_dense_maps_is_the_box_of_the_whole() -> None:
+    ligo = Ligo(make_recipe("ligo", SOURCE, TARGET), noise=0.5, dtype=torch.double)
+    for found, expected in boxes_and_wholes(ligo.recipe(), "value"):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_scales_are_applied_once_in_float32_for_narrow_weights() -> None:
+    source, target = models.LLAMA, widened(models.LLAMA, hidden=3)
+    recipe = make_recipe("clone", source, target)
+    weight = torch.randn(source.ffn_size * 2, source.hidden_size).bfloat16()
+    box = (slice(0, target.ffn_size * 2), slice(0, target.hidden_size))
+    found = grow_box(recipe, "layers.0.mlp.gate_up.weight", weight, box).bfloat16()
+    assert torch.equal(found, (weight.float() / 3).bfloat16().repeat_interleave(3, dim=1))
+
+
+def test_fused_rows_stay_with_their_part() -> None:
+    """Key rows are copied to key rows, head by head, whatever the value rows do."""
+    source, target = models.LLAMA, widened(models.LLAMA, query=2, kv=2)
+    recipe = make_recipe("clone", source, target)
+    rows = torch.arange(2 * 2 * 4.0)  # (kv head, key | value, head_dim)
+    grown = grow_box(recipe, "layers.0.attention.key_value.bias", rows, (slice(0, 32),))
+    expected = rows.view(2, 8).repeat_interleave(2, dim=0).flatten()
+    assert torch.equal(grown, expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((4, 2, 8, 4), [0, 1, 0, 1, 2, 3, 2, 3]),
+        ((4, 2, 8, 2), [0, 0, 1, 1, 2, 2, 3, 3]),
+        ((2, 1, 8, 2), [0, 0, 1, 1, 0, 0, 1, 1]),
+        ((2, 2, 4, 4), [0, 0, 1, 1]),
+        ((4, 2, 4, 4), [0, 1, 2, 3]),
+        ((2, 2, 3, 3), [0, 0, 1]),
+    ],
+)
+def test_query_heads_stay_in_their_group(sizes: tuple[int, ...], expected: list[int]) -> None:
+    assert maps.interleave_queries(*sizes).tolist() == expected
+
+
+def test_every_parameter_of_every_model_has_a_rule() -> None:
+    kinds: list[ModelConfig] = [models.LLAMA, models.GPT2, models.UNTIED_BIAS]
+    for source in kinds:
+        recipe = make_recipe("ligo", source, widened(source, hidden=2, query=2, kv=2, ffn=2))
+        for name in parameter_names(source):
+            shape = parameter_shapes(recipe.target)[name]
+            whole = tuple(slice(0, size) for size in shape)
+            zeros = torch.zeros(parameter_shapes(source)[name])
+            assert tuple(grow_box(recipe, name, zeros, whole).shape) == shape

@@ -1,0 +1,47 @@
+"""A process in which Triton interprets kernels on CPU tensors, for the tests marked `interpreted`.
+
+`TRITON_INTERPRET` is read when Triton's own library is decorated, so it has to be set before Triton
+is imported for the first time; torch's distributed packages import it, which is too late here.
+"""
+
+import importlib
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def start() -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_prepare)
+
+
+def run(module: str, name: str, arguments: dict[str, Any]) -> None:
+    """Calls a test in this process; by name, since a test is told apart by where it stands."""
+    test: Callable[..., None] = getattr(importlib.import_module(module), name)
+    test(**arguments)
+
+
+def _prepare() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from tests.kernels import interpreter_fix
+
+    interpreter_fix.install()
+    torch.set_num_threads(1)
+    torch.empty = _filled_with_nan(torch.empty)
+    torch.empty_like = _filled_with_nan(torch.empty_like)
+    warnings.simplefilter("error")
+
+
+def _filled_with_nan(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """What a kernel leaves unwritten, or reads before it is written, shows."""
+
+    def allocate_filled(*args: Any, **kwargs: Any) -> Any:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**31) + 1)
+
+    return allocate_filled

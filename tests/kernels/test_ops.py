@@ -1,0 +1,239 @@
+"""The twins against their definitions and by numerical differentiation, and which one serves."""
+
+import importlib.util
+import inspect
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import megagrow_kernels
+from megagrow import ops
+
+F64 = torch.float64
+DOORS = ["rms_norm", "vocab_stats", "vocab_rank", "vocab_grad_"]
+TWINS = {name: name.rstrip("_") + "_torch" + ("_" if name.endswith("_") else "") for name in DOORS}
+
+
+def normal(*shape: int, dtype: torch.dtype = F64) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=F64).to(dtype)
+
+
+def leaf(*shape: int) -> Tensor:
+    return normal(*shape).requires_grad_()
+
+
+def test_rms_norm_is_its_definition() -> None:
+    x, weight, residual = normal(2, 3, 10), normal(10), normal(2, 3, 10)
+    total = x + residual
+    expected = total / (total.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    y, returned = ops.rms_norm(x, weight, 1e-3, residual)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(returned, total)
+    torch.testing.assert_close(ops.rms_norm(total, weight, 1e-3), expected)
+
+
+def test_rms_norm_gradients() -> None:
+    assert gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-5), (leaf(3, 8), leaf(8)))
+    arguments = (leaf(3, 8), leaf(8), normal(4, 8)[:3].requires_grad_())
+    assert gradcheck(lambda x, w, residual: ops.rms_norm(x, w, 1e-5, residual), arguments)
+
+
+def test_rms_norm_keeps_the_dtype_of_x_under_float32_weights() -> None:
+    x, weight = normal(4, 64, dtype=torch.bfloat16), 1 + normal(64, dtype=torch.float32) / 300
+    y = ops.rms_norm(x, weight, 1e-5)
+    exact = ops.rms_norm(x.double(), weight.double(), 1e-5)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact.bfloat16())  # rounding the weights first would differ
+
+
+def test_layer_norm() -> None:
+    x, weight, bias = normal(3, 8), normal(8), normal(9)[:8]
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    torch.testing.assert_close(ops.layer_norm(x, weight, bias, 1e-3), expected + bias)
+    torch.testing.assert_close(ops.layer_norm(x, weight, None, 1e-3), expected)
+
+
+@pytest.fixture(params=[8, 2**18], ids=["row by row", "whole"])
+def chunk_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "CHUNK_LOGITS_CPU", request.param)
+
+
+@pytest.mark.usefixtures("chunk_logits")
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+def test_vocab_loss_is_cross_entropy(dtype: torch.dtype) -> None:
+    logits_TV, labels_T = 3 * normal(5, 11, dtype=dtype), torch.tensor([0, 8, -100, 3, 2])
+    num_valid, scale_T = 9, torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=F64)
+    leaf_TV = logits_TV.double().requires_grad_()
+    loss_T = F.cross_entropy(leaf_TV[:, :num_valid], labels_T, reduction="none")
+    (loss_T * scale_T).sum().backward()
+
+    wide = torch.promote_types(dtype, torch.float32)
+    stats_T3 = ops.vocab_stats(logits_TV, labels_T, num_valid)
+    logsumexp_T = stats_T3[:, 0] + stats_T3[:, 1].log()
+    found_T = torch.where(labels_T < 0, 0, logsumexp_T - stats_T3[:, 2])
+    assert stats_T3.dtype == wide
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(found_T.double(), loss_T.detach(), **tolerance)
+
+    rank_T = ops.vocab_rank(logits_TV, stats_T3[:, 2], labels_T, num_valid)
+    for t in (0, 1, 3, 4):
+        row_V = logits_TV[t, :num_valid]
+        assert rank_T[t] == (row_V > row_V[labels_T[t]]).sum()
+
+    address = logits_TV.data_ptr()
+    returned = ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T.to(wide), num_valid)
+    assert returned is logits_TV
+    assert logits_TV.data_ptr() == address
+    tolerance = {"rtol": 2**-8, "atol": 0} if dtype == torch.bfloat16 else tolerance
+    torch.testing.assert_close(logits_TV.double(), leaf_TV.grad, **tolerance)
+
+
+def test_vocab_functions_are_outside_autograd() -> None:
+    logits_TV, labels_T = leaf(2, 6), torch.tensor([1, 2])
+    stats_T3 = ops.vocab_stats(logits_TV, labels_T)
+    assert not stats_T3.requires_grad
+    before = logits_TV.detach().clone()
+    ops.vocab_grad_(logits_TV, labels_T, stats_T3[:, 0], torch.ones(2, dtype=F64))
+    assert not torch.equal(logits_TV.detach(), before)
+
+
+def test_swiglu() -> None:
+    gate_up = leaf(2, 3, 8)
+    gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
+    torch.testing.assert_close(ops.swiglu(gate_up), gate * torch.sigmoid(gate) * up)
+    assert gradcheck(ops.swiglu, (gate_up,))
+    assert gradcheck(lambda x: ops.swiglu(x.transpose(0, 1)), (gate_up,))
+
+
+def test_gelu_is_the_tanh_approximation() -> None:
+    x = torch.linspace(-4, 4, 33, dtype=F64)
+    inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    torch.testing.assert_close(ops.gelu(x), 0.5 * x * (1 + torch.tanh(inner)))
+
+
+def angles(S: int, D: int) -> Tensor:
+    return torch.outer(torch.arange(S, dtype=F64), 10.0 ** -torch.arange(0, D, 2, dtype=F64))
+
+
+def test_rope_rotates_columns_half_the_width_apart() -> None:
+    x_BSND, angles_SE = leaf(2, 5, 3, 8), angles(5, 8)
+    cos_SD, sin_SD = angles_SE.cos().repeat(1, 2), angles_SE.sin().repeat(1, 2)
+    y_BSND = ops.rope(x_BSND, cos_SD, sin_SD)
+    turned = torch.complex(x_BSND[..., :4], x_BSND[..., 4:]) * torch.polar(
+        torch.ones_like(angles_SE), angles_SE
+    ).unsqueeze(1)
+    torch.testing.assert_close(y_BSND, torch.cat((turned.real, turned.imag), dim=-1))
+    assert gradcheck(lambda x: ops.rope(x, cos_SD, sin_SD), (x_BSND,))
+
+
+def test_rope_keeps_the_dtype_of_x() -> None:
+    angles_SE = angles(4, 8)
+    cos_SD, sin_SD = (t.repeat(1, 2).float() for t in (angles_SE.cos(), angles_SE.sin()))
+    x_BSND = normal(1, 4, 2, 8, dtype=torch.bfloat16)
+    y_BSND = ops.rope(x_BSND, cos_SD, sin_SD)
+    exact = ops.rope(x_BSND.double(), cos_SD.double(), sin_SD.double())
+    assert y_BSND.dtype == torch.bfloat16
+    torch.testing.assert_close(y_BSND.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_attention(causal: bool, num_kv_heads: int) -> None:
+    B, N, S, D = 2, 4, 6, 8
+    q_BNSD, k_BKSD, v_BKSD = (
+        leaf(B, N, S, D),
+        leaf(B, num_kv_heads, S, D),
+        leaf(B, num_kv_heads, S, D),
+    )
+    k_BNSD, v_BNSD = (t.repeat_interleave(N // num_kv_heads, dim=1) for t in (k_BKSD, v_BKSD))
+    scores_BNSS = q_BNSD @ k_BNSD.transpose(-1, -2) / D**0.5
+    if causal:
+        future_SS = torch.ones(S, S, dtype=torch.bool).triu(1)
+        scores_BNSS = scores_BNSS.masked_fill(future_SS, -torch.inf)
+    expected = scores_BNSS.softmax(-1) @ v_BNSD
+    actual = ops.attention(q_BNSD, k_BKSD, v_BKSD, causal)
+    torch.testing.assert_close(actual, expected)
+    leaves = (q_BNSD, k_BKSD, v_BKSD)
+    seed = normal(B, N, S, D)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, leaves, seed), torch.autograd.grad(expected, leaves, seed)
+    )
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_door_twin_and_kernel_have_the_same_parameters(name: str) -> None:
+    door, twin, kernel = (
+        [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+        for function in (
+            getattr(ops, name),
+            getattr(ops, TWINS[name]),
+            getattr(megagrow_kernels, name),
+        )
+    )
+    assert door == twin == kernel
+
+
+def fake(device: str, dtype: torch.dtype) -> SimpleNamespace:
+    return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)
+
+
+def test_kernels_serve_what_they_can_on_a_gpu() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert ops._kernels(fake("cuda", dtype)) is megagrow_kernels
+        assert ops._kernels(fake("cpu", dtype)) is None
+    assert ops._kernels(fake("cuda", F64)) is None
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_door_hands_everything_to_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_parameters = len(inspect.signature(getattr(ops, name)).parameters)
+    arguments = [object() for _ in range(num_parameters)]
+    calls: list[tuple[object, ...]] = []
+    kernels = SimpleNamespace(**{name: lambda *given: calls.append(given) or "result"})
+    monkeypatch.setattr(ops, "_kernels", lambda x: kernels if x is arguments[0] else None)
+    assert getattr(ops, name)(*arguments) == "result"
+    assert calls == [tuple(arguments)]
+
+
+@pytest.fixture
+def fresh_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`megagrow.ops` as imported where `megagrow_kernels` has not been."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "megagrow_kernels"]:
+        monkeypatch.delitem(sys.modules, name)
+    return monkeypatch
+
+
+def load_ops() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ops_again", ops.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_triton_the_twins_serve(fresh_ops: pytest.MonkeyPatch) -> None:
+    fresh_ops.setitem(sys.modules, "triton", None)  # `import triton` fails
+    fresh_ops.setitem(sys.modules, "megagrow_kernels", None)
+    module = load_ops()
+    assert module._kernels(fake("cuda", torch.float32)) is None
+    assert module.rms_norm(torch.ones(2, 4), torch.ones(4), 0.0).tolist() == [[1.0] * 4] * 2
+
+
+def test_a_broken_triton_is_named_once(fresh_ops: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "megagrow_kernels":
+                raise RuntimeError("no such driver")
+
+    fresh_ops.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    module = load_ops()
+    with pytest.warns(UserWarning, match="no such driver") as caught:
+        assert module._kernels(fake("cuda", torch.float32)) is None
+        assert module._kernels(fake("cuda", torch.float32)) is None
+    assert len(caught) == 1

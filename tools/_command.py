@@ -1,0 +1,28 @@
+"""What the tools share: errors in one line, and the exit codes that stand for them."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megagrow.errors import MegagrowError
+
+
+class Arguments(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line (exit code 2)."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and exit: 0, or the code of the error that the user can mend."""
+    try:
+        main()
+    except MegagrowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,81 @@
+"""Show what a checkpoint holds: step, layout, configuration, provenance and tensors.
+
+    python tools/inspect_checkpoint.py runs/quickstart/small --verify
+
+CKPT is a checkpoint or a run directory (its newest one). Exit codes: 0 done, 2 usage, 4 checkpoint
+missing or damaged.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from _command import Arguments, run
+from rich.console import Console
+from rich.table import Table
+
+from megagrow import checkpoint
+from megagrow.checkpoint import Manifest
+from megagrow.errors import CheckpointError
+
+
+def main() -> None:
+    parser = Arguments(description="Show what a checkpoint holds.")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path)
+    parser.add_argument("--verify", action="store_true", help="compare every byte with its digest")
+    options = parser.parse_args()
+
+    path = find(options.checkpoint)
+    read = checkpoint.verify if options.verify else checkpoint.read_manifest
+    show(path, read(path))
+    if options.verify:
+        print("every byte agrees with its digest")
+
+
+def find(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest one in a checkpoint or run directory."""
+    found = checkpoint.candidates(path) or checkpoint.candidates(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{path}: no checkpoint; give a step-N or a directory that has some")
+    return found[0]
+
+
+def show(path: Path, manifest: Manifest) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(facts(path, manifest))
+    console.print(tensors(manifest))
+
+
+def facts(path: Path, manifest: Manifest) -> Table:
+    """One row per fact and per section of the configuration."""
+    table = Table(title=str(path), show_header=False)
+    on_disk = sum(entry.num_bytes for entry in manifest.files.values())
+    table.add_row("step", f"{manifest.step:,}")
+    table.add_row("on disk", f"{on_disk:,} bytes in {len(manifest.files)} files")
+    rows = {"saved by": manifest.layout, "provenance": manifest.provenance}
+    rows |= {f"config.{name}": section for name, section in manifest.config.items()}
+    for name, value in rows.items():
+        table.add_row(name, summary(value))
+    return table
+
+
+def summary(value: Any) -> str:
+    """A section in one line: `hidden_size=64, num_layers=2`."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name}={entry}" for name, entry in value.items()) or "none"
+
+
+def tensors(manifest: Manifest) -> Table:
+    table = Table("tensor", "dtype", "shape")
+    table.add_column("bytes", justify="right")
+    for name, entry in sorted(manifest.tensors.items()):
+        table.add_row(name, entry.dtype, str(list(entry.shape)), f"{entry.num_bytes:,}")
+    total = sum(entry.num_bytes for entry in manifest.tensors.values())
+    table.add_section()
+    table.add_row(f"{len(manifest.tensors):,} tensors", "", "", f"{total:,}")
+    return table
+
+
+if __name__ == "__main__":
+    run(main)
