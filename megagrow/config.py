@@ -248,7 +248,7 @@ def check(config: Config, world_size: int) -> None:
     require(
         batch % data_parallel == 0,
         f"train.global_batch_size={batch} is not a multiple of the {data_parallel} data-parallel ranks; "
-        f"use {batch // data_parallel * data_parallel or data_parallel} or {-(-batch // data_parallel) * data_parallel}",
+        f"use {max(batch // data_parallel, 1) * data_parallel} or {-(-batch // data_parallel) * data_parallel}",
     )
     share = batch // data_parallel
     microbatch = microbatch_size(config, world_size)
@@ -291,7 +291,10 @@ def check_growth(config: Config) -> None:
     """Raises ConfigError when the growth section contradicts itself or the rest."""
     growth = config.growth
     if growth.method == "none":
-        require(growth.source is None, "growth.source is set but growth.method=none; choose a method: stack, clone or ligo")
+        require(
+            growth.source is None,
+            "growth.source is set but growth.method=none; choose a method: stack, clone or ligo",
+        )
         return
     require(
         growth.source is not None or bool(config.init.from_),
@@ -303,11 +306,13 @@ def check_growth(config: Config) -> None:
     )
     require(
         growth.at_step < config.train.steps,
-        f"growth.at_step={growth.at_step} is not before train.steps={config.train.steps}; grow earlier or train longer",
+        f"growth.at_step={growth.at_step} is not before train.steps={config.train.steps}; "
+        "grow earlier or train longer",
     )
     require(
         growth.method != "ligo" or growth.optimizer == "reset",
-        "growth.optimizer=exact has no rule for learned maps (ligo); use growth.optimizer=reset with growth.rewarmup_steps",
+        "growth.optimizer=exact has no rule for learned maps (ligo); "
+        "use growth.optimizer=reset with growth.rewarmup_steps",
     )
     if growth.source is not None:
         check_growable(growth.source, config.model)

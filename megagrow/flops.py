@@ -13,15 +13,7 @@ out too: the count belongs to the algorithm, so that layouts can be compared.
 from typing import Literal
 
 from megagrow.config import ModelConfig
-from megagrow.roles import (
-    Role,
-    axis_size,
-    axis_unit,
-    parameter_names,
-    role_of,
-    shape_of,
-    split_name,
-)
+from megagrow.roles import Axis, Role, axis_size, axis_unit, parameter_names, role_of, shape_of, split_name
 
 Convention = Literal["full", "causal"]
 DEFAULT_CONVENTION: Convention = "full"
@@ -42,9 +34,7 @@ _PEAK_BF16 = (
 )
 
 
-def forward_flops_per_token(
-    model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION
-) -> float:
+def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION) -> float:
     """FLOPs of one token's forward pass, head included, inside a sequence of `seq_length` tokens.
 
     Of the well-known 2N, only the weights that multiply something count; attention comes on top.
@@ -58,9 +48,7 @@ def forward_flops_per_token(
     if model.tied_embeddings:
         weights += model.vocab_size * model.hidden_size
     pairs = seq_length if convention == "full" else seq_length / 2
-    attention = (
-        2 * model.num_heads * model.head_dim * pairs * model.num_layers
-    )  # scores, and values
+    attention = 2 * model.num_heads * model.head_dim * pairs * model.num_layers  # scores, and values
     return 2.0 * (weights + attention)
 
 
@@ -100,9 +88,7 @@ def ligo_step_flops(
     The backward pass is taken as twice the generation. That is a little too much, because the
     frozen source needs no gradient; better to charge learned growth too much than too little.
     """
-    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(
-        source, target
-    )
+    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(source, target)
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
@@ -122,19 +108,15 @@ def _generated(name: str, source: ModelConfig, target: ModelConfig) -> float:
     layer, _ = split_name(name)
     flops = 0.0
     for out_map in role.out_maps:
-        small_out, large_out = (
-            axis_size(role.out, m) * axis_unit(role.out, m) for m in (source, target)
-        )
-        small_in = large_in = 1
-        if role.in_ is not None:
-            small_in, large_in = (
-                axis_size(role.in_, m) * axis_unit(role.in_, m) for m in (source, target)
-            )
+        rows, new_rows = (_part_size(role.out, model) for model in (source, target))
+        columns, new_columns = (_part_size(role.in_, model) if role.in_ else 1 for model in (source, target))
         if layer is not None:
-            flops += 2.0 * source.num_layers * small_out * small_in
-        widen_out = 2.0 * large_out * small_out if out_map else 0.0
-        widen_in = 2.0 * large_in * small_in if role.in_map else 0.0
-        out_first = widen_out * small_in + widen_in * (large_out if out_map else small_out)
-        in_first = widen_in * small_out + widen_out * (large_in if role.in_map else small_in)
-        flops += min(out_first, in_first)
+            flops += 2.0 * source.num_layers * rows * columns
+        widen_out = 2.0 * new_rows * rows if out_map and new_rows > rows else 0.0
+        widen_in = 2.0 * new_columns * columns if role.in_map and new_columns > columns else 0.0
+        flops += min(widen_out * columns + widen_in * new_rows, widen_in * rows + widen_out * new_columns)
     return flops
+
+
+def _part_size(axis: Axis, model: ModelConfig) -> int:
+    return axis_size(axis, model) * axis_unit(axis, model)

@@ -84,7 +84,7 @@ class Ledger:
         convention: how attention's FLOPs are counted, see flops.py.
         phases: in the order in which they began.
         inherited: what the run builds on.
-        events: what happened at one step, such as growing: {"event", "step", …}.
+        events: what happened at one step: {"event", "step", "flops_total", "seconds_total", …}.
     """
 
     convention: str = DEFAULT_CONVENTION
@@ -139,8 +139,13 @@ class Ledger:
         self.inherited.append(Inherited(label, identity, ledger))
 
     def add_event(self, event: str, step: int, **values: Any) -> None:
-        """Records what happened before `step`; values are plain data."""
-        self.events.append({"event": event, "step": step, **values})
+        """Records what happened at `step`, once its cost is added; values are plain data.
+
+        What the run has spent by then is recorded too, as `flops_total` and `seconds_total`.
+        """
+        spent = self.own()
+        totals = {"flops_total": spent["flops"], "seconds_total": spent["seconds"]}
+        self.events.append({"event": event, "step": step, **totals, **values})
 
     def own(self) -> Totals:
         """What this run itself has spent so far, on whichever model, without what it inherited."""
@@ -149,12 +154,7 @@ class Ledger:
     def totals(self) -> dict[str, Totals]:
         """{"papers_convention", "all_in"}: {"flops", "tokens", "seconds"}; None: not known."""
         mine = [p for p in self.phases if p.phase != "evaluation"]
-        theirs = [
-            p
-            for ledger in self._foundations().values()
-            for p in ledger.phases
-            if p.phase != "evaluation"
-        ]
+        theirs = [p for ledger in self._foundations().values() for p in ledger.phases if p.phase != "evaluation"]
         return {
             "papers_convention": _total([p for p in mine if p.phase not in LEFT_OUT_BY_PAPERS]),
             "all_in": _total(mine + theirs),
@@ -162,9 +162,7 @@ class Ledger:
 
     def inherited_cost(self) -> Totals:
         """What `all_in` holds beyond `own`: the cost of everything that this run started from."""
-        return _total(
-            [p for x in self._foundations().values() for p in x.phases if p.phase != "evaluation"]
-        )
+        return _total([p for x in self._foundations().values() for p in x.phases if p.phase != "evaluation"])
 
     def _foundations(self) -> dict[str, "Ledger"]:
         found: dict[str, Ledger] = {}
@@ -184,8 +182,7 @@ class Ledger:
             "convention": self.convention,
             "phases": [dict(vars(p)) for p in self.phases],
             "inherited": [
-                {"label": i.label, "identity": i.identity, "ledger": i.ledger.to_dict()}
-                for i in self.inherited
+                {"label": i.label, "identity": i.identity, "ledger": i.ledger.to_dict()} for i in self.inherited
             ],
             "events": [dict(e) for e in self.events],
         }
@@ -198,9 +195,7 @@ class Ledger:
             CheckpointError: a key is missing, unknown or of the wrong type, or a cost is negative
                 or not finite.
         """
-        fields = _mapping(
-            data, where, {"convention": str, "phases": list, "inherited": list, "events": list}
-        )
+        fields = _mapping(data, where, {"convention": str, "phases": list, "inherited": list, "events": list})
         return cls(
             fields["convention"],
             [_phase(p, f"{where}: phases[{n}]") for n, p in enumerate(fields["phases"])],
@@ -223,13 +218,9 @@ class Ledger:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error.strerror}); a finished run has a ledger"
-            ) from None
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a finished run has a ledger") from None
         except ValueError as error:
-            raise CheckpointError(
-                f"{path}: not JSON ({error}); restore the file or run again"
-            ) from None
+            raise CheckpointError(f"{path}: not JSON ({error}); restore the file or run again") from None
         if isinstance(data, dict):
             data.pop("totals", None)
         return cls.from_dict(data, str(path))
@@ -274,16 +265,12 @@ def _phase(data: Any, where: str) -> Phase:
 
 def _inherited(data: Any, where: str) -> Inherited:
     fields = _mapping(data, where, {"label": str, "identity": str, "ledger": dict})
-    return Inherited(
-        fields["label"], fields["identity"], Ledger.from_dict(fields["ledger"], f"{where}.ledger")
-    )
+    return Inherited(fields["label"], fields["identity"], Ledger.from_dict(fields["ledger"], f"{where}.ledger"))
 
 
 def _event(data: Any, where: str) -> dict[str, Any]:
     _check(isinstance(data, dict), where, f"must be a mapping, got {type(data).__name__}")
-    _mapping(
-        {k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int}
-    )
+    _mapping({k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int})
     return dict(data)
 
 

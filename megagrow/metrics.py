@@ -56,9 +56,7 @@ class Metrics:
         DataError: the existing file is damaged before its last line, or cannot be written.
     """
 
-    def __init__(
-        self, run_dir: Path, config: Config, resume_step: int | None = None, enabled: bool = True
-    ) -> None:
+    def __init__(self, run_dir: Path, config: Config, resume_step: int | None = None, enabled: bool = True) -> None:
         self.path = run_dir / METRICS_FILE
         self.enabled = enabled
         self.last_step = -1
@@ -75,11 +73,7 @@ class Metrics:
         """Drops the lines after `step` (None: all of them) by one atomic replacement of the file."""
         if not self.enabled:
             return
-        lines = (
-            []
-            if step is None
-            else [line for line in read_metrics(self.path) if line["step"] <= step]
-        )
+        lines = [] if step is None else [line for line in read_metrics(self.path) if line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         self.last_step = lines[-1]["step"] if lines else -1
 
@@ -125,9 +119,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise DataError(
-                f"{path}: line {number} is not an object with a step; restore or remove the line"
-            )
+            raise DataError(f"{path}: line {number} is not an object with a step; restore or remove the line")
         if lines and line["step"] <= lines[-1]["step"]:
             raise DataError(
                 f"{path}: line {number} has step {line['step']} after step {lines[-1]['step']}; "
@@ -138,9 +130,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _strict(line: dict[str, Any]) -> dict[str, Any]:
-    bad = [
-        key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)
-    ]
+    bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
     return {**line, **dict.fromkeys(bad), "non_finite": bad} if bad else line
 
 
@@ -182,9 +172,7 @@ class _WandB:
             "config": to_dict(config),
             "settings": wandb.Settings(init_timeout=30, silent=True),
         }
-        mode = os.environ.get("WANDB_MODE") or (
-            "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        )
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         try:
             self.run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:
@@ -309,9 +297,7 @@ def _bar(stream: TextIO) -> RichProgress:
     )
 
 
-def _status(
-    loss: float | None, lr: float | None, tokens_per_second: float | None, left: float | None
-) -> str:
+def _status(loss: float | None, lr: float | None, tokens_per_second: float | None, left: float | None) -> str:
     parts = [f"loss {loss:.4f}" if loss is not None else ""]
     parts += [f"lr {lr:.2e}" if lr is not None else ""]
     parts += [f"{tokens_per_second:,.0f} tok/s" if tokens_per_second is not None else ""]
@@ -354,7 +340,5 @@ def read_exit(run_dir: Path) -> dict[str, Any] | None:
     except ValueError:
         content = None
     if not isinstance(content, dict) or not isinstance(content.get("code"), int):
-        raise DataError(
-            f"{path}: not an object with an exit code; remove the file and start the run again"
-        )
+        raise DataError(f"{path}: not an object with an exit code; remove the file and start the run again")
     return content

@@ -250,7 +250,7 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
         gate = gate.contiguous()
-        dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        dgate_up = torch.empty_like(gate_up)
         dgate, dup = dgate_up.unflatten(-1, (-1, 2)).unbind(-1)
         torch.mul(dy, F.silu(gate), out=dup)
         dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))

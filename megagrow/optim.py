@@ -1,4 +1,4 @@
-"""AdamW on this rank's shards, learning-rate schedules, clipping over the whole mesh, and the guard against bad steps."""
+"""AdamW on this rank's shards, learning-rate schedules, clipping over the whole mesh, the guard against bad steps."""
 
 import math
 import statistics

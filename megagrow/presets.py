@@ -41,7 +41,12 @@ def get(name: str) -> Config:
     return _PRESETS[name]()
 
 
-# --- shapes -------------------------------------------------------------------------------------------------------------
+def docstring(name: str) -> str:
+    """What a preset says about itself."""
+    return _PRESETS[name].__doc__ or ""
+
+
+# Shapes
 
 
 def llama_model(layers: int, hidden: int, head_dim: int, ffn: int, vocab: int, length: int) -> ModelConfig:
@@ -74,7 +79,7 @@ def gpt2_model(layers: int, hidden: int) -> ModelConfig:
     )
 
 
-# --- training from scratch ----------------------------------------------------------------------------------------------
+# Training from scratch
 
 
 @_preset
@@ -111,7 +116,7 @@ def gpt2_124m() -> Config:
     )
 
 
-# --- growing ------------------------------------------------------------------------------------------------------------
+# Growing
 
 
 @_preset
@@ -132,7 +137,7 @@ def grow_llama_125m() -> Config:
     )
 
 
-# --- the quickstart: minutes on two CPU cores -----------------------------------------------------------------------------
+# The quickstart: minutes on two CPU cores
 
 QUICKSTART = "runs/quickstart"
 QUICKSTART_VOCAB = 2048

@@ -62,8 +62,8 @@ class Role:
         return self.kind == "matrix" and self.out == "hidden"
 
 
-_KEY_VALUE = {"parts": ("key", "value"), "out_maps": ("key", "value")}
-_GATE_UP = {"parts": ("gate", "up"), "out_maps": ("ffn", "ffn")}
+_KEY_VALUE = ("key", "value")
+_GATE_UP = ("gate", "up")
 _HIDDEN = ("hidden",)
 
 OUTSIDE_LAYERS: dict[str, Role] = {
@@ -79,14 +79,14 @@ INSIDE_LAYER: dict[str, Role] = {
     "attention_norm.bias": Role("norm_bias", "hidden", out_maps=_HIDDEN),
     "attention.query.weight": Role("matrix", "q_heads", "hidden", out_maps=("query",), in_map="hidden"),
     "attention.query.bias": Role("bias", "q_heads", out_maps=("query",)),
-    "attention.key_value.weight": Role("matrix", "kv_heads", "hidden", in_map="hidden", **_KEY_VALUE),
-    "attention.key_value.bias": Role("bias", "kv_heads", **_KEY_VALUE),
+    "attention.key_value.weight": Role("matrix", "kv_heads", "hidden", _KEY_VALUE, ("key", "value"), "hidden"),
+    "attention.key_value.bias": Role("bias", "kv_heads", None, _KEY_VALUE, ("key", "value")),
     "attention.output.weight": Role("matrix", "hidden", "q_heads", out_maps=_HIDDEN, in_map="heads"),
     "attention.output.bias": Role("bias", "hidden", out_maps=_HIDDEN),
     "mlp_norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
     "mlp_norm.bias": Role("norm_bias", "hidden", out_maps=_HIDDEN),
-    "mlp.gate_up.weight": Role("matrix", "ffn", "hidden", in_map="hidden", **_GATE_UP),
-    "mlp.gate_up.bias": Role("bias", "ffn", **_GATE_UP),
+    "mlp.gate_up.weight": Role("matrix", "ffn", "hidden", _GATE_UP, ("ffn", "ffn"), "hidden"),
+    "mlp.gate_up.bias": Role("bias", "ffn", None, _GATE_UP, ("ffn", "ffn")),
     "mlp.up.weight": Role("matrix", "ffn", "hidden", out_maps=("ffn",), in_map="hidden"),
     "mlp.up.bias": Role("bias", "ffn", out_maps=("ffn",)),
     "mlp.down.weight": Role("matrix", "hidden", "ffn", out_maps=_HIDDEN, in_map="ffn"),

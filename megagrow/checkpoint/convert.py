@@ -53,7 +53,7 @@ def convert(source: Path, target: Path, to: Format) -> bool:
     opened = open_source(source)
     tokenizer = tokenizer_of(opened)
     if to == "hf":
-        token_ids = _token_ids(opened)
+        token_ids = token_ids_of(opened)
         hf.write_hf_folder(target, opened.model, opened.fetch, tokenizer, token_ids=token_ids)
     else:
         _write_own(target, opened, tokenizer)
@@ -122,7 +122,7 @@ def _write_own(target: Path, source: Source, tokenizer_source: Path | None) -> N
             config=to_dict(Config(model=source.model, data=DataConfig(tokenizer=tokenizer))),
             provenance={
                 "converted_from": {"path": str(source.path), "identity": source.identity},
-                "token_ids": _token_ids(source),
+                "token_ids": token_ids_of(source),
             },
         )
         staged.publish()
@@ -132,7 +132,7 @@ def _write_own(target: Path, source: Source, tokenizer_source: Path | None) -> N
         staged.discard()
 
 
-def _token_ids(source: Source) -> dict[str, Any] | None:
+def token_ids_of(source: Source) -> dict[str, Any] | None:
     """The special token ids that the source states; None: it states none."""
     if hf.is_hf_folder(source.path):
         return hf.HFReader(source.path).token_ids or None

@@ -156,7 +156,7 @@ def _open_own(path: Path) -> Source:
 
 def _folder_identity(path: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) + [path / "config.json"]:
+    for file in [*sorted(path.glob("*.safetensors")), path / "config.json"]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -139,12 +139,6 @@ class IndexedDataset:
             raise DataError(f"{path}: dtype code is {code}{kind}, tokens are one of {known}")
         if num_boundaries < 1:
             raise DataError(f"{path}: document_count is 0, must be the number of documents + 1")
-        for name, count, width in (
-            ("sequence", num_sequences, 12),
-            ("document", num_boundaries, 8),
-        ):
-            if count * width > size - _HEADER.size:
-                raise DataError(f"{path}: {name}_count {count} does not fit a file of {size} bytes")
         expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
         if num_sequences and size == expected + num_sequences:
             raise DataError(f"{path}: has sequence modes (multimodal), only text is supported")

@@ -154,7 +154,7 @@ class Ligo:
 def save_maps(ligo: Ligo, path: Path | str) -> None:
     """Writes the maps to a safetensors file that names the two models."""
     models = {"source": ligo.start.source, "target": ligo.start.target}
-    metadata = {"method": ligo.start.method} | {name: json.dumps(to_dict(model)) for name, model in models.items()}
+    metadata = {name: json.dumps(to_dict(model)) for name, model in models.items()}
     state = {name: tensor.contiguous() for name, tensor in ligo.state_dict().items()}
     safetensors.torch.save_file(state, str(path), metadata)
 
@@ -168,13 +168,15 @@ def load_maps(path: Path | str, device: torch.device | str = "cpu") -> Ligo:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); give a file of learned maps") from None
-    if not {"method", "source", "target"} <= metadata.keys():
-        raise CheckpointError(f"{path}: its header names no growth; give a file of learned maps")
-    models = [from_dict(json.loads(metadata[key]), ModelConfig, str(path), key) for key in ("source", "target")]
-    ligo = Ligo(make_recipe(metadata["method"], *models), device=device)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        models = [json.loads(metadata[key]) for key in ("source", "target")]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: is no file of learned maps ({error}); give one that was saved after learning"
+        ) from None
+    source, target = (from_dict(model, ModelConfig, str(path)) for model in models)
+    dtype = next(iter(state.values())).dtype
+    ligo = Ligo(make_recipe("ligo", source, target), device=device, dtype=dtype)
     ligo.load_state_dict(state, str(path))
     return ligo
 

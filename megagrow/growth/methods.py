@@ -51,8 +51,10 @@ class Recipe:
     def source_name(self, name: str) -> str:
         """The source parameter that a target parameter copies; of copied layers only."""
         layer, leaf = split_name(name)
+        if layer is None:
+            return name
         assert isinstance(self.layers, LayerMap), "a mixed layer has no single source"
-        return name if layer is None else layer_name(self.layers.index[layer], leaf)
+        return layer_name(self.layers.index[layer], leaf)
 
 
 def make_recipe(method: str, source: ModelConfig, target: ModelConfig) -> Recipe:

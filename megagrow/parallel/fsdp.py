@@ -35,8 +35,8 @@ def _wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: torch.dt
     data_mesh = mesh.sub_mesh("dp")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     reshard = mesh.pp.size == 1
-    for module in [*blocks, model]:
-        fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for part in [*blocks, model]:
+        module = fully_shard(part, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
         # The loss is already divided by the global number of tokens: gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

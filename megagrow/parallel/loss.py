@@ -124,9 +124,7 @@ def token_scores(
     nlls, ranks = [], []
     with torch.no_grad():
         head = head_VH.to(hidden_TH.dtype)
-        for hidden_CH, labels_C in zip(
-            hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True
-        ):
+        for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
             logits_CV, local_C = hidden_CH @ head.T, shard.local_labels(labels_C)
             label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
             nlls.append(_exact_nll(logits_CV, label_logit_C, vocab_size, tp))
@@ -191,9 +189,7 @@ class _Loss(torch.autograd.Function):
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
             logits_CV = hidden_CH @ head.T
             if teacher_TH is None or teacher_head_VH is None:
-                sums += _cross_entropy(
-                    logits_CV, local_C, weights_T[part], shard.tp, needs_gradient
-                )
+                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard.tp, needs_gradient)
             else:
                 teacher_CV = teacher_TH[part] @ teacher_head_VH.to(teacher_TH.dtype).T
                 sums += _distillation(
@@ -235,9 +231,7 @@ def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis) -> tuple[Tensor,
     return merged_2C[0].log() + max_C, merged_2C[1]
 
 
-def _cross_entropy(
-    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool
-) -> Tensor:
+def _cross_entropy(logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool) -> Tensor:
     """Returns the sums [loss, CE, 0]; turns the logits into their gradient when asked to."""
     lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
     ce = ((lse_C - label_logit_C) * weights_C).sum()
@@ -272,9 +266,7 @@ def _distillation(
     ce = ((lse_C - label_logit_C) * weights_C).sum()
     if write_gradient:
         kd_weight_C = weights_C * (omega * scale / student_rho)
-        kd_grad_CV = (
-            (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
-        )
+        kd_grad_CV = (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
         ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C * (1 - omega))
         logits_CV.add_(kd_grad_CV.to(logits_CV.dtype))
     return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])

@@ -11,7 +11,7 @@ import torch
 
 from megagrow.data.files import write_atomically
 from megagrow.errors import ConfigError
-from megagrow.report.curves import curve, draw, quantity
+from megagrow.report.curves import draw, quantity
 from megagrow.report.markdown import to_markdown
 from megagrow.report.run import Json, Run, check_comparable, load_run
 from megagrow.report.savings import compare, known_costs, no_savings
@@ -37,11 +37,9 @@ def build_report(run_dirs: list[Path], output: Path) -> Json:
         raise ConfigError("no run directories are given; name at least one")
     for name in (run.name for run in runs):
         if sum(run.name == name for run in runs) > 1:
-            raise ConfigError(
-                f"two run directories are called {name}; arms are told apart by this name, rename one"
-            )
+            raise ConfigError(f"two run directories are called {name}; arms are told apart by this name, rename one")
     check_comparable(runs)
-    picture = draw([curve(run) for run in runs])
+    picture = draw(runs)
     report = summarize(runs, output)
     write_atomically(output / "curves.png", picture)
     write_atomically(output / "report.md", to_markdown(report).encode())
@@ -95,7 +93,7 @@ def arm(run: Run, output: Path) -> Json:
     return {
         "path": os.path.relpath(run.path, output),
         "params": num_parameters(run.config.model),
-        "steps": run.config.train.steps,
+        "steps": run.lines[-1]["step"] if run.lines else 0,
         "finished": not run.unfinished,
         "final_validation_loss": run.final_loss,
         **totals["papers_convention"],
@@ -107,23 +105,18 @@ def caveats(runs: list[Run], scratch: list[Run], grown: Run | None) -> list[str]
     """What a reader must know before believing the numbers."""
     found = ["One seed per arm: differences as small as those between seeds mean nothing."]
     if len(scratch) < MIN_BUDGETS:
-        found.append(
-            f"{len(scratch)} scratch budgets are finished; interpolation should rest on {MIN_BUDGETS}."
-        )
+        found.append(f"{len(scratch)} scratch budgets are finished; interpolation should rest on {MIN_BUDGETS}.")
     spent = grown.cost("all_in", "flops") if grown else None
     if spent and scratch and spent > max(known_costs(scratch, "all_in", "flops"), default=0.0):
         found.append("No scratch run was given as many FLOPs as the grown arm spent all-in.")
     hosts = {str(run.exit["host"]) for run in runs if run.exit and run.exit.get("host")}
     if len(hosts) > 1:
         found.append(
-            f"The runs were made on several machines ({', '.join(sorted(hosts))}): "
-            "their seconds may not compare."
+            f"The runs were made on several machines ({', '.join(sorted(hosts))}): their seconds may not compare."
         )
     largest = max(num_parameters(run.config.model) for run in runs)
     if largest < 1e8:
-        found.append(
-            f"Small scale ({quantity(largest)} parameters): larger models need their own measurement."
-        )
+        found.append(f"Small scale ({quantity(largest)} parameters): larger models need their own measurement.")
     found.append("Seconds assume that every run had the machine to itself.")
     return found
 
@@ -143,9 +136,7 @@ def _cpu_name() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    names = [
-        line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")
-    ]
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -154,9 +145,7 @@ def commit() -> str:
     here = Path(__file__)
     for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
         try:
-            done = subprocess.run(
-                ["git", *command], cwd=here.parent, capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=False)
         except OSError:
             return "unknown"
         if done.returncode != 0:

@@ -13,16 +13,13 @@ def to_markdown(report: Json) -> str:
         "![Validation loss against all-in FLOPs and time](curves.png)",
         "## Arms",
         _arms_table(report),
-        "## Savings at equal validation loss",
+        f"## Savings of {report['grown_arm'] or 'growing'} at equal validation loss",
         _savings_words(report),
         "## Growth",
         _growth_words(report),
         "## How far to believe it",
         "\n".join(f"- {caveat}" for caveat in report["caveats"]),
-        "\n".join(
-            f"- {name} is left out of all comparisons: {why}."
-            for name, why in report["unfinished"].items()
-        ),
+        "\n".join(f"- {name} is left out of all comparisons: {why}." for name, why in report["unfinished"].items()),
         _footer(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -59,7 +56,9 @@ def _savings_words(report: Json) -> str:
     lines = []
     for convention, title in titles.items():
         entry = report["savings"][convention]
-        lines.append(f"- {title}: {_saving(entry, 'flops')}; {_saving(entry, 'seconds')}.")
+        words = "; ".join(_saving(entry, measure) for measure in _UNITS)
+        reasons = dict.fromkeys(reason for reason in entry["reason"].values() if reason)
+        lines.append(f"- {title}: {words}" + "".join(f" ({reason})" for reason in reasons) + ".")
     return "\n".join(lines)
 
 
@@ -67,12 +66,11 @@ def _saving(entry: Json, measure: str) -> str:
     value, bound, unit = entry[measure], entry["bound"][measure], _UNITS[measure]
     if value is not None:
         return f"**{_fewer(value)} {unit}**"
-    ((side, limit),) = bound.items() if bound else (("", None),)
-    if limit is None:
-        return f"{unit} unknown ({entry['reason'][measure]})"
-    if (side == "at_least") == (limit >= 0):
-        return f"at least {_fewer(limit)} {unit} ({entry['reason'][measure]})"
-    return f"at most {_fewer(limit)} {unit} ({entry['reason'][measure]})"
+    if bound is None:
+        return f"{unit} unknown"
+    ((side, limit),) = bound.items()
+    side = "at least" if (side == "at_least") == (limit >= 0) else "at most"
+    return f"{side} {_fewer(limit)} {unit}"
 
 
 _UNITS = {"flops": "FLOPs", "seconds": "seconds"}
@@ -88,12 +86,12 @@ def _growth_words(report: Json) -> str:
         return "No growth is recorded."
     steps = [
         ("before growing", "loss_before"),
-        ("with the initial maps", "loss_initial_maps"),
+        ("as it began", "loss_initial"),
         ("after", "loss_after"),
     ]
     losses = [f"{event[key]:.4f} {what}" for what, key in steps if event.get(key) is not None]
     method, all_losses = event.get("method", "unknown"), ", ".join(losses) or "unknown"
-    return f"Method {method}, after step {event['step']}; loss {all_losses}."
+    return f"Method {method}, at step {event['step']}; loss {all_losses}."
 
 
 def _footer(report: Json) -> str:

@@ -46,9 +46,9 @@ class Run:
             return "it has not ended or crashed"
         if self.exit["code"] != 0:
             return f"it ended with exit code {self.exit['code']}: {self.exit.get('reason', '')}"
-        last = self.lines[-1] if self.lines else {"step": 0}
-        if last["step"] != self.config.train.steps or last.get("validation_loss") is None:
-            return f"it has no validation loss at its last step {self.config.train.steps}"
+        last = self.lines[-1] if self.lines else {}
+        if last.get("step") != self.exit.get("step") or last.get("validation_loss") is None:
+            return f"it has no validation loss at its last step {self.exit.get('step')}"
         return ""
 
     @property
@@ -68,9 +68,7 @@ def load_run(path: Path) -> Run:
         DataError: `path` holds no run.
     """
     if not (path / "config.json").is_file():
-        raise DataError(
-            f"{path}: holds no config.json, so it is not a run directory; give what --run.dir named"
-        )
+        raise DataError(f"{path}: holds no config.json, so it is not a run directory; give what --run.dir named")
     ended = read_exit(path)
     needs_ledger = ended is not None and ended["code"] == 0
     ledger_path = path / "ledger.json"
@@ -104,8 +102,6 @@ _COMPARABLE: dict[str, Callable[[Run], Any]] = {
     "vocab_size": lambda run: run.config.model.vocab_size,
     "data.validation": lambda run: os.path.abspath(run.config.data.validation),
     "data.seq_length": lambda run: run.config.data.seq_length,
-    "validation samples": lambda run: (
-        run.config.train.eval_batches * run.config.train.global_batch_size
-    ),
+    "validation samples": lambda run: run.config.train.eval_batches * run.config.train.global_batch_size,
     "ledger convention": lambda run: run.ledger.convention,
 }

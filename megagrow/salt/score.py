@@ -1,10 +1,8 @@
-"""The small model scores a corpus: per packed sample, how hard its tokens are among those that the
-model half knows.
+"""The small model scores a corpus: which packed samples are hard for it, but within its reach.
 
 Source: SALT (Rawat et al., 2024, arXiv 2410.18779), selection by the median of per-token losses
-    with a top-k mask. Both
-readings of the mask are stored, `median_in_top_k` (other tokens left out) and `median_zero` (other
-    tokens count as 0).
+with a top-k mask. Both readings of the mask are stored: `median_in_top_k` leaves the other tokens
+out, `median_zero` counts them as 0.
 
 Samples are dealt to the data-parallel ranks in shards; a finished shard is a file, so that a killed
 scoring goes on where it was. Batches begin at fixed samples, so the scores do not depend on how
@@ -53,7 +51,8 @@ class ScoreSettings:
     Attributes:
         top_k: a label is in the top k if fewer than k logits are greater than its own.
         dtype: of the model's parameters and activations.
-        batch_size: samples per forward pass.
+        batch_size: samples per forward pass; in float32 another size may change the last bit of a
+            score, because matrix products may then sum in another order.
         shard_size: samples that are done again at most after an interruption; rounded up to whole
             batches.
         skip_source_check: score although the model does not fit the data.
@@ -75,9 +74,7 @@ class Progress(Protocol):
 
     def message(self, text: str) -> None: ...
 
-    def update(
-        self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None
-    ) -> None: ...
+    def update(self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None) -> None: ...
 
 
 def score_corpus(
@@ -110,8 +107,7 @@ def score_corpus(
         ConfigError: the model cannot be laid out on the mesh, or the samples are longer than its
             position table.
         DataError: the model does not fit the data (see `check_source`) or gives a loss that is not
-            finite, or `output`
-            holds something else.
+            finite, or `output` holds something else.
     """
     output, model_config = Path(output), source.model
     check_model(model_config, ParallelConfig(tensor=mesh.tp.size), str(source.path))
@@ -173,9 +169,7 @@ class _Shards:
     group must agree.
     """
 
-    def __init__(
-        self, output: Path, identity: Identity, settings: ScoreSettings, mesh: Mesh
-    ) -> None:
+    def __init__(self, output: Path, identity: Identity, settings: ScoreSettings, mesh: Mesh) -> None:
         batch = settings.batch_size
         self.size = -(-settings.shard_size // batch) * batch
         self.output, self.identity, self.settings, self.mesh = output, identity, settings, mesh
@@ -266,8 +260,8 @@ def _score_shard(
         if not finite_B.all():
             bad = ids[int(finite_B.int().argmin())]
             raise DataError(
-                f"{dataset.prefix}: sample {bad} has a loss that is not finite under {source.path}: "
-                f"its weights are damaged or overflow in {shards.identity.dtype}; "
+                f"{dataset.prefix}: sample {bad} has a loss that is not finite under "
+                f"{source.path}: its weights are damaged or overflow in {shards.identity.dtype}; "
                 "use another checkpoint or a wider dtype"
             )
         parts.append(sample_scores(nll_BS, rank_BS, shards.settings.top_k))
@@ -279,18 +273,14 @@ def _token_scores(model: Transformer, tokens_BS1: Tensor, mesh: Mesh) -> tuple[T
     inputs_BS, labels_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
     with torch.no_grad():
         hidden_TH = model(inputs_BS).flatten(0, 1)
-        nll_T, rank_T = token_scores(
-            hidden_TH, model.head_VH, labels_BS.flatten(), model.config.vocab_size, mesh.tp
-        )
+        nll_T, rank_T = token_scores(hidden_TH, model.head_VH, labels_BS.flatten(), model.config.vocab_size, mesh.tp)
     return nll_T.view_as(labels_BS), rank_T.view_as(labels_BS)
 
 
 def _reporter(
     progress: Progress | None, shards: _Shards, pending: list[int], num_workers: int
 ) -> Callable[[int], None]:
-    """A function that takes the number of samples this worker has just scored; the others are taken
-    to keep pace.
-    """
+    """Takes the number of samples just scored here, and reports as if the others kept pace."""
     todo = sum(len(shards.samples(i)) for i in pending)
     begin, own = time.monotonic(), 0
 

@@ -1,5 +1,4 @@
-"""A folder of scores: `scores.safetensors` (one entry per sample, in file order) beside
-`manifest.json`.
+"""A folder of scores: `scores.safetensors`, one entry per sample, beside `manifest.json`.
 
 While the corpus is being scored the folder holds `shards/`: `identity.json` and one file per
 finished shard. Every file appears by a rename, the manifest last, so that a folder with a manifest
@@ -116,16 +115,15 @@ def read_scores(folder: Path | str, dataset: PackedDataset) -> Scores:
         )
     manifest = _read_manifest(path)
     _check_dataset(manifest.identity, dataset, path)
-    content = _read(folder / SCORES_FILE)
-    if hashlib.sha256(content).hexdigest() != manifest.scores_sha256:
-        raise DataError(
-            f"{folder / SCORES_FILE}: its sha256 is not the manifest's scores_sha256, the file was "
-            "changed; score the corpus again into an empty folder"
-        )
-    arrays = _parse_arrays(content, folder / SCORES_FILE, dataset.num_samples)
-    num_tokens = arrays.pop("num_tokens")
+    arrays = _read_arrays(folder / SCORES_FILE, manifest)
+    values = {name: arrays[name] for name in SCORE_NAMES}
     return Scores(
-        folder, arrays, num_tokens, manifest.identity, manifest.cost, manifest.scores_sha256
+        folder,
+        values,
+        arrays["num_tokens"],
+        manifest.identity,
+        manifest.cost,
+        manifest.scores_sha256,
     )
 
 
@@ -133,12 +131,14 @@ def is_complete(folder: Path, identity: Identity) -> bool:
     """Whether the folder already holds finished scores of this identity.
 
     Raises:
-        DataError: it holds something else, which is never overwritten.
+        DataError: it holds something else or is damaged; nothing is ever overwritten.
     """
     path = folder / MANIFEST_FILE
     if not path.exists():
         return False
-    _check_identity(_read_manifest(path).identity, identity, path)
+    manifest = _read_manifest(path)
+    _check_identity(manifest.identity, identity, path)
+    _read_arrays(folder / SCORES_FILE, manifest)
     return True
 
 
@@ -172,12 +172,15 @@ class ShardFolder:
         nothing.
         """
         if not self._identity.exists():
+            if self.path.exists() and any(self.path.glob("[!.]*.safetensors")):
+                raise DataError(
+                    f"{self._identity}: no such file beside the shards, which may be of any corpus; "
+                    f"remove {self.path} or choose another --output"
+                )
             return
         stored = _read_object(self._identity)
         size = _field(stored, "shard_size", int, self._identity)
-        found = _from_fields(
-            Identity, _field(stored, "identity", dict, self._identity), self._identity
-        )
+        found = _from_fields(Identity, _field(stored, "identity", dict, self._identity), self._identity)
         _check_identity(found, identity, self._identity)
         if size != shard_size:
             raise DataError(
@@ -231,8 +234,8 @@ def _check_dataset(identity: Identity, dataset: PackedDataset, path: Path) -> No
         found = getattr(identity, name)
         if found != value:
             raise DataError(
-                f"{path}: {name} is {found}, that of {dataset.prefix} is {value}: the scores belong "
-                "to other samples; score this corpus with this seq_length"
+                f"{path}: {name} is {found}, that of {dataset.prefix} is {value}: the scores are "
+                "those of other samples; score this corpus with this seq_length"
             )
 
 
@@ -256,9 +259,17 @@ def _read_manifest(path: Path) -> _Manifest:
     return _Manifest(identity, cost, _field(data, "scores_sha256", str, path))
 
 
-def _parse_arrays(content: bytes, path: Path, num_samples: int) -> Arrays:
+def _read_arrays(path: Path, manifest: _Manifest) -> Arrays:
+    if not path.exists():
+        raise DataError(f"{path}: no such file, but a manifest; score into an empty folder")
+    content = _read(path)
+    if hashlib.sha256(content).hexdigest() != manifest.scores_sha256:
+        raise DataError(
+            f"{path}: its sha256 is not the manifest's scores_sha256, one of the two was changed; "
+            "score the corpus again into an empty folder"
+        )
     arrays = _parse_tensors(content, path)
-    _check_arrays(arrays, path, num_samples)
+    _check_arrays(arrays, path, manifest.identity.num_samples)
     return arrays
 
 
@@ -266,9 +277,7 @@ def _parse_tensors(content: bytes, path: Path) -> Arrays:
     try:
         return safetensors.numpy.load(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: not a safetensors file ({error}); remove it and score the corpus again"
-        ) from None
+        raise DataError(f"{path}: not a safetensors file ({error}); remove it and score the corpus again") from None
 
 
 def _check_arrays(arrays: Arrays, path: Path, num_samples: int) -> None:

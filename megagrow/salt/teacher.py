@@ -1,13 +1,12 @@
-"""The small model as a teacher inside the mesh: body on all pipeline ranks, head on the last stage
-only.
+"""The small model as a teacher inside the mesh: body on all pipeline ranks, head on the last.
 
 Run whole on the last stage, the teacher would cost that stage PP times as much as its share. So
 each pipeline rank holds the body and runs every PP-th microbatch before the step; only hidden
 states travel, never logits.
 """
 
-# Shape suffix legend: B = this data rank's samples, S = sequence, H = the teacher's hidden size, V
-# = local vocabulary.
+# Shape suffix legend: B = this data rank's samples, S = sequence, H = the teacher's hidden size,
+# V = local vocabulary.
 
 import torch
 import torch.distributed as dist
@@ -58,8 +57,7 @@ class Teacher:
         return self._model
 
     def hidden(self, ids_BS: Tensor, num_microbatches: int) -> Tensor | None:
-        """The states [B, S, H] after the teacher's final norm; None on all but the last pipeline
-        rank.
+        """The states [B, S, H] after the teacher's final norm; None before the last pipeline rank.
 
         Args:
             ids_BS: this data rank's samples, the same on every pipeline and tensor rank.
@@ -73,9 +71,7 @@ class Teacher:
             _send(own, pp)
             return None
         dtype = next(model.parameters()).dtype
-        hidden_BSH = torch.empty(
-            *ids_BS.shape, self.config.hidden_size, dtype=dtype, device=ids_BS.device
-        )
+        hidden_BSH = torch.empty(*ids_BS.shape, self.config.hidden_size, dtype=dtype, device=ids_BS.device)
         _collect(hidden_BSH, own, num_microbatches, pp)
         return hidden_BSH
 
@@ -103,9 +99,7 @@ def loss_options(salt: SaltConfig) -> LossOptions:
 
 
 def check_teacher(teacher: ModelConfig, student: ModelConfig, seq_length: int) -> None:
-    """Raises ConfigError unless `teacher` can teach `student` on sequences of `seq_length`; for use
-    before a run.
-    """
+    """Raises ConfigError unless `teacher` can teach `student` on such sequences; for a dry run."""
     _check_vocabulary(teacher, student)
     require(
         teacher.positions != "learned" or seq_length <= teacher.max_seq_length,
@@ -125,19 +119,14 @@ def _check_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:
 
 
 def _send(own: dict[int, Tensor], pp: Axis) -> None:
-    requests = [
-        dist.isend(hidden.contiguous(), group=pp.group, group_dst=pp.size - 1)
-        for hidden in own.values()
-    ]
+    requests = [dist.isend(hidden.contiguous(), group=pp.group, group_dst=pp.size - 1) for hidden in own.values()]
     for request in requests:
         assert request is not None
         request.wait()
 
 
 def _collect(hidden_BSH: Tensor, own: dict[int, Tensor], num_microbatches: int, pp: Axis) -> None:
-    """Fills in the microbatches of this rank, and receives those of the others in the order in
-    which they are sent.
-    """
+    """Fills in this rank's microbatches, and receives the others in the order of their sending."""
     requests = []
     for i, piece_BSH in enumerate(hidden_BSH.chunk(num_microbatches)):
         if i in own:

@@ -101,7 +101,7 @@ class MapLearner:
         self.ligo.generate(self.fetch, self.part.parameters)
 
     def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
-        """One learning step of the maps on the ordinary loss (LiGO, Eq. 3); afterwards the weights are generated anew."""
+        """One learning step of the maps on the ordinary loss (LiGO, Eq. 3); then the weights are generated anew."""
         loss, ce, kd = self.part.engine.train_step(batch).tolist()
         # Clipping by the maps' own norm; that of the weights only tells whether everything is finite.
         norm = gradient_norm(self.part.parameters, self.part.mesh)
@@ -119,7 +119,8 @@ class MapLearner:
         """Everything that a checkpoint stores: the small model, the maps and their moments."""
         maps = self.ligo.parameters()
         stored = {f"ligo.map.{name}": p.detach() for name, p in maps.items()}
-        stored |= {f"ligo.{moment}.{name}": self.adamw.state[p][moment] for name, p in maps.items() for moment in MOMENTS}
+        for moment in MOMENTS:
+            stored |= {f"ligo.{moment}.{name}": self.adamw.state[p][moment] for name, p in maps.items()}
         return {**self.small.tensors(), **stored}
 
     def state(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from megagrow.errors import ConfigError, MegagrowError
 from megagrow.metrics import clear_exit, write_exit
 from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
 from megagrow.train.trainer import Trainer
+
+
+SHARED_ERROR_SECONDS = 3.0
 
 
 def run(config: Config) -> int:
@@ -65,9 +69,10 @@ def _make_directory(directory: Path) -> None:
 
 
 def _show(error: Exception, rank: int, debug: bool) -> None:
-    """One line; the full traceback for our own bugs or when asked for. An error that all ranks share comes once."""
-    if rank != 0 and isinstance(error, MegagrowError):
-        return
+    """One line; the full traceback for our own bugs or when asked for."""
+    if rank != 0:
+        # An error that all ranks share is told by the first of them, and its end makes torchrun end us while we wait.
+        time.sleep(SHARED_ERROR_SECONDS)
     if debug:
         traceback.print_exc()
     print(f"megagrow: error: {error}", file=sys.stderr, flush=True)
@@ -75,7 +80,7 @@ def _show(error: Exception, rank: int, debug: bool) -> None:
 
 def _finish(directory: Path, code: int, reason: str, trainer: Trainer | None, rank: int) -> None:
     step = trainer.state.step if trainer else 0
-    if directory.is_dir() and (rank == 0 or code == 1):
+    if directory.is_dir() and (rank == 0 or code):
         write_exit(directory, code, reason, step, rank, socket.gethostname())
     if dist.is_initialized() and code != 1:
         dist.destroy_process_group()

@@ -38,6 +38,7 @@ class SaltStage:
         self.teacher: Teacher | None = None
         self.seconds = 0.0  # what the teacher took of the current step
         self.stream = self._selected_stream() if config.salt.scores else None
+        self.source = self._open_teacher() if config.salt.teacher else None
 
     def switch(self, on: bool, learner: Learner) -> None:
         """Makes the teacher present or absent; nothing happens when it already is."""
@@ -68,14 +69,19 @@ class SaltStage:
         self.state.ledger.add("teacher", flops=spent, tokens=num_tokens, seconds=self.seconds)
         return hidden
 
+    def _open_teacher(self) -> Source:
+        """Opens the teacher before training begins, so that a wrong one is refused at once."""
+        source = open_source(self.config.salt.teacher)
+        check_teacher(source.model, self.config.model, self.config.data.seq_length)
+        return source
+
     def _load_teacher(self) -> Teacher:
-        config = self.config
-        source = open_source(config.salt.teacher)
-        check_teacher(source.model, config.model, config.data.seq_length)
+        config, source = self.config, self.source
+        assert source is not None, "only a configured teacher is loaded"
         loss = check_fits(source, self.dataset, self.mesh, config.init.skip_source_check)
         self.state.ledger.inherit("teacher", source.identity, ledger_of(source, config))
         self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {loss:.3f})")
-        return Teacher(source, self.mesh, config.salt)
+        return Teacher(source, self.mesh, config.salt, config.model)
 
     def _selected_stream(self) -> Stream:
         salt = self.config.salt

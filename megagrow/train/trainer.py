@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from megagrow import flops
-from megagrow.checkpoint.source import Source, check_fits, open_source
+from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_fits, open_source
 from megagrow.config import Config, ModelConfig, check_growable, to_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.description import describe
@@ -45,8 +45,6 @@ class Trainer:
         self.learner, self.state = self._resume() or self._begin()
         self.salt = SaltStage(config, mesh, self.dataset, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
-
-    # --- where the run starts -----------------------------------------------------------------------------------
 
     def _resume(self) -> tuple[Learner, RunState] | None:
         """The newest checkpoint of the run that can be read whole; None when the run is new."""
@@ -97,8 +95,6 @@ class Trainer:
     def _check_source(self, source: Source) -> None:
         loss = check_fits(source, self.dataset, self.mesh, self.config.init.skip_source_check)
         self.progress.message(f"source {source.path}: loss {loss:.3f} on the data")
-
-    # --- the loop -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Trains to the end of the schedule.
@@ -190,8 +186,6 @@ class Trainer:
         else:
             state.train_step += 1
 
-    # --- what follows a step --------------------------------------------------------------------------------------
-
     def _follow_up(self, phase: str, result: StepResult, seconds: float) -> None:
         state, config = self.state, self.config
         validation = self._validate(self.learner) if self._is_due(config.train.eval_interval) else None
@@ -278,7 +272,9 @@ def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDatas
             f"{prefix}: made with a vocabulary of {described['vocab_size']}, model.vocab_size={model.vocab_size}; "
             f"set --model.vocab-size {described['vocab_size']} or more"
         )
-    return PackedDataset(prefix, config.data.seq_length)
+    dataset = PackedDataset(prefix, config.data.seq_length, model.vocab_size)
+    dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples)))  # each batch is checked; a wrong file shows at once
+    return dataset
 
 
 def make_evaluator(config: Config) -> Evaluator | None:

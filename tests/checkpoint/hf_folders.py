@@ -1,4 +1,4 @@
-"""Small random Hugging Face folders, written by transformers itself."""
+"""Small random Hugging Face folders, written by transformers itself, and models of our own."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
+
+from megagrow.config import ModelConfig
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -39,6 +41,34 @@ CLASSES = {
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, GPT2),
 }
 
+OWN_LLAMA = ModelConfig(
+    vocab_size=61,
+    hidden_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=40,
+    max_seq_length=32,
+    norm_eps=1e-4,
+    rope_theta=5e5,
+)
+OWN_GPT2 = ModelConfig(
+    family="gpt2",
+    vocab_size=61,
+    hidden_size=24,
+    num_layers=3,
+    num_heads=4,
+    ffn_size=50,
+    max_seq_length=32,
+    norm="layer_norm",
+    norm_eps=1e-4,
+    positions="learned",
+    activation="gelu",
+    bias=True,
+    tied_embeddings=True,
+)
+
 
 def random_model(family: str, **changes: Any) -> Any:
     """A model of transformers in which every parameter, biases and gains included, is random."""
@@ -52,21 +82,15 @@ def random_model(family: str, **changes: Any) -> Any:
     return model
 
 
-def save_folder(
-    folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any
-) -> Path:
-    """Saves such a model; options of `save_pretrained` are not needed, see `shard` for several files."""
+def save_folder(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Saves such a model; returns the folder."""
     random_model(family, **changes).to(dtype).save_pretrained(folder)
     return folder
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """Every tensor in the folder's safetensors files."""
-    return {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def logits_of(folder: Path, ids_BS: Tensor) -> Tensor:

@@ -57,13 +57,17 @@ def save_in_layout(root: Path, dp: int, tp: int) -> dict[str, Any]:
     return checkpoint.read_manifest(path).layout
 
 
-def load_in_layout(path: Path, dp: int, tp: int) -> dict[str, Tensor]:
-    """Loads into a zeroed model; returns the whole tensors that its parts make up."""
+def load_in_layout(root: Path, dp: int, tp: int) -> None:
+    """Loads what every layout saved into one model, zeroed in between."""
     zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     tensors = with_optimizer_state(sharded_model(dp, tp, zeros))
-    tensors["steps"].zero_()
-    assert checkpoint.load(path, tensors, group=dist.new_group(backend="gloo")) == {"step": 1}
-    return {name: gathered(tensor.detach()) for name, tensor in tensors.items()}
+    group = dist.new_group(backend="gloo")
+    for source_dp, source_tp in LAYOUTS:
+        for tensor in tensors.values():
+            tensor.detach().zero_()
+        path = root / f"{source_dp}x{source_tp}" / "step-1"
+        assert checkpoint.load(path, tensors, group=group) == {"step": 1}
+        assert_whole({name: gathered(tensor.detach()) for name, tensor in tensors.items()})
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -125,10 +129,7 @@ def test_one_process_loads_every_layout(saved: Path, dp: int, tp: int) -> None:
 
 @pytest.mark.parametrize(("dp", "tp"), LAYOUTS[1:])
 def test_every_layout_loads_every_layout(saved: Path, dp: int, tp: int) -> None:
-    for source in LAYOUTS:
-        path = saved / f"{source[0]}x{source[1]}" / "step-1"
-        for tensors in run_ranks(load_in_layout, dp * tp, path, dp, tp):
-            assert_whole(tensors)
+    run_ranks(load_in_layout, dp * tp, saved, dp, tp)
 
 
 def save_in_stages(root: Path) -> Path:
@@ -161,9 +162,7 @@ def error_of(path: Path, tensors: dict[str, Tensor], strict: bool = True) -> str
 
 def load_names(path: Path, names_of_rank: list[list[str]]) -> str:
     names = names_of_rank[dist.get_rank()]
-    return error_of(
-        path, {name: tensor for name, tensor in tensors_with_head().items() if name in names}
-    )
+    return error_of(path, {name: tensor for name, tensor in tensors_with_head().items() if name in names})
 
 
 def tensors_with_head() -> dict[str, Tensor]:
@@ -262,9 +261,7 @@ def save_other_shapes(root: Path, num_rows: list[int]) -> str:
 
 def test_one_name_is_one_tensor(tmp_path: Path) -> None:
     for error in run_ranks(save_other_shapes, 2, tmp_path, [3, 4]):
-        assert (
-            "tensor 'w' is torch.float32[3, 2] on rank 0 and torch.float32[4, 2] on rank 1" in error
-        )
+        assert "tensor 'w' is torch.float32[3, 2] on rank 0 and torch.float32[4, 2] on rank 1" in error
     assert not list(tmp_path.iterdir())
 
 

@@ -45,6 +45,16 @@ def test_plain_shards_of_one_dim_are_cut_from_left_to_right() -> None:
         assert torch.equal(cut_box(whole, *box), expected)
 
 
+def test_strided_shards_are_cut_from_right_to_left() -> None:
+    whole = torch.arange(29)
+    placements = (_StridedShard(0, split_factor=6), _StridedShard(0, split_factor=3), Shard(0))
+    for coordinate in itertools.product(range(2), range(2), range(3)):
+        expected = cut(cut(whole, 0, 3, coordinate[2]), 0, 2, coordinate[1])
+        expected = cut(expected, 0, 2, coordinate[0])
+        box = local_box((29,), (2, 2, 3), coordinate, placements)
+        assert torch.equal(cut_box(whole, *box), expected)
+
+
 def test_replicas_hold_everything_and_scalars_have_no_offsets() -> None:
     assert local_box((4, 3), (2, 2), (1, 1), (Replicate(), Replicate())) == ((0, 0), (4, 3))
     assert local_box((), (2,), (1,), (Replicate(),)) == ((), ())

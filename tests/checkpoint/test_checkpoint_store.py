@@ -82,9 +82,7 @@ def test_state_config_and_provenance_come_back(tmp_path: Path) -> None:
         "none": None,
         "yes": True,
     }
-    path = checkpoint.save(
-        tmp_path, 3, tensors_at(3), state, config={"a": {"b": (1, 2)}}, provenance={"commit": "abc"}
-    )
+    path = checkpoint.save(tmp_path, 3, tensors_at(3), state, config={"a": {"b": (1, 2)}}, provenance={"commit": "abc"})
     assert checkpoint.load(path, empty_tensors()) == state
     manifest = checkpoint.read_manifest(path)
     assert manifest.config == {"a": {"b": [1, 2]}}
@@ -104,9 +102,7 @@ def test_state_config_and_provenance_come_back(tmp_path: Path) -> None:
         ({"best": float("inf")}, r"state\.best is inf"),
     ],
 )
-def test_what_json_would_change_is_refused(
-    tmp_path: Path, state: dict[str, Any], message: str
-) -> None:
+def test_what_json_would_change_is_refused(tmp_path: Path, state: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         checkpoint.save(tmp_path / "root", 1, {}, state, config={}, provenance={})
     assert not (tmp_path / "root").exists()
@@ -174,9 +170,7 @@ def test_a_step_is_never_written_twice(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"step-4", "latest"}
 
 
-def test_a_damaged_checkpoint_of_the_step_is_set_aside(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_checkpoint_of_the_step_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_step(tmp_path, 3)
     flip_last_byte(save_step(tmp_path, 4) / "__0_0.distcp")
     assert_holds_step(save_step(tmp_path, 4), 4)
@@ -199,9 +193,7 @@ def test_candidates_are_newest_first_and_complete(tmp_path: Path) -> None:
     assert checkpoint.candidates(found[1]) == [found[1]]
 
 
-def test_a_bad_manifest_is_named_and_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bad_manifest_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2, 3):
         save_step(tmp_path, step)
     flip_last_byte(tmp_path / "step-3" / "manifest.json")

@@ -10,37 +10,10 @@ import transformers
 from megagrow.checkpoint.hf import check_exportable, hf_config_from_model, model_config_from_hf
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
-from tests.checkpoint.hf_folders import CLASSES, GPT2, LLAMA
+from tests.checkpoint.hf_folders import CLASSES, GPT2, LLAMA, OWN_GPT2, OWN_LLAMA
 
 LLAMA_JSON = {"model_type": "llama", **LLAMA}
 GPT2_JSON = {"model_type": "gpt2", **GPT2}
-OWN_LLAMA = ModelConfig(
-    vocab_size=61,
-    hidden_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    ffn_size=40,
-    max_seq_length=32,
-    norm_eps=1e-4,
-    rope_theta=5e5,
-)
-OWN_GPT2 = ModelConfig(
-    family="gpt2",
-    vocab_size=61,
-    hidden_size=24,
-    num_layers=3,
-    num_heads=4,
-    ffn_size=50,
-    max_seq_length=32,
-    norm="layer_norm",
-    norm_eps=1e-4,
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-)
 
 
 def test_every_field_of_llama_is_read() -> None:
@@ -77,9 +50,7 @@ def test_every_field_of_llama_is_read() -> None:
 
 
 def test_every_field_of_gpt2_is_read() -> None:
-    model = model_config_from_hf(
-        GPT2_JSON | {"n_inner": 50, "layer_norm_epsilon": 1e-4, "tie_word_embeddings": True}
-    )
+    model = model_config_from_hf(GPT2_JSON | {"n_inner": 50, "layer_norm_epsilon": 1e-4, "tie_word_embeddings": True})
     assert model == OWN_GPT2
 
 
@@ -89,9 +60,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers(family: str) -> None:
     optional = {"num_key_value_heads", "max_position_embeddings", "n_positions"}
     required = {key: value for key, value in fields.items() if key not in optional}
     complete = json.loads(config_class(**required).to_json_string(use_diff=False))
-    assert model_config_from_hf({"model_type": family, **required}) == model_config_from_hf(
-        complete
-    )
+    assert model_config_from_hf({"model_type": family, **required}) == model_config_from_hf(complete)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +138,7 @@ def test_what_would_be_lost_is_refused(family: str, changes: dict, message: str)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{", '"model_type"', "\x00", "{" * 100_000, '{"a": ' + "9" * 5000 + "}"]
-)
+@pytest.mark.parametrize("content", ["", "[]", "{", '"model_type"', "\x00", "{" * 100_000, '{"a": ' + "9" * 5000 + "}"])
 def test_a_file_that_is_no_config_is_named(tmp_path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=str(tmp_path / "config.json")):
@@ -229,9 +196,7 @@ NOT_EXPORTED = [
 
 
 @pytest.mark.parametrize(("model", "changes", "message"), NOT_EXPORTED)
-def test_a_model_that_the_family_cannot_express_is_refused(
-    model: ModelConfig, changes: dict, message: str
-) -> None:
+def test_a_model_that_the_family_cannot_express_is_refused(model: ModelConfig, changes: dict, message: str) -> None:
     check_exportable(model)
     changed = ModelConfig(**(asdict(model) | changes))
     with pytest.raises(ConfigError, match=message):

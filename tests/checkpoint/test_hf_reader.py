@@ -188,8 +188,16 @@ def test_a_missing_file_of_several_is_named(llama) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../llama2/model.safetensors", "/etc/model.safetensors", "sub/m.safetensors", "..", "", 7]
-    + ["pytorch_model.bin", "..\\m.safetensors"],
+    [
+        "../llama2/model.safetensors",
+        "/etc/model.safetensors",
+        "sub/m.safetensors",
+        "..\\m.safetensors",
+        "pytorch_model.bin",
+        "..",
+        "",
+        7,
+    ],
 )
 def test_the_index_cannot_name_files_elsewhere(llama, name) -> None:
     save_folder(llama.with_name("llama2"), "llama")

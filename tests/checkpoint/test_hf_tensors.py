@@ -1,4 +1,4 @@
-"""Where the parts of a parameter go, on examples that can be checked by eye, and for every table."""
+"""Where the parts of a parameter go: on examples checked by eye, and for every table."""
 
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -18,7 +18,7 @@ from megagrow.checkpoint.hf_tensors import (
 )
 from megagrow.config import ModelConfig
 from megagrow.roles import parameter_names, parameter_shapes, role_of
-from tests.checkpoint.test_hf_config import OWN_GPT2, OWN_LLAMA
+from tests.checkpoint.hf_folders import OWN_GPT2, OWN_LLAMA
 
 MODELS = {
     "llama": replace(OWN_LLAMA, bias=True),
@@ -60,10 +60,7 @@ def test_splitting_undoes_fusing(family: str) -> None:
 
 
 def test_the_fused_projection_of_gpt2_is_query_key_value_in_columns() -> None:
-    place_of = {
-        name: places(FAMILIES["gpt2"], f"layers.1.attention.{name}.weight")
-        for name in ("query", "key_value")
-    }
+    place_of = {name: places(FAMILIES["gpt2"], f"layers.1.attention.{name}.weight") for name in ("query", "key_value")}
     blocks = [(p.tensor, p.index, p.of, p.out_dim) for ps in place_of.values() for p in ps]
     assert blocks == [("transformer.h.1.attn.c_attn.weight", index, 3, 1) for index in range(3)]
 

@@ -38,8 +38,7 @@ FAMILIES = ["llama", "gpt2"]
 def random_fetch(model: ModelConfig, dtype: torch.dtype = torch.float32):
     generator = torch.Generator().manual_seed(0)
     weights = {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in parameter_shapes(model).items()
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in parameter_shapes(model).items()
     }
     return weights.__getitem__
 
@@ -63,9 +62,7 @@ def test_in_and_out_again_is_equal(tmp_path, family, tied, dtype) -> None:
         assert tensor.dtype == new[name].dtype
         assert torch.equal(tensor, new[name]), name
     assert sorted(os.listdir(before)) == sorted(os.listdir(tmp_path / "after"))
-    stated, written = (
-        json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "after")
-    )
+    stated, written = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "after"))
     changed = {key for key in stated.keys() | written.keys() if stated.get(key) != written.get(key)}
     dropout = {"attn_pdrop", "embd_pdrop", "resid_pdrop"}
     in_words = {"n_inner", "rope_theta", "transformers_version"}
@@ -86,9 +83,7 @@ def test_large_models_are_cut_into_files(tmp_path, family) -> None:
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert index["metadata"]["total_parameters"] == sum(t.numel() for t in tensors.values())
     for file in files:
-        held = [
-            tensors[name].nbytes for name, place in index["weight_map"].items() if place == file
-        ]
+        held = [tensors[name].nbytes for name, place in index["weight_map"].items() if place == file]
         assert sum(held) <= 10_000 or len(held) == 1
     assert torch.equal(logits_of(tmp_path / "after", random_ids()), logits_of(before, random_ids()))
 
@@ -103,9 +98,7 @@ def test_another_dtype_on_request(tmp_path) -> None:
 
 def test_mixed_dtypes_are_stated_as_the_one_that_holds_them_all(tmp_path) -> None:
     fetch = random_fetch(OWN_LLAMA)
-    write_hf_folder(
-        tmp_path / "out", OWN_LLAMA, lambda n: fetch(n) if "norm" in n else fetch(n).bfloat16()
-    )
+    write_hf_folder(tmp_path / "out", OWN_LLAMA, lambda n: fetch(n) if "norm" in n else fetch(n).bfloat16())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -188,9 +181,7 @@ def test_what_cannot_be_expressed_is_refused_before_the_first_fetch(tmp_path) ->
 
 
 @pytest.mark.parametrize("good_tensors", [0, 7])
-def test_a_full_disk_leaves_nothing_and_no_rank_waiting(
-    tmp_path, monkeypatch, good_tensors
-) -> None:
+def test_a_full_disk_leaves_nothing_and_no_rank_waiting(tmp_path, monkeypatch, good_tensors) -> None:
     written, fetched = [], []
     add = SafetensorsFile.add
 
@@ -231,9 +222,7 @@ def export_collectively(folder: str, fails: bool) -> str:
     shards = {n: distribute_tensor(whole(n), mesh, [Shard(0)]) for n in parameter_names(OWN_LLAMA)}
     target = Path(folder) / ("taken" if fails else "out")
     try:
-        write_hf_folder(
-            target, OWN_LLAMA, lambda name: full(shards[name]), is_writer=dist.get_rank() == 1
-        )
+        write_hf_folder(target, OWN_LLAMA, lambda name: full(shards[name]), is_writer=dist.get_rank() == 1)
     except CheckpointError as error:
         return str(error)
     return ""

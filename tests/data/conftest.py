@@ -17,9 +17,7 @@ def library() -> list[Document]:
 
 
 @pytest.fixture(scope="session")
-def trained(
-    library: list[Document], tmp_path_factory: pytest.TempPathFactory
-) -> SentencePieceTokenizer:
+def trained(library: list[Document], tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     return train_sentencepiece((file.text for file in library), 700, prefix)
 

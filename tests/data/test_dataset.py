@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrow.data.dataset import PackedDataset
@@ -15,6 +15,7 @@ from megagrow.errors import ConfigError, DataError
 MakeDataset = Callable[..., Path]
 
 
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12),
     seq_length=st.integers(1, 12),

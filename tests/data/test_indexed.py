@@ -148,9 +148,7 @@ def test_tokens_of_another_size_are_refused(make_dataset: MakeDataset, change: i
         IndexedDataset(prefix)
 
 
-def test_checks_go_on_past_the_first_block(
-    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checks_go_on_past_the_first_block(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 2 sequences: offsets must carry over, and faults in later blocks must be seen."""
     monkeypatch.setattr(indexed, "_BLOCK", 2)
     prefix = make_dataset([[i] * (i % 4) for i in range(11)])
@@ -176,9 +174,7 @@ VALUES = st.one_of(
 )
 
 
-@given(
-    field=st.sampled_from(FIELDS), value=VALUES, cut=st.integers(-3, 40), tail=st.binary(max_size=9)
-)
+@given(field=st.sampled_from(FIELDS), value=VALUES, cut=st.integers(-3, 40), tail=st.binary(max_size=9))
 def test_fuzzed_index_is_refused_or_consistent(
     tmp_path_factory: pytest.TempPathFactory,
     field: tuple[int, int],
@@ -203,9 +199,7 @@ def test_fuzzed_index_is_refused_or_consistent(
     assert sum(pieces, []) == dataset.tokens.tolist() and dataset.num_tokens == 8
 
 
-def test_exception_leaves_nothing_and_keeps_the_earlier_dataset(
-    make_dataset: MakeDataset, tmp_path: Path
-) -> None:
+def test_exception_leaves_nothing_and_keeps_the_earlier_dataset(make_dataset: MakeDataset, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "new", "<u2") as writer:
         writer.add_document([1, 2, 3])
         raise KeyboardInterrupt
@@ -260,9 +254,7 @@ def test_death_at_any_system_call_leaves_old_or_new_or_nothing(
     assert sorted(os.listdir(tmp_path)) == ["corpus.bin", "corpus.idx"]
 
 
-def test_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -274,9 +266,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
-def test_leftovers_of_a_killed_writer_are_taken_over(
-    make_dataset: MakeDataset, tmp_path: Path
-) -> None:
+def test_leftovers_of_a_killed_writer_are_taken_over(make_dataset: MakeDataset, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"corpus{suffix}.tmp").write_bytes(b"left over" * 100)
     assert IndexedDataset(make_dataset(DOCUMENTS)).num_tokens == 8

@@ -54,7 +54,8 @@ def awkward_floats(num: int) -> torch.Tensor:
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 2**32, num, dtype=np.uint32)
     bits[: num // 2] = (bits[: num // 2] & 0xFFFF0000) | 0x8000
-    bits[0], bits[1], bits[2] = 0x7F7FFFFF, 0x7F800000, 0x00000001
+    # The largest number, infinity, the smallest number, and two NaNs that carrying would lose.
+    bits[:5] = 0x7F7FFFFF, 0x7F800000, 0x00000001, 0x7F800001, 0xFFFFFFFF
     return torch.from_numpy(bits.view(np.float32))
 
 

@@ -134,9 +134,7 @@ def evaluate_all(p: Problem, choices: list[LossOptions], mutant: bool = False) -
     return [evaluate(p, options, tp_axis(), mutant=mutant) for options in choices]
 
 
-def sharded(
-    p: Problem, choices: list[LossOptions], world: int, mutant: bool = False
-) -> list[Result]:
+def sharded(p: Problem, choices: list[LossOptions], world: int, mutant: bool = False) -> list[Result]:
     """One result per choice: all ranks must agree on what is whole; the head's rows are put
     together.
     """
@@ -228,9 +226,7 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(world: int, omega: float
     (result,) = sharded(p, [options], world)
     plain = evaluate(p, options, with_teacher=False)
     assert result.sums[2] == 0.0
-    scaled = Result(
-        *((1 - omega) * x for x in (plain.loss, plain.sums, plain.grad_hidden, plain.grad_head))
-    )
+    scaled = Result(*((1 - omega) * x for x in (plain.loss, plain.sums, plain.grad_hidden, plain.grad_head)))
     errors = worst_error(replace(result, sums=scaled.sums), scaled)
     assert max(errors.values()) <= 1e-13, errors
 
@@ -317,9 +313,7 @@ def score_given_logits(logits_TV: Tensor, labels_T: Tensor, chunk_tokens: int) -
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [5, 29, 515])
-def test_scores_of_given_logits_are_bit_equal_on_any_number_of_ranks(
-    vocab: int, dtype: torch.dtype
-) -> None:
+def test_scores_of_given_logits_are_bit_equal_on_any_number_of_ranks(vocab: int, dtype: torch.dtype) -> None:
     logits_TV, labels_T = given_logits(50, vocab, dtype)
     nll_T, rank_T = score_given_logits(logits_TV, labels_T, 16)
     truth_TV = logits_TV.double()
@@ -340,9 +334,7 @@ def test_scores_from_hidden_states_agree_in_double_precision() -> None:
     labels_T = p.labels_T.clamp(min=0)
     nll_T, rank_T = token_scores(p.hidden_TH, p.head_VH, labels_T, VOCAB, Axis())
     logits_TV = p.hidden_TH @ p.head_VH.T
-    torch.testing.assert_close(
-        nll_T, F.cross_entropy(logits_TV, labels_T, reduction="none"), rtol=0, atol=1e-13
-    )
+    torch.testing.assert_close(nll_T, F.cross_entropy(logits_TV, labels_T, reduction="none"), rtol=0, atol=1e-13)
     for world in (2, 4):
         for nll_rank_T, rank_rank_T in run_ranks(score_hidden, world, p, labels_T):
             torch.testing.assert_close(nll_rank_T, nll_T, rtol=0, atol=1e-13)

@@ -1,0 +1,151 @@
+"""Growth from one folder to another, in the source's format, in one process or on a mesh.
+
+A Hugging Face folder is written parameter by parameter: no more than one grown parameter and what it is made of are in
+memory. An own checkpoint is grown into shards over all ranks; the optimizer's moments come along where they have a rule.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagrow import __version__
+from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.agreement import Ranks
+from megagrow.checkpoint.convert import TOKENIZER_FOLDER, token_ids_of, tokenizer_of
+from megagrow.checkpoint.source import Source
+from megagrow.checkpoint.staged import StagedFolder, check_free
+from megagrow.config import Config, DataConfig, to_dict
+from megagrow.data.tokenizer import load_tokenizer
+from megagrow.growth.grow import Fetch, grow_into, grow_whole
+from megagrow.growth.methods import Recipe
+from megagrow.growth.moments import QUANTITIES, Policy, grow_multipliers, grow_optimizer
+from megagrow.model import Transformer
+from megagrow.optim import Multipliers
+from megagrow.parallel.fsdp import materialize
+from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.shards import local, wrap_like
+from megagrow.roles import parameter_names
+
+
+def grow_folder(
+    source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy = "exact"
+) -> None:
+    """Writes the grown model to a new folder, in the format of its source; a collective over the mesh.
+
+    Weights keep their dtype, and the tokenizer comes along.
+
+    Args:
+        source: the small model on disk.
+        destination: must not exist or be empty.
+        recipe: how to grow: from `make_recipe`, or `Ligo.recipe` of learned maps.
+        mesh: its tensor and data axes share an own checkpoint's work and memory; a Hugging Face folder is written by
+            the first rank alone.
+        policy: what becomes of the moments of an own checkpoint that has some: `exact` grows them where the recipe
+            copies; otherwise the grown checkpoint has none, and training starts with a fresh optimizer.
+
+    Raises:
+        CheckpointError: the source is damaged, or the destination is taken or cannot be written.
+        ConfigError: the source's format cannot express the target.
+    """
+    assert source.model == recipe.source, "the recipe belongs to another source"
+    if hf.is_hf_folder(source.path):
+        _write_hf(source, destination, recipe, mesh)
+    else:
+        _write_own(source, destination, recipe, mesh, policy)
+
+
+def _write_hf(source: Source, destination: Path, recipe: Recipe, mesh: Mesh) -> None:
+    def fetch(name: str) -> Tensor:
+        return grow_whole(recipe, source.fetch, name) if mesh.is_main else torch.empty(0)
+
+    tokenizer, token_ids = tokenizer_of(source), token_ids_of(source)
+    hf.write_hf_folder(
+        destination, recipe.target, fetch, tokenizer, token_ids=token_ids, is_writer=mesh.is_main
+    )
+
+
+def _write_own(source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy) -> None:
+    ranks, action = Ranks(mesh.checkpoint_group), f"cannot grow into {destination}"
+    ranks.first(action, lambda: check_free(destination))
+    tensors, state = _grow_own(source, recipe, mesh, policy)
+    tokenizer, staged = tokenizer_of(source), StagedFolder(destination)
+    named = "" if tokenizer is None else str((destination / TOKENIZER_FOLDER).absolute())
+    try:
+        store.save(
+            ranks.first(action, lambda: _stage(staged, tokenizer)),
+            0,
+            tensors,
+            state,
+            config=to_dict(Config(model=recipe.target, data=DataConfig(tokenizer=named))),
+            provenance=_provenance(source, recipe),
+            group=mesh.checkpoint_group,
+        )
+        ranks.first(action, staged.publish)
+    finally:
+        if mesh.is_main:
+            staged.discard()
+
+
+def _stage(staged: StagedFolder, tokenizer: Path | None) -> Path:
+    """The temporary folder, with the tokenizer in it."""
+    staged.start()
+    if tokenizer is not None:
+        load_tokenizer(tokenizer).save(staged.temporary / TOKENIZER_FOLDER)
+    return staged.temporary
+
+
+def _grow_own(
+    source: Source, recipe: Recipe, mesh: Mesh, policy: Policy
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This rank's shards of all that the grown checkpoint stores, and its state."""
+    parameters = _empty_target(source, recipe, mesh)
+    grow_into(recipe, source.fetch, parameters)
+    tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
+    state: dict[str, Any] = {"model": to_dict(recipe.target), "ledger": source.ledger}
+    if source.optimizer is not None and recipe.copies and policy == "exact":
+        moments = _empty_moments(source, recipe, parameters)
+        fetches = {moment: _moment_fetch(source, moment) for moment in moments}
+        step = grow_optimizer(recipe, policy, fetches, moments, int(source.optimizer["step"]))
+        old = {name: Multipliers(**m) for name, m in source.optimizer["multipliers"].items()}
+        multipliers = grow_multipliers(recipe, policy, old)
+        state["optimizer"] = {"step": step, "multipliers": {n: asdict(m) for n, m in multipliers.items()}}
+        tensors |= {f"optim.{m}.{name}": t for m, named in moments.items() for name, t in named.items()}
+    return tensors, state
+
+
+def _empty_target(source: Source, recipe: Recipe, mesh: Mesh) -> dict[str, Tensor]:
+    dtype = source.fetch(parameter_names(recipe.source)[0]).dtype
+    with torch.device("meta"):
+        model = Transformer(recipe.target, mesh).to(dtype)
+    materialize(model, list(model.layers.values()), mesh, None)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _empty_moments(source: Source, recipe: Recipe, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Adam's moments, laid out like the parameters."""
+    first = parameter_names(recipe.source)[0]
+    return {
+        moment: {
+            name: wrap_like(torch.empty_like(local(p), dtype=dtype), p) for name, p in parameters.items()
+        }
+        for moment in QUANTITIES
+        for dtype in [_moment_fetch(source, moment)(first).dtype]
+    }
+
+
+def _moment_fetch(source: Source, moment: str) -> Fetch:
+    return lambda name: source.read(f"optim.{moment}.{name}")
+
+
+def _provenance(source: Source, recipe: Recipe) -> dict[str, Any]:
+    grew_from = {
+        "path": str(source.path),
+        "identity": source.identity,
+        "method": recipe.method,
+        "model": to_dict(recipe.source),
+    }
+    return {"version": __version__, "grew_from": [grew_from], "token_ids": token_ids_of(source)}

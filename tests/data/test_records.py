@@ -1,0 +1,154 @@
+"""Tests megagrow/data/records.py: reading corpora, and what is said of bad ones."""
+
+import gzip
+import io
+import json
+import sys
+import types
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.data.records import BadRecord, parse_record, read_batches, read_texts
+from megagrow.errors import DataError
+
+TEXTS = ["one\nline", "zwei — ü", "", "三"]
+LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("a.ndjson", LINES.rstrip(b"\n")),
+        ("a.JSONL.gz.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("a.jsonl.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
+    ],
+)
+def test_json_lines(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert list(read_texts([tmp_path / name])) == TEXTS
+
+
+def test_anything_else_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("ü\r\n{}\n".encode())
+    (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"# b\n"))
+    assert list(read_texts([tmp_path / "a.txt", tmp_path / "b.md.gz"])) == ["ü\r\n{}\n", "# b\n"]
+
+
+def test_batches_keep_order_lines_and_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megagrow.data.records._BATCH_BYTES", 50)
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_bytes(LINES * 3)
+    batches = list(read_batches(paths))
+    assert b"".join(record for batch in batches for record in batch.records) == LINES * 6
+    for path in paths:
+        mine = [batch for batch in batches if batch.path == str(path)]
+        assert len(mine) > 2
+        ends = [batch.first_line + len(batch.records) for batch in mine]
+        assert [batch.first_line for batch in mine] == [1, *ends[:-1]]
+    positions = [batch.position for batch in batches]
+    assert positions == sorted(positions) and positions[-1] == 6 * len(LINES)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[1]", "must be a JSON object, is list"),
+        (b'{"body": "x"}', "has no key 'text', only 'body'"),
+        (b'{"text": 5}', "'text' must be a string, is int"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
+        (b'{"text": "a\\ud800"}', "lone surrogate at character 1"),
+        (b"[" * 100_000, "JSON nested too deeply"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+)
+def test_bad_record_says_why(tmp_path: Path, record: bytes, reason: str) -> None:
+    with pytest.raises(BadRecord, match=reason):
+        parse_record(record, True, "text")
+    (tmp_path / "a.jsonl").write_bytes(LINES + record + b"\n" + LINES)
+    with pytest.raises(DataError, match=rf"a.jsonl:5: {reason}"):
+        list(read_texts([tmp_path / "a.jsonl"]))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "flipped"])
+def test_damaged_gzip_is_named(tmp_path: Path, damage: str) -> None:
+    whole = gzip.compress(LINES * 50)
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1  # the checksum
+    content = {"truncated": whole[:-9], "garbage": b"junk" * 9, "flipped": bytes(flipped)}[damage]
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"a.jsonl.gz: compressed file is damaged or truncated"):
+        list(read_texts([tmp_path / "a.jsonl.gz"]))
+
+
+def test_record_size_is_bounded(tmp_path: Path) -> None:
+    """A small compressed file can hold an endless line."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' + bytes(10**6)))
+    with pytest.raises(DataError, match=r"a.jsonl.gz:2: record larger than 1000 bytes"):
+        list(read_batches([tmp_path / "a.jsonl.gz"], max_record_bytes=1000))
+    (tmp_path / "b.txt").write_bytes(bytes(2000))
+    with pytest.raises(DataError, match=r"b.txt:1: record larger"):
+        list(read_batches([tmp_path / "b.txt"], max_record_bytes=1000))
+
+
+def test_missing_inputs_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(DataError, match="b.jsonl: no such input file"):
+        next(read_texts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
+    with pytest.raises(DataError, match="no such input file"):
+        next(read_texts([tmp_path]))
+
+
+def test_zstandard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"a.jsonl.zst: .*pip install zstandard"):
+        list(read_texts([tmp_path / "a.jsonl.zst"]))
+
+
+class DeflateFrame:
+    """The interface of zstandard's decompressobj, with deflate inside."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj()
+
+    def decompress(self, block: bytes) -> bytes:
+        return self._inner.decompress(block)
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+
+@pytest.fixture
+def deflate_as_zstandard(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("zstandard")
+    module.ZstdError = zlib.error
+    module.ZstdDecompressor = lambda: types.SimpleNamespace(decompressobj=DeflateFrame)
+    monkeypatch.setitem(sys.modules, "zstandard", module)
+
+
+@pytest.mark.usefixtures("deflate_as_zstandard")
+def test_zstandard_frames_are_joined_and_a_cut_one_is_seen(tmp_path: Path) -> None:
+    """Frames of several blocks; the cut is where zstandard's own stream reader sees nothing."""
+    long = b"".join(json.dumps({"text": f"{i * 7919 % 10007}"}).encode() + b"\n" for i in range(20_000))
+    frames = zlib.compress(long, 1) + zlib.compress(LINES)
+    assert len(frames) > 8192 * 3
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(frames)
+    assert list(read_texts([path])) == [json.loads(x)["text"] for x in io.BytesIO(long + LINES)]
+    path.write_bytes(frames[:-3])
+    with pytest.raises(DataError, match="damaged or truncated .ends inside a frame"):
+        list(read_texts([path]))
+    path.write_bytes(frames + b"junk")
+    with pytest.raises(DataError, match="damaged or truncated"):
+        list(read_texts([path]))

@@ -1,0 +1,327 @@
+"""Scoring a corpus: right, resumable, and the same however the work is shared."""
+
+import json
+import os
+import signal
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megagrow.config import ModelConfig
+from megagrow.errors import ConfigError, DataError
+from megagrow.parallel.mesh import Mesh
+from megagrow.salt import score as score_module
+from megagrow.salt.score import ScoreSettings, score_corpus
+from megagrow.salt.score_files import MANIFEST_FILE, SCORES_FILE, Scores, read_scores
+from tests.ranks import RankError, run_ranks
+from tests.salt.samples import (
+    SMALL,
+    TIED,
+    make_model,
+    make_source,
+    mesh_of,
+    opened,
+    random_corpus,
+    source_of,
+    write_corpus,
+)
+
+SEQ_LENGTH = 8
+NUM_SAMPLES = 23
+TOP_K = 5
+SETTINGS = ScoreSettings(top_k=TOP_K, dtype=torch.float32, batch_size=4, shard_size=4, skip_source_check=True)
+DOUBLE = replace(SETTINGS, dtype=torch.float64)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return random_corpus(tmp_path / "corpus", NUM_SAMPLES, SEQ_LENGTH)
+
+
+def score(
+    prefix: Path,
+    output: Path,
+    settings: ScoreSettings = SETTINGS,
+    model: ModelConfig = SMALL,
+    tensor: int = 1,
+    pipeline: int = 1,
+    flops: float | None = None,
+) -> None:
+    """Scores in the ranks that are running."""
+    mesh = mesh_of(tensor, pipeline) if torch.distributed.is_initialized() else Mesh.single()
+    score_corpus(make_source(model), opened(prefix, SEQ_LENGTH), output, mesh, settings, flops)
+
+
+def read(prefix: Path, output: Path) -> Scores:
+    return read_scores(output, opened(prefix, SEQ_LENGTH))
+
+
+def scores_bytes(output: Path) -> bytes:
+    return (output / SCORES_FILE).read_bytes()
+
+
+def without_time(output: Path) -> dict[str, object]:
+    manifest = json.loads((output / MANIFEST_FILE).read_text())
+    manifest["cost"].pop("seconds")
+    return manifest
+
+
+@pytest.mark.parametrize("model", [SMALL, TIED], ids=["untied", "tied"])
+def test_scores_follow_from_the_logits(tmp_path: Path, corpus: Path, model: ModelConfig) -> None:
+    """Every score against softmax, sort and median_low, sample by sample."""
+    score(corpus, tmp_path / "scores", DOUBLE, model, flops=7e9)
+    scores = read(corpus, tmp_path / "scores")
+    small, dataset = make_model(model), opened(corpus, SEQ_LENGTH)
+    medians = set()
+    for i in range(NUM_SAMPLES):
+        tokens = torch.from_numpy(dataset.sample(i))
+        logits, labels = small.logits(tokens[None, :-1])[0], tokens[1:]
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        order = logits.argsort(-1, descending=True)
+        known = ((order == labels[:, None]).int().argmax(-1) < TOP_K).tolist()
+        inside = [x for x, k in zip(nll.tolist(), known, strict=True) if k]
+        zeroed = [x if k else 0.0 for x, k in zip(nll.tolist(), known, strict=True)]
+        expected = {
+            "median_in_top_k": statistics.median_low(inside) if inside else 0.0,
+            "median_zero": statistics.median_low(zeroed),
+            "mean_nll": nll.mean().item(),
+            "in_top_k_fraction": sum(known) / SEQ_LENGTH,
+        }
+        medians.add(expected["median_in_top_k"])
+        for name, value in expected.items():
+            assert scores.values[name][i] == pytest.approx(value, rel=1e-6), (name, i)
+    assert len(medians) > NUM_SAMPLES // 2, "the samples should differ"
+    assert (scores.num_tokens == SEQ_LENGTH).all()
+    assert scores.cost.flops == 7e9
+    assert scores.cost.tokens == NUM_SAMPLES * SEQ_LENGTH
+    assert scores.cost.seconds > 0
+    assert scores.identity.model == "seed 0" and scores.identity.top_k == TOP_K
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [
+        MANIFEST_FILE,
+        SCORES_FILE,
+    ]
+
+
+@pytest.mark.parametrize("shard_size", [1, 6, 1000])
+def test_the_size_of_shards_leaves_the_files_as_they_are(tmp_path: Path, corpus: Path, shard_size: int) -> None:
+    score(corpus, tmp_path / "scores")
+    score(corpus, tmp_path / "other", replace(SETTINGS, shard_size=shard_size))
+    assert scores_bytes(tmp_path / "other") == scores_bytes(tmp_path / "scores")
+    assert without_time(tmp_path / "other") == without_time(tmp_path / "scores")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_the_size_of_batches_hardly_matters(tmp_path: Path, corpus: Path, batch_size: int) -> None:
+    """A BLAS may sum in another order when a product has more rows, so only float64 is exact."""
+    score(corpus, tmp_path / "scores", DOUBLE)
+    score(corpus, tmp_path / "double", replace(DOUBLE, batch_size=batch_size))
+    score(corpus, tmp_path / "single", replace(SETTINGS, batch_size=batch_size))
+    assert scores_bytes(tmp_path / "double") == scores_bytes(tmp_path / "scores")
+    assert without_time(tmp_path / "double") == without_time(tmp_path / "scores")
+    double, single = (read(corpus, tmp_path / name).values for name in ("double", "single"))
+    for name in double:
+        np.testing.assert_allclose(single[name], double[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("world", "pipeline"), [(2, 1), (3, 1), (4, 2)])
+def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, corpus: Path, world: int, pipeline: int) -> None:
+    score(corpus, tmp_path / "scores")
+    run_ranks(score, world, corpus, tmp_path / "other", pipeline=pipeline)  # in float32
+    assert scores_bytes(tmp_path / "other") == scores_bytes(tmp_path / "scores")
+    assert without_time(tmp_path / "other") == without_time(tmp_path / "scores")
+
+
+@pytest.mark.parametrize("model", [SMALL, TIED], ids=["untied", "tied"])
+def test_tensor_parallel_scores_agree(tmp_path: Path, corpus: Path, model: ModelConfig) -> None:
+    """2 x 2 ranks; sums over hidden units come in another order, so float64, then equal files."""
+    score(corpus, tmp_path / "scores", DOUBLE, model)
+    run_ranks(score, 4, corpus, tmp_path / "other", DOUBLE, model, tensor=2)
+    assert scores_bytes(tmp_path / "other") == scores_bytes(tmp_path / "scores")
+
+
+def score_and_die(prefix: Path, output: Path, after: int) -> None:
+    """Is killed while a file is being put in its place."""
+    replace_file, count = os.replace, 0
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        nonlocal count
+        count += 1
+        if count > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+
+    os.replace = replace_or_die  # type: ignore[assignment]
+    try:
+        score(prefix, output)
+    finally:
+        os.replace = replace_file
+
+
+@pytest.mark.parametrize("after", [0, 3, 6, 7], ids=["at_once", "shards", "scores", "manifest"])
+def test_a_killed_scoring_goes_on_where_it_was(
+    tmp_path: Path, corpus: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One identity, six shards, scores and manifest are renamed; killed before rename `after` +
+    1.
+    """
+    score(corpus, tmp_path / "scores")
+    with pytest.raises(RankError, match="ended with code -9"):
+        run_ranks(score_and_die, 1, corpus, tmp_path / "killed", after)
+    with pytest.raises(DataError, match=r"manifest.json: no such file"):
+        read(corpus, tmp_path / "killed")
+    finished = {path.name for path in (tmp_path / "killed").glob("shards/*.safetensors")}
+    assert len(finished) == min(max(after - 1, 0), 6)
+
+    done_again = []
+    score_shard = score_module._score_shard
+    monkeypatch.setattr(
+        score_module,
+        "_score_shard",
+        lambda *args: done_again.append(args[3]) or score_shard(*args),
+    )
+    score(corpus, tmp_path / "killed")
+    assert done_again == list(range(len(finished), 6))
+    assert scores_bytes(tmp_path / "killed") == scores_bytes(tmp_path / "scores")
+    assert without_time(tmp_path / "killed") == without_time(tmp_path / "scores")
+    assert not (tmp_path / "killed" / "shards").exists()
+
+
+def test_an_interrupted_scoring_goes_on_with_other_ranks(tmp_path: Path, corpus: Path) -> None:
+    score(corpus, tmp_path / "scores")
+    with pytest.raises(RankError):
+        run_ranks(score_and_die, 2, corpus, tmp_path / "killed", 2)
+    run_ranks(score, 3, corpus, tmp_path / "killed")
+    assert scores_bytes(tmp_path / "killed") == scores_bytes(tmp_path / "scores")
+
+
+def test_seconds_add_up_over_interruptions(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(RankError):
+        run_ranks(score_and_die, 1, corpus, tmp_path / "scores", 4)
+    before = sum(float(shard_seconds(path)) for path in (tmp_path / "scores").glob("shards/*.safetensors"))
+    score(corpus, tmp_path / "scores")
+    assert read(corpus, tmp_path / "scores").cost.seconds > before > 0
+
+
+def shard_seconds(path: Path) -> float:
+    arrays = score_module.ShardFolder(path.parents[1])
+    return arrays.read(int(path.stem), 4)[1]
+
+
+def test_finished_scores_are_left_alone(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score(corpus, tmp_path / "scores")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
+    monkeypatch.setattr(score_module, "load_model", None)
+    score(corpus, tmp_path / "scores", replace(SETTINGS, batch_size=3))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("change", ["top_k", "dtype", "model", "corpus"])
+def test_other_scores_are_never_overwritten(tmp_path: Path, corpus: Path, change: str, finished: bool) -> None:
+    output = tmp_path / "scores"
+    if finished:
+        score(corpus, output)
+    else:
+        with pytest.raises(RankError):
+            run_ranks(score_and_die, 1, corpus, output, 3)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    settings = {"top_k": replace(SETTINGS, top_k=3), "dtype": DOUBLE}.get(change, SETTINGS)
+    source = make_source(SMALL, seed=1 if change == "model" else 0)
+    if change == "corpus":
+        corpus = random_corpus(tmp_path / "longer", NUM_SAMPLES + 1, SEQ_LENGTH)
+    field = "corpus_sha256" if change == "corpus" else change
+    with pytest.raises(DataError, match=rf"\.json: {field} is .*; choose another --output, or re") as e:
+        score_corpus(source, opened(corpus, SEQ_LENGTH), output, Mesh.single(), settings)
+    assert "\n" not in str(e.value)
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def test_shards_of_another_size_are_refused(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(RankError):
+        run_ranks(score_and_die, 1, corpus, tmp_path / "scores", 3)
+    with pytest.raises(DataError, match="shard_size is 4, this scoring has 8 .*earlier batch size"):
+        score(corpus, tmp_path / "scores", replace(SETTINGS, batch_size=8))
+
+
+def test_shards_without_an_identity_are_refused(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(RankError):
+        run_ranks(score_and_die, 1, corpus, tmp_path / "scores", 3)
+    (tmp_path / "scores" / "shards" / "identity.json").unlink()
+    with pytest.raises(DataError, match=r"identity.json: no such file beside the shards"):
+        score(corpus, tmp_path / "scores")
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path: Path, corpus: Path) -> None:
+    """Random tokens and a random model: worse than chance."""
+    with pytest.raises(DataError, match="has loss .* on the data, chance is 3.367"):
+        score(corpus, tmp_path / "scores", replace(SETTINGS, skip_source_check=False))
+    assert not (tmp_path / "scores" / MANIFEST_FILE).exists()
+
+
+def test_losses_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """Token 7 stands in sample 5 alone, as an input."""
+    tokens = [1] * (NUM_SAMPLES * SEQ_LENGTH + 1)
+    tokens[5 * SEQ_LENGTH + 2] = 7
+    prefix = write_corpus(tmp_path / "corpus", tokens)
+    state = dict(make_model(SMALL).named_parameters())
+    state["embedding.tokens"][7] = torch.nan
+    source = source_of(state, SMALL, "damaged")
+    with pytest.raises(DataError, match="sample 5 has a loss that is not finite under small: its"):
+        score_corpus(source, opened(prefix, SEQ_LENGTH), tmp_path / "scores", Mesh.single(), SETTINGS)
+
+
+def test_samples_longer_than_the_position_table_are_refused(tmp_path: Path) -> None:
+    prefix = random_corpus(tmp_path / "corpus", 3, 17)
+    with pytest.raises(ConfigError, match="seq_length=17 exceeds max_seq_length=16 of small"):
+        score_corpus(make_source(TIED), opened(prefix, 17), tmp_path / "scores", Mesh.single(), SETTINGS)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_tensor_axis_that_does_not_divide_the_model_is_refused(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="tensor=3 does not divide num_heads=4 of small; use 1, 2"):
+        run_ranks(score, 3, corpus, tmp_path / "scores", tensor=3)
+
+
+@pytest.mark.parametrize("name", ["top_k", "batch_size", "shard_size"])
+def test_sizes_must_be_positive(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0 must be positive"):
+        replace(SETTINGS, **{name: 0})
+
+
+class Recorder:
+    """A progress display that only remembers."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.steps: list[int] = []
+        self.speeds: list[float] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def update(self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None) -> None:
+        assert phase == "scoring" and loss is None and tokens_per_second is not None
+        self.steps.append(step)
+        self.speeds.append(tokens_per_second)
+
+
+def test_progress_reaches_the_number_of_samples(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(RankError):
+        run_ranks(score_and_die, 1, corpus, tmp_path / "scores", 3)
+    recorder = Recorder()
+    score_corpus(
+        make_source(SMALL),
+        opened(corpus, SEQ_LENGTH),
+        tmp_path / "scores",
+        Mesh.single(),
+        SETTINGS,
+        progress=recorder,
+    )
+    assert recorder.steps == [12, 16, 20, 23]
+    assert all(np.isfinite(recorder.speeds)) and min(recorder.speeds) > 0
+    assert "small: loss" in recorder.messages[0]

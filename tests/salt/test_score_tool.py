@@ -1,0 +1,131 @@
+"""`tools/score_corpus.py` as it is called from a shell."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagrow import checkpoint
+from megagrow.config import to_dict
+from megagrow.flops import forward_flops
+from tests.ranks import run_ranks
+from tests.salt.samples import SMALL, make_model, random_corpus, write_corpus
+
+TOOL = Path(__file__).parents[2] / "tools" / "score_corpus.py"
+SEQ_LENGTH = 8
+
+
+@pytest.fixture(autouse=True)
+def tools_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint of the small model, as training writes it."""
+    tensors = {f"model.{name}": p for name, p in make_model(SMALL).float().named_parameters()}
+    state = {"model": to_dict(SMALL)}
+    return checkpoint.save(tmp_path / "model", 1, tensors, state, config={}, provenance={})
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """The one token repeated that the model predicts best after itself, so that it fits its
+    data.
+    """
+    small = make_model(SMALL)
+    rows = torch.arange(SMALL.vocab_size)[:, None].expand(-1, SEQ_LENGTH)
+    nll = -small.logits(rows).log_softmax(-1).gather(-1, rows[..., None]).mean((1, 2))
+    return write_corpus(tmp_path / "corpus", [int(nll.argmin())] * (20 * SEQ_LENGTH + 1))
+
+
+def run_tool(*arguments: object) -> int:
+    """Runs the tool as the command line does; returns the exit code."""
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(TOOL.parent))
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def arguments_for(model: Path, corpus: Path, output: Path) -> list[object]:
+    given = {"model": model, "data": corpus, "output": output, "seq-length": 8, "top-k": 3}
+    return [x for name, value in given.items() for x in (f"--{name}", value)]
+
+
+def test_scores_are_written_and_shown(
+    tmp_path: Path, model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = arguments_for(model, corpus, tmp_path / "scores")
+    assert run_tool(*arguments) == 0
+    shown = capsys.readouterr()
+    assert "20 samples, 160 tokens" in shown.out
+    assert f"scores are in {tmp_path / 'scores'}" in shown.out
+    assert "scoring step 20/20" in shown.err and "nats per token" in shown.err
+    manifest = json.loads((tmp_path / "scores" / "manifest.json").read_text())
+    assert manifest["identity"]["top_k"] == 3 and manifest["identity"]["dtype"] == "float32"
+    assert manifest["cost"]["flops"] == forward_flops(SMALL, 160, 8)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
+    assert run_tool(*arguments) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
+
+
+def test_it_runs_on_several_ranks(tmp_path: Path, model: Path, corpus: Path) -> None:
+    """One process, then two tensor x two data ranks."""
+    for name, tensor, world in (("one", 1, 1), ("four", 2, 4)):
+        arguments = arguments_for(model, corpus, tmp_path / name)
+        codes = run_ranks(run_tool, world, *arguments, "--tensor", tensor, "--batch-size", 3)
+        assert codes == [0] * world
+    read = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "four")]
+    assert read[0]["identity"] == read[1]["identity"]
+
+
+def test_a_model_that_does_not_fit(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = random_corpus(tmp_path / "random", 20, SEQ_LENGTH)
+    arguments = arguments_for(model, corpus, tmp_path / "scores")
+    assert run_tool(*arguments) == 3
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and "do not fit this data" in message
+    assert "\n" not in message
+    assert run_tool(*arguments, "--skip-source-check") == 0
+
+
+def test_tokens_outside_the_vocabulary(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = random_corpus(tmp_path / "other", 20, SEQ_LENGTH, vocab=300)
+    assert run_tool(*arguments_for(model, corpus, tmp_path / "scores")) == 3
+    assert "vocab_size is 29" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--model", "nowhere"], 4, "nowhere: no such folder"),
+        (["--data", "nowhere"], 3, "nowhere.idx: no such file"),
+        (["--seq-length", "1000000"], 3, "too few for one sample"),
+        (["--seq-length", "0"], 2, "seq_length=0 must be positive"),
+        (["--top-k", "0"], 2, "top_k=0 must be positive"),
+        (["--tensor", "2"], 2, "--tensor 2 does not divide the 1 launched ranks"),
+        (["--precision", "fp8"], 2, "--precision"),
+        (["--unknown"], 2, "--unknown"),
+    ],
+)
+def test_wrong_arguments(
+    tmp_path: Path,
+    model: Path,
+    corpus: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert run_tool(*arguments_for(model, corpus, tmp_path / "scores"), *change) == code
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (tmp_path / "scores").exists()
+
+
+def test_the_tool_is_short() -> None:
+    assert len(TOOL.read_text().splitlines()) < 100

@@ -1,0 +1,249 @@
+"""The teacher inside the mesh: the same states as in one process, and gone when it is freed."""
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagrow.config import ModelConfig, SaltConfig
+from megagrow.errors import ConfigError
+from megagrow.model.transformer import LossOptions, Transformer, initialize
+from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.shards import chunk, full, shard_parameters
+from megagrow.salt.teacher import Teacher, check_teacher, loss_options
+from tests.ranks import run_ranks
+from tests.salt.samples import SMALL, TIED, make_model, make_source, mesh_of
+
+STUDENT = replace(SMALL, hidden_size=16, head_dim=4)
+SALT = SaltConfig(teacher="small", steps=3, weight=0.4, temperature=0.5)
+BOTH = [pytest.param(SMALL, id="untied"), pytest.param(TIED, id="tied")]
+
+
+def batch(size: int = 6, seq_length: int = 7) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(SMALL.vocab_size, (size, seq_length), generator=generator)
+
+
+def make_student(mesh: Mesh, model: ModelConfig = STUDENT) -> Transformer:
+    """This rank's part of the student, in float64."""
+    with torch.device("meta"):
+        student = Transformer(model, mesh)
+    shard_parameters(student, mesh)
+    student.double().to_empty(device="cpu")
+    initialize(student, 1)
+    return student
+
+
+def make_teacher(mesh: Mesh, model: ModelConfig = SMALL) -> Teacher:
+    return Teacher(make_source(model), mesh, SALT, STUDENT, torch.float64)
+
+
+def hidden_here(model: ModelConfig, num_microbatches: int, tensor: int, pipeline: int) -> Any:
+    """This rank's answer, and whether it is the last stage."""
+    mesh = mesh_of(tensor, pipeline)
+    teacher = make_teacher(mesh, model)
+    rows = batch().chunk(mesh.dp.size)[mesh.dp.rank]
+    first = teacher.hidden(rows, num_microbatches)
+    teacher.attach(make_student(mesh))
+    again = teacher.hidden(rows, num_microbatches)
+    assert (first is None) == (again is None)
+    if first is not None and again is not None:
+        assert torch.equal(first, again)
+    return first, mesh.pp.is_last, mesh.dp.rank, hasattr(teacher.model, "head")
+
+
+def expected_hidden(model: ModelConfig) -> Tensor:
+    return make_model(model)(batch())
+
+
+@pytest.mark.parametrize("model", BOTH)
+@pytest.mark.parametrize("num_microbatches", [1, 2, 6])
+def test_one_process(model: ModelConfig, num_microbatches: int) -> None:
+    hidden = make_teacher(Mesh.single(), model).hidden(batch(), num_microbatches)
+    assert hidden is not None and not hidden.requires_grad
+    torch.testing.assert_close(hidden, expected_hidden(model), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("model", BOTH)
+@pytest.mark.parametrize(
+    ("world", "pipeline", "tensor", "num_microbatches"),
+    [(2, 2, 1, 2), (2, 2, 1, 3), (3, 3, 1, 6), (3, 3, 1, 2), (4, 2, 2, 3), (4, 2, 1, 3)],
+)
+def test_pipeline_ranks_share_the_microbatches(
+    model: ModelConfig, world: int, pipeline: int, tensor: int, num_microbatches: int
+) -> None:
+    results = run_ranks(hidden_here, world, model, num_microbatches, tensor, pipeline)
+    shares = expected_hidden(model).chunk(world // (pipeline * tensor))
+    for hidden, is_last, dp_rank, has_head in results:
+        assert (hidden is not None) == is_last
+        assert has_head == (is_last and not model.tied_embeddings)
+        if is_last:
+            torch.testing.assert_close(hidden, shares[dp_rank], rtol=0, atol=1e-13)
+
+
+def forwards_here(num_microbatches: int) -> int:
+    mesh = mesh_of(pipeline=2)
+    teacher = make_teacher(mesh)
+    count = 0
+
+    def add(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    teacher.model.register_forward_hook(add)
+    teacher.hidden(batch(), num_microbatches)
+    return count
+
+
+def test_each_microbatch_is_run_once() -> None:
+    assert run_ranks(forwards_here, 2, 6) == [3, 3]
+    assert run_ranks(forwards_here, 2, 3) == [2, 1]
+
+
+def test_the_dtype_is_that_asked_for() -> None:
+    source = make_source(SMALL)
+    by_default = Teacher(source, Mesh.single(), SALT, STUDENT).hidden(batch(), 2)
+    assert by_default is not None and by_default.dtype == torch.float32
+    small = Teacher(source, Mesh.single(), SALT, STUDENT, torch.bfloat16).hidden(batch(), 2)
+    assert small is not None and small.dtype == torch.bfloat16
+
+
+def mixed_loss(mesh: Mesh) -> tuple[float, list[Tensor], dict[str, Tensor]]:
+    """Loss, its sums and the student's gradients with the attached teacher, on one pipeline
+    stage.
+    """
+    student, teacher = make_student(mesh), make_teacher(mesh)
+    teacher.attach(student)
+    ids = batch()
+    hidden = teacher.hidden(ids[:, :-1], 2)
+    loss = student(ids[:, :-1], ids[:, 1:], torch.ones(6, 6).double(), hidden)
+    loss.sum().backward()
+    gradients = {name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None}
+    return loss.item(), student.loss_sums[0], gradients
+
+
+def test_the_attached_teacher_reaches_the_loss() -> None:
+    """The loss written densely from the logits of both models."""
+    loss, sums, _ = mixed_loss(Mesh.single())
+    ids = batch()
+    student = make_student(Mesh.single())
+    logits = student.logits(ids[:, :-1]).flatten(0, 1)
+    target = (make_model(SMALL).logits(ids[:, :-1]) / SALT.temperature).softmax(-1).flatten(0, 1)
+    ce = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
+    kd = F.kl_div(logits.log_softmax(-1), target, reduction="sum").item()
+    assert loss == pytest.approx(0.6 * ce + 0.4 * kd, rel=1e-12)
+    assert sums.tolist() == pytest.approx([loss, ce, kd], rel=1e-12)
+
+
+def mixed_loss_here() -> Any:
+    return mixed_loss(mesh_of(tensor=2))
+
+
+def test_tensor_parallel_teachers_give_the_same_gradients() -> None:
+    """A vocabulary of 29 on two ranks; the gradients of every parameter of the student."""
+    loss, sums, gradients = mixed_loss(Mesh.single())
+    for other_loss, other_sums, other_gradients in run_ranks(mixed_loss_here, 2):
+        assert other_loss == pytest.approx(loss, rel=1e-12)
+        torch.testing.assert_close(other_sums, sums, rtol=1e-12, atol=0)
+        assert set(other_gradients) == set(gradients)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[name], gradient, rtol=0, atol=1e-11, msg=name)
+
+
+def test_the_head_is_this_ranks_share() -> None:
+    for rank, shape in enumerate(run_ranks(head_shape_here, 2)):
+        assert shape == (15 if rank == 0 else 14, SMALL.hidden_size)
+
+
+def head_shape_here() -> tuple[int, ...]:
+    mesh = mesh_of(tensor=2)
+    student = make_student(mesh)
+    make_teacher(mesh).attach(student)
+    assert student.teacher is not None
+    vocab = chunk(SMALL.vocab_size, mesh.tp)
+    assert torch.equal(student.teacher.head_VH, make_model(SMALL).head_VH[vocab])
+    return tuple(student.teacher.head_VH.shape)
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that anything still refers to."""
+    gc.collect()
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in gc.get_objects()
+        if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("model", BOTH)
+def test_freeing_releases_every_buffer(model: ModelConfig) -> None:
+    student = make_student(Mesh.single())
+    before = live_bytes()
+    teacher = make_teacher(Mesh.single(), model)
+    teacher.attach(student)
+    weights = [weakref.ref(p) for p in teacher.model.parameters()]
+    size = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
+    assert live_bytes() - before >= size
+    gc.disable()  # nothing may wait for the collector
+    try:
+        teacher.free(student)
+        assert [reference() for reference in weights] == [None] * len(weights)
+    finally:
+        gc.enable()
+    assert live_bytes() == before
+    assert student.teacher is None
+    with pytest.raises(AssertionError, match="freed"):
+        teacher.hidden(batch(), 2)
+
+
+def test_after_freeing_the_loss_is_plain() -> None:
+    student, ids = make_student(Mesh.single()), batch()
+    plain = student(ids[:, :-1], ids[:, 1:])
+    teacher = make_teacher(Mesh.single())
+    teacher.attach(student)
+    hidden = teacher.hidden(ids[:, :-1], 2)
+    assert not torch.equal(student(ids[:, :-1], ids[:, 1:], teacher_hidden=hidden), plain)
+    teacher.free(student)
+    assert torch.equal(student(ids[:, :-1], ids[:, 1:]), plain)
+
+
+def test_the_vocabularies_must_be_equal() -> None:
+    student = replace(STUDENT, vocab_size=30)
+    message = "the teacher has vocab_size=29, the model vocab_size=30: .*; use a salt.teacher with"
+    with pytest.raises(ConfigError, match=message):
+        Teacher(make_source(SMALL), Mesh.single(), SALT, student)
+    with pytest.raises(ConfigError, match=message):
+        check_teacher(SMALL, student, 8)
+
+
+def test_the_position_table_must_reach() -> None:
+    check_teacher(TIED, STUDENT, 16)
+    check_teacher(SMALL, STUDENT, 1000)
+    with pytest.raises(ConfigError, match="seq_length=17 exceeds the teacher's max_seq_length=16"):
+        check_teacher(TIED, STUDENT, 17)
+
+
+def test_the_tensor_axis_must_divide_the_teacher() -> None:
+    with pytest.raises(ConfigError, match="tensor=4 does not divide num_kv_heads=2 of the teacher"):
+        run_ranks(hidden_here, 4, SMALL, 2, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("salt", "options"),
+    [
+        (SaltConfig(weight=0.3, temperature=2.0), LossOptions(0.3, 2.0, False, 1.0)),
+        (SaltConfig(temperature=2.0, temperature_on="both"), LossOptions(0.5, 2.0, True, 1.0)),
+        (
+            SaltConfig(temperature=0.25, scale_by_temperature_squared=True),
+            LossOptions(0.5, 0.25, False, 0.0625),
+        ),
+    ],
+)
+def test_loss_options(salt: SaltConfig, options: LossOptions) -> None:
+    assert loss_options(salt) == options

@@ -1,0 +1,172 @@
+"""Tests config.py, command_line.py and presets.py: bad input gets one line with value, rule and remedy."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megagrow import presets
+from megagrow.command_line import parse
+from megagrow.config import (
+    Config,
+    GrowthConfig,
+    InitConfig,
+    ModelConfig,
+    ParallelConfig,
+    SaltConfig,
+    TrainConfig,
+    check,
+    dump,
+    from_dict,
+    load_file,
+    option_names,
+    to_dict,
+)
+from megagrow.errors import ConfigError
+
+GROUPED = ModelConfig(hidden_size=768, num_heads=24, num_kv_heads=8, ffn_size=1536)
+SMALL = ModelConfig(hidden_size=64, num_heads=4, num_layers=2, ffn_size=128)
+
+
+def test_a_dump_reads_back_equal(tmp_path: Path) -> None:
+    for name in presets.names():
+        config = presets.get(name)
+        path = tmp_path / f"{name}.json"
+        path.write_text(dump(config))
+        assert load_file(path) == config
+        assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {hiden_size: 3}", ["model.hiden_size", "did you mean model.hidden_size?"]),
+        ("optm: {lr: 1}", ["optm", "did you mean optim?"]),
+        ("train: {steps: soon}", ["train.steps='soon'", "int"]),
+        ("train: {steps: true}", ["train.steps=True", "int"]),
+        ("optim: {schedule: wds}", ["optim.schedule='wds'", "wsd, cosine, constant"]),
+        ("growth: {source: {num_layer: 2}}", ["growth.source.num_layer", "num_layers"]),
+        ("model: [1, 2]", ["model must be a mapping"]),
+        ("model: {", ["not valid YAML"]),
+        ("train: {steps: 0}", ["train.steps=0", "positive"]),
+        ("!!python/object/apply:os.system ['true']", ["not valid YAML"]),
+    ],
+)
+def test_a_bad_file_gets_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_file(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: 1e-3}\nmodel: {hidden_size: 64, num_heads: 4}\n")
+    assert load_file(path).optim.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["usage", "quickstart_small"]),
+        (["quickstart_smal"], ["quickstart_smal", "did you mean quickstart_small?"]),
+        (["missing.yaml"], ["missing.yaml", "neither a preset nor a file"]),
+        (["quickstart_small", "--train.step", "3"], ["--train.step", "did you mean train.steps?"]),
+        (["quickstart_small", "--train.steps", "abc"], ["train.steps='abc'", "int"]),
+        (["quickstart_small", "--train.steps"], ["--train.steps needs a value"]),
+        (["quickstart_small", "stray"], ["unknown option stray"]),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(arguments)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_options_override_single_fields() -> None:
+    config = parse(
+        "quickstart_small --train.steps 7 --init.from 2024 --run.debug true --optim.lr=1e-4 --data.seq-length 64".split()
+    )
+    assert (config.train.steps, config.init.from_, config.run.debug, config.optim.lr) == (7, "2024", True, 1e-4)
+    assert config.data.seq_length == 64
+    assert config.model == presets.get("quickstart_small").model
+
+
+def test_every_field_is_an_option() -> None:
+    assert {"init.from", "growth.source.num_layers", "model.hidden_size", "run.dir"} <= set(option_names())
+
+
+def config_with(**sections: object) -> Config:
+    return dataclasses.replace(Config(), **sections)
+
+
+BAD_COMBINATIONS = [
+    (
+        config_with(model=GROUPED, parallel=ParallelConfig(tensor=3)),
+        3,
+        ["tensor=3 does not divide num_kv_heads=8", "use 1, 2, 4 or 8"],
+    ),
+    (config_with(parallel=ParallelConfig(tensor=2, pipeline=2)), 6, ["does not divide the 6 launched ranks", "4"]),
+    (config_with(parallel=ParallelConfig(pipeline=16)), 16, ["pipeline=16 exceeds num_layers=8", "at most 8"]),
+    (config_with(train=TrainConfig(global_batch_size=6)), 4, ["global_batch_size=6", "4 data-parallel", "use 4 or 8"]),
+    (config_with(train=TrainConfig(microbatch_size=3)), 1, ["microbatch_size=3", "share of 16", "1, 2, 4, 8 or 16"]),
+    (
+        config_with(parallel=ParallelConfig(pipeline=4), train=TrainConfig(microbatch_size=8)),
+        4,
+        ["2 microbatches", "4 pipeline stages", "microbatch_size<=4"],
+    ),
+    (config_with(growth=GrowthConfig(method="stack")), 1, ["nothing to grow", "--init.from"]),
+    (
+        config_with(growth=GrowthConfig(method="ligo", source=SMALL, at_step=5)),
+        1,
+        ["growth.optimizer=exact", "learned maps", "reset"],
+    ),
+    (
+        config_with(model=SMALL, growth=GrowthConfig(method="clone", source=ModelConfig(), at_step=5)),
+        1,
+        ["hidden_size=64 is smaller than the source's 512"],
+    ),
+    (
+        config_with(
+            growth=GrowthConfig(method="clone", source=dataclasses.replace(SMALL, norm="layer_norm"), at_step=5)
+        ),
+        1,
+        ["norm=layer_norm", "rms_norm", "keeps the kind of model"],
+    ),
+    (config_with(salt=SaltConfig(teacher="x")), 1, ["salt.steps=0", "set salt.steps"]),
+    (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone or ligo"]),
+]
+
+
+@pytest.mark.parametrize(("config", "world_size", "words"), BAD_COMBINATIONS)
+def test_bad_combinations_say_value_rule_and_remedy(config: Config, world_size: int, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(config, world_size)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_presets_pass_the_check_and_say_how_they_are_run(name: str) -> None:
+    config = presets.get(name)
+    if config.growth.method != "none" and not config.init.from_:
+        config = dataclasses.replace(config, init=InitConfig(from_="source"))
+        config = dataclasses.replace(config, salt=dataclasses.replace(config.salt, teacher="source"))
+    for world_size in (1, 2, 8):
+        check(config, world_size)
+    assert json.loads(dump(config))["run"]["dir"].startswith("runs/")
+    assert f"-m megagrow {name}" in (presets.docstring(name))
+
+
+def test_models_refuse_impossible_shapes() -> None:
+    for wrong, words in [
+        ({"hidden_size": 65, "num_heads": 4}, "does not divide hidden_size=65"),
+        ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=8"),
+        ({"hidden_size": 24, "num_heads": 8}, "head_dim=3 is odd"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            ModelConfig(**wrong)

@@ -1,0 +1,87 @@
+"""Tests ../megagrow/flops.py against published figures, torch's own counter and the code that spends the FLOPs."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megagrow import flops
+from megagrow.config import ModelConfig
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.methods import make_recipe
+from megagrow.model.transformer import Transformer
+from megagrow.roles import parameter_shapes
+
+LLAMA_3_8B = ModelConfig(
+    vocab_size=128_256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_size=14_336
+)
+SMALL = ModelConfig(vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=56)
+GPT2 = ModelConfig(
+    family="gpt2",
+    vocab_size=96,
+    hidden_size=32,
+    num_layers=3,
+    num_heads=4,
+    ffn_size=128,
+    max_seq_length=64,
+    norm="layer_norm",
+    positions="learned",
+    activation="gelu",
+    bias=True,
+    tied_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(("convention", "published"), [("full", 5.791e10), ("causal", 5.147e10)])
+def test_llama_3_8b_costs_what_torchtitan_and_megatron_say(convention: flops.Convention, published: float) -> None:
+    counted = flops.training_flops(LLAMA_3_8B, 1, 8192, convention)
+    assert counted == pytest.approx(published, rel=1e-4)
+
+
+@pytest.mark.parametrize("model", [SMALL, GPT2, dataclasses.replace(SMALL, tied_embeddings=True)])
+def test_the_count_is_that_of_torchs_counter(model: ModelConfig) -> None:
+    batch, seq_length = 2, 48
+    transformer = Transformer(model)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    ids_BS = torch.randint(model.vocab_size, (batch, seq_length))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        transformer.logits(ids_BS).sum()
+    counted = flops.forward_flops(model, batch * seq_length, seq_length)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_training_is_three_times_a_forward_pass() -> None:
+    assert flops.training_flops(SMALL, 1000, 64) == 3 * flops.forward_flops(SMALL, 1000, 64)
+
+
+def test_causal_halves_attention_and_nothing_else() -> None:
+    full, causal = (flops.forward_flops_per_token(SMALL, 64, c) for c in ("full", "causal"))
+    assert full - causal == 2 * 64 * SMALL.num_heads * SMALL.head_dim * SMALL.num_layers
+
+
+@pytest.mark.parametrize("wider", [{}, {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 80}])
+def test_generating_costs_what_ligo_spends(wider: dict[str, int]) -> None:
+    target = dataclasses.replace(SMALL, num_layers=4, **wider)
+    ligo = Ligo(make_recipe("ligo", SMALL, target), noise=0.1)
+    source = {name: torch.randn(shape) for name, shape in parameter_shapes(SMALL).items()}
+    grown = {name: torch.empty(shape) for name, shape in parameter_shapes(target).items()}
+    with FlopCounterMode(display=False) as counter:
+        ligo.generate(source.__getitem__, grown)
+    assert flops.ligo_generation_flops(SMALL, target) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_learning_step_is_a_training_step_and_three_generations() -> None:
+    target = dataclasses.replace(SMALL, num_layers=4, hidden_size=64, num_heads=8, num_kv_heads=4, ffn_size=112)
+    extra = flops.ligo_step_flops(SMALL, target, 512, 64) - flops.training_flops(target, 512, 64)
+    assert extra == pytest.approx(3 * flops.ligo_generation_flops(SMALL, target))
+    assert extra > 0
+
+
+def test_mfu_has_no_denominator_where_the_peak_is_unknown() -> None:
+    assert flops.peak_flops_per_second("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert flops.peak_flops_per_second("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert flops.peak_flops_per_second("NVIDIA H200", "fp32") is None
+    assert flops.peak_flops_per_second("AMD EPYC", "bf16") is None

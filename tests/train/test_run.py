@@ -1,0 +1,276 @@
+"""Whole runs: resuming is exact, bad steps never reach the weights, stops are saved, every layout resumes every other."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagrow.checkpoint import store
+from megagrow.checkpoint.source import open_source
+from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, OptimConfig, SaltConfig
+from megagrow.optim import StepGuard
+from megagrow.roles import parameter_names
+from megagrow.train import learner, run
+from megagrow.train.learner import ModelLearner
+from tests.ranks import run_ranks
+from tests.train.runs import LARGE, SMALL, final_loss, make_config, make_corpus, metrics, run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that has learned enough to fit its data."""
+    directory = tmp_path_factory.mktemp("trained")
+    assert run(make_config(corpus, directory, steps=40)) == 0
+    return directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    source = open_source(directory)
+    return {name: source.fetch(name) for name in parameter_names(source.model)}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Same lines in metrics.jsonl, same weights, bit for bit; same ledger but for the seconds."""
+    assert metrics(found) == metrics(expected)
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = [[(p["phase"], p["steps"], p["flops"]) for p in ledger(d)["phases"]] for d in (found, expected)]
+    assert steps[0] == steps[1]
+
+
+def ledger(directory: Path) -> dict:
+    return json.loads((directory / "ledger.json").read_text())
+
+
+def cut_back(directory: Path, step: int) -> None:
+    """Makes a finished run look as if it had been killed some steps after its checkpoint of `step`."""
+    for path in (directory / "checkpoints").glob("step-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    (directory / "checkpoints" / "latest").unlink()
+    (directory / "exit.json").unlink()
+
+
+def grown(config: Config, method: str, at_step: int = 3) -> Config:
+    growth = GrowthConfig(
+        method=method,
+        source=SMALL,
+        at_step=at_step,
+        optimizer="reset" if method == "ligo" else "exact",
+        ligo_steps=4,
+        rewarmup_steps=2,
+    )
+    return dataclasses.replace(config, model=LARGE, growth=growth)
+
+
+def test_a_run_learns_and_leaves_what_the_interface_promises(trained: Path) -> None:
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines[-1]["loss"] < 0.75 * lines[0]["loss"]
+    assert json.loads((trained / "exit.json").read_text())["code"] == 0
+    assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 40
+    assert ledger(trained)["totals"]["papers_convention"]["tokens"] == 40 * 4 * 16
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_gives_the_unbroken_run_bit_for_bit(corpus: Path, tmp_path: Path, step: int) -> None:
+    config = make_config(corpus, tmp_path / "broken")
+    assert run(make_config(corpus, tmp_path / "whole")) == 0
+    assert run(config) == 0
+    cut_back(tmp_path / "broken", step)
+    assert run(config) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("method", "step"), [("clone", 2), ("clone", 4), *(("ligo", s) for s in (2, 4, 6, 8))])
+def test_resuming_around_growth_gives_the_unbroken_run(corpus: Path, tmp_path: Path, method: str, step: int) -> None:
+    config = grown(make_config(corpus, tmp_path / "whole"), method)
+    assert run(config) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    cut_back(tmp_path / "broken", step)
+    broken = grown(make_config(corpus, tmp_path / "broken"), method)
+    assert run(broken) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_growing_counts_every_sample_once(corpus: Path, tmp_path: Path) -> None:
+    assert run(grown(make_config(corpus, tmp_path), "ligo")) == 0
+    phases = [line["phase"] for line in metrics(tmp_path)]
+    assert phases == ["small"] * 3 + ["ligo"] * 4 + ["train"] * 3
+    state = store.read_manifest(store.candidates(tmp_path / "checkpoints")[0]).state
+    assert state["cursors"]["all"] == 10 * 4
+    (event,) = ledger(tmp_path)["events"]
+    assert event["loss_before"] > 0 and event["loss_after"] > 0
+
+
+def test_clone_keeps_the_loss_at_the_step_where_it_grows(corpus: Path, tmp_path: Path) -> None:
+    config = grown(make_config(corpus, tmp_path), "clone")
+    config = dataclasses.replace(config, model=dataclasses.replace(LARGE, num_layers=SMALL.num_layers))
+    assert run(config) == 0
+    (event,) = ledger(tmp_path)["events"]
+    assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
+
+
+def salted(config: Config, teacher: Path, steps: int = 3) -> Config:
+    return dataclasses.replace(config, salt=SaltConfig(teacher=str(teacher), steps=steps, weight=0.5))
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_on_either_side_of_the_stage_switch(corpus: Path, trained: Path, tmp_path: Path, step: int) -> None:
+    assert run(salted(make_config(corpus, tmp_path / "whole"), trained)) == 0
+    config = salted(make_config(corpus, tmp_path / "broken"), trained)
+    assert run(config) == 0
+    cut_back(tmp_path / "broken", step)
+    assert run(config) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    lines = metrics(tmp_path / "whole")
+    assert [line["phase"] for line in lines] == ["salt"] * 3 + ["train"] * 3
+    assert all(line["kd"] > 0 for line in lines[:3]) and all(line["kd"] is None for line in lines[3:])
+
+
+def test_a_teacher_of_weight_zero_changes_nothing(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    plain, taught = make_config(corpus, tmp_path / "plain"), make_config(corpus, tmp_path / "taught")
+    taught = dataclasses.replace(taught, salt=SaltConfig(teacher=str(trained), steps=3, weight=0.0))
+    assert run(plain) == 0 and run(taught) == 0
+    assert [line["ce"] for line in metrics(tmp_path / "plain")] == [line["ce"] for line in metrics(tmp_path / "taught")]
+
+
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (8, 2, 2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda x: "-".join(map(str, x)))
+def test_growth_and_salt_on_shards_equal_one_process(
+    corpus: Path, trained: Path, tmp_path: Path, layout: tuple[int, int, int]
+) -> None:
+    """The whole job on (ranks, tensor, pipeline): LiGO's learning, growth, teacher, evaluation."""
+
+    def config(name: str) -> Config:
+        return salted(grown(make_config(corpus, tmp_path / name), "ligo"), trained, steps=2)
+
+    assert run(config("one")) == 0
+    ranks, tensor, pipeline = layout
+    assert run_ranks(run_on_ranks, ranks, config("many"), tensor, pipeline) == [0] * ranks
+    for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4), ours["step"]
+        assert ours["phase"] == theirs["phase"]
+    assert final_loss(tmp_path / "many") == pytest.approx(final_loss(tmp_path / "one"), abs=2e-4)
+
+
+def test_another_layout_resumes_the_run(corpus: Path, tmp_path: Path) -> None:
+    assert run(make_config(corpus, tmp_path / "one")) == 0
+    config = make_config(corpus, tmp_path / "moved")
+    assert run_ranks(run_on_ranks, 4, config, 2, 1) == [0] * 4
+    cut_back(tmp_path / "moved", 2)
+    assert run_ranks(run_on_ranks, 2, config, 1, 2) == [0] * 2
+    cut_back(tmp_path / "moved", 4)
+    assert run(config) == 0
+    assert final_loss(tmp_path / "moved") == pytest.approx(final_loss(tmp_path / "one"), abs=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(make_config(corpus, tmp_path / "whole")) == 0
+    config = make_config(corpus, tmp_path / "damaged")
+    assert run(config) == 0
+    cut_back(tmp_path / "damaged", 4)
+    (file,) = (tmp_path / "damaged/checkpoints/step-4").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capfd.readouterr()
+    assert run(config) == 0
+    assert "step-4" in capfd.readouterr().err
+    assert_same_run(tmp_path / "damaged", tmp_path / "whole")
+
+
+def test_a_signal_saves_and_exits_7(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(corpus, tmp_path / "stopped", checkpoint=CheckpointConfig(interval=0))
+    step = ModelLearner.step
+
+    def signalled(self: ModelLearner, *args: object) -> object:
+        result = step(self, *args)
+        if self.optimizer.step_count == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(ModelLearner, "step", signalled)
+    assert run(config) == 7
+    ended = json.loads((tmp_path / "stopped/exit.json").read_text())
+    assert (ended["code"], ended["step"]) == (7, 3)
+    monkeypatch.undo()
+    assert run(config) == 0
+    assert run(make_config(corpus, tmp_path / "whole")) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
+    """Turns the gradients of some calls into NaN on the way to the optimizer."""
+    clip, calls = learner.clip_gradients, iter(range(1000))
+
+    def poisoned(parameters: dict[str, torch.nn.Parameter], *args: object) -> float:
+        if next(calls) in bad_calls:
+            next(iter(parameters.values())).grad[0, 0] = float("nan")
+        return clip(parameters, *args)
+
+    monkeypatch.setattr(learner, "clip_gradients", poisoned)
+
+
+def test_a_non_finite_gradient_never_reaches_the_weights(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2})
+    assert run(make_config(corpus, tmp_path)) == 0
+    assert [line["skipped"] for line in metrics(tmp_path)] == [False, False, True, False, False, False]
+    assert metrics(tmp_path)[2]["non_finite"] == ["grad_norm"]
+    state = store.read_manifest(store.candidates(tmp_path / "checkpoints")[0]).state
+    assert state["optimizer"]["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_bad_steps_roll_back_once_and_skip_the_data(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    poison(monkeypatch, {3, 4})
+    assert run(make_config(corpus, tmp_path, optim=optim, checkpoint=CheckpointConfig(interval=3))) == 0
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    state = store.read_manifest(store.candidates(tmp_path / "checkpoints")[0]).state
+    assert state["cursors"]["all"] == 8 * 4
+
+
+def test_steps_that_stay_bad_stop_the_run_with_5(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    poison(monkeypatch, set(range(2, 100)))
+    assert run(make_config(corpus, tmp_path, optim=optim)) == 5
+    assert "steps in a row were refused" in capfd.readouterr().err
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_a_loss_spike_is_skipped_when_watched_for() -> None:
+    config = OptimConfig(spike_sigma=6.0, spike_window=8)
+    guard = StepGuard()
+    losses = [3.0, 3.1, 2.9, 3.0, 3.05, 1e9, 3.0]
+    assert [guard.accepts(loss, 1.0, config) for loss in losses] == [True] * 5 + [False, True]
+    constant = StepGuard()
+    assert all(constant.accepts(2.0, 1.0, config) for _ in range(20))
+
+
+def test_starting_from_weights_of_the_same_size(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    assert run(make_config(corpus, tmp_path, init=InitConfig(from_=str(trained)))) == 0
+    assert metrics(tmp_path)[0]["loss"] < 0.8 * metrics(trained)[0]["loss"]
+    (inherited,) = ledger(tmp_path)["inherited"]
+    assert inherited["label"] == "source" and inherited["ledger"]["phases"][0]["steps"] == 40

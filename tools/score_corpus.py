@@ -1,0 +1,87 @@
+"""Score a corpus with a small model, for SALT's selection of training data.
+
+    python tools/score_corpus.py --model runs/small --data data/train --output scores \
+        --seq-length 512 --top-k 10
+    torchrun --nproc-per-node 8 tools/score_corpus.py … --tensor 2
+
+CKPT is an own checkpoint, a run directory or a Hugging Face folder; PREFIX names PREFIX.bin/.idx.
+An interrupted scoring goes on when the same command is run again; finished scores are left alone.
+Exit codes: 0 done, 2 usage, 3 data (the model does not fit the corpus, or DIR holds other scores),
+4 checkpoint.
+"""
+
+import torch
+from _command import Arguments, run
+
+from megagrow.checkpoint.source import Source, open_source
+from megagrow.config import ParallelConfig, require
+from megagrow.data.dataset import PackedDataset
+from megagrow.flops import forward_flops
+from megagrow.metrics import Progress
+from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
+from megagrow.salt import ScoreSettings, read_scores, score_corpus
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    options = parser().parse_args()
+    settings = ScoreSettings(
+        top_k=options.top_k,
+        dtype=DTYPES[options.precision],
+        batch_size=options.batch_size,
+        skip_source_check=options.skip_source_check,
+    )
+    source = open_source(options.model)
+    dataset = PackedDataset(options.data, options.seq_length, source.model.vocab_size)
+    mesh = make_scoring_mesh(options.tensor)
+    score(source, dataset, options.output, mesh, settings)
+    if mesh.is_main:
+        show(options.output, dataset)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def parser() -> Arguments:
+    parser = Arguments(description="Score packed training samples with a small model.")
+    parser.add_argument("--model", required=True, metavar="CKPT", help="checkpoint or HF folder")
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="of PREFIX.bin/.idx")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the scores")
+    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a training sample")
+    parser.add_argument("--top-k", type=int, default=10, help="labels of rank < k count as known")
+    parser.add_argument("--tensor", type=int, default=1, help="ranks that share the model")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per forward pass")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--skip-source-check", action="store_true", help="even if it does not fit")
+    return parser
+
+
+def make_scoring_mesh(tensor: int) -> Mesh:
+    """The tensor axis as asked for; all other ranks share the samples."""
+    parallel = ParallelConfig(tensor=tensor)
+    world = init_distributed()
+    require(
+        world % tensor == 0,
+        f"--tensor {tensor} does not divide the {world} launched ranks; start a multiple of it",
+    )
+    return make_mesh(parallel)
+
+
+def score(source: Source, dataset: PackedDataset, output: str, mesh: Mesh, settings: ScoreSettings) -> None:
+    tokens = dataset.num_samples * dataset.seq_length
+    flops = forward_flops(source.model, tokens, dataset.seq_length)
+    with Progress(dataset.num_samples, enabled=mesh.is_main) as progress:
+        score_corpus(source, dataset, output, mesh, settings, flops, progress)
+
+
+def show(output: str, dataset: PackedDataset) -> None:
+    scores = read_scores(output, dataset)
+    for name, values in scores.values.items():
+        print(f"{name}: mean {values.mean():.4f}, from {values.min():.4f} to {values.max():.4f}")
+    cost = scores.cost
+    print(f"{len(scores.num_tokens):,} samples, {cost.tokens:,} tokens, {cost.seconds:.1f} s")
+    print(f"scores are in {output}")
+
+
+if __name__ == "__main__":
+    run(main)
