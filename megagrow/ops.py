@@ -47,9 +47,7 @@ def _kernels(x: Tensor) -> ModuleType | None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square norm over the last dimension, times `weight`; float32 statistics at least.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4, with eps
@@ -130,9 +128,7 @@ def vocab_stats_torch(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None
     return stats_T3
 
 
-def vocab_rank(
-    logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None
-) -> Tensor:
+def vocab_rank(logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
     """Number of local logits strictly greater than the label's; the sum over shards is its rank.
 
     The label's own column is skipped: a label logit that went through other arithmetic would

@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "config",
     "presets",
+    "command_line",
     "roles",
     "ops",
     "parallel",
@@ -31,13 +32,14 @@ ORDER = [
     "ledger",
     "metrics",
     "evaluate",
+    "generate",
     "report",
     "train",
     "__main__",
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "megagrow_kernels"}
-TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "tyro"}
+TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command"}
 MAIN_LINES, TOOL_LINES = 80, 100
 
 RUN_CODE = {

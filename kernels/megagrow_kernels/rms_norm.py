@@ -125,13 +125,9 @@ def rms_norm_bwd_kernel(
 def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
     hidden_size = x.shape[-1]
     if weight.shape != (hidden_size,):
-        raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}, x needs ({hidden_size},)"
-        )
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x needs ({hidden_size},)")
     if hidden_size > MAX_HIDDEN_SIZE:
-        raise ValueError(
-            f"rms_norm: hidden size {hidden_size} exceeds the kernel's {MAX_HIDDEN_SIZE}"
-        )
+        raise ValueError(f"rms_norm: hidden size {hidden_size} exceeds the kernel's {MAX_HIDDEN_SIZE}")
     if x.dtype not in DTYPES:
         raise ValueError(f"rms_norm: x is {x.dtype}, the kernel takes float16, bfloat16 or float32")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):

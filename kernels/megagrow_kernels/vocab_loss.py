@@ -24,9 +24,7 @@ from megagrow_kernels.launch import VOCAB, pick
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def vocab_stats_ref(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int | None = None
-) -> torch.Tensor:
+def vocab_stats_ref(logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int | None = None) -> torch.Tensor:
     """The definition of `vocab_stats`, in the precision of its inputs, given a finite logit."""
     valid_TV = logits_TV[:, :num_valid]
     max_T1 = valid_TV.amax(-1, keepdim=True)
@@ -84,7 +82,8 @@ def vocab_stats_kernel(p_logits, p_labels, p_stats, stride_t, num_valid, BLOCK_V
     b_max = tl.full([], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_V], dtype=tl.float32)
     # Full blocks load without a mask: a mask at an odd num_valid would cost the 128-bit loads.
-    num_full = num_valid // BLOCK_V * BLOCK_V
+    # With `//` and `*` for `%` the gradient kernel takes 100 registers instead of 48 (sm_90a, bf16).
+    num_full = num_valid - num_valid % BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         b_x = tl.load(p_row + (i_v + o_block)).to(tl.float32)
         b_max, b_sum = _update_stats(b_max, b_sum, b_x)
@@ -100,16 +99,14 @@ def vocab_stats_kernel(p_logits, p_labels, p_stats, stride_t, num_valid, BLOCK_V
 
 
 @triton.jit(do_not_specialize=["num_valid"])
-def vocab_rank_kernel(
-    p_logits, p_label_logits, p_labels, p_rank, stride_t, num_valid, BLOCK_V: tl.constexpr
-):
+def vocab_rank_kernel(p_logits, p_label_logits, p_labels, p_rank, stride_t, num_valid, BLOCK_V: tl.constexpr):
     i_t = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_t * stride_t
     o_block = tl.arange(0, BLOCK_V)
     i_label = _local_column(tl.load(p_labels + i_t), num_valid)
     b_label = tl.load(p_label_logits + i_t)
     b_count = tl.zeros([BLOCK_V], dtype=tl.int32)
-    num_full = num_valid // BLOCK_V * BLOCK_V
+    num_full = num_valid - num_valid % BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         o_v = i_v + o_block
         b_x = tl.load(p_row + o_v).to(tl.float32)
@@ -122,16 +119,14 @@ def vocab_rank_kernel(
 
 
 @triton.jit(do_not_specialize=["V", "num_valid"])
-def vocab_grad_kernel(
-    p_logits, p_labels, p_logsumexp, p_scale, stride_t, V, num_valid, BLOCK_V: tl.constexpr
-):
+def vocab_grad_kernel(p_logits, p_labels, p_logsumexp, p_scale, stride_t, V, num_valid, BLOCK_V: tl.constexpr):
     i_t = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_t * stride_t
     o_block = tl.arange(0, BLOCK_V)
     i_label = _local_column(tl.load(p_labels + i_t), num_valid)
     b_logsumexp = tl.load(p_logsumexp + i_t)
     b_scale = tl.load(p_scale + i_t)
-    num_full = num_valid // BLOCK_V * BLOCK_V
+    num_full = num_valid - num_valid % BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         o_v = i_v + o_block
         b_p = tl.exp(tl.load(p_row + o_v).to(tl.float32) - b_logsumexp)
@@ -145,24 +140,16 @@ def vocab_grad_kernel(
         tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < V)
 
 
-def _check(
-    name: str, logits_TV: torch.Tensor, num_valid: int | None, **per_token: torch.Tensor
-) -> int:
+def _check(name: str, logits_TV: torch.Tensor, num_valid: int | None, **per_token: torch.Tensor) -> int:
     """The number of valid columns, once every argument fits."""
     T, V = logits_TV.shape
     if logits_TV.dtype not in DTYPES:
-        raise ValueError(
-            f"{name}: logits are {logits_TV.dtype}, the kernel takes float16, bfloat16 or float32"
-        )
+        raise ValueError(f"{name}: logits are {logits_TV.dtype}, the kernel takes float16, bfloat16 or float32")
     if V > 1 and logits_TV.stride(1) != 1:
-        raise ValueError(
-            f"{name}: logits of one token are {logits_TV.stride(1)} elements apart, must touch"
-        )
+        raise ValueError(f"{name}: logits of one token are {logits_TV.stride(1)} elements apart, must touch")
     for argument, tensor in per_token.items():
         if tensor.shape != (T,):
-            raise ValueError(
-                f"{name}: {argument} has shape {tuple(tensor.shape)}, {T} tokens need ({T},)"
-            )
+            raise ValueError(f"{name}: {argument} has shape {tuple(tensor.shape)}, {T} tokens need ({T},)")
     if num_valid is None:
         return V
     if not 0 <= num_valid <= V:
@@ -170,9 +157,7 @@ def _check(
     return num_valid
 
 
-def vocab_stats(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int | None = None
-) -> torch.Tensor:
+def vocab_stats(logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int | None = None) -> torch.Tensor:
     """Maximum, sum of exponentials and label logit of every token, in one read of the logits.
 
     Args:
@@ -228,9 +213,7 @@ def vocab_rank(
     Raises:
         ValueError: a shape, dtype or stride does not fit, in one line.
     """
-    num_valid = _check(
-        "vocab_rank", logits_TV, num_valid, label_logits=label_logits_T, labels=labels_T
-    )
+    num_valid = _check("vocab_rank", logits_TV, num_valid, label_logits=label_logits_T, labels=labels_T)
     T, V = logits_TV.shape
     rank_T = torch.empty(T, dtype=torch.int32, device=logits_TV.device)
     launch = pick(VOCAB, V)
@@ -267,9 +250,7 @@ def vocab_grad_(
     Raises:
         ValueError: a shape, dtype or stride does not fit, in one line.
     """
-    num_valid = _check(
-        "vocab_grad_", logits_TV, num_valid, labels=labels_T, logsumexp=logsumexp_T, scale=scale_T
-    )
+    num_valid = _check("vocab_grad_", logits_TV, num_valid, labels=labels_T, logsumexp=logsumexp_T, scale=scale_T)
     T, V = logits_TV.shape
     launch = pick(VOCAB, V)
     if T > 0:

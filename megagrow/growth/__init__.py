@@ -2,6 +2,8 @@
 
     Θ'_k = Σ_j w_kj · O Θ_j Iᵀ
 
+One file for each step:
+
     maps.py      w, O and I: how layers and axes grow
     methods.py   named recipes: which maps, for every axis and for the layers
     operator.py  the formula on one box of one parameter

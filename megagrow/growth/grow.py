@@ -112,9 +112,7 @@ def _owning_stages(model: ModelConfig, num_stages: int) -> dict[str, int]:
     return owners
 
 
-def _copied_layers(
-    layers: LayerMap, leaf: str, fetch: Fetch, wanted: Container[str]
-) -> Iterator[tuple[str, Tensor]]:
+def _copied_layers(layers: LayerMap, leaf: str, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
     for j in sorted(set(layers.index)):
         source = fetch(layer_name(j, leaf))
         for k, copied in enumerate(layers.index):

@@ -108,17 +108,19 @@ class Ligo:
                 pipeline hold the same gradient.
             mesh: where the rank stands; says which of several equal pieces counts.
         """
-        for parameter in self.parameters().values():
+        parameters = self.parameters().values()
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         counted = {name: tensor for name, tensor in targets.items() if _counts(name, mesh) and local(tensor).numel()}
         recipe = self.recipe()
         with torch.enable_grad():
             for name, source in mixed_sources(recipe, fetch, counted):
-                grown = grow_box(recipe, name, source, box(counted[name]))
+                grown = grow_box(recipe, name, source.to(mesh.device), box(counted[name]))
                 if grown.requires_grad:
                     grown.backward(local(gradients[name]).to(grown.dtype))
-        for parameter in self.parameters().values():
-            sum_over(parameter.grad, mesh.world)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                sum_over(parameter.grad, mesh.world)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The maps as plain tensors, by the names of `parameters`."""
@@ -138,8 +140,9 @@ class Ligo:
         expected = {name: tuple(parameter.shape) for name, parameter in self.parameters().items()}
         odd = sorted(dict(shapes.items() ^ expected.items()))
         if odd:
+            found, wanted = (named.get(odd[0], "absent") for named in (shapes, expected))
             raise CheckpointError(
-                f"{where}: {odd[0]} is {shapes.get(odd[0], 'missing')}, this growth needs {expected.get(odd[0], 'no such map')}; "
+                f"{where}: {odd[0]} is {found}, but this growth needs {wanted}; "
                 "use maps that were learned for the same source and target sizes"
             )
         with torch.no_grad():
@@ -198,7 +201,7 @@ def _initial_map(start: Recipe, name: str, noise: float, seed: int) -> Tensor:
 
 
 def _initial_depth(start: Recipe, leaf: str, noise: float, seed: int) -> Tensor:
-    """[L2, L1] the recipe's layer copies; if the depth grows, with some of every layer: `stackbert_noisy`, rows sum to 1."""
+    """[L2, L1] the recipe's layer copies; if the depth grows, with a little of every layer. Rows sum to 1."""
     assert isinstance(start.layers, LayerMap)
     copies = one_hot(torch.tensor(start.layers.index), start.source.num_layers).double()
     if not noise or copies.shape[0] == copies.shape[1]:

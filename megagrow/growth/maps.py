@@ -94,8 +94,8 @@ def interleave(num_source: int, num_target: int) -> Tensor:
 def interleave_queries(source_heads: int, source_kv: int, target_heads: int, target_kv: int) -> Tensor:
     """The query head that each target query head copies, given that kv heads are interleaved.
 
-    A query head may only be copied to places that share a copy of its own key/value head. Every copy of a group gets all
-    of the group's heads equally often if the numbers allow, so that the copies also get equal gradients:
+    A query head may only be copied to places that share a copy of its own key/value head. Every copy of a group gets
+    all of the group's heads equally often if the numbers allow, so that the copies also get equal gradients:
 
         2 kv heads of 2 queries -> 4 kv heads of 4:    0 0 1 1 | 0 0 1 1 | 2 2 3 3 | 2 2 3 3
     """

@@ -105,14 +105,14 @@ def clone(source: ModelConfig, target: ModelConfig) -> Recipe:
         old, new = getattr(source, name), getattr(target, name)
         require(
             new % old == 0,
-            f"growth.method=clone copies each unit equally often, but {name}={new} is no multiple of the source's {old}; "
-            f"use {new // old * old} or {-(-new // old) * old}, or method ligo",
+            f"growth.method=clone copies each unit equally often, but {name}={new} is no multiple of the source's "
+            f"{old}; use {new // old * old} or {-(-new // old) * old}, or method ligo",
         )
     query_copies, kv_copies = target.num_heads // source.num_heads, target.num_kv_heads // source.num_kv_heads
     require(
         query_copies % kv_copies == 0,
-        f"growth.method=clone makes {query_copies} copies of each query head and {kv_copies} of each key/value head, but "
-        f"every copied group needs whole copies of its queries; use num_heads={source.num_heads * kv_copies} "
+        f"growth.method=clone makes {query_copies} copies of each query head and {kv_copies} of each key/value head, "
+        f"but every copied group needs whole copies of its queries; use num_heads={source.num_heads * kv_copies} "
         f"or num_kv_heads={source.num_kv_heads}",
     )
     keeps_function = source.num_layers == target.num_layers
@@ -129,7 +129,7 @@ def ligo(source: ModelConfig, target: ModelConfig) -> Recipe:
                  . 1                    1 . . .        plus noise x on the rows that are no first copies
                  x x                    . 1 . .
 
-    Source: LiGO (Wang et al., 2023, arXiv 2303.00980, Algorithm 1 with maps tied over layers). Departures: docs/ligo.md.
+    Source: LiGO (Wang et al., 2023, arXiv 2303.00980), Algorithm 1: maps tied over layers. Departures: docs/ligo.md.
     """
     return Recipe("ligo", source, target, _stacked(source, target), copied_axes(source, target))
 

@@ -5,8 +5,8 @@ For copies, with W' = R(W)·v and grad' = R(grad)·g (v = 1/n_in, g = 1/n_out, R
     exp_avg' = R(exp_avg)·g      exp_avg_sq' = R(exp_avg_sq)·g²      step' = step
 
 with the settings  lr·v, eps·g, weight_decay/v  of each tensor makes the grown model follow the small one's trajectory
-exactly: the update lr·m/(√s + eps) does not see g, and is scaled by v like the weights. Gradient clipping is outside the
-rule: the norm of all gradients changes by √(n_in/n_out) tensor by tensor. Dense maps have no such rule.
+exactly: the update lr·m/(√s + eps) does not see g, and is scaled by v like the weights. Gradient clipping is outside
+the rule: the norm of each tensor's gradient changes by √(n_in/n_out). Dense maps have no such rule.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,8 @@ def grow_optimizer(
     Args:
         recipe: how the model grew.
         policy: `exact` carries the moments over, `reset` clears them.
-        sources: moment (`exp_avg`, `exp_avg_sq`) -> the source's whole moment tensors by parameter name; unused by `reset`.
+        sources: moment (`exp_avg`, `exp_avg_sq`) -> reads the source's whole tensors by parameter name; unused by
+            `reset`.
         targets: moment -> parameter name -> this rank's tensor, laid out like the parameter.
         step: updates that the source's moments have seen.
 
@@ -99,8 +100,8 @@ def _uniform(recipe: Recipe, name: str, quantity: Quantity) -> float:
     scale = uniform_scale(recipe, name, quantity)
     if scale is None:
         raise ConfigError(
-            f"growth.optimizer=exact: {recipe.method} copies units of {name} unequally often, so one learning rate does "
-            "not fit the whole tensor; use growth.optimizer=reset"
+            f"growth.optimizer=exact: {recipe.method} copies units of {name} unequally often, so that no one learning "
+            "rate fits the whole tensor; use growth.optimizer=reset"
         )
     return scale
 

@@ -1,7 +1,7 @@
 """Growth from one folder to another, in the source's format, in one process or on a mesh.
 
 A Hugging Face folder is written parameter by parameter: no more than one grown parameter and what it is made of are in
-memory. An own checkpoint is grown into shards over all ranks; the optimizer's moments come along where they have a rule.
+memory. An own checkpoint is grown into shards over all ranks; the optimizer's moments come along where there is a rule.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,7 @@ from megagrow.parallel.shards import local, wrap_like
 from megagrow.roles import parameter_names
 
 
-def grow_folder(
-    source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy = "exact"
-) -> None:
+def grow_folder(source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy = "exact") -> None:
     """Writes the grown model to a new folder, in the format of its source; a collective over the mesh.
 
     Weights keep their dtype, and the tokenizer comes along.
@@ -63,9 +61,7 @@ def _write_hf(source: Source, destination: Path, recipe: Recipe, mesh: Mesh) -> 
         return grow_whole(recipe, source.fetch, name) if mesh.is_main else torch.empty(0)
 
     tokenizer, token_ids = tokenizer_of(source), token_ids_of(source)
-    hf.write_hf_folder(
-        destination, recipe.target, fetch, tokenizer, token_ids=token_ids, is_writer=mesh.is_main
-    )
+    hf.write_hf_folder(destination, recipe.target, fetch, tokenizer, token_ids=token_ids, is_writer=mesh.is_main)
 
 
 def _write_own(source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy) -> None:
@@ -98,9 +94,7 @@ def _stage(staged: StagedFolder, tokenizer: Path | None) -> Path:
     return staged.temporary
 
 
-def _grow_own(
-    source: Source, recipe: Recipe, mesh: Mesh, policy: Policy
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _grow_own(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's shards of all that the grown checkpoint stores, and its state."""
     parameters = _empty_target(source, recipe, mesh)
     grow_into(recipe, source.fetch, parameters)
@@ -129,9 +123,7 @@ def _empty_moments(source: Source, recipe: Recipe, parameters: Mapping[str, Tens
     """Adam's moments, laid out like the parameters."""
     first = parameter_names(recipe.source)[0]
     return {
-        moment: {
-            name: wrap_like(torch.empty_like(local(p), dtype=dtype), p) for name, p in parameters.items()
-        }
+        moment: {name: wrap_like(torch.empty_like(local(p), dtype=dtype), p) for name, p in parameters.items()}
         for moment in QUANTITIES
         for dtype in [_moment_fetch(source, moment)(first).dtype]
     }

@@ -9,8 +9,9 @@ Which map acts on a dim, and in which form, follows from the parameter's role:
     final norm of a tied model                 I    (the shared matrix cannot both write and read: the norm before the
                                                      head takes the head's scale)
 
-Gradients are grown by the adjoint: a copied function's gradient is shared among the copies of what writes an axis, so the
-two forms change places. Hence with n copies W' = R(W)/n_in and grad' = R(grad)/n_out, R being plain replication.
+For gradients the two forms change places: a gradient is shared among the n copies of what writes an axis, because the
+readers divide by n, and comes whole to every copy of what reads it. So W' = R(W)/n_in and grad' = R(grad)/n_out, R being
+plain replication.
 """
 
 # Shape suffix legend: R, C = rows and columns of the box; O, I = rows and columns of the source matrix.
@@ -78,7 +79,7 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
         recipe: gives the maps.
         name: of the target parameter.
         source: the whole source tensor [O, I] or [O], mixed over layers already.
-        box: the wanted range of the target, one slice per dim.
+        box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
 
     Returns:
@@ -103,7 +104,8 @@ def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None
     """What every entry of a parameter (or of its gradient) is multiplied by when copied; None where entries differ."""
     shape = shape_of(role_of(name), recipe.target)
     scales = [dim.scale(slice(0, size)) for dim, size in zip(_dims(recipe, name, quantity), shape, strict=True)]
-    return math.prod(scales) if all(isinstance(s, float) for s in scales) else None
+    uniform = [scale for scale in scales if isinstance(scale, float)]
+    return math.prod(uniform) if len(uniform) == len(scales) else None
 
 
 def _dims(recipe: Recipe, name: str, quantity: Quantity) -> list[_Dim]:

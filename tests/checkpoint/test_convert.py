@@ -29,6 +29,7 @@ def tool(monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.syspath_prepend(TOOL.parent)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(TOOL), run_name="__main__")
         printed = capsys.readouterr()
@@ -106,9 +107,7 @@ def test_without_transformers_megagrow_computes_both(tmp_path, monkeypatch) -> N
     before = save_folder(tmp_path / "before", "llama")
     convert.convert(before, tmp_path / "own", "megagrow")
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name))
     compared = convert.compare(before, tmp_path / "own")
     assert compared.libraries == ("megagrow", "megagrow")
     assert compared.largest_difference == 0

@@ -11,8 +11,13 @@ from megagrow.checkpoint.source import load_model, open_source
 from megagrow.config import ModelConfig
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.mesh import Mesh
-from tests.checkpoint.hf_folders import logits_of, random_ids, save_folder
-from tests.checkpoint.test_hf_config import OWN_GPT2, OWN_LLAMA
+from tests.checkpoint.hf_folders import (
+    OWN_GPT2,
+    OWN_LLAMA,
+    logits_of,
+    random_ids,
+    save_folder,
+)
 
 LARGEST_DIFFERENCE = 1e-5
 BIASES = {"attention_bias": True, "mlp_bias": True}

@@ -22,13 +22,14 @@ from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.parallel.shards import full
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.checkpoint.hf_folders import (
+    OWN_GPT2,
+    OWN_LLAMA,
     logits_of,
     random_ids,
     save_folder,
     save_tokenizer,
     tensors_of,
 )
-from tests.checkpoint.test_hf_config import OWN_GPT2, OWN_LLAMA
 from tests.ranks import run_ranks
 
 NO_SPACE = OSError(28, "No space left on device")
@@ -98,7 +99,11 @@ def test_another_dtype_on_request(tmp_path) -> None:
 
 def test_mixed_dtypes_are_stated_as_the_one_that_holds_them_all(tmp_path) -> None:
     fetch = random_fetch(OWN_LLAMA)
-    write_hf_folder(tmp_path / "out", OWN_LLAMA, lambda n: fetch(n) if "norm" in n else fetch(n).bfloat16())
+
+    def fetch_mixed(name: str) -> Tensor:
+        return fetch(name).to(torch.float16 if "norm" in name else torch.bfloat16)
+
+    write_hf_folder(tmp_path / "out", OWN_LLAMA, fetch_mixed)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 

@@ -12,11 +12,11 @@ from megagrow.errors import CheckpointError
 from megagrow.growth.grow import grow_whole, mesh_fetch
 from megagrow.growth.ligo import Ligo, load_maps, save_maps
 from megagrow.growth.methods import make_recipe
+from megagrow.model import Transformer
 from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.parallel.shards import fill
-from megagrow.model import Transformer
 from megagrow.roles import leaves
 from megagrow.train.part import build_part, gradients
 from tests.growth import dense_ligo, models
@@ -31,9 +31,7 @@ PAIRS = {
     "everything": (models.EVERYTHING, widened(models.EVERYTHING, **WIDTH, layers=3)),
     "uneven": (
         models.EVERYTHING,
-        dataclasses.replace(
-            models.EVERYTHING, hidden_size=20, num_heads=6, num_kv_heads=3, ffn_size=17, num_layers=3
-        ),
+        dataclasses.replace(models.EVERYTHING, hidden_size=20, num_heads=6, num_kv_heads=3, ffn_size=17, num_layers=3),
     ),
     "depth-only": (models.UNTIED_BIAS, widened(models.UNTIED_BIAS, layers=3)),
     "ffn-only": (models.GPT2, dataclasses.replace(models.GPT2, ffn_size=13)),
@@ -86,9 +84,7 @@ def config_of(model: ModelConfig, parallel: ParallelConfig) -> Config:
     return Config(model=model, data=DataConfig(seq_length=7), parallel=parallel, train=train)
 
 
-def sharded_gradients(
-    source: ModelConfig, target: ModelConfig, parallel: ParallelConfig
-) -> dict[str, Tensor]:
+def sharded_gradients(source: ModelConfig, target: ModelConfig, parallel: ParallelConfig) -> dict[str, Tensor]:
     """One learning step in the mesh, with the source's shards in the same mesh."""
     mesh = make_mesh(parallel)
     whole, ligo = tensors_of(make(source)), make_ligo(source, target)
@@ -147,7 +143,7 @@ def test_noise_falls_on_new_rows_and_new_layers_only() -> None:
     for leaf, weights in noisy.depth.items():
         assert torch.allclose(weights.sum(1), torch.ones(5))
         assert ((weights > 0.9) == (silent.depth[leaf] == 1)).all()
-        assert ((0 < weights) & (weights < 0.03) == (silent.depth[leaf] == 0)).all()
+        assert ((weights > 0) & (weights < 0.03) == (silent.depth[leaf] == 0)).all()
 
 
 def test_initial_maps_depend_on_seed_and_name() -> None:

@@ -19,12 +19,8 @@ from megagrow.model.transformer import initialize
 from megagrow.parallel.mesh import Mesh
 from tests.growth.models import gradients_of, loss_of, tensors_of
 
-SOURCE = ModelConfig(
-    vocab_size=128, hidden_size=32, num_layers=2, num_heads=2, ffn_size=64, max_seq_length=48
-)
-TARGET = ModelConfig(
-    vocab_size=128, hidden_size=48, num_layers=3, num_heads=3, ffn_size=96, max_seq_length=48
-)
+SOURCE = ModelConfig(vocab_size=128, hidden_size=32, num_layers=2, num_heads=2, ffn_size=64, max_seq_length=48)
+TARGET = ModelConfig(vocab_size=128, hidden_size=48, num_layers=3, num_heads=3, ffn_size=96, max_seq_length=48)
 SOURCE_STEPS, LIGO_STEPS, BATCH, SEQ = 100, 15, 12, 48
 
 

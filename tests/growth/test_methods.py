@@ -120,9 +120,7 @@ def uneven(source: ModelConfig) -> Recipe:
 
     def copies(units: torch.Tensor, num_units: int, unit_size: int) -> SparseMap:
         count = torch.bincount(units)[units].repeat_interleave(unit_size)
-        return SparseMap(
-            to_elements(units, unit_size), num_units * unit_size, in_scale=1 / count.double()
-        )
+        return SparseMap(to_elements(units, unit_size), num_units * unit_size, in_scale=1 / count.double())
 
     heads = copies(torch.tensor([2, 0, 0, 1, 3, 0]), 4, source.head_dim)
     neurons = torch.cat([torch.arange(source.ffn_size), torch.tensor([7, 1, 7])])

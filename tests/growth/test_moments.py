@@ -12,9 +12,9 @@ from megagrow.growth.grow import grow_whole
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.methods import Recipe, make_recipe
 from megagrow.growth.moments import (
+    gradient_scale,
     grow_multipliers,
     grow_optimizer,
-    gradient_scale,
     value_scale,
 )
 from megagrow.model import Transformer

@@ -109,17 +109,13 @@ def test_ranks_write_the_same_checkpoint(tmp_path: Path, ranks: int, tensor: int
     assert together.state == alone.state
     names = list(alone.tensors)
     assert together.tensors.keys() == alone.tensors.keys()
-    found, expected = (
-        store.read_full(tmp_path / n / "step-0", names) for n in ("large", "alone")
-    )
+    found, expected = (store.read_full(tmp_path / n / "step-0", names) for n in ("large", "alone"))
     assert all(torch.equal(found[name], expected[name]) for name in names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model", [SOURCE, GPT2], ids=["llama", "gpt2"])
-def test_hugging_face_folder_grows_in_its_dtype(
-    tmp_path: Path, model: ModelConfig, dtype: torch.dtype
-) -> None:
+def test_hugging_face_folder_grows_in_its_dtype(tmp_path: Path, model: ModelConfig, dtype: torch.dtype) -> None:
     source = save_hf(tmp_path / "small", model, dtype)
     recipe = make_recipe("clone", model, widened(model, hidden=2, query=2, kv=2, ffn=2))
     grow_folder(source, tmp_path / "large", recipe, Mesh.single())
@@ -155,9 +151,7 @@ def grow_command(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_command_takes_own_and_hugging_face_configurations(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_takes_own_and_hugging_face_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_own(tmp_path / "own", SOURCE)
     save_hf(tmp_path / "hf", SOURCE, torch.float32)
     (tmp_path / "large.yaml").write_text(dump(Config(model=WIDE)))

@@ -82,9 +82,7 @@ def grow_alone(recipe: Recipe) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("source", [LLAMA, TIED], ids=["llama", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "-".join(map(str, x)))
-def test_grown_shards_are_shards_of_the_grown(
-    source: ModelConfig, layout: tuple[int, int, int]
-) -> None:
+def test_grown_shards_are_shards_of_the_grown(source: ModelConfig, layout: tuple[int, int, int]) -> None:
     ranks, tensor, pipeline = layout
     recipe = make_recipe("clone", source, widened(source, **WIDTH))
     expected = grow_alone(recipe)

@@ -112,9 +112,7 @@ def bad() -> Iterator[Build]:
     yield rms_norm_forward("bf16", 4095, "sm_90a", "scalar_loads")
     pointers = {"p_x": "*bf16", "p_y": "*bf16"}
     yield Build("narrow", narrow_kernel, pointers, {"H": 4096}, 4, "sm_90a")
-    yield Build(
-        "narrow_loop", narrow_loop_kernel, pointers | {"T": "i32"}, {"H": 4096}, 4, "sm_90a"
-    )
+    yield Build("narrow_loop", narrow_loop_kernel, pointers | {"T": "i32"}, {"H": 4096}, 4, "sm_90a")
 
 
 def rms_norm_forward(dtype: str, hidden_size: int, target: str, name: str = "") -> Build:
@@ -130,9 +128,7 @@ def rms_norm_forward(dtype: str, hidden_size: int, target: str, name: str = "") 
     )
 
 
-def rms_norm_backward(
-    dtype: str, hidden_size: int, target: str, chosen: Launch | None = None, name: str = ""
-) -> Build:
+def rms_norm_backward(dtype: str, hidden_size: int, target: str, chosen: Launch | None = None, name: str = "") -> Build:
     chosen = chosen or pick(launch.RMS_NORM_BACKWARD, hidden_size)
     activations = dict.fromkeys(("p_x", "p_weight", "p_dy", "p_dsum", "p_dx"), f"*{dtype}")
     statistics = dict.fromkeys(("p_rstd", "p_dot", "p_dweight"), "*fp32")
@@ -213,9 +209,7 @@ def _nvidia_usage(result, target: GPUTarget) -> tuple[str, int, int]:
         file.write(ptx)
         file.flush()
         command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={architecture}", file.name]
-        log = subprocess.run(
-            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        ).stderr
+        log = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
     return (
         ptx,
         int(re.search(r"Used (\d+) registers", log)[1]),

@@ -21,9 +21,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if PROCESS not in stash:
         stash[PROCESS] = interpreter.start()
     arguments = {name: pyfuncitem.funcargs[name] for name in signature(pyfuncitem.obj).parameters}
-    stash[PROCESS].submit(
-        interpreter.run, pyfuncitem.module.__name__, pyfuncitem.originalname, arguments
-    ).result()
+    stash[PROCESS].submit(interpreter.run, pyfuncitem.module.__name__, pyfuncitem.originalname, arguments).result()
     return True
 
 

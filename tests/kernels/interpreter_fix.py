@@ -76,8 +76,7 @@ def _fp_to_fp_instead(create_fp_to_fp):
 def _dot_instead(create_dot):
     def dot(self, a, b, d, *rest):
         a, b = (
-            TensorHandle(widened(operand.data), tl.float32) if _is_bfloat16(operand) else operand
-            for operand in (a, b)
+            TensorHandle(widened(operand.data), tl.float32) if _is_bfloat16(operand) else operand for operand in (a, b)
         )
         return create_dot(self, a, b, d, *rest)
 

@@ -162,9 +162,7 @@ def test_attention(causal: bool, num_kv_heads: int) -> None:
     torch.testing.assert_close(actual, expected)
     leaves = (q_BNSD, k_BKSD, v_BKSD)
     seed = normal(B, N, S, D)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, leaves, seed), torch.autograd.grad(expected, leaves, seed)
-    )
+    torch.testing.assert_close(torch.autograd.grad(actual, leaves, seed), torch.autograd.grad(expected, leaves, seed))
 
 
 @pytest.mark.parametrize("name", DOORS)

@@ -48,9 +48,7 @@ def inputs(case: Case) -> dict[str, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(case.dtype)
 
-    weight_H = (1 + 0.3 * torch.randn(case.H, generator=generator)).to(
-        case.weight_dtype or case.dtype
-    )
+    weight_H = (1 + 0.3 * torch.randn(case.H, generator=generator)).to(case.weight_dtype or case.dtype)
     given = {"x": normal(case.T, case.H) * 2, "weight": weight_H, "dy": normal(case.T, case.H)}
     if case.residual:
         given |= {"residual": normal(case.T, case.H), "dsum": normal(case.T, case.H)}
@@ -58,11 +56,7 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 
 def outputs_and_gradients(norm, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    leaves = {
-        name: given[name].clone().requires_grad_()
-        for name in ("x", "weight", "residual")
-        if name in given
-    }
+    leaves = {name: given[name].clone().requires_grad_() for name in ("x", "weight", "residual") if name in given}
     result = norm(leaves["x"], leaves["weight"], EPS, leaves.get("residual"))
     y, total = result if isinstance(result, tuple) else (result, None)
     outputs, seeds = [y], [given["dy"]]

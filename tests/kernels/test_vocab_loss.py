@@ -77,9 +77,7 @@ def test_gradient_as_good_as_the_twin(case: Case) -> None:
     logits_TV, labels_T = logits_and_labels(case)
     logsumexp_T = logsumexp(logits_TV, case.num_valid).float()
     scale_T = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])[: case.T]
-    exact_TV = vocab_grad_ref(
-        logits_TV.double(), labels_T, logsumexp_T.double(), scale_T.double(), case.num_valid
-    )
+    exact_TV = vocab_grad_ref(logits_TV.double(), labels_T, logsumexp_T.double(), scale_T.double(), case.num_valid)
     twin_TV = logits_TV.clone()
     ops.vocab_grad_torch_(twin_TV, labels_T, logsumexp_T, scale_T, case.num_valid)
     buffer = logits_TV._base
@@ -131,9 +129,7 @@ def test_infinities() -> None:
     stats_T3 = vocab_stats(logits_TV, torch.tensor([0, 4099, 0, 0]))
     assert stats_T3[:3].tolist() == [[-torch.inf, 0, -torch.inf], [5, 1, 5], [7, 1, 7]]
     assert stats_T3[3, 1].isnan()
-    assert torch.equal(
-        stats_T3[:3], ops.vocab_stats_torch(logits_TV[:3], torch.tensor([0, 4099, 0]))
-    )
+    assert torch.equal(stats_T3[:3], ops.vocab_stats_torch(logits_TV[:3], torch.tensor([0, 4099, 0])))
 
 
 def test_shard_of_padding_only() -> None:
@@ -186,9 +182,7 @@ def test_two_shards_make_the_whole(backend: str) -> None:
     gradient_TV = torch.cat(shards, dim=1)
 
     torch.testing.assert_close((logsumexp_T - label_logit_T)[:4].double(), loss_T[:4].detach())
-    torch.testing.assert_close(
-        gradient_TV[:, :V].double(), whole_TV.grad, rtol=1e-5, atol=1e-9, msg="gradient"
-    )
+    torch.testing.assert_close(gradient_TV[:, :V].double(), whole_TV.grad, rtol=1e-5, atol=1e-9, msg="gradient")
     assert (gradient_TV[:, V:] == 0).all()
     for t in range(4):
         expected = (logits_TV[t] > logits_TV[t, labels_T[t]]).sum()
