@@ -187,7 +187,8 @@ class CheckpointConfig:
 class InitConfig:
     """Where the first weights come from."""
 
-    from_: Annotated[str, tyro.conf.arg(name="from")] = ""  # own checkpoint, run directory or Hugging Face folder; empty: random
+    # Own checkpoint, run directory or Hugging Face folder; empty: random weights.
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
     source_flops: float = -1.0  # FLOPs spent on a source from outside; -1: unknown, all-in savings stay null
     skip_source_check: bool = False  # go on although the source does not fit the data
 

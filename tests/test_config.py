@@ -89,9 +89,8 @@ def test_bad_arguments_get_one_line(arguments: list[str], words: list[str]) -> N
 
 
 def test_options_override_single_fields() -> None:
-    config = parse(
-        "quickstart_small --train.steps 7 --init.from 2024 --run.debug true --optim.lr=1e-4 --data.seq-length 64".split()
-    )
+    text = "--train.steps 7 --init.from 2024 --run.debug true --optim.lr=1e-4 --data.seq-length 64"
+    config = parse(["quickstart_small", *text.split()])
     assert (config.train.steps, config.init.from_, config.run.debug, config.optim.lr) == (7, "2024", True, 1e-4)
     assert config.data.seq_length == 64
     assert config.model == presets.get("quickstart_small").model

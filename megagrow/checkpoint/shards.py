@@ -1,21 +1,16 @@
-"""The box of a global tensor that this rank holds: what it saves, and what it loads.
-
-torch's own answer (`compute_local_shape_and_global_offset`, torch 2.13) is wrong for FSDP2 over a
-tensor-parallel shard when chunks get short: 13 rows on dp 3 x tp 2 overlap, and DCP refuses to save
-them. So boxes are computed here, and compared with the local tensor.
-"""
+"""The box of a global tensor that this rank holds: what it saves, and what it loads."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor import DTensor
 
 from megagrow.errors import CheckpointError
+from megagrow.parallel.shards import local_box
 
 # Other dtypes are refused on saving: what is stored must be readable by name alone.
 DTYPES = {
@@ -75,30 +70,6 @@ def local_shard(tensor: Tensor) -> LocalShard | None:
     return LocalShard(data, offsets, shape)
 
 
-def local_box(
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes of the box that a DTensor with these placements has at `coordinate`.
-
-    A `Shard` cuts what the mesh axes to its left have left over. A `_StridedShard`, which FSDP2
-    makes over a tensor that is sharded already, cuts after the axes to its right. Every cut is that
-    of `torch.chunk`.
-    """
-    assert all(isinstance(p, Shard | _StridedShard | Replicate) for p in placements), (
-        f"{placements} cannot be saved: reduce partial sums first"
-    )
-    offsets, sizes = [0] * len(shape), list(shape)
-    for axis, dim in _cuts(mesh_shape, placements):
-        step = -(-sizes[dim] // mesh_shape[axis])
-        start = min(step * coordinate[axis], sizes[dim])
-        offsets[dim] += start
-        sizes[dim] = min(step, sizes[dim] - start)
-    return tuple(offsets), tuple(sizes)
-
-
 def layout_of(tensors: Mapping[str, Tensor], world_size: int) -> dict[str, Any]:
     """World size and mesh axes, those of the tensor that has most; for people to read."""
     meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
@@ -108,19 +79,3 @@ def layout_of(tensors: Mapping[str, Tensor], world_size: int) -> dict[str, Any]:
         names = mesh.mesh_dim_names or tuple(f"axis{i}" for i in range(mesh.ndim))
         axes = dict(zip(names, mesh.shape, strict=True))
     return {"world_size": world_size, "axes": axes}
-
-
-def _cuts(mesh_shape: Sequence[int], placements: Sequence[Placement]) -> list[tuple[int, int]]:
-    """(mesh axis, tensor dim) of every cut, in the order in which they are made."""
-    strided = [(a, p) for a, p in enumerate(placements) if isinstance(p, _StridedShard)]
-    later = {axis for axis, _ in strided}
-    plain = [
-        (a, p.dim) for a, p in enumerate(placements) if isinstance(p, Shard) and a not in later
-    ]
-    cuts = plain + [(axis, placement.dim) for axis, placement in reversed(strided)]
-    for axis, placement in strided:
-        num_shards = math.prod(
-            mesh_shape[a] for a, dim in cuts if a > axis and dim == placement.dim
-        )
-        assert placement.split_factor == num_shards, f"{placements} on {mesh_shape} hold no boxes"
-    return cuts

@@ -142,7 +142,7 @@ def _open_own(path: Path) -> Source:
     model = from_dict(manifest.state["model"], ModelConfig, where, "state.model")
 
     def read(name: str) -> Tensor:
-        return store.read_full(path, [name])[name]
+        return store.read_full(path, [name], manifest)[name]
 
     def fetch(name: str) -> Tensor:
         return read(f"model.{name}")

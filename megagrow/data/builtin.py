@@ -54,9 +54,7 @@ def documents(limit_bytes: int | None = None, root: str | Path | None = None) ->
         if text.strip():
             found.setdefault(text, Document(path, text))
     if not found:
-        raise DataError(
-            f"{root}: no Python source files; this interpreter comes without its library's source"
-        )
+        raise DataError(f"{root}: no Python source files; this interpreter comes without its library's source")
     kept = list(found.values())
     return kept if limit_bytes is None else _sample(kept, limit_bytes)
 
@@ -86,9 +84,7 @@ def build_corpus(output: str | Path, vocab_size: int, limit_bytes: int | None = 
     }
     if _is_complete(output, settings):
         return False
-    tokenizer = train_sentencepiece(
-        (file.text for file in parts["train"]), vocab_size, output / "tokenizer"
-    )
+    tokenizer = train_sentencepiece((file.text for file in parts["train"]), vocab_size, output / "tokenizer")
     for split, files in parts.items():
         write_texts(
             (file.text for file in files),

@@ -62,9 +62,7 @@ class PackedDataset:
             self._check_tokens(tokens_BS1, ids_B, self.vocab_size)
         return tokens_BS1
 
-    def _check_tokens(
-        self, tokens_BS1: NDArray[np.int64], ids_B: NDArray[np.int64], vocab_size: int
-    ) -> None:
+    def _check_tokens(self, tokens_BS1: NDArray[np.int64], ids_B: NDArray[np.int64], vocab_size: int) -> None:
         outside = (tokens_BS1 < 0) | (tokens_BS1 >= vocab_size)
         if outside.any():
             row, column = np.argwhere(outside)[0]

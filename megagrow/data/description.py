@@ -19,9 +19,7 @@ class Description(TypedDict):
     num_tokens: int
     split: str  # "train" or "validation"
     source: str  # where the text came from, in words
-    source_settings: NotRequired[
-        dict[str, str | int | None]
-    ]  # what a rebuild would need to be equal
+    source_settings: NotRequired[dict[str, str | int | None]]  # what a rebuild would need to be equal
 
 
 _RULES: dict[str, type | tuple[type, ...]] = {
@@ -54,9 +52,7 @@ def describe(prefix: str | Path) -> Description | None:
     try:
         fields = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: not valid JSON; remove it or preprocess the corpus again"
-        ) from error
+        raise DataError(f"{path}: not valid JSON; remove it or preprocess the corpus again") from error
     if not isinstance(fields, dict):
         raise DataError(f"{path}: must hold a JSON object, has {type(fields).__name__}")
     for name, kind in _RULES.items():

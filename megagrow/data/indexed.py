@@ -70,9 +70,7 @@ class IndexedDataset:
         self._index_path, self._tokens_path = index_path(prefix), tokens_path(prefix)
         index_bytes, num_token_bytes = self._open()
         self.dtype, num_sequences, num_boundaries = self._read_header(index_bytes)
-        self.lengths, self.pointers, self.document_indices = _index_arrays(
-            index_bytes, num_sequences, num_boundaries
-        )
+        self.lengths, self.pointers, self.document_indices = _index_arrays(index_bytes, num_sequences, num_boundaries)
         self._check_sequences(num_token_bytes)
         self._check_documents()
         self.tokens: NDArray[Any] = _map_file(self._tokens_path, self.dtype)
@@ -116,9 +114,7 @@ class IndexedDataset:
     def _open(self) -> tuple[NDArray[np.uint8], int]:
         for path in (self._index_path, self._tokens_path):
             if not path.is_file():
-                raise DataError(
-                    f"{path}: no such file; a dataset is named by its prefix, without .bin or .idx"
-                )
+                raise DataError(f"{path}: no such file; a dataset is named by its prefix, without .bin or .idx")
         index_bytes: NDArray[np.uint8] = _map_file(self._index_path, np.dtype(np.uint8))
         return index_bytes, self._tokens_path.stat().st_size
 
@@ -126,9 +122,7 @@ class IndexedDataset:
         path, size = self._index_path, len(index_bytes)
         if size < _HEADER.size:
             raise DataError(f"{path}: {size} bytes, shorter than the {_HEADER.size}-byte header")
-        magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(
-            index_bytes[: _HEADER.size].tobytes()
-        )
+        magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(index_bytes[: _HEADER.size].tobytes())
         if magic != _MAGIC:
             raise DataError(f"{path}: magic is {magic!r}, must be {_MAGIC!r}; not a Megatron index")
         if version != _VERSION:
@@ -155,10 +149,7 @@ class IndexedDataset:
             lengths = self.lengths[block : block + _BLOCK].astype(np.int64)
             if lengths.min() < 0:
                 bad = int(np.argmax(lengths < 0))
-                raise DataError(
-                    f"{path}: length of sequence {block + bad} is {lengths[bad]}, "
-                    "must not be negative"
-                )
+                raise DataError(f"{path}: length of sequence {block + bad} is {lengths[bad]}, must not be negative")
             ends = end + np.cumsum(lengths * itemsize)
             starts = ends - lengths * itemsize
             wrong = self.pointers[block : block + _BLOCK] != starts
@@ -184,8 +175,7 @@ class IndexedDataset:
             raise DataError(f"{path}: document_indices starts with {indices[0]}, must be 0")
         if indices[-1] != self.num_sequences:
             raise DataError(
-                f"{path}: document_indices ends with {indices[-1]}, "
-                f"must be sequence_count {self.num_sequences}"
+                f"{path}: document_indices ends with {indices[-1]}, must be sequence_count {self.num_sequences}"
             )
         for block in range(0, len(indices) - 1, _BLOCK):
             part = indices[block : block + _BLOCK + 1]

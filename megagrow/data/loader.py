@@ -20,9 +20,7 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int
     Sorts raw PCG64 words: numpy keeps bit generators and SeedSequence stable between versions,
     its shuffles not. `spawn_key` keeps (seed, epoch) pairs apart for seeds of any size.
     """
-    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(
-        num_samples
-    )
+    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(num_samples)
     return np.argsort(words, kind="stable")
 
 
@@ -92,9 +90,7 @@ class Stream:
         [:, :-1], labels [:, 1:]). Raises ConfigError when `world` does not divide `batch_size`.
         """
         if batch_size % world:
-            raise ConfigError(
-                f"global batch size {batch_size} is not divisible by the data-parallel size {world}"
-            )
+            raise ConfigError(f"global batch size {batch_size} is not divisible by the data-parallel size {world}")
         share = batch_size // world
         ids_B = self.order.ids(cursor + rank * share, share)
         return ids_B, torch.from_numpy(self.dataset.batch(ids_B))

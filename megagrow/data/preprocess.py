@@ -197,9 +197,7 @@ def _encode_in_processes(
     batches: Iterator[Batch], workers: int, arguments: tuple[str | Path, str, bool]
 ) -> Generator[_Encoded, None, None]:
     """Encoded batches in input order; at most a few per worker are in flight."""
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, arguments
-    )
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, arguments)
     pending: deque[Future[_Encoded]] = deque()
     try:
         for batch in batches:
@@ -209,9 +207,7 @@ def _encode_in_processes(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenizing process died (killed, or out of memory); use fewer workers"
-        ) from error
+        raise DataError("a tokenizing process died (killed, or out of memory); use fewer workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

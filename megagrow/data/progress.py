@@ -26,9 +26,7 @@ class Report(Protocol):
 
 
 @contextmanager
-def corpus_progress(
-    label: str, total_bytes: int, console: Console | None = None
-) -> Iterator[Report]:
+def corpus_progress(label: str, total_bytes: int, console: Console | None = None) -> Iterator[Report]:
     """Yields the function to call as the pass goes on; everything is written to stderr."""
     console = console or Console(stderr=True)
     started = time.monotonic()

@@ -45,9 +45,7 @@ def total_bytes(paths: Sequence[str | Path]) -> int:
     return sum(Path(path).stat().st_size for path in paths)
 
 
-def read_batches(
-    paths: Sequence[str | Path], max_record_bytes: int = _MAX_RECORD_BYTES
-) -> Iterator[Batch]:
+def read_batches(paths: Sequence[str | Path], max_record_bytes: int = _MAX_RECORD_BYTES) -> Iterator[Batch]:
     """The records of `paths` in order. Names decide: `.jsonl`, `.ndjson`, `.json` hold one JSON
     object per line, anything else is one document; `.gz` and `.zst` are decompressed.
 
@@ -151,9 +149,7 @@ def _zstandard(path: Path) -> ModuleType:
     try:
         return importlib.import_module("zstandard")
     except ImportError as error:
-        raise DataError(
-            f"{path}: reading .zst needs one more package: pip install zstandard"
-        ) from error
+        raise DataError(f"{path}: reading .zst needs one more package: pip install zstandard") from error
 
 
 class _ZstandardReader(io.RawIOBase):

@@ -53,10 +53,12 @@ def to_hugging_face(model: bytes, where: str) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(_model(spec, where))
     tokenizer.normalizer = _normalizer(spec)
     tokenizer.decoder = _decoder(spec)
-    tokenizer.add_special_tokens([_added(piece, special=True) for piece in _special(spec)])
-    tokenizer.add_tokens([_added(p) for p, _, kind in spec.pieces if kind == _USER_DEFINED])
-    user_defined = [p.replace(_SPACE, " ") for p, _, kind in spec.pieces if kind == _USER_DEFINED]
-    _check_equal(model, tokenizer, [*_PROBES, *(f"x{p}y {p}" for p in user_defined)], where)
+    control = [piece for piece, _, kind in spec.pieces if kind == _CONTROL]
+    symbols = [piece for piece, _, kind in spec.pieces if kind == _USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in control])
+    tokenizer.add_tokens([AddedToken(piece, normalized=True) for piece in symbols])
+    probes = [f"x{piece}y {piece}".replace(_SPACE, " ") for piece in symbols]
+    _check_equal(model, tokenizer, [*_PROBES, *probes], where)
     return tokenizer
 
 
@@ -109,25 +111,11 @@ def _decoder(spec: _Model) -> decoders.Decoder:
     return decoders.Sequence(steps)
 
 
-def _special(spec: _Model) -> list[str]:
-    """Control pieces; with byte fallback nothing is unknown, so "<unk>" stays text, as it was."""
-    kinds = (_CONTROL,) if spec.byte_fallback else (_CONTROL, _UNKNOWN)
-    return [piece for piece, _, kind in spec.pieces if kind in kinds]
-
-
-def _added(piece: str, special: bool = False) -> AddedToken:
-    return AddedToken(piece, special=special, normalized=not special)
-
-
-def _check_equal(
-    model: bytes, tokenizer: tokenizers.Tokenizer, probes: list[str], where: str
-) -> None:
+def _check_equal(model: bytes, tokenizer: tokenizers.Tokenizer, probes: list[str], where: str) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     for probe in probes:
         if tokenizer.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
-            raise DataError(
-                f"{where}: has no Hugging Face equivalent, the ids of {probe[:20]!r} would differ"
-            )
+            raise DataError(f"{where}: has no Hugging Face equivalent, the ids of {probe[:20]!r} would differ")
 
 
 def _parse(model: bytes) -> _Model:

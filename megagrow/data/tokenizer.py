@@ -69,9 +69,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return HuggingFaceTokenizer(path)
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
-    raise DataError(
-        f"{path}: not a tokenizer by its name; give a *.model, a tokenizer.json or `byte`"
-    )
+    raise DataError(f"{path}: not a tokenizer by its name; give a *.model, a tokenizer.json or `byte`")
 
 
 class SentencePieceTokenizer:
@@ -191,9 +189,7 @@ class ByteTokenizer:
     def save(self, folder: str | Path) -> None:
         vocab = {character: byte for byte, character in enumerate(_byte_characters())}
         fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-        fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-            add_prefix_space=False, use_regex=False
-        )
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         fast.decoder = tokenizers.decoders.ByteLevel()
         fast.add_special_tokens([END_OF_DOCUMENT])
         _save_hugging_face(Path(folder), fast, END_OF_DOCUMENT)

@@ -9,9 +9,9 @@ Which map acts on a dim, and in which form, follows from the parameter's role:
     final norm of a tied model                 I    (the shared matrix cannot both write and read: the norm before the
                                                      head takes the head's scale)
 
-For gradients the two forms change places: a gradient is shared among the n copies of what writes an axis, because the
-readers divide by n, and comes whole to every copy of what reads it. So W' = R(W)/n_in and grad' = R(grad)/n_out, R being
-plain replication.
+For gradients the two forms change places: a gradient is shared among the n copies of what writes an axis, because
+readers divide by n, and comes whole to every copy of what reads it. So W' = R(W)/n_in and grad' = R(grad)/n_out, where
+R is plain replication.
 """
 
 # Shape suffix legend: R, C = rows and columns of the box; O, I = rows and columns of the source matrix.

@@ -17,7 +17,6 @@ from megagrow.metrics import clear_exit, write_exit
 from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
 from megagrow.train.trainer import Trainer
 
-
 SHARED_ERROR_SECONDS = 3.0
 
 

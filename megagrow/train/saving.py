@@ -23,9 +23,6 @@ FIXED_FIELDS = ("train.global_batch_size", "train.seed", "train.steps", "train.p
 def save(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Path:
     """Commits a checkpoint of the run as it stands; a collective."""
     root = Path(config.run.dir) / CHECKPOINTS
-    path = root / f"step-{state.step}"
-    if path.exists():  # the step at which the run was resumed
-        return path
     state.optimizer = learner.state()
     return store.save(
         root,

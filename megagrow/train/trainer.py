@@ -41,6 +41,7 @@ class Trainer:
         self.dataset = open_dataset(config.data.train, config.model, config)
         self.stream = Stream(self.dataset, SampleOrder(self.dataset.num_samples, config.data.seed))
         self.evaluator = make_evaluator(config)
+        self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
         self.learner, self.state = self._resume() or self._begin()
         self.salt = SaltStage(config, mesh, self.dataset, self.state, self.progress.message)
@@ -60,6 +61,7 @@ class Trainer:
                 continue
             growing.after_load(learner, state)
             self.progress.message(f"resuming from {path}")
+            self.saved_step = state.step
             return learner, state
         if problem is not None:
             raise problem
@@ -253,7 +255,9 @@ class Trainer:
         self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
 
     def _save(self) -> None:
-        saving.save(self.learner, self.state, self.config, self.mesh)
+        if self.state.step != self.saved_step:
+            saving.save(self.learner, self.state, self.config, self.mesh)
+            self.saved_step = self.state.step
         if self.mesh.is_main:
             self.state.ledger.save(self.dir / "ledger.json")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from megagrow.checkpoint.shards import local_box
+from megagrow.parallel.shards import local_box
 
 SIZES = [1, 2, 5, 7, 8, 13, 16, 27, 101]
 

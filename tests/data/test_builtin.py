@@ -9,7 +9,7 @@ from megagrow.data import builtin
 from megagrow.data.builtin import build_corpus, documents, split_by_file
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedDataset
-from megagrow.data.tokenizer import load_tokenizer
+from megagrow.data.tokenizer import load_tokenizer, train_sentencepiece
 from megagrow.errors import ConfigError, DataError
 
 
@@ -99,6 +99,8 @@ def test_building_again_touches_nothing_and_repairs_what_is_broken(tmp_path: Pat
         assert build_corpus(tmp_path, vocab_size=400, limit_bytes=100_000)
         after = contents(tmp_path)
         assert {n: c for n, (c, _) in after.items()} == {n: c for n, (c, _) in before.items()}
+    train_sentencepiece(["other text " * 50], 270, tmp_path / "tokenizer")
+    assert build_corpus(tmp_path, vocab_size=400, limit_bytes=100_000)  # token files of another
     assert build_corpus(tmp_path, vocab_size=410, limit_bytes=100_000)
     assert build_corpus(tmp_path, vocab_size=410, limit_bytes=110_000)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagrow.data.builtin import Document
-from megagrow.data.sentencepiece_export import to_hugging_face
+from megagrow.data.sentencepiece_export import _merges, _Model, to_hugging_face
 from megagrow.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -179,12 +179,20 @@ FOREIGN = {
 FOREIGN["llama 2"]["remove_extra_whitespaces"] = False
 
 
+def test_merges_go_by_score_not_by_id() -> None:
+    """Vocabularies that were extended by hand are not sorted; merging "abc" shows the order."""
+    pieces = [("<unk>", 0.0, 2), ("a", -9.0, 1), ("b", -9.0, 1), ("c", -9.0, 1)]
+    pieces += [("ab", -5.0, 1), ("bc", -1.0, 1), ("abc", -3.0, 1)]
+    spec = _Model(pieces, 2, True, 0, b"", False, False)
+    assert _merges(spec) == [("b", "c"), ("a", "bc"), ("ab", "c"), ("a", "b")]
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_models_export_with_the_same_ids(library: list[Document], name: str) -> None:
     model = foreign_model(library, model_type="bpe", vocab_size=600, **FOREIGN[name])
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     fast = to_hugging_face(model, "foreign.model")
-    texts = [*(file.text for file in library), "a<sep> b", "  x  y  ", "ﬁne ½ Ａ"]
+    texts = [*(file.text for file in library), "a<sep> b", "<unk>", "  x  y  ", "ﬁne ½ Ａ"]
     for text in texts:
         assert fast.encode(text, add_special_tokens=False).ids == processor.encode(text)
 

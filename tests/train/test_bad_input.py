@@ -171,7 +171,8 @@ def test_unusable_run_directory(corpus: Path, tmp_path: Path, capfd: pytest.Capt
 
 def test_unknown_option(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart_small", "--optim.lrr", "1"]) == 2
-    assert capfd.readouterr().err == "megagrow: error: command line: unknown option --optim.lrr; did you mean optim.lr?\n"
+    expected = "megagrow: error: command line: unknown option --optim.lrr; did you mean optim.lr?\n"
+    assert capfd.readouterr().err == expected
 
 
 def test_data_config_is_checked_before_anything_is_built() -> None:

@@ -1,4 +1,4 @@
-"""Whole runs: resuming is exact, bad steps never reach the weights, stops are saved, every layout resumes every other."""
+"""Whole runs: resuming is exact, bad steps never reach the weights, stops are saved, layouts resume each other."""
 
 import dataclasses
 import json
