@@ -42,7 +42,7 @@ faults: setup ## kill the quickstart at random moments and compare reports (twen
 	$(bin)/python -m pytest --timeout 3600 -s tests/faults/kill_quickstart.py
 
 bench: setup ## the benchmarks; results in benchmarks/results
-	set -e; for file in benchmarks/*.py; do $(bin)/python $$file; done
+	set -e; for file in $(filter-out benchmarks/results_file.py,$(wildcard benchmarks/*.py)); do $(bin)/python $$file; done
 
 kernels: setup ## the tests of the kernels: compiled where there is a GPU, else interpreted
 	$(bin)/python -m pytest tests/kernels

@@ -16,13 +16,13 @@ class ConfigError(MegagrowError):
     exit_code = 2
 
 
-class DataError(MegagrowError):
+class DataError(MegagrowError, ValueError):
     """A dataset, corpus, tokenizer or score file is missing, malformed or does not fit the model."""
 
     exit_code = 3
 
 
-class CheckpointError(MegagrowError):
+class CheckpointError(MegagrowError, ValueError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
     exit_code = 4

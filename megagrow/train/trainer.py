@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import torch
+
 from megagrow import flops
 from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_fits, open_source
 from megagrow.config import Config, ModelConfig, check_growable, to_dict
@@ -226,7 +228,7 @@ class Trainer:
                 lr=result.lr,
                 grad_norm=result.grad_norm,
                 tokens_per_second=rate,
-                mfu=None,
+                mfu=self._mfu(rate),
                 flops_total=own["flops"],
                 seconds_total=own["seconds"],
                 validation_loss=validation,
@@ -239,6 +241,15 @@ class Trainer:
         self.progress.update(
             done, phase=phase, loss=result.loss, lr=result.lr, tokens_per_second=rate, total_steps=total
         )
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs over the devices' peak; None where the peak is not known (CPUs, fp32)."""
+        if self.mesh.device.type != "cuda":
+            return None
+        peak = flops.peak_flops_per_second(torch.cuda.get_device_name(), self.config.train.precision)
+        model = self.learner.part.model.config
+        per_token = flops.training_flops(model, 1, self.config.data.seq_length)
+        return None if peak is None else tokens_per_second * per_token / (peak * self.mesh.world.size)
 
     def _roll_back(self, result: StepResult) -> None:
         """Returns to the last checkpoint and goes on with the data after the bad stretch; the second time it stops."""

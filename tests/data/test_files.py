@@ -32,7 +32,7 @@ def test_a_failure_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.M
 
 def test_errors_name_the_file_that_failed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="absent: No such file"), os_errors_as_data_errors("corpus"):
-        open(tmp_path / "absent")
+        (tmp_path / "absent").read_bytes()
     with pytest.raises(DataError, match="corpus: ConnectionError"):  # noqa: SIM117
         with os_errors_as_data_errors("corpus"):
             raise ConnectionError

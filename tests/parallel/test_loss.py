@@ -344,3 +344,17 @@ def test_scores_from_hidden_states_agree_in_double_precision() -> None:
 def score_hidden(p: Problem, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     tp = tp_axis()
     return token_scores(p.hidden_TH, p.head_VH[chunk(VOCAB, tp)], labels_T, VOCAB, tp)
+
+
+def loss_and_nll(p: Problem) -> tuple[Tensor, Tensor]:
+    return evaluate(p, LossOptions(1 / 3), tp_axis()).loss, score_hidden(p, p.labels_T)[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("row", [0, 20])
+def test_a_damaged_row_of_the_head_shows_on_every_rank(world: int, row: int) -> None:
+    """Maxima and integers forget NaN, but one shard with NaN must not give a loss that looks good."""
+    p = problem()
+    p.head_VH[row] = torch.nan
+    for loss, nll_T in run_ranks(loss_and_nll, world, p):
+        assert loss.isnan() and not nll_T.isfinite().any()

@@ -1,0 +1,57 @@
+"""Where benchmarks put what they have measured: benchmarks/results/NAME.json, and the same rows as a table."""
+
+import datetime
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        name: what was measured.
+        value: the figure.
+        unit: its unit.
+        bound: what it must keep to, in words; None for a figure that only informs.
+        holds: whether it does; None without a bound.
+    """
+
+    name: str
+    value: float
+    unit: str
+    bound: str | None = None
+    holds: bool | None = None
+
+
+def write(name: str, rows: list[Row]) -> Path:
+    """Writes the rows with machine, commit and date, and prints them."""
+    path = FOLDER / f"{name}.json"
+    content = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    table = Table("what", "value", "unit", "bound", "holds", title=name)
+    for row in rows:
+        holds = "" if row.holds is None else str(row.holds)
+        table.add_row(row.name, f"{row.value:.4g}", row.unit, row.bound or "", holds)
+    Console().print(table)
+    return path
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER)
+    return found.stdout.strip() or "unknown"
