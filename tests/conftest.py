@@ -18,9 +18,6 @@ import torch  # noqa: E402
 from tests import ranks  # noqa: E402
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Read when a kernel is decorated, so before any is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")

@@ -271,6 +271,7 @@ def _init_process_group(rank: int, call: Call) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=call.world_size, timeout=timeout
     )
+    dist.barrier()
 
 
 def _torchrun_environ(rank: int, world_size: int) -> dict[str, str]:

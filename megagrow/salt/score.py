@@ -234,8 +234,9 @@ def _score_shards(
 ) -> None:
     mesh = shards.mesh
     worker, num_workers = mesh.pp.rank * mesh.dp.size + mesh.dp.rank, mesh.pp.size * mesh.dp.size
-    report = _reporter(progress, shards, pending, num_workers)
-    for shard in pending[worker::num_workers]:
+    mine = pending[worker::num_workers]
+    report = _reporter(progress, shards, pending, mine)
+    for shard in mine:
         start = time.monotonic()
         arrays = _score_shard(model, dataset, shards, shard, source, report)
         if mesh.tp.is_first:
@@ -277,11 +278,9 @@ def _token_scores(model: Transformer, tokens_BS1: Tensor, mesh: Mesh) -> tuple[T
     return nll_T.view_as(labels_BS), rank_T.view_as(labels_BS)
 
 
-def _reporter(
-    progress: Progress | None, shards: _Shards, pending: list[int], num_workers: int
-) -> Callable[[int], None]:
+def _reporter(progress: Progress | None, shards: _Shards, pending: list[int], mine: list[int]) -> Callable[[int], None]:
     """Takes the number of samples just scored here, and reports as if the others kept pace."""
-    todo = sum(len(shards.samples(i)) for i in pending)
+    todo, own_todo = (sum(len(shards.samples(i)) for i in part) for part in (pending, mine))
     begin, own = time.monotonic(), 0
 
     def report(num_samples: int) -> None:
@@ -289,7 +288,7 @@ def _reporter(
         own += num_samples
         if progress is None:
             return
-        scored = min(own * num_workers, todo)
+        scored = todo * own // own_todo
         speed = scored * shards.identity.seq_length / max(time.monotonic() - begin, 1e-9)
         done = shards.num_samples - todo + scored
         progress.update(done, phase="scoring", loss=None, tokens_per_second=speed)

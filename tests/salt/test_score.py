@@ -325,3 +325,23 @@ def test_progress_reaches_the_number_of_samples(tmp_path: Path, corpus: Path) ->
     assert recorder.steps == [12, 16, 20, 23]
     assert all(np.isfinite(recorder.speeds)) and min(recorder.speeds) > 0
     assert "small: loss" in recorder.messages[0]
+
+
+def progress_here(prefix: Path, output: Path) -> list[int]:
+    recorder, mesh = Recorder(), mesh_of()
+    score_corpus(
+        make_source(SMALL),
+        opened(prefix, SEQ_LENGTH),
+        output,
+        mesh,
+        SETTINGS,
+        progress=recorder if mesh.is_main else None,
+    )
+    return recorder.steps
+
+
+def test_progress_counts_what_the_other_ranks_do(tmp_path: Path, corpus: Path) -> None:
+    """Six shards on four ranks: the first two have two each, which end together."""
+    first, *others = run_ranks(progress_here, 4, corpus, tmp_path / "scores")
+    assert first == [11, 23]
+    assert others == [[], [], []]
