@@ -1,11 +1,15 @@
 """What the tools share: errors in one line, and the exit codes that stand for them."""
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from megagrow.errors import MegagrowError
+
+SHARED_ERROR_SECONDS = 3.0
 
 
 class Arguments(argparse.ArgumentParser):
@@ -20,6 +24,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except MegagrowError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # An error that all ranks share is told by the first; its end makes torchrun end us while we wait.
+            time.sleep(SHARED_ERROR_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -178,7 +178,7 @@ def load_maps(path: Path | str, device: torch.device | str = "cpu") -> Ligo:
             f"{path}: is no file of learned maps ({error}); give one that was saved after learning"
         ) from None
     source, target = (from_dict(model, ModelConfig, str(path)) for model in models)
-    dtype = next(iter(state.values())).dtype
+    dtype = next(iter(state.values()), torch.empty(0)).dtype
     ligo = Ligo(make_recipe("ligo", source, target), device=device, dtype=dtype)
     ligo.load_state_dict(state, str(path))
     return ligo

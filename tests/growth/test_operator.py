@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow.config import ModelConfig
 from megagrow.growth import maps
@@ -78,6 +79,27 @@ def test_scales_are_applied_once_in_float32_for_narrow_weights() -> None:
     box = (slice(0, target.ffn_size * 2), slice(0, target.hidden_size))
     found = grow_box(recipe, "layers.0.mlp.gate_up.weight", weight, box).bfloat16()
     assert torch.equal(found, (weight.float() / 3).bfloat16().repeat_interleave(3, dim=1))
+
+
+def test_narrow_weights_meet_learned_maps_in_their_dtype() -> None:
+    source, target = models.LLAMA, widened(models.LLAMA, hidden=3)
+    recipe = Ligo(make_recipe("ligo", source, target), noise=0.3).recipe()
+    name, whole = "head.weight", (slice(0, target.vocab_size), slice(0, target.hidden_size))
+    weight = torch.randn(source.vocab_size, source.hidden_size).bfloat16()
+    found, expected = (grow_box(recipe, name, w, whole) for w in (weight, weight.float()))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 24), (40, 2), (3, 24), (1, 1), (20, 12)])
+def test_dense_boxes_take_the_cheaper_of_the_two_orders(rows: int, columns: int) -> None:
+    source = dataclasses.replace(models.GPT2, num_layers=1)  # mlp.up is [10, 12]
+    recipe = Ligo(make_recipe("ligo", source, widened(source, hidden=2, ffn=4))).recipe()
+    weight = torch.randn(source.ffn_size, source.hidden_size)
+    with FlopCounterMode(display=False) as counter:
+        grow_box(recipe, "layers.0.mlp.up.weight", weight, (slice(0, rows), slice(0, columns)))
+    rows_first = 2 * (rows * 10 * 12 + rows * 12 * columns)
+    columns_first = 2 * (10 * 12 * columns + rows * 10 * columns)
+    assert counter.get_total_flops() == min(rows_first, columns_first)
 
 
 def test_fused_rows_stay_with_their_part() -> None:
