@@ -38,9 +38,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 MAX_RANKS = 8
 GRACE_SECONDS = 1.0  # what the other ranks get to answer in, once one of them has failed
 STACK_SECONDS = 0.5  # what ranks that hang get to write their stacks in
-GLOO_SECONDS = (
-    60.0  # how much later than our deadline gloo's own comes, so that ours names the ranks
-)
+GLOO_SECONDS = 60.0  # how much later than our deadline gloo's own comes, so that ours names the ranks
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PRELOAD = ["checkpoint", "fsdp", "pipelining", "tensor"]
 
@@ -85,9 +83,7 @@ class Worker:
 _pool: list[Worker] = []
 
 
-def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, **kwargs: Any
-) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
     """Runs `fn(*args, **kwargs)` in the ranks of a gloo process group; returns its results by rank.
 
     `fn` is a module-level function; arguments and results are plain data and CPU tensors. The
@@ -148,9 +144,7 @@ def _grow_pool(world_size: int) -> None:
     while len(_pool) < world_size:
         rank = len(_pool)
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(rank, theirs), name=f"rank{rank}", daemon=True
-        )
+        process = context.Process(target=_serve, args=(rank, theirs), name=f"rank{rank}", daemon=True)
         with mock.patch.dict(os.environ, ONE_THREAD):
             process.start()
         theirs.close()
@@ -234,9 +228,7 @@ def _answer(rank: int, call: Call) -> bytes:
 def _failure(error: BaseException) -> bytes:
     trace, when = "".join(traceback.format_exception(error)), time.monotonic()
     try:
-        copy.copy(
-            error
-        )  # as unpickling will: fails where the class wants other arguments than its message
+        copy.copy(error)  # as unpickling will: fails where the class wants other arguments than its message
         return pickle.dumps(Failure(error, trace, when))
     except Exception:
         return pickle.dumps(Failure(RankError(f"{type(error).__name__}: {error}"), trace, when))
@@ -268,9 +260,9 @@ def _run(rank: int, call: Call) -> bytes:
 def _init_process_group(rank: int, call: Call) -> None:
     store = dist.FileStore(f"{call.folder}/store", call.world_size)
     timeout = timedelta(seconds=call.timeout + GLOO_SECONDS)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=call.world_size, timeout=timeout
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=call.world_size, timeout=timeout)
+    # Without this, a rank that fails at once destroys the group while another still connects, and
+    # then a later init hangs in both: 9 of 400 times (torch 2.13, two busy cores); with it 0 of 2400.
     dist.barrier()
 
 

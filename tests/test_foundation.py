@@ -69,9 +69,7 @@ class Block(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         if self.group is None:
             return x_BD + self.mlp(x_BD, self.w_in_FD, self.w_out_DF)
-        partial_BD = self.mlp(
-            CopyIn.apply(x_BD, self.group), self.w_in_FD.to_local(), self.w_out_DF.to_local()
-        )
+        partial_BD = self.mlp(CopyIn.apply(x_BD, self.group), self.w_in_FD.to_local(), self.w_out_DF.to_local())
         return x_BD + ReduceOut.apply(partial_BD, self.group)
 
     def mlp(self, x_BD: Tensor, w_in_QD: Tensor, w_out_DQ: Tensor) -> Tensor:
@@ -103,15 +101,10 @@ def build_stage(layers: range, tp: DeviceMesh, dp: DeviceMesh) -> nn.Sequential:
     return stage
 
 
-def run_schedule(
-    name: str, modules: dict[int, nn.Module], num_stages: int, mesh: DeviceMesh
-) -> list[Tensor]:
+def run_schedule(name: str, modules: dict[int, nn.Module], num_stages: int, mesh: DeviceMesh) -> list[Tensor]:
     """One step on this data rank's rows; returns the microbatches' losses on the last stage."""
     group, cpu = mesh["pp"].get_group(), torch.device("cpu")
-    stages = [
-        PipelineStage(module, stage, num_stages, cpu, group=group)
-        for stage, module in modules.items()
-    ]
+    stages = [PipelineStage(module, stage, num_stages, cpu, group=group) for stage, module in modules.items()]
     stage_or_stages = stages[0] if len(stages) == 1 else stages
     schedule = getattr(schedules, name)(stage_or_stages, NUM_MICROBATCHES, loss_fn=squared_error)
     x_BD, target_BD = (whole.chunk(DP)[mesh["dp"].get_local_rank()] for whole in batch())
@@ -164,8 +157,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         ("ScheduleDualPipeV", [[0, 3], [1, 2]]),
     ],
 )
-def test_shards_and_schedules_equal_one_process(
-    schedule_name: str, stage_ids: list[list[int]]
-) -> None:
+def test_shards_and_schedules_equal_one_process(schedule_name: str, stage_ids: list[list[int]]) -> None:
     errors = run_ranks(largest_error, PP * DP * TP, schedule_name, stage_ids)
     assert max(errors) < 1e-12

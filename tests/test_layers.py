@@ -174,9 +174,7 @@ def _local_names(tree: ast.Module) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Import):
             yield from ((name.asname, name.name) for name in node.names if name.asname)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from (
-                (name.asname or name.name, f"{node.module}.{name.name}") for name in node.names
-            )
+            yield from ((name.asname or name.name, f"{node.module}.{name.name}") for name in node.names)
 
 
 def _dotted(node: ast.expr, names: dict[str, str]) -> str:

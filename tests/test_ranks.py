@@ -120,9 +120,7 @@ def test_ranks_are_kept_alive_and_shared_by_world_sizes() -> None:
     assert run_ranks(process_id, 2) == four[:2]
 
 
-def test_ranks_see_what_torchrun_and_the_test_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_see_what_torchrun_and_the_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FROM_THE_TEST", "yes")
     for rank, seen in enumerate(run_ranks(surroundings, 2)):

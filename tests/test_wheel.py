@@ -60,9 +60,7 @@ def test_types_are_announced(installed: Path) -> None:
     assert (installed / "megagrow/py.typed").is_file()
 
 
-def test_the_installed_package_is_found_and_nothing_else_of_ours(
-    environment: Path, tmp_path: Path
-) -> None:
+def test_the_installed_package_is_found_and_nothing_else_of_ours(environment: Path, tmp_path: Path) -> None:
     code = (
         "import importlib.util as u, megagrow\n"
         "names = ['megagrow_kernels', 'kernels', 'tests', 'tools', 'launch', 'benchmarks']\n"

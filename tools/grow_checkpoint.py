@@ -2,39 +2,40 @@
 
     python tools/grow_checkpoint.py runs/small grown --target large.yaml --method clone
     torchrun --nproc-per-node 8 tools/grow_checkpoint.py SRC DST … --tensor 2
+    python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100 --lr 3e-3
 
-SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG
-is a preset, a YAML file or a Hugging Face config.json. `ligo` applies maps that were learned before
-(--maps). Weights keep their dtype.
-Exit codes: 0 done, 2 usage, or a target that the method cannot reach, 4 checkpoint.
+SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
+file or a Hugging Face config.json. `ligo` learns its maps on --data, or applies maps learned before (--maps). Weights keep
+their dtype. Exit codes: 0 done, 2 usage, or a target that the method cannot reach, 3 data, 4 checkpoint.
 """
 
+import argparse
 from pathlib import Path
 
-import torch
 from _command import Arguments, run
 
-from megagrow import command_line
-from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, read_json
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.config import ModelConfig, ParallelConfig, check_model, require
 from megagrow.growth.ligo import load_maps
 from megagrow.growth.methods import METHODS, Recipe, make_recipe
-from megagrow.growth.offline import grow_folder
-from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
+from megagrow.growth.offline import grow_folder, target_model
+from megagrow.metrics import Progress
+from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
+from megagrow.train.map_learning import MapLearning, learn_maps
 
 
 def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
-    recipe = choose_recipe(source, target, options.method, options.maps)
+    recipe = make_recipe(options.method, source.model, target)
     mesh = make_growth_mesh(target, options.tensor)
+    if options.method == "ligo":
+        recipe = learned_recipe(source, target, options, mesh)
     grow_folder(source, options.dst, recipe, mesh, options.optimizer)
     if mesh.is_main:
         show(options.dst, recipe)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_distributed()
 
 
 def show(path: Path, recipe: Recipe) -> None:
@@ -49,45 +50,44 @@ def parser() -> Arguments:
     parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument("--target", required=True, metavar="CONFIG", help="what to grow into")
     parser.add_argument("--method", required=True, choices=METHODS)
-    parser.add_argument("--maps", type=Path, metavar="FILE", help="learned maps, for ligo")
     parser.add_argument("--optimizer", choices=["exact", "reset"], default="exact")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")
+    ligo = parser.add_argument_group("ligo")
+    ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
+    ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
+    ligo.add_argument("--steps", type=int, default=100, help="learning steps")
+    ligo.add_argument("--lr", type=float, default=3e-3, help="of the maps")
+    ligo.add_argument("--seq-length", type=int, default=128)
+    ligo.add_argument("--batch-size", type=int, default=16, help="samples per step, over all ranks")
     return parser
 
 
-def target_model(name: str) -> ModelConfig:
-    """The model of a preset, an own file, or a Hugging Face config.json (or its folder)."""
-    path = Path(name) / CONFIG_FILE if Path(name).is_dir() else Path(name)
-    if path.suffix == ".json" and path.is_file() and "model_type" in read_json(path):
-        return model_config_from_hf(path)
-    return command_line.load(str(path)).model
-
-
-def choose_recipe(source: Source, target: ModelConfig, method: str, maps: Path | None) -> Recipe:
-    recipe = make_recipe(method, source.model, target)
-    if method != "ligo":
-        require(maps is None, f"--maps belongs to --method ligo, not {method}; leave one out")
-        return recipe
-    require(maps is not None, "--method ligo applies learned maps; name their file with --maps")
-    ligo = load_maps(maps)
-    models = (ligo.start.source, ligo.start.target)
+def learned_recipe(source: Source, target: ModelConfig, options: argparse.Namespace, mesh: Mesh) -> Recipe:
     require(
-        models == (source.model, target),
-        f"{maps} was learned for another pair of models; give maps of this growth, or learn some",
+        (options.maps is None) != (options.data is None),
+        "--method ligo learns its maps on --data PREFIX or applies learned ones from --maps FILE; give one of them",
+    )
+    if options.maps is None:
+        how = MapLearning(options.data, options.steps, options.lr, options.seq_length, options.batch_size)
+        with Progress(options.steps, enabled=mesh.is_main) as progress:
+            tell = lambda step, loss: progress.update(step, phase="ligo", loss=loss)  # noqa: E731
+            return learn_maps(source, target, how, mesh, tell).recipe()
+    ligo = load_maps(options.maps)
+    require(
+        (ligo.start.source, ligo.start.target) == (source.model, target),
+        f"{options.maps} was learned for another pair of models; give maps of this growth, or learn some with --data",
     )
     return ligo.recipe()
 
 
 def make_growth_mesh(target: ModelConfig, tensor: int) -> Mesh:
-    """The tensor axis as asked for; all other ranks share the rows."""
-    parallel = ParallelConfig(tensor=tensor)
     world = init_distributed()
     require(
-        world % tensor == 0,
+        tensor > 0 and world % tensor == 0,
         f"--tensor {tensor} does not divide the {world} launched ranks; start a multiple of it",
     )
-    check_model(target, parallel, "the target")
-    return make_mesh(parallel)
+    check_model(target, ParallelConfig(tensor=tensor), "the target")
+    return make_mesh(ParallelConfig(tensor=tensor))
 
 
 if __name__ == "__main__":

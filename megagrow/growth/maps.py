@@ -70,10 +70,6 @@ class LayerMap:
 
     index: tuple[int, ...]
 
-    def targets_of(self, source_layer: int) -> list[int]:
-        """The target layers that are copies of a source layer."""
-        return [k for k, j in enumerate(self.index) if j == source_layer]
-
 
 @dataclass(frozen=True, eq=False)
 class LayerMix:
@@ -86,7 +82,7 @@ def interleave(num_source: int, num_target: int) -> Tensor:
     """The unit that each target unit copies, replicas side by side: 0 0 1 1 2 2.
 
     Side by side rather than laid end to end, so that growing a contiguous shard gives the shard of what has grown. When
-    the sizes do not divide, the first units get the spare copies as evenly as can be.
+    the sizes do not divide, the spare copies are spread evenly.
     """
     return torch.arange(num_target) * num_source // num_target
 

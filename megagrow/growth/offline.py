@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow import __version__
+from megagrow import __version__, command_line
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.convert import TOKENIZER_FOLDER, token_ids_of, tokenizer_of
+from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, read_json
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.staged import StagedFolder, check_free
-from megagrow.config import Config, DataConfig, to_dict
+from megagrow.config import Config, DataConfig, ModelConfig, to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.growth.grow import Fetch, grow_into, grow_whole
 from megagrow.growth.methods import Recipe
@@ -141,3 +142,11 @@ def _provenance(source: Source, recipe: Recipe) -> dict[str, Any]:
         "model": to_dict(recipe.source),
     }
     return {"version": __version__, "grew_from": [grew_from], "token_ids": token_ids_of(source)}
+
+
+def target_model(name: str) -> ModelConfig:
+    """The model of a preset, an own file, or a Hugging Face config.json (or its folder)."""
+    path = Path(name) / CONFIG_FILE if Path(name).is_dir() else Path(name)
+    if path.suffix == ".json" and path.is_file() and "model_type" in read_json(path):
+        return model_config_from_hf(path)
+    return command_line.load(str(path)).model

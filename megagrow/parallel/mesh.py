@@ -80,6 +80,12 @@ def init_distributed(timeout: float = 600.0) -> int:
     return world_size
 
 
+def leave_distributed() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def make_mesh(parallel: ParallelConfig) -> Mesh:
     """Lays the initialised process group out as (pipeline, data, tensor), tensor varying fastest.
 

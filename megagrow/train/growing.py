@@ -8,6 +8,7 @@ between them.
 
 import gc
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from megagrow.checkpoint.source import Source
 from megagrow.config import Config
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
-from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo import Ligo, save_maps
 from megagrow.growth.methods import Recipe, make_recipe
 from megagrow.growth.moments import grow_multipliers, grow_optimizer
 from megagrow.optim import Multipliers, Optimizer
@@ -24,6 +25,8 @@ from megagrow.parallel.shards import fill
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
 from megagrow.train.state import RunState
+
+MAPS_FILE = "maps.safetensors"  # in the run directory; grow_checkpoint.py --maps applies it elsewhere
 
 
 def new_learner(part: Part, config: Config, source: Source | None = None) -> ModelLearner:
@@ -46,7 +49,7 @@ def learner_for(state: RunState, config: Config, mesh: Mesh) -> Learner:
     """The learner of a saved state, with tensors that wait to be loaded."""
     part = build_part(state.model, config, mesh)
     if state.phase == "ligo":
-        return _map_learner(part, config)
+        return map_learner(part, config)
     return ModelLearner(part, _restored_optimizer(part, config, state.optimizer), config)
 
 
@@ -62,7 +65,7 @@ def begin(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Lear
     assert isinstance(learner, ModelLearner)
     if config.growth.method == "ligo":
         state.phase = "ligo"
-        grown = _map_learner(learner.part, config)
+        grown = map_learner(learner.part, config)
         grown.generate()
         return grown
     grown_learner = _grow_copies(learner, config, mesh)
@@ -74,6 +77,8 @@ def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
     """Keeps what the maps generate as the target's weights and drops maps and source; moves the state on."""
     assert isinstance(learner, MapLearner)
     learner.generate()
+    if learner.part.mesh.is_main:
+        save_maps(learner.ligo, Path(config.run.dir) / MAPS_FILE)
     _complete(state, config)
     part = learner.part
     del learner
@@ -92,7 +97,8 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
     return ModelLearner(part, optimizer, config)
 
 
-def _map_learner(small: Part, config: Config) -> MapLearner:
+def map_learner(small: Part, config: Config) -> MapLearner:
+    """Prepares learning the maps from a frozen small model; `generate` must be called before the first step."""
     recipe, mesh = _recipe(small, config), small.mesh
     small.model.requires_grad_(False)
     ligo = Ligo(recipe, noise=config.growth.ligo_noise, seed=config.train.seed, device=mesh.device)

@@ -179,7 +179,7 @@ def test_command_applies_learned_maps(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ({}, 2, "--method ligo applies learned maps"),
+    ({}, 2, "--method ligo learns its maps on --data PREFIX or applies learned ones"),
     ({"--method": "stack"}, 2, "grows depth only"),
     ({"--method": "clone", "--tensor": 3}, 2, "--tensor 3 does not divide"),
     ({"--target": "nowhere.yaml"}, 2, "neither a preset nor a file"),

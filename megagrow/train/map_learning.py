@@ -1,0 +1,87 @@
+"""Learning LiGO's maps outside a run, for growing folders."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megagrow.checkpoint.source import Source, check_fits
+from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, check
+from megagrow.data.loader import SampleOrder, Stream
+from megagrow.errors import NonFiniteError
+from megagrow.evaluate import make_batch
+from megagrow.growth.ligo import Ligo
+from megagrow.optim import StepGuard
+from megagrow.parallel.mesh import Mesh
+from megagrow.train.growing import map_learner
+from megagrow.train.learner import map_lr
+from megagrow.train.part import build_part, load_part
+from megagrow.train.trainer import open_dataset
+
+
+@dataclass(frozen=True)
+class MapLearning:
+    """How maps are learned.
+
+    Attributes:
+        data: prefix of the training tokens.
+        steps, lr: of the maps' AdamW; the learning rate decays to zero.
+        seq_length, batch_size: of the samples, over all ranks.
+        seed: of the initial maps and the order of samples.
+    """
+
+    data: str
+    steps: int = 100
+    lr: float = 3e-3
+    seq_length: int = 128
+    batch_size: int = 16
+    seed: int = 1234
+
+
+def learn_maps(
+    source: Source, target: ModelConfig, how: MapLearning, mesh: Mesh, tell: Callable[[int, float], None]
+) -> Ligo:
+    """Learns the maps that grow `source` into `target` on the ordinary loss; a collective over the mesh.
+
+    Args:
+        source: the small model.
+        target: the large one.
+        how: data, steps and rates.
+        mesh: data and tensor axes; both models are sharded over them.
+        tell: called after each step with its number and loss.
+
+    Returns:
+        The learned maps, the same on every rank.
+
+    Raises:
+        ConfigError, DataError: settings or data that do not fit (see `config.check`, `source.check_source`).
+        NonFiniteError: the loss did not stay finite.
+    """
+    config = _config(source.model, target, how, mesh)
+    check(config, mesh.world.size)
+    dataset = open_dataset(how.data, source.model, config)
+    check_fits(source, dataset, mesh)
+    small = build_part(source.model, config, mesh)
+    load_part(small, source.fetch)
+    learner = map_learner(small, config)
+    learner.generate()
+    stream, guard = Stream(dataset, SampleOrder(dataset.num_samples, how.seed)), StepGuard()
+    for step in range(how.steps):
+        _, tokens = stream.batch(step * how.batch_size, how.batch_size, mesh.dp.rank, mesh.dp.size)
+        result = learner.step(make_batch(tokens, how.batch_size, mesh), map_lr(step, config), guard)
+        if not result.accepted:
+            raise NonFiniteError(f"the loss was {result.loss} at learning step {step + 1}; lower --lr")
+        tell(step + 1, result.loss)
+    return learner.ligo
+
+
+def _config(source: ModelConfig, target: ModelConfig, how: MapLearning, mesh: Mesh) -> Config:
+    growth = GrowthConfig(
+        method="ligo", source=source, at_step=1, optimizer="reset", ligo_steps=how.steps, ligo_lr=how.lr
+    )
+    return replace(
+        Config(),
+        model=target,
+        data=DataConfig(train=how.data, seq_length=how.seq_length, seed=how.seed),
+        parallel=ParallelConfig(tensor=mesh.tp.size),
+        train=TrainConfig(global_batch_size=how.batch_size, seed=how.seed),
+        growth=growth,
+    )

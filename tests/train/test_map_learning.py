@@ -1,0 +1,86 @@
+"""Tests megagrow/train/map_learning.py and the tool that uses it: LiGO from folder to folder."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagrow.checkpoint.source import check_fits, open_source
+from megagrow.config import GrowthConfig, InitConfig, ParallelConfig, dump
+from megagrow.data.dataset import PackedDataset
+from megagrow.errors import ConfigError
+from megagrow.growth.ligo import load_maps
+from megagrow.parallel.mesh import Mesh, make_mesh
+from megagrow.train import run
+from megagrow.train.map_learning import MapLearning, learn_maps
+from tests.ranks import run_ranks
+from tests.train.runs import LARGE, SMALL, make_config, make_corpus
+
+TOOL = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    assert run(make_config(corpus, directory, steps=60)) == 0
+    return directory
+
+
+def learn(source: Path, corpus: Path, steps: int, mesh: Mesh | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    losses: list[float] = []
+    how = MapLearning(str(corpus / "train"), steps, lr=1e-2, seq_length=16, batch_size=8)
+    ligo = learn_maps(open_source(source), LARGE, how, mesh or Mesh.single(), lambda _, loss: losses.append(loss))
+    return losses, ligo.state_dict()
+
+
+def learn_on_ranks(source: Path, corpus: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return learn(source, corpus, steps, make_mesh(ParallelConfig(tensor=2)))
+
+
+def test_learning_lowers_the_loss(trained: Path, corpus: Path) -> None:
+    losses, _ = learn(trained, corpus, steps=30)
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+
+
+def test_learning_on_shards_gives_the_same_maps(trained: Path, corpus: Path) -> None:
+    expected_losses, expected = learn(trained, corpus, steps=3)
+    for losses, maps in run_ranks(learn_on_ranks, 4, trained, corpus, 3):
+        assert losses == pytest.approx(expected_losses, abs=1e-5)
+        assert all(torch.allclose(maps[name], expected[name], atol=1e-5) for name in expected)
+
+
+def test_a_run_leaves_its_maps_for_other_growths(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    growth = GrowthConfig(method="ligo", optimizer="reset", ligo_steps=2)
+    init = InitConfig(from_=str(trained))
+    assert run(make_config(corpus, tmp_path, steps=1, model=LARGE, growth=growth, init=init)) == 0
+    assert load_maps(tmp_path / "maps.safetensors").start.target == LARGE
+
+
+def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target.json"
+    target.write_text(dump(make_config(corpus, tmp_path, model=LARGE)))
+    command = [sys.executable, str(TOOL), str(trained), str(tmp_path / "grown"), "--target", str(target)]
+    options = ["--method", "ligo", "--data", str(corpus / "train"), "--steps", "10", "--lr", "1e-2"]
+    options += ["--seq-length", "16", "--batch-size", "8"]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    grown = open_source(tmp_path / "grown")
+    assert grown.model == LARGE
+    held_out = PackedDataset(corpus / "validation", 16)
+    losses = [check_fits(source, held_out, Mesh.single()) for source in (open_source(trained), grown)]
+    assert losses[1] < losses[0] + 0.5
+    assert json.loads(target.read_text())["model"]["hidden_size"] == 32
+
+
+def test_a_target_that_the_mesh_cannot_hold_is_refused(trained: Path, corpus: Path) -> None:
+    how = MapLearning(str(corpus / "train"), steps=1, seq_length=16, batch_size=0)
+    with pytest.raises(ConfigError, match="global_batch_size=0"):
+        learn_maps(open_source(trained), dataclasses.replace(SMALL), how, Mesh.single(), lambda *_: None)
