@@ -9,10 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export CUDA_VISIBLE_DEVICES=   # two ranks need two GPUs or none: the same everywhere
 
 RUNS=runs/quickstart
 RANKS=2
-BUDGETS="200 400 700"   # steps of the large model from scratch; each budget has its own finished schedule
+BUDGETS="200 350 600"   # steps of the large model from scratch; each budget has its own finished schedule
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 [ -t 1 ] || say() { printf '\n%s\n' "$*"; }

@@ -24,7 +24,8 @@ def parse(arguments: list[str]) -> Config:
         return tyro.cli(Config, args=["--help"], prog="python -m megagrow PRESET_OR_FILE")
     base, rest = load(arguments[0]), arguments[1:]
     if "-h" not in rest and "--help" not in rest:
-        rest = _checked(rest)
+        rest = _checked(base, rest)
+        rest += _derived_again(base, rest[::2])
     kinds = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(Config, default=base, args=rest, prog=f"python -m megagrow {arguments[0]}", config=kinds)
 
@@ -47,7 +48,7 @@ def load(name: str) -> Config:
     return load_file(path)
 
 
-def _checked(arguments: list[str]) -> list[str]:
+def _checked(base: Config, arguments: list[str]) -> list[str]:
     """The arguments as tyro wants them, after each name and value has been looked at."""
     known, pending, checked = option_names(), list(arguments), list[str]()
     while pending:
@@ -55,11 +56,25 @@ def _checked(arguments: list[str]) -> list[str]:
         name = option.removeprefix("--").replace("-", "_")
         if not option.startswith("--") or name not in known:
             raise ConfigError(f"command line: unknown option {option}{nearest(name, known)}")
+        if name.startswith("growth.source") and (name == "growth.source" or base.growth.source is None):
+            raise ConfigError(f"command line: {option}: growth.source is a whole model; write it into a YAML file")
         if not has_value and not pending:
             raise ConfigError(f"command line: {option} needs a value")
         value = value if has_value else pending.pop(0)
         checked += [f"--{name}", _value(name, value)]
     return checked
+
+
+def _derived_again(base: Config, options: list[str]) -> list[str]:
+    """Options that let fields of the model follow others that were changed, where they followed them before."""
+    model, heads_changed = base.model, "--model.num_heads" in options
+    again: list[str] = []
+    if heads_changed and "--model.num_kv_heads" not in options and model.num_kv_heads == model.num_heads:
+        again += ["--model.num_kv_heads", "0"]
+    size_changed = heads_changed or "--model.hidden_size" in options
+    if size_changed and "--model.head_dim" not in options and model.head_dim * model.num_heads == model.hidden_size:
+        again += ["--model.head_dim", "0"]
+    return again
 
 
 def _value(name: str, value: str) -> str:

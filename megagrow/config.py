@@ -112,7 +112,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        require(self.eval_interval >= 0, f"train.eval_interval={self.eval_interval} must not be negative")
+        require_not_negative(self, "train", "microbatch_size", "eval_interval", "eval_batches", "threads")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class OptimConfig:
     spike_window: int = 128
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, f"optim.lr={self.lr} must not be negative")
+        require_not_negative(self, "optim", "lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "spike_sigma")
+        require(self.max_bad_steps > 0, f"optim.max_bad_steps={self.max_bad_steps} must be positive")
         require(
             0 <= self.decay_fraction <= 1,
             f"optim.decay_fraction={self.decay_fraction} must lie between 0 and 1",
@@ -154,6 +155,9 @@ class GrowthConfig:
     ligo_lr: float = 3e-3
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
 
+    def __post_init__(self) -> None:
+        require_not_negative(self, "growth", "at_step", "rewarmup_steps", "ligo_steps", "ligo_lr", "ligo_noise")
+
 
 @dataclass(frozen=True)
 class SaltConfig:
@@ -170,6 +174,7 @@ class SaltConfig:
     score: Literal["median_in_top_k", "median_zero", "mean_nll"] = "median_zero"
 
     def __post_init__(self) -> None:
+        require_not_negative(self, "salt", "steps")
         require(0 <= self.weight <= 1, f"salt.weight={self.weight} must lie between 0 and 1")
         require(self.temperature > 0, f"salt.temperature={self.temperature} must be positive")
         require(0 < self.keep_fraction <= 1, f"salt.keep_fraction={self.keep_fraction} must be in (0, 1]")
@@ -181,6 +186,9 @@ class CheckpointConfig:
 
     interval: int = 100  # steps; 0: only at the end
     keep_last: int = 2  # 0: all
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "checkpoint", "interval", "keep_last")
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,10 @@ class RunConfig:
     wandb: str = ""  # project name; empty: off
     debug: bool = False  # show tracebacks
     timeout: float = 600.0  # seconds that a collective may take
+
+    def __post_init__(self) -> None:
+        for name in ("log_interval", "timeout"):
+            require(getattr(self, name) > 0, f"run.{name}={getattr(self, name)} must be positive")
 
 
 @dataclass(frozen=True)
@@ -227,6 +239,12 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_not_negative(section: Any, title: str, *names: str) -> None:
+    """Raises ConfigError when one of these fields of a section is negative (or not a number)."""
+    for name in names:
+        require(getattr(section, name) >= 0, f"{title}.{name}={getattr(section, name)} must not be negative")
+
+
 def divisors(n: int, limit: int | None = None) -> str:
     """The divisors of n up to `limit` as English: "1, 2, 4 or 8"."""
     found = [str(d) for d in range(1, min(n, limit or n) + 1) if n % d == 0]
@@ -244,6 +262,11 @@ def check(config: Config, world_size: int) -> None:
     )
     for name, model in models(config):
         check_model(model, parallel, name)
+        require(
+            model.positions != "learned" or config.data.seq_length <= model.max_seq_length,
+            f"data.seq_length={config.data.seq_length} exceeds max_seq_length={model.max_seq_length} of {name}, "
+            "the rows of its position table; use shorter sequences or a longer table",
+        )
     data_parallel = world_size // block
     batch = train.global_batch_size
     require(
@@ -255,8 +278,7 @@ def check(config: Config, world_size: int) -> None:
     microbatch = microbatch_size(config, world_size)
     require(
         share % microbatch == 0,
-        f"train.microbatch_size={microbatch} does not divide a rank's share of {share} samples; "
-        f"use {divisors(share)}",
+        f"train.microbatch_size={microbatch} does not divide a rank's share of {share} samples; use {divisors(share)}",
     )
     require(
         share // microbatch >= parallel.pipeline,
@@ -302,13 +324,16 @@ def check_growth(config: Config) -> None:
         f"growth.method={growth.method} has nothing to grow; set --init.from CHECKPOINT or growth.source",
     )
     require(
-        (growth.source is None) == (growth.at_step == 0) or bool(config.init.from_),
-        f"growth.at_step={growth.at_step} needs growth.source, the model that is trained until then",
+        growth.source is None or not config.init.from_,
+        "growth.source and init.from both name the small model; leave one of them out",
+    )
+    require(
+        growth.source is None or growth.at_step > 0,
+        "growth.at_step=0 would grow growth.source before it has learned anything; set growth.at_step",
     )
     require(
         growth.at_step < config.train.steps,
-        f"growth.at_step={growth.at_step} is not before train.steps={config.train.steps}; "
-        "grow earlier or train longer",
+        f"growth.at_step={growth.at_step} is not before train.steps={config.train.steps}; grow earlier or train longer",
     )
     require(
         growth.method != "ligo" or growth.optimizer == "reset",
@@ -347,6 +372,10 @@ def check_salt(config: Config) -> None:
     require(
         not salt.teacher or salt.steps > 0,
         "salt.teacher is set but salt.steps=0, so that it would never teach; set salt.steps",
+    )
+    require(
+        not salt.scores or salt.steps > 0,
+        "salt.scores is set but salt.steps=0, so that nothing would be trained on the selection; set salt.steps",
     )
     require(
         bool(salt.teacher) or salt.steps == 0 or bool(salt.scores),

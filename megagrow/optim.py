@@ -51,7 +51,9 @@ class Optimizer:
             self._groups(), lr=torch.tensor(config.lr), betas=(config.beta1, config.beta2), fused=True
         )
         for view in self.views.values():
-            self.adamw.state[view] = {"step": torch.tensor(float(step)), **{m: torch.zeros_like(view) for m in MOMENTS}}
+            moments = {moment: torch.zeros_like(view) for moment in MOMENTS}
+            # The fused kernel reads the step where the parameter is: on the host, a GPU would fault.
+            self.adamw.state[view] = {"step": torch.tensor(float(step), device=view.device), **moments}
 
     def _groups(self) -> list[dict[str, Any]]:
         grouped: dict[tuple[Multipliers, bool], list[nn.Parameter]] = {}
@@ -186,6 +188,10 @@ class StepGuard:
         if good and config.spike_sigma:
             self.losses = [*self.losses, loss][-config.spike_window :]
         return good
+
+    def forget(self) -> None:
+        """Empties the window: what follows is another loss, of another model or another objective."""
+        self.losses = []
 
     def _is_spike(self, loss: float, config: OptimConfig) -> bool:
         if not config.spike_sigma or len(self.losses) < max(config.spike_window // 4, 2):

@@ -10,6 +10,7 @@ from megagrow import presets
 from megagrow.command_line import parse
 from megagrow.config import (
     Config,
+    DataConfig,
     GrowthConfig,
     InitConfig,
     ModelConfig,
@@ -78,7 +79,12 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         (["quickstart_small", "--train.step", "3"], ["--train.step", "did you mean train.steps?"]),
         (["quickstart_small", "--train.steps", "abc"], ["train.steps='abc'", "int"]),
         (["quickstart_small", "--train.steps"], ["--train.steps needs a value"]),
+        (["quickstart_small", "--growth.source.num-layers", "2"], ["growth.source is a whole model", "YAML"]),
         (["quickstart_small", "stray"], ["unknown option stray"]),
+        (["quickstart_small", "--optim.clip-norm", "-1"], ["optim.clip_norm=-1.0", "must not be negative"]),
+        (["quickstart_small", "--optim.max-bad-steps", "0"], ["optim.max_bad_steps=0", "positive"]),
+        (["quickstart_small", "--run.log-interval", "0"], ["run.log_interval=0", "positive"]),
+        (["quickstart_small", "--checkpoint.keep-last", "-1"], ["checkpoint.keep_last=-1", "must not be negative"]),
     ],
 )
 def test_bad_arguments_get_one_line(arguments: list[str], words: list[str]) -> None:
@@ -94,6 +100,14 @@ def test_options_override_single_fields() -> None:
     assert (config.train.steps, config.init.from_, config.run.debug, config.optim.lr) == (7, "2024", True, 1e-4)
     assert config.data.seq_length == 64
     assert config.model == presets.get("quickstart_small").model
+
+
+def test_derived_fields_follow_an_override() -> None:
+    model = parse(["quickstart_small", "--model.num-heads", "6"]).model
+    assert (model.num_heads, model.num_kv_heads, model.head_dim) == (6, 6, 16)
+    assert parse(["quickstart_small", "--model.hidden-size=192"]).model.head_dim == 64
+    model = parse(["quickstart_small", "--model.num-heads", "6", "--model.num-kv-heads", "2"]).model
+    assert (model.num_kv_heads, model.head_dim) == (2, 16)
 
 
 def test_every_field_is_an_option() -> None:
@@ -137,6 +151,22 @@ BAD_COMBINATIONS = [
         1,
         ["norm=layer_norm", "rms_norm", "keeps the kind of model"],
     ),
+    (
+        config_with(
+            model=SMALL, growth=GrowthConfig(method="clone", source=SMALL, at_step=5), init=InitConfig(from_="x")
+        ),
+        1,
+        ["growth.source", "init.from", "leave one"],
+    ),
+    (config_with(model=SMALL, growth=GrowthConfig(method="clone", source=SMALL)), 1, ["growth.at_step=0", "set"]),
+    (
+        config_with(
+            model=dataclasses.replace(SMALL, positions="learned", max_seq_length=64), data=DataConfig(seq_length=65)
+        ),
+        1,
+        ["data.seq_length=65", "max_seq_length=64 of model"],
+    ),
+    (config_with(salt=SaltConfig(scores="x")), 1, ["salt.scores", "salt.steps=0"]),
     (config_with(salt=SaltConfig(teacher="x")), 1, ["salt.steps=0", "set salt.steps"]),
     (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone or ligo"]),
 ]

@@ -5,8 +5,8 @@
     python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100 --lr 3e-3
 
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
-file or a Hugging Face config.json. `ligo` learns its maps on --data, or applies maps learned before (--maps). Weights keep
-their dtype. Exit codes: 0 done, 2 usage, or a target that the method cannot reach, 3 data, 4 checkpoint.
+file or a Hugging Face config.json. `ligo` learns its maps on --data, or applies maps learned before (--maps). Weights
+keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method cannot reach, 3 data, 4 checkpoint.
 """
 
 import argparse

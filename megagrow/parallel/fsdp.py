@@ -33,7 +33,11 @@ def materialize(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: to
 
 def _wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: torch.dtype | None) -> None:
     data_mesh = mesh.sub_mesh("dp")
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32 if dtype else None,
+        cast_forward_inputs=False,  # the tokens' weights in the loss are an input: rounded, they would scale it
+    )
     reshard = mesh.pp.size == 1
     for part in [*blocks, model]:
         module = fully_shard(part, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -64,6 +64,8 @@ class Embedding(nn.Module):
         table = local(self.tokens)
         if self.tp.size == 1:
             return F.embedding(ids_BS, table)
+        if table.shape[0] == 0:  # fewer rows than ranks have chunks; the sum keeps the gradient, which is empty too
+            return table.new_zeros(*ids_BS.shape, table.shape[1]) + table.sum()
         elsewhere_BS = (ids_BS < self.vocab.start) | (ids_BS >= self.vocab.stop)
         rows_BSH = F.embedding((ids_BS - self.vocab.start).masked_fill(elsewhere_BS, 0), table)
         return rows_BSH.masked_fill(elsewhere_BS.unsqueeze(-1), 0)

@@ -183,7 +183,8 @@ class _Loss(torch.autograd.Function):
         head = head_VH.to(hidden_TH.dtype)
         sums = torch.zeros(3, dtype=wide, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
-        grad_head = torch.zeros_like(head_VH) if needs_gradient else None
+        # Summed over many chunks, which the head's own dtype would round each time.
+        grad_head = torch.zeros_like(head_VH, dtype=wide) if needs_gradient else None
         for start in range(0, hidden_TH.shape[0], options.chunk_tokens):
             part = slice(start, start + options.chunk_tokens)
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megagrow.config import ParallelConfig
+from megagrow.config import ParallelConfig, require
+from megagrow.parallel.launcher import end_with_launcher
 
 AXES = ("pp", "dp", "tp")
 
@@ -73,6 +74,7 @@ def init_distributed(timeout: float = 600.0) -> int:
     Returns:
         The world size; 1 without torchrun.
     """
+    end_with_launcher()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
@@ -119,5 +121,11 @@ def _axis(device_mesh: DeviceMesh, name: str) -> Axis:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    require(
+        local_rank < num_devices,
+        f"local rank {local_rank} has no GPU, this host shows {num_devices}; start at most {num_devices} ranks on it, "
+        "or set CUDA_VISIBLE_DEVICES= to train on CPUs",
+    )
+    torch.cuda.set_device(local_rank)
     return torch.device("cuda", torch.cuda.current_device())

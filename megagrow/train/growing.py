@@ -121,4 +121,3 @@ def _restored_optimizer(part: Part, config: Config, saved: dict[str, Any]) -> Op
 
 def _complete(state: RunState, config: Config) -> None:
     state.phase, state.model, state.grown_at = "main", config.model, state.train_step
-

@@ -84,9 +84,7 @@ class MapLearner:
         config: the run's configuration.
     """
 
-    def __init__(
-        self, small: Part, part: Part, ligo: Ligo, fetch: Callable[[str], Tensor], config: Config
-    ) -> None:
+    def __init__(self, small: Part, part: Part, ligo: Ligo, fetch: Callable[[str], Tensor], config: Config) -> None:
         self.small, self.part, self.ligo, self.fetch, self.config = small, part, ligo, fetch, config
         optim = config.optim
         self.adamw = torch.optim.AdamW(
@@ -150,4 +148,3 @@ def map_lr(step: int, config: Config) -> float:
     """Learning rate of LiGO's maps at a learning step: linear decay to zero, so that the last maps are settled."""
     growth = config.growth
     return growth.ligo_lr * (1 - step / max(growth.ligo_steps, 1))
-

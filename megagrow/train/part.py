@@ -38,7 +38,7 @@ class Part:
 
 def build_part(model: ModelConfig, config: Config, mesh: Mesh) -> Part:
     """Builds a model on the meta device, shards it, and allocates this rank's pieces, uninitialised."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+    dtype = compute_dtype(config)
     with torch.device("meta"):
         stage = Transformer(model, mesh, dtype)
     materialize(stage, list(stage.layers.values()), mesh, dtype)
@@ -51,6 +51,11 @@ def build_part(model: ModelConfig, config: Config, mesh: Mesh) -> Part:
         requires_grad=True,
     )
     return Part(stage, Engine(stage, mesh, share // samples, activation_MSH), mesh)
+
+
+def compute_dtype(config: Config) -> torch.dtype | None:
+    """The dtype of activations; None: that of the parameters."""
+    return torch.bfloat16 if config.train.precision == "bf16" else None
 
 
 def initialize_part(part: Part, seed: int) -> None:

@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 from megagrow.config import Config, check, dump
 from megagrow.data.files import write_atomically
-from megagrow.errors import ConfigError, MegagrowError
-from megagrow.metrics import clear_exit, write_exit
+from megagrow.errors import ConfigError, MegagrowError, Preempted
+from megagrow.metrics import clear_exit, read_exit, write_exit
 from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
 from megagrow.train.trainer import Trainer
 
 SHARED_ERROR_SECONDS = 3.0
+AGREED_CODES = (0, Preempted.exit_code)  # ends that all ranks reach together
 
 
 def run(config: Config) -> int:
@@ -28,7 +29,8 @@ def run(config: Config) -> int:
     """
     rank, directory = int(os.environ.get("RANK", "0")), Path(config.run.dir)
     trainer: Trainer | None = None
-    code, reason = 0, "done"
+    mesh: Mesh | None = None
+    code, reason = 1, "interrupted"  # what holds when ctrl-C comes before the loop, which would save
     try:
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
         mesh = _prepare(config)
@@ -36,6 +38,7 @@ def run(config: Config) -> int:
         if mesh.is_main:
             write_atomically(directory / "config.json", dump(config).encode())
         trainer.run()
+        code, reason = 0, "done"
     except MegagrowError as error:
         code, reason = error.exit_code, str(error)
         _show(error, rank, config.run.debug)
@@ -43,7 +46,13 @@ def run(config: Config) -> int:
         code, reason = 1, f"{type(error).__name__}: {error}"
         _show(error, rank, debug=True)
     finally:
-        _finish(directory, code, reason, trainer, rank)
+        # A rank that fails because another one has left must not cover what that one wrote since `_prepare`.
+        told = code == 1 and mesh is not None and mesh.world.size > 1 and read_exit(directory) is not None
+        if directory.is_dir() and (rank == 0 or code) and not told:
+            write_exit(directory, code, reason, trainer.state.step if trainer else 0, rank, socket.gethostname())
+        # After anything else ranks may still wait for each other, and leaving in order could hang.
+        if dist.is_initialized() and code in AGREED_CODES:
+            dist.destroy_process_group()
     return code
 
 
@@ -75,11 +84,3 @@ def _show(error: Exception, rank: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     print(f"megagrow: error: {error}", file=sys.stderr, flush=True)
-
-
-def _finish(directory: Path, code: int, reason: str, trainer: Trainer | None, rank: int) -> None:
-    step = trainer.state.step if trainer else 0
-    if directory.is_dir() and (rank == 0 or code):
-        write_exit(directory, code, reason, step, rank, socket.gethostname())
-    if dist.is_initialized() and code != 1:
-        dist.destroy_process_group()

@@ -7,16 +7,18 @@ from pathlib import Path
 from torch import Tensor
 
 from megagrow import flops
-from megagrow.checkpoint.source import Source, check_fits, open_source
+from megagrow.checkpoint.source import Source, check_source, open_source
 from megagrow.config import Config
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.loader import SampleOrder, Stream
+from megagrow.errors import CheckpointError
 from megagrow.ledger import Ledger, Phase
 from megagrow.parallel.mesh import Mesh
 from megagrow.salt.score import read_scores
 from megagrow.salt.select import select
 from megagrow.salt.teacher import Teacher, check_teacher
 from megagrow.train.learner import Learner
+from megagrow.train.part import compute_dtype
 from megagrow.train.state import RunState
 
 
@@ -78,10 +80,20 @@ class SaltStage:
     def _load_teacher(self) -> Teacher:
         config, source = self.config, self.source
         assert source is not None, "only a configured teacher is loaded"
-        loss = check_fits(source, self.dataset, self.mesh, config.init.skip_source_check)
-        self.state.ledger.inherit("teacher", source.identity, ledger_of(source, config))
+        teacher = Teacher(source, self.mesh, config.salt, config.model, compute_dtype(config))
+        loss = check_source(teacher.model, self.dataset, self.mesh, str(source.path), config.init.skip_source_check)
+        self._inherit("teacher", source.identity, ledger_of(source, config), str(source.path))
         self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {loss:.3f})")
-        return Teacher(source, self.mesh, config.salt, config.model)
+        return teacher
+
+    def _inherit(self, label: str, identity: str, ledger: Ledger, path: str) -> None:
+        """Enters a cost into the run's ledger; a resumed run must find what it began with."""
+        known = {item.identity for item in self.state.ledger.inherited if item.label == label}
+        if known - {identity}:
+            raise CheckpointError(
+                f"{path}: salt.{label} has changed since this run began; restore what it was, or use another --run.dir"
+            )
+        self.state.ledger.inherit(label, identity, ledger)
 
     def _selected_stream(self) -> Stream:
         salt = self.config.salt
@@ -89,7 +101,7 @@ class SaltStage:
         ids = select(scores, salt.score, salt.keep_fraction)
         cost = scores.cost
         scoring = Ledger(phases=[Phase("scoring", tokens=cost.tokens, flops=cost.flops, seconds=cost.seconds)])
-        self.state.ledger.inherit("scores", scores.sha256, scoring)
+        self._inherit("scores", scores.sha256, scoring, salt.scores)
         # Whoever scored was trained; where it is the source or the teacher too, their known ledger counts instead.
         self.state.ledger.inherit("scorer", scores.identity.model, Ledger.outside())
         self.tell(f"stage 1 trains on {len(ids):,} of {self.dataset.num_samples:,} samples, by {salt.score}")

@@ -1,6 +1,9 @@
 """The loop: which step comes next, and what follows each step."""
 
+import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -123,12 +126,24 @@ class Trainer:
         state, config = self.state, self.config
         if state.phase == "small" and state.train_step >= config.growth.at_step:
             before = self._validate(self.learner)
-            self.learner = growing.begin(self.learner, state, config, self.mesh)
+            with self._growing(state.model):
+                self.learner = growing.begin(self.learner, state, config, self.mesh)
             state.pending_event = {"loss_before": before, "loss_initial": self._validate(self.learner)}
         if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
-            self.learner = growing.finish(self.learner, state, config)
+            with self._growing(state.model):
+                self.learner = growing.finish(self.learner, state, config)
         if state.phase == "main" and state.pending_event is not None:
             self._record_growth()
+
+    @contextmanager
+    def _growing(self, source: ModelConfig) -> Iterator[None]:
+        """Charges the generation of the large model's weights; from here on losses are of another model."""
+        began, config, state = time.perf_counter(), self.config, self.state
+        yield
+        spent = flops.ligo_generation_flops(source, config.model) if config.growth.method == "ligo" else 0.0
+        seconds = time.perf_counter() - began
+        state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(config.model))
+        state.guard.forget()
 
     def _record_growth(self) -> None:
         state = self.state
@@ -143,10 +158,12 @@ class Trainer:
     def _step(self) -> None:
         began = time.perf_counter()
         state, config = self.state, self.config
-        salt_on = state.phase == "main" and is_stage_one(state.train_step - (state.grown_at or 0), config.salt)
+        step_in_phase = state.train_step - (state.grown_at or 0)
+        salt_on = state.phase == "main" and is_stage_one(step_in_phase, config.salt)
         self.salt.switch(salt_on, self.learner)
-        phase = {"small": "small" if config.growth.source else "train", "ligo": "ligo"}.get(state.phase)
-        phase = phase or ("salt" if salt_on else "train")
+        if state.phase == "main" and step_in_phase == config.salt.steps:
+            state.guard.forget()  # the mixed losses of stage 1 are no measure for those of stage 2
+        phase = state.phase if state.phase != "main" else "salt" if salt_on else "train"
         result = self._learn(salt_on)
         seconds = time.perf_counter() - began - self.salt.seconds
         self._count(phase, seconds)
@@ -255,11 +272,15 @@ class Trainer:
         """Returns to the last checkpoint and goes on with the data after the bad stretch; the second time it stops."""
         state = self.state
         what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
-        found = self._resume() if state.rolled_back_at < 0 else None
-        if found is None:
+        if state.rolled_back_at >= 0 or not saving.saved(self.config):
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
+        del self.learner  # two models need not fit
+        gc.collect()
+        found = self._resume()
+        assert found is not None, "a checkpoint was there"
         self.learner, restored = found
         restored.cursors, restored.rolled_back_at = dict(state.cursors), state.step
+        restored.tokens, restored.ledger.phases = state.tokens, state.ledger.phases  # thrown away, but spent
         self.state = restored
         self.salt.rejoin(restored)
         self.metrics.rewind(restored.step)
@@ -311,4 +332,3 @@ def first_difference(old: ModelConfig, new: ModelConfig) -> str:
     before, now = to_dict(old), to_dict(new)
     name = next(name for name in before if before[name] != now[name])
     return f"{name}={before[name]} there, {now[name]} here"
-

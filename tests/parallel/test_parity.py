@@ -122,6 +122,31 @@ def test_layout_equals_one_process_in_float32(layout: tuple[int, int, int, int])
         assert difference < 1e-5, (name, difference)
 
 
+def bf16_sums(config: Config) -> Tensor:
+    mesh = make_mesh(config.parallel)
+    part = build_part(config.model, config, mesh)
+    initialize_part(part, seed=3)
+    ids, labels, weights = (x.chunk(mesh.dp.size)[mesh.dp.rank] for x in make_inputs(config.model.vocab_size))
+    return part.engine.evaluate(Batch(ids, labels, weights.float()))
+
+
+def test_bf16_rounds_activations_but_not_the_weights_of_tokens() -> None:
+    """1 / 49 in bfloat16 is 0.1 % off, and so would be the loss."""
+    config = config_of(LLAMA)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
+    expected = bf16_sums(config)
+    for found in run_ranks(bf16_sums, 2, config):
+        assert torch.allclose(found, expected, rtol=1e-5), (found - expected) / expected
+
+
+def test_a_vocabulary_that_leaves_a_tensor_rank_without_rows() -> None:
+    model = dataclasses.replace(GPT2, vocab_size=9)  # chunks of 3, 3, 3 and 0
+    expected = steps(config_of(model), Mesh.single(), num_updates=2)
+    for found in run_ranks(sharded_steps, 4, config_of(model, tensor=4, microbatch=8), 2):
+        difference, name = worst_difference(found, expected)
+        assert difference < 1e-10, (name, difference)
+
+
 def test_microbatches_do_not_change_the_step() -> None:
     expected = steps(config_of(LLAMA, microbatch=8), Mesh.single(), num_updates=2)
     difference, name = worst_difference(steps(config_of(LLAMA, microbatch=1), Mesh.single(), 2), expected)

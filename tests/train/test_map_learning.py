@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from megagrow.train.map_learning import MapLearning, learn_maps
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, make_config, make_corpus
 
-TOOL = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "grow_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,9 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def learn(source: Path, corpus: Path, steps: int, mesh: Mesh | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+def learn(
+    source: Path, corpus: Path, steps: int, mesh: Mesh | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     losses: list[float] = []
     how = MapLearning(str(corpus / "train"), steps, lr=1e-2, seq_length=16, batch_size=8)
     ligo = learn_maps(open_source(source), LARGE, how, mesh or Mesh.single(), lambda _, loss: losses.append(loss))
@@ -71,7 +75,8 @@ def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) 
     command = [sys.executable, str(TOOL), str(trained), str(tmp_path / "grown"), "--target", str(target)]
     options = ["--method", "ligo", "--data", str(corpus / "train"), "--steps", "10", "--lr", "1e-2"]
     options += ["--seq-length", "16", "--batch-size", "8"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    subprocess.run([*command, *options], check=True, capture_output=True, env=environment)
     grown = open_source(tmp_path / "grown")
     assert grown.model == LARGE
     held_out = PackedDataset(corpus / "validation", 16)

@@ -5,17 +5,21 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import open_source
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, OptimConfig, SaltConfig
+from megagrow.errors import DataError
 from megagrow.optim import StepGuard
 from megagrow.roles import parameter_names
-from megagrow.train import learner, run
+from megagrow.salt.teacher import Teacher
+from megagrow.train import learner, run, trainer
 from megagrow.train.learner import ModelLearner
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, final_loss, make_config, make_corpus, metrics, run_on_ranks
@@ -112,6 +116,18 @@ def test_growing_counts_every_sample_once(corpus: Path, tmp_path: Path) -> None:
     assert state["cursors"]["all"] == 10 * 4
     (event,) = ledger(tmp_path)["events"]
     assert event["loss_before"] > 0 and event["loss_after"] > 0
+    (growth,) = [phase for phase in ledger(tmp_path)["phases"] if phase["phase"] == "growth"]
+    assert growth["steps"] == 2 and growth["flops"] > 0 and growth["seconds"] > 0  # before and after learning
+
+
+def test_losses_of_the_small_model_do_not_make_those_of_the_large_one_spikes(corpus: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, spike_sigma=1e-3, spike_window=8, max_bad_steps=1000)
+    config = grown(make_config(corpus, tmp_path, optim=optim), "ligo")
+    config = dataclasses.replace(config, growth=dataclasses.replace(config.growth, ligo_noise=3.0))
+    assert run(config) == 0
+    lines = metrics(tmp_path)
+    assert lines[3]["phase"] == "ligo" and lines[3]["loss"] > lines[2]["loss"], "no jump: nothing is tested"
+    assert not lines[3]["skipped"]
 
 
 def test_clone_keeps_the_loss_at_the_step_where_it_grows(corpus: Path, tmp_path: Path) -> None:
@@ -137,6 +153,36 @@ def test_resuming_on_either_side_of_the_stage_switch(corpus: Path, trained: Path
     lines = metrics(tmp_path / "whole")
     assert [line["phase"] for line in lines] == ["salt"] * 3 + ["train"] * 3
     assert all(line["kd"] > 0 for line in lines[:3]) and all(line["kd"] is None for line in lines[3:])
+
+
+def test_a_changed_teacher_is_refused_on_resuming(
+    corpus: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "teacher")
+    config = salted(make_config(corpus, tmp_path / "run"), tmp_path / "teacher")
+    assert run(config) == 0
+    cut_back(tmp_path / "run", 2)
+    shutil.rmtree(tmp_path / "teacher/checkpoints/step-40")
+    (tmp_path / "teacher/checkpoints/latest").unlink()
+    assert run(config) == 4
+    assert "salt.teacher has changed" in capfd.readouterr().err
+
+
+def test_a_bf16_run_is_taught_in_bf16(
+    corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, seen = Teacher.hidden, []
+
+    def watched(self: Teacher, *args: object) -> torch.Tensor | None:
+        states = hidden(self, *args)
+        seen.append(states.dtype)
+        return states
+
+    monkeypatch.setattr(Teacher, "hidden", watched)
+    config = salted(make_config(corpus, tmp_path), trained)
+    assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))) == 0
+    assert seen == [torch.bfloat16] * 3
+    assert all(line["kd"] > 0 for line in metrics(tmp_path)[:3])
 
 
 def test_a_teacher_of_weight_zero_changes_nothing(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -215,6 +261,45 @@ def test_a_signal_saves_and_exits_7(corpus: Path, tmp_path: Path, monkeypatch: p
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_an_interrupted_start_is_not_a_finished_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object, *args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_config(corpus, tmp_path))
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 1
+
+
+def fail_on_the_last_rank(config: Config) -> tuple[int, int]:
+    """The last rank cannot read its data; the first one fails in the collective that it is missing from."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    learn = trainer.Trainer._learn
+
+    def failing(self: trainer.Trainer, salt_on: bool) -> object:
+        if last:
+            raise DataError("a file of this rank is gone")
+        deadline = time.monotonic() + 20
+        while not (Path(config.run.dir) / "exit.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise RuntimeError("connection closed by peer")
+
+    trainer.Trainer._learn = failing  # type: ignore[method-assign]
+    try:
+        code = run(config)
+    finally:
+        trainer.Trainer._learn = learn  # type: ignore[method-assign]
+    return code, json.loads((Path(config.run.dir) / "exit.json").read_text())["code"]
+
+
+def test_exit_json_names_the_first_cause_not_the_rank_that_was_left_waiting(corpus: Path, tmp_path: Path) -> None:
+    results = run_ranks(fail_on_the_last_rank, 2, make_config(corpus, tmp_path))
+    assert results[0][0] == 1 and results[1][0] == 3
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 3
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
     """Turns the gradients of some calls into NaN on the way to the optimizer."""
     clip, calls = learner.clip_gradients, iter(range(1000))
@@ -248,6 +333,8 @@ def test_bad_steps_roll_back_once_and_skip_the_data(
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     state = store.read_manifest(store.candidates(tmp_path / "checkpoints")[0]).state
     assert state["cursors"]["all"] == 8 * 4
+    (train,) = [phase for phase in ledger(tmp_path)["phases"] if phase["phase"] == "train"]
+    assert train["steps"] == 8, "what was thrown away was spent all the same"
 
 
 def test_steps_that_stay_bad_stop_the_run_with_5(
