@@ -7,6 +7,7 @@ ENVIRON = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "Agg",
+    "CUDA_VISIBLE_DEVICES": "",  # the ranks are gloo ranks; kernels run interpreted
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 os.environ.update(ENVIRON)  # before torch is imported: it reads the number of threads once

@@ -18,9 +18,7 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CKPT")
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the most likely token"
-    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", default="", help="when the checkpoint does not name one")
     options = parser.parse_args()
@@ -28,11 +26,7 @@ def main() -> None:
     source = open_source(options.checkpoint)
     tokenizer = load_tokenizer(options.tokenizer or source.tokenizer)
     model = load_model(source, Mesh.single())
-    print(
-        generate(
-            model, tokenizer, options.prompt, options.tokens, options.temperature, options.seed
-        )
-    )
+    print(generate(model, tokenizer, options.prompt, options.tokens, options.temperature, options.seed))
 
 
 if __name__ == "__main__":

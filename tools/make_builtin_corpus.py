@@ -18,9 +18,7 @@ def main() -> None:
     parser = Arguments(description="Tokenizer and token files from the standard library's source.")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument(
-        "--limit-bytes", type=int, default=None, help="use a sample of the files of this size"
-    )
+    parser.add_argument("--limit-bytes", type=int, default=None, help="use a sample of the files of this size")
     options = parser.parse_args()
 
     built = build_corpus(options.output, options.vocab_size, options.limit_bytes)

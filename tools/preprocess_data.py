@@ -14,14 +14,10 @@ from megagrow.data.preprocess import preprocess_files
 def main() -> None:
     parser = Arguments(description="Tokenize text into PREFIX.bin/.idx (Megatron's format).")
     parser.add_argument("--input", nargs="+", required=True, help=".jsonl[.gz|.zst] or text files")
-    parser.add_argument(
-        "--tokenizer", required=True, help="*.model, tokenizer.json, folder or byte"
-    )
+    parser.add_argument("--tokenizer", required=True, help="*.model, tokenizer.json, folder or byte")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin/.idx")
     parser.add_argument("--json-key", default="text", help="key of the text in each JSON object")
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes; same bytes for any number"
-    )
+    parser.add_argument("--workers", type=int, default=1, help="processes; same bytes for any number")
     parser.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop")
     parser.add_argument("--split", default="train", help="recorded in PREFIX.json")
     parser.add_argument(

@@ -17,9 +17,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
     parser.add_argument("--json-key", default="text", help="key of the text in each JSON object")
-    parser.add_argument(
-        "--max-bytes", type=int, default=128 << 20, help="train on a sample of at most this size"
-    )
+    parser.add_argument("--max-bytes", type=int, default=128 << 20, help="train on a sample of at most this size")
     options = parser.parse_args()
 
     texts = read_texts(options.input, options.json_key)

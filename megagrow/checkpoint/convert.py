@@ -74,10 +74,7 @@ def compare(first: Path, second: Path) -> Comparison:
     foreign = [index for index, path in enumerate((first, second)) if hf.is_hf_folder(path)]
     if foreign and importlib.util.find_spec("transformers") is not None:
         libraries[foreign[-1]] = "transformers"
-    logits = [
-        _LOGITS[library](path, ids_BS)
-        for library, path in zip(libraries, (first, second), strict=True)
-    ]
+    logits = [_LOGITS[library](path, ids_BS) for library, path in zip(libraries, (first, second), strict=True)]
     return Comparison(
         (logits[0] - logits[1]).abs().max().item(),
         logits[0].abs().max().item(),

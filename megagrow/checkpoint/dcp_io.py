@@ -51,9 +51,7 @@ from megagrow.errors import CheckpointError
 _BLOCK_BYTES = 1 << 20
 
 
-def write_items(
-    path: Path, shards: Mapping[str, LocalShard], ranks: Ranks, action: str
-) -> "ItemWriter":
+def write_items(path: Path, shards: Mapping[str, LocalShard], ranks: Ranks, action: str) -> "ItemWriter":
     """Writes and fsyncs the shards of all ranks, every box once; a collective.
 
     Returns:
@@ -79,9 +77,7 @@ def write_items(
     return writer
 
 
-def read_items(
-    path: Path, manifest: Manifest, shards: Mapping[str, LocalShard], ranks: Ranks, action: str
-) -> None:
+def read_items(path: Path, manifest: Manifest, shards: Mapping[str, LocalShard], ranks: Ranks, action: str) -> None:
     """Fills the shards from a checkpoint, each stored item checked before it is used; a collective.
 
     Raises:
@@ -124,10 +120,7 @@ class ItemWriter(dcp.FileSystemWriter):
             file = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
             raise CheckpointError(f"{file}: {cause_of(error)}") from error
         done.set_result(
-            [
-                dataclasses.replace(r, storage_data=(r.storage_data, hashing.digests[r.index]))
-                for r in results
-            ]
+            [dataclasses.replace(r, storage_data=(r.storage_data, hashing.digests[r.index])) for r in results]
         )
         return done
 
@@ -139,9 +132,7 @@ class ItemWriter(dcp.FileSystemWriter):
             for name, entry in stored.items()
         }
         self.items = tuple(_written_item(metadata, result) for result in written)
-        plain = [
-            dataclasses.replace(result, storage_data=result.storage_data[0]) for result in written
-        ]
+        plain = [dataclasses.replace(result, storage_data=result.storage_data[0]) for result in written]
         super().finish(metadata, [plain])
         self.files = _file_table(Path(self.path), self.items)
 
@@ -154,9 +145,7 @@ class ItemReader(dcp.FileSystemReader):
         self.manifest = manifest
         self.names = tuple(names)
         self.items = {
-            MetadataIndex(name, item.offsets): item
-            for name in self.names
-            for item in manifest.items_of[name]
+            MetadataIndex(name, item.offsets): item for name in self.names for item in manifest.items_of[name]
         }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -185,9 +174,7 @@ class ItemReader(dcp.FileSystemReader):
             except Exception as error:
                 file = Path(self.path) / item.file
                 reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-                raise CheckpointError(
-                    f"{file}: tensor {item.tensor!r} cannot be read: {reason}"
-                ) from error
+                raise CheckpointError(f"{file}: tensor {item.tensor!r} cannot be read: {reason}") from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -225,9 +212,7 @@ def open_sized(path: Path, entry: FileEntry) -> Generator[IO[bytes], None, None]
         with path.open("rb") as stream:
             num_bytes = os.fstat(stream.fileno()).st_size
             if num_bytes != entry.num_bytes:
-                raise CheckpointError(
-                    f"{path}: has {num_bytes} bytes, not {entry.num_bytes}: the file is damaged"
-                )
+                raise CheckpointError(f"{path}: has {num_bytes} bytes, not {entry.num_bytes}: the file is damaged")
             yield stream
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
@@ -301,9 +286,7 @@ class _HashingTransforms:
     def __init__(self) -> None:
         self.digests: dict[MetadataIndex, str] = {}
 
-    def transform_save_stream(
-        self, item: WriteItem, raw: IO[bytes]
-    ) -> tuple[io.RawIOBase, list[str]]:
+    def transform_save_stream(self, item: WriteItem, raw: IO[bytes]) -> tuple[io.RawIOBase, list[str]]:
         return _HashedStream(raw, lambda digest: self.digests.update({item.index: digest})), []
 
 

@@ -110,9 +110,7 @@ def read_checked_manifest(path: Path) -> bytes:
         raise CheckpointError(f"{path / MANIFEST}: damaged, its digest is not the one in {DIGEST}")
     pointer = path.absolute().parent / LATEST
     if pointer.is_file() and digest != _latest_digest(pointer).get(path.name, digest):
-        raise CheckpointError(
-            f"{path / MANIFEST}: replaced, its digest is not the one in {pointer}"
-        )
+        raise CheckpointError(f"{path / MANIFEST}: replaced, its digest is not the one in {pointer}")
     return raw
 
 

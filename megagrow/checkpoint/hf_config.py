@@ -42,9 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); restore the file") from None
     if not isinstance(entries, dict):
-        raise CheckpointError(
-            f"{path}: must hold a JSON object, got {type(entries).__name__}; restore the file"
-        )
+        raise CheckpointError(f"{path}: must hold a JSON object, got {type(entries).__name__}; restore the file")
     return entries
 
 
@@ -65,9 +63,7 @@ def model_config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
         entries, where = read_json(path), str(path)
     family = _family_of(entries, where)
     _refuse_unsupported(entries, family, where)
-    fields: dict[str, Any] = {
-        name: value for name, value in family.kind.items() if not callable(value)
-    }
+    fields: dict[str, Any] = {name: value for name, value in family.kind.items() if not callable(value)}
     for name, entry in family.entries.items():
         fields[name] = _read(entries, name, entry, fields, where)
     if family.bias_switches:
@@ -140,9 +136,7 @@ def special_token_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
 def _family_of(entries: Mapping[str, Any], where: str) -> Family:
     name = entries.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise CheckpointError(
-            f"{where}: model_type={name!r} is not supported; use one of {', '.join(FAMILIES)}"
-        )
+        raise CheckpointError(f"{where}: model_type={name!r} is not supported; use one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -161,9 +155,7 @@ def _same(value: Any, allowed: Any) -> bool:
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
-def _read(
-    entries: Mapping[str, Any], name: str, entry: Entry, fields: Mapping[str, Any], where: str
-) -> Any:
+def _read(entries: Mapping[str, Any], name: str, entry: Entry, fields: Mapping[str, Any], where: str) -> Any:
     value = entries.get(entry.key)
     if value is None:
         if entry.default is None:

@@ -161,8 +161,7 @@ def _open(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: cannot be read ({reason}); restore the file") from None
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path}: damaged or not a safetensors file ({' '.join(str(error).split())}); "
-            "restore the file"
+            f"{path}: damaged or not a safetensors file ({' '.join(str(error).split())}); restore the file"
         ) from None
 
 
@@ -174,16 +173,13 @@ def _catalog(folder: Path) -> dict[str, Stored]:
         with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
                 if key in stored:
-                    raise CheckpointError(
-                        f"{path}: tensor {key} stands in {stored[key].file.name} too; remove one"
-                    )
+                    raise CheckpointError(f"{path}: tensor {key} stands in {stored[key].file.name} too; remove one")
                 header = file.get_slice(key)
                 stored[key] = Stored(path, key, tuple(header.get_shape()), header.get_dtype())
     for key, name in index.items():
         if key not in stored or stored[key].file.name != name:
             raise CheckpointError(
-                f"{folder / name}: tensor {key} is missing, though {INDEX_FILE} places it there; "
-                "restore the file"
+                f"{folder / name}: tensor {key} is missing, though {INDEX_FILE} places it there; restore the file"
             )
     return stored
 
@@ -220,15 +216,10 @@ def _with_body(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored
     if any(name.startswith(family.body) for name in stored):
         return dict(stored)
     headless = f"{family.outside['head']}."
-    return {
-        name if name.startswith(headless) else family.body + name: entry
-        for name, entry in stored.items()
-    }
+    return {name if name.startswith(headless) else family.body + name: entry for name, entry in stored.items()}
 
 
-def _check_tensors(
-    stored: Mapping[str, Stored], family: Family, model: ModelConfig, folder: Path
-) -> None:
+def _check_tensors(stored: Mapping[str, Stored], family: Family, model: ModelConfig, folder: Path) -> None:
     if model.num_layers > len(stored):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: {family.entries['num_layers'].key}={model.num_layers}, but "
@@ -237,8 +228,7 @@ def _check_tensors(
     for name, shape in expected_tensors(family, model):
         if name not in stored:
             raise CheckpointError(
-                f"{folder}: tensor {name} is missing; restore the weights that belong to "
-                f"{CONFIG_FILE}"
+                f"{folder}: tensor {name} is missing; restore the weights that belong to {CONFIG_FILE}"
             )
         entry = stored[name]
         if entry.shape != shape:

@@ -101,9 +101,7 @@ class _Attempt:
 class _Folder:
     """A Hugging Face folder being written."""
 
-    def __init__(
-        self, path: Path, model: ModelConfig, dtype: torch.dtype | None, shard_bytes: int
-    ) -> None:
+    def __init__(self, path: Path, model: ModelConfig, dtype: torch.dtype | None, shard_bytes: int) -> None:
         self._folder, self._model, self._dtype = StagedFolder(path), model, dtype
         self._tensors = FamilyTensors(FAMILIES[model.family], model)
         item_bytes = dtype.itemsize if dtype else _ASSUMED_ITEM_BYTES
@@ -144,9 +142,7 @@ class _Folder:
 
     def publish(self) -> None:
         """Completes the folder and gives it its name."""
-        config = hf_config_from_model(
-            self._model, dtype=_common_dtype(self._dtypes), token_ids=self._token_ids
-        )
+        config = hf_config_from_model(self._model, dtype=_common_dtype(self._dtypes), token_ids=self._token_ids)
         _write_json(self._folder.temporary / CONFIG_FILE, config)
         _write_json(self._folder.temporary / GENERATION_FILE, self._generation_config())
         if len(self._files) > 1:
@@ -186,8 +182,7 @@ def _plan_files(model: ModelConfig, limit: int) -> dict[str, dict[str, tuple[int
         return {WEIGHTS_FILE: files[0]}
     stem = WEIGHTS_FILE.removesuffix(".safetensors")
     return {
-        f"{stem}-{number:05}-of-{len(files):05}.safetensors": tensors
-        for number, tensors in enumerate(files, start=1)
+        f"{stem}-{number:05}-of-{len(files):05}.safetensors": tensors for number, tensors in enumerate(files, start=1)
     }
 
 

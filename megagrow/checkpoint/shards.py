@@ -42,9 +42,7 @@ def local_shards(tensors: Mapping[str, Tensor]) -> dict[str, LocalShard]:
         if tensor.dtype not in DTYPES.values():
             raise CheckpointError(f"tensor {name!r} is {tensor.dtype}; must be one of {[*DTYPES]}")
         if tensor.numel() == 0:
-            raise CheckpointError(
-                f"tensor {name!r} of shape {list(tensor.shape)} has no elements; leave it out"
-            )
+            raise CheckpointError(f"tensor {name!r} of shape {list(tensor.shape)} has no elements; leave it out")
         shard = local_shard(tensor.detach())
         if shard is not None:
             shards[name] = shard

@@ -107,21 +107,32 @@ def check_source(model: Transformer, dataset: PackedDataset, mesh: Mesh, name: s
         DataError: the loss is at least 0.9·ln(vocabulary size), as that of a model which never saw such data.
     """
     vocab_size = model.config.vocab_size
-    tokens_BS = torch.as_tensor(dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples))), device=mesh.device)
+    tokens_BS = check_tokens(dataset, vocab_size, name).to(mesh.device)
+    with torch.no_grad():
+        hidden_TH = model(tokens_BS[:, :-1]).flatten(0, 1)
+        nll_T, _ = token_scores(hidden_TH, model.head_VH, tokens_BS[:, 1:].flatten(), vocab_size, mesh.tp)
+    return judge_fit(nll_T.mean().item(), vocab_size, name, skip)
+
+
+def check_tokens(dataset: PackedDataset, vocab_size: int, name: str) -> Tensor:
+    """The samples [8, S + 1] that a source is tried on; DataError if they hold tokens that it does not know."""
+    tokens_BS = torch.as_tensor(dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples))))
     if int(tokens_BS.max()) >= vocab_size:
         raise DataError(
             f"{name} has a vocabulary of {vocab_size}, but the data holds token {int(tokens_BS.max())}; "
             "tokenize the data with the source's tokenizer"
         )
-    with torch.no_grad():
-        hidden_TH = model(tokens_BS[:, :-1]).flatten(0, 1)
-        nll_T, _ = token_scores(hidden_TH, model.head_VH, tokens_BS[:, 1:].flatten(), vocab_size, mesh.tp)
-    loss, limit = nll_T.mean().item(), UNFIT_SHARE * math.log(vocab_size)
+    return tokens_BS
+
+
+def judge_fit(loss: float, vocab_size: int, name: str, skip: bool) -> float:
+    """The loss, or DataError when it is that of a model which never saw such data."""
+    limit = UNFIT_SHARE * math.log(vocab_size)
     if not (loss < limit or skip):
         raise DataError(
             f"{name} has loss {loss:.3f} on the data, chance is {math.log(vocab_size):.3f} and the limit {limit:.3f}: "
             "its tokenizer or weights do not fit this data; use data made with its tokenizer, "
-            "or --init.skip-source-check to go on all the same"
+            "or --init.skip-source-check (--skip-source-check of tools) to go on all the same"
         )
     return loss
 

@@ -108,9 +108,7 @@ def load(
             raise CheckpointError("the ranks see different manifests; all must see one directory")
         if ranks.is_first:
             _check_files(path, manifest)
-        is_read = [
-            any(ranks_read) for ranks_read in zip(*(reads for _, reads in seen), strict=True)
-        ]
+        is_read = [any(ranks_read) for ranks_read in zip(*(reads for _, reads in seen), strict=True)]
         unread = [name for name, used in zip(manifest.tensors, is_read, strict=True) if not used]
         _check_fit(manifest, tensors, unread, strict)
 
@@ -139,9 +137,7 @@ def candidates(root: Path) -> list[Path]:
         except CheckpointError as error:
             problems.append(str(error))
     if problems and not intact:
-        raise CheckpointError(
-            f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away"
-        )
+        raise CheckpointError(f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away")
     for problem in problems:
         if not is_initialized() or torch.distributed.get_rank() == 0:
             logger.warning("%s; it is passed over", problem)
@@ -158,9 +154,7 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.parse(directory.read_checked_manifest(path), path / MANIFEST)
 
 
-def read_full(
-    path: Path, names: Iterable[str], manifest: Manifest | None = None
-) -> dict[str, Tensor]:
+def read_full(path: Path, names: Iterable[str], manifest: Manifest | None = None) -> dict[str, Tensor]:
     """Whole tensors by name, on the CPU and verified, in this process alone.
 
     Args:
@@ -216,9 +210,7 @@ def _make_room(root: Path, step: int) -> Path:
         except CheckpointError as error:
             logger.warning("%s; it is kept as %s", error, directory.set_aside(path))
         else:
-            raise CheckpointError(
-                f"{path} exists and is intact; move it away to save this step again"
-            )
+            raise CheckpointError(f"{path} exists and is intact; move it away to save this step again")
     return directory.prepare(root, step)
 
 
@@ -227,14 +219,10 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         with open_sized(path / name, entry) as stream:
             if entry.sha256 is not None and digest_of(stream) != entry.sha256:
-                raise CheckpointError(
-                    f"{path / name}: differs from its digest: the file is damaged"
-                )
+                raise CheckpointError(f"{path / name}: differs from its digest: the file is damaged")
 
 
-def _check_fit(
-    manifest: Manifest, tensors: Mapping[str, Tensor], unread: list[str], strict: bool
-) -> None:
+def _check_fit(manifest: Manifest, tensors: Mapping[str, Tensor], unread: list[str], strict: bool) -> None:
     missing, misfits = [], []
     for name, tensor in tensors.items():
         stored = manifest.tensors.get(name)

@@ -77,14 +77,10 @@ def _cuts(mesh_shape: Sequence[int], placements: Sequence[Placement]) -> list[tu
     """(mesh axis, tensor dim) of every cut, in the order in which they are made."""
     strided = [(a, p) for a, p in enumerate(placements) if isinstance(p, _StridedShard)]
     later = {axis for axis, _ in strided}
-    plain = [
-        (a, p.dim) for a, p in enumerate(placements) if isinstance(p, Shard) and a not in later
-    ]
+    plain = [(a, p.dim) for a, p in enumerate(placements) if isinstance(p, Shard) and a not in later]
     cuts = plain + [(axis, placement.dim) for axis, placement in reversed(strided)]
     for axis, placement in strided:
-        num_shards = math.prod(
-            mesh_shape[a] for a, dim in cuts if a > axis and dim == placement.dim
-        )
+        num_shards = math.prod(mesh_shape[a] for a, dim in cuts if a > axis and dim == placement.dim)
         assert placement.split_factor == num_shards, f"{placements} on {mesh_shape} hold no boxes"
     return cuts
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megagrow.config import Config
 from megagrow.growth.ligo import Ligo
-from megagrow.optim import MOMENTS, Optimizer, StepGuard, clip_gradients, gradient_norm
+from megagrow.optim import MOMENTS, Optimizer, StepGuard, clip_gradients
 from megagrow.parallel.pipeline import Batch
 from megagrow.train.part import Part, gradients
 
@@ -101,12 +101,12 @@ class MapLearner:
     def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
         """One learning step of the maps on the ordinary loss (LiGO, Eq. 3); then the weights are generated anew."""
         loss, ce, kd = self.part.engine.train_step(batch).tolist()
-        # Clipping by the maps' own norm; that of the weights only tells whether everything is finite.
-        norm = gradient_norm(self.part.parameters, self.part.mesh)
+        parameters = self.part.parameters
+        self.ligo.pull_back(self.fetch, parameters, gradients(parameters), self.part.mesh)
+        maps = list(self.ligo.parameters().values())
+        norm = float(torch.nn.utils.clip_grad_norm_(maps, self.config.optim.clip_norm or float("inf")))
         accepted = guard.accepts(loss, norm, self.config.optim)
         if accepted:
-            parameters = self.part.parameters
-            self.ligo.pull_back(self.fetch, parameters, gradients(parameters), self.part.mesh)
             self._update(lr)
             self.generate()
         for parameter in self.part.parameters.values():
@@ -136,8 +136,6 @@ class MapLearner:
         return int(next(iter(self.adamw.state.values()))["step"])
 
     def _update(self, lr: float) -> None:
-        maps = list(self.ligo.parameters().values())
-        torch.nn.utils.clip_grad_norm_(maps, self.config.optim.clip_norm or float("inf"))
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -14,6 +14,7 @@ from megagrow.data.loader import SampleOrder, Stream
 from megagrow.errors import CheckpointError
 from megagrow.ledger import Ledger, Phase
 from megagrow.parallel.mesh import Mesh
+from megagrow.salt.schedule import is_stage_one
 from megagrow.salt.score import read_scores
 from megagrow.salt.select import select
 from megagrow.salt.teacher import Teacher, check_teacher
@@ -39,8 +40,9 @@ class SaltStage:
         self.config, self.mesh, self.dataset, self.state, self.tell = config, mesh, dataset, state, tell
         self.teacher: Teacher | None = None
         self.seconds = 0.0  # what the teacher took of the current step
-        self.stream = self._selected_stream() if config.salt.scores else None
-        self.source = self._open_teacher() if config.salt.teacher else None
+        is_ahead = state.phase != "main" or is_stage_one(state.train_step - (state.grown_at or 0), config.salt)
+        self.stream = self._selected_stream() if config.salt.scores and is_ahead else None
+        self.source = self._open_teacher() if config.salt.teacher and is_ahead else None
 
     def switch(self, on: bool, learner: Learner) -> None:
         """Makes the teacher present or absent; nothing happens when it already is."""
@@ -82,7 +84,8 @@ class SaltStage:
         assert source is not None, "only a configured teacher is loaded"
         teacher = Teacher(source, self.mesh, config.salt, config.model, compute_dtype(config))
         loss = check_source(teacher.model, self.dataset, self.mesh, str(source.path), config.init.skip_source_check)
-        self._inherit("teacher", source.identity, ledger_of(source, config), str(source.path))
+        given = -1.0 if config.init.from_ else config.init.source_flops
+        self._inherit("teacher", source.identity, ledger_of(source, given), str(source.path))
         self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {loss:.3f})")
         return teacher
 
@@ -108,9 +111,8 @@ class SaltStage:
         return Stream(self.dataset, SampleOrder(ids, self.config.data.seed))
 
 
-def ledger_of(source: Source, config: Config) -> Ledger:
-    """What a source's training cost, as far as anybody knows."""
+def ledger_of(source: Source, given_flops: float) -> Ledger:
+    """What a source's training cost, as far as anybody knows; `given_flops` is the user's word for it, -1 for none."""
     if source.ledger is not None:
         return Ledger.from_dict(source.ledger, f"{source.path}: ledger")
-    given = config.init.source_flops
-    return Ledger.outside(given if given >= 0 else None)
+    return Ledger.outside(given_flops if given_flops >= 0 else None)

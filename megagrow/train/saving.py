@@ -1,6 +1,6 @@
 """Checkpoints of a run, and resuming from the newest good one with the unchanged command."""
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,9 @@ from megagrow.parallel.mesh import Mesh
 from megagrow.train.learner import Learner
 from megagrow.train.state import RunState
 
-logger = logging.getLogger(__name__)
-
 CHECKPOINTS = "checkpoints"
 # What may not change under a run: another model, other data, another way of growing is another run.
-FIXED_SECTIONS = ("model", "data", "growth", "salt")
-FIXED_FIELDS = ("train.global_batch_size", "train.seed", "train.steps", "train.precision")
+FIXED_SECTIONS = ("model", "data", "growth")
 
 
 def save(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Path:
@@ -42,14 +39,15 @@ def saved(config: Config) -> list[Path]:
     return store.candidates(root) if root.is_dir() else []
 
 
-def read_state(path: Path, config: Config) -> RunState:
-    """The state in a checkpoint, after making sure that it is of the same run.
+def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunState:
+    """The state in a checkpoint, after making sure that it is of the same run; `tell` gets what else has changed.
 
     Raises:
         CheckpointError: damaged, or a fixed part of the configuration has changed.
     """
     manifest = store.read_manifest(path)
-    refuse_changes(manifest.config, config, path)
+    for name, before, now in allowed_changes(manifest.config, config, path):
+        tell(f"{name} was {before} when {path.name} was saved and is {now} now")
     return RunState.from_dict(manifest.state, f"{path}/manifest.json")
 
 
@@ -58,16 +56,16 @@ def load(path: Path, learner: Learner, mesh: Mesh) -> None:
     store.load(path, learner.tensors(), group=mesh.checkpoint_group)
 
 
-def refuse_changes(old: dict[str, Any], config: Config, path: Path) -> None:
-    """Raises CheckpointError when the saved run is of another model or data; other differences are only told."""
-    for name, before, now in differences(old, config):
-        fixed = name.split(".")[0] in FIXED_SECTIONS or name in FIXED_FIELDS
-        if fixed:
+def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tuple[str, Any, Any]]:
+    """The differences to a saved configuration; CheckpointError when the saved run is of another model or data."""
+    changes = differences(old, config)
+    for name, before, now in changes:
+        if name.split(".")[0] in FIXED_SECTIONS:
             raise CheckpointError(
                 f"{path} belongs to another run: {name} was {before} there and is {now} now; "
                 "use the saved value, or another --run.dir for a new run"
             )
-        logger.warning("%s changed from %s to %s since the checkpoint", name, before, now)
+    return changes
 
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from megagrow import flops
-from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_fits, open_source
+from megagrow.checkpoint import hf
+from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_tokens, judge_fit, open_source
 from megagrow.config import Config, ModelConfig, check_growable, to_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.description import describe
 from megagrow.data.loader import SampleOrder, Stream
 from megagrow.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
-from megagrow.evaluate import Evaluator, make_batch
+from megagrow.evaluate import Evaluator, make_batch, mean_loss
 from megagrow.metrics import Metrics, Progress
 from megagrow.optim import lr_at
 from megagrow.parallel.mesh import Mesh
@@ -23,7 +24,7 @@ from megagrow.roles import num_parameters
 from megagrow.salt.schedule import is_stage_one
 from megagrow.train import growing, saving
 from megagrow.train.learner import Learner, StepResult, map_lr
-from megagrow.train.part import build_part, initialize_part, load_part
+from megagrow.train.part import Part, build_part, initialize_part, load_part
 from megagrow.train.salt_stage import SaltStage, ledger_of
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
@@ -43,6 +44,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.dir = Path(config.run.dir)
+        hf.check_exportable(config.model)
         self.dataset = open_dataset(config.data.train, config.model, config)
         self.stream = Stream(self.dataset, SampleOrder(self.dataset.num_samples, config.data.seed))
         self.evaluator = make_evaluator(config)
@@ -56,7 +58,7 @@ class Trainer:
         """The newest checkpoint of the run that can be read whole; None when the run is new."""
         problem: CheckpointError | None = None
         for path in saving.saved(self.config):
-            state = saving.read_state(path, self.config)
+            state = saving.read_state(path, self.config, self.progress.message)
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
                 saving.load(path, learner, self.mesh)
@@ -92,15 +94,18 @@ class Trainer:
                 f"{source.path} holds another model ({first_difference(source.model, config.model)}); "
                 "make the models equal, or set growth.method to grow it"
             )
-        self._check_source(source)
         state = RunState(source.model, "small" if grows else "main")
-        state.ledger.inherit("source", source.identity, ledger_of(source, config))
+        state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
         part = build_part(source.model, config, self.mesh)
         load_part(part, source.fetch)
+        self._check_source(part, source)
         return growing.new_learner(part, config, source), state
 
-    def _check_source(self, source: Source) -> None:
-        loss = check_fits(source, self.dataset, self.mesh, self.config.init.skip_source_check)
+    def _check_source(self, part: Part, source: Source) -> None:
+        name, vocab_size = str(source.path), source.model.vocab_size
+        tokens = check_tokens(self.dataset, vocab_size, name)
+        loss = mean_loss(part.engine, tokens, self.config.train.global_batch_size, self.mesh)
+        judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
         self.progress.message(f"source {source.path}: loss {loss:.3f} on the data")
 
     def run(self) -> None:

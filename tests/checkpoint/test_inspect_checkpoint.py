@@ -24,9 +24,7 @@ def inspect(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_it_shows_the_newest_checkpoint_of_a_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_shows_the_newest_checkpoint_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_step(tmp_path / "checkpoints", 1)
     newest = save_step(tmp_path / "checkpoints", 1200)
     (tmp_path / "link").symlink_to(newest)
@@ -41,9 +39,7 @@ def test_it_shows_the_newest_checkpoint_of_a_run(
         assert "every byte agrees" in shown
 
 
-def test_damage_is_one_line_and_exit_code_4(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_is_one_line_and_exit_code_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_step(tmp_path, 3)
     file = path / "__0_0.distcp"
     raw = bytearray(file.read_bytes())

@@ -17,11 +17,7 @@ def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 def test_what_is_written_is_read_by_the_library(tmp_path) -> None:
     """Odd sizes of mixed dtypes put tensors at addresses that their dtype does not divide."""
     shapes = [(3,), (), (5, 7), (1, 3, 1), (7, 5)]
-    tensors = {
-        f"größe {dtype} {shape}": torch.randn(shape).to(dtype)
-        for dtype in DTYPES
-        for shape in shapes
-    }
+    tensors = {f"größe {dtype} {shape}": torch.randn(shape).to(dtype) for dtype in DTYPES for shape in shapes}
     tensors["turned"] = torch.randn(4, 3).T
     file = SafetensorsFile(tmp_path / "a.safetensors", shapes_of(tensors))
     for name in reversed(tensors):

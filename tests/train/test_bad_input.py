@@ -133,7 +133,9 @@ def test_target_smaller_than_source(
 def test_source_and_target_of_different_families(
     corpus: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    target = dataclasses.replace(LARGE, family="gpt2", norm="layer_norm", positions="learned", activation="gelu")
+    target = dataclasses.replace(
+        LARGE, family="gpt2", norm="layer_norm", positions="learned", activation="gelu", bias=True, tied_embeddings=True
+    )
     expect(grow_from(trained, corpus, tmp_path / "run", target), 2, ["family=llama", "gpt2"], capfd, tmp_path)
 
 

@@ -1,7 +1,7 @@
 """Golden curves: the losses of three tiny runs, as they were when these numbers were written.
 
-If you did not mean to change what a run computes, a failure here is a bug. If you did, say so in your note, and write the
-new numbers with `python -m tests.train.test_golden` (PYTHONPATH=.:kernels).
+If you did not mean to change what a run computes, a failure here is a bug. If you did, say so in your note, and write
+the new numbers with `python -m tests.train.test_golden` (PYTHONPATH=.:kernels).
 """
 
 import dataclasses

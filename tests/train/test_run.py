@@ -361,3 +361,11 @@ def test_starting_from_weights_of_the_same_size(corpus: Path, trained: Path, tmp
     assert metrics(tmp_path)[0]["loss"] < 0.8 * metrics(trained)[0]["loss"]
     (inherited,) = ledger(tmp_path)["inherited"]
     assert inherited["label"] == "source" and inherited["ledger"]["phases"][0]["steps"] == 40
+
+
+def test_a_run_can_be_prolonged_and_says_so(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(make_config(corpus, tmp_path, steps=3)) == 0
+    capfd.readouterr()
+    assert run(make_config(corpus, tmp_path, steps=5)) == 0
+    assert "train.steps was 3 when step-3 was saved and is 5 now" in capfd.readouterr().err
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
