@@ -157,8 +157,11 @@ class Trainer:
         event = {"method": self.config.growth.method, "loss_after": after, **state.pending_event}
         state.ledger.add_event("growth", state.step, **event)
         state.pending_event = None
-        shown = {k: round(v, 4) for k, v in event.items() if isinstance(v, float)}
-        self.progress.message(f"grown to {describe_model(state.model)} by {event['method']}: {shown}")
+        names = {"loss_before": "before", "loss_initial": "as it began", "loss_after": "after"}
+        losses = ", ".join(f"{event[key]:.4f} {when}" for key, when in names.items() if event[key] is not None)
+        self.progress.message(
+            f"grown to {describe_model(state.model)} by {event['method']}: loss {losses or 'not measured'}"
+        )
 
     def _step(self) -> None:
         began = time.perf_counter()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -192,25 +193,35 @@ def test_a_teacher_of_weight_zero_changes_nothing(corpus: Path, trained: Path, t
     assert [line["ce"] for line in metrics(tmp_path / "plain")] == [line["ce"] for line in metrics(tmp_path / "taught")]
 
 
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (8, 2, 2)]
+JOBS = [
+    # ranks, tensor, pipeline, method, precision, tolerance of the losses
+    (2, 2, 1, "ligo", "fp32", 2e-4),
+    (2, 1, 2, "ligo", "fp32", 2e-4),
+    (4, 1, 1, "ligo", "fp32", 2e-4),
+    (8, 2, 2, "ligo", "fp32", 2e-4),
+    (8, 2, 2, "clone", "fp32", 2e-4),  # with the optimizer's moments
+    (8, 2, 2, "ligo", "bf16", 2e-2),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job[:5])))
 def test_growth_and_salt_on_shards_equal_one_process(
-    corpus: Path, trained: Path, tmp_path: Path, layout: tuple[int, int, int]
+    corpus: Path, trained: Path, tmp_path: Path, job: tuple[int, int, int, str, Literal["fp32", "bf16"], float]
 ) -> None:
-    """The whole job on (ranks, tensor, pipeline): LiGO's learning, growth, teacher, evaluation."""
+    """The whole job: small model, growth with its learning, teacher, evaluation; one process computes in fp32."""
+    ranks, tensor, pipeline, method, precision, tolerance = job
 
-    def config(name: str) -> Config:
-        return salted(grown(make_config(corpus, tmp_path / name), "ligo"), trained, steps=2)
+    def config(name: str, precision: Literal["fp32", "bf16"]) -> Config:
+        plain = make_config(corpus, tmp_path / name)
+        plain = dataclasses.replace(plain, train=dataclasses.replace(plain.train, precision=precision))
+        return salted(grown(plain, method), trained, steps=2)
 
-    assert run(config("one")) == 0
-    ranks, tensor, pipeline = layout
-    assert run_ranks(run_on_ranks, ranks, config("many"), tensor, pipeline) == [0] * ranks
+    assert run(config("one", "fp32")) == 0
+    assert run_ranks(run_on_ranks, ranks, config("many", precision), tensor, pipeline) == [0] * ranks
     for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4), ours["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance), ours["step"]
         assert ours["phase"] == theirs["phase"]
-    assert final_loss(tmp_path / "many") == pytest.approx(final_loss(tmp_path / "one"), abs=2e-4)
+    assert final_loss(tmp_path / "many") == pytest.approx(final_loss(tmp_path / "one"), abs=tolerance)
 
 
 def test_another_layout_resumes_the_run(corpus: Path, tmp_path: Path) -> None:
