@@ -12,21 +12,17 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+import torch
+import torch.distributed as dist
+from results_file import Row, write
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from results_file import Row, write  # noqa: E402
-
-from megagrow import presets  # noqa: E402
-from megagrow.config import ParallelConfig  # noqa: E402
-from megagrow.evaluate import make_batch  # noqa: E402
-from megagrow.optim import Optimizer  # noqa: E402
-from megagrow.parallel.mesh import init_distributed, make_mesh  # noqa: E402
-from megagrow.train.part import build_part, initialize_part  # noqa: E402
+from megagrow import presets
+from megagrow.config import ParallelConfig
+from megagrow.evaluate import make_batch
+from megagrow.optim import Optimizer
+from megagrow.parallel.mesh import init_distributed, make_mesh
+from megagrow.train.part import build_part, initialize_part
 
 LAYOUTS = {"data 2": (2, 1, 1), "tensor 2": (2, 2, 1), "pipeline 2": (2, 1, 2), "one rank": (1, 1, 1)}
 ROUNDS, STEPS = 3, 8

@@ -10,6 +10,7 @@ keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method canno
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from _command import Arguments, run
@@ -70,8 +71,7 @@ def learned_recipe(source: Source, target: ModelConfig, options: argparse.Namesp
     if options.maps is None:
         how = MapLearning(options.data, options.steps, options.lr, options.seq_length, options.batch_size)
         with Progress(options.steps, enabled=mesh.is_main) as progress:
-            tell = lambda step, loss: progress.update(step, phase="ligo", loss=loss)  # noqa: E731
-            return learn_maps(source, target, how, mesh, tell).recipe()
+            return learn_maps(source, target, how, mesh, partial(progress.update, phase="ligo")).recipe()
     ligo = load_maps(options.maps)
     require(
         (ligo.start.source, ligo.start.target) == (source.model, target),

@@ -36,9 +36,7 @@ class MapLearning:
     seed: int = 1234
 
 
-def learn_maps(
-    source: Source, target: ModelConfig, how: MapLearning, mesh: Mesh, tell: Callable[[int, float], None]
-) -> Ligo:
+def learn_maps(source: Source, target: ModelConfig, how: MapLearning, mesh: Mesh, tell: Callable[..., None]) -> Ligo:
     """Learns the maps that grow `source` into `target` on the ordinary loss; a collective over the mesh.
 
     Args:
@@ -46,7 +44,7 @@ def learn_maps(
         target: the large one.
         how: data, steps and rates.
         mesh: data and tensor axes; both models are sharded over them.
-        tell: called after each step with its number and loss.
+        tell: called after each step as `tell(number, loss=loss)`.
 
     Returns:
         The learned maps, the same on every rank.
@@ -69,7 +67,7 @@ def learn_maps(
         result = learner.step(make_batch(tokens, how.batch_size, mesh), map_lr(step, config), guard)
         if not result.accepted:
             raise NonFiniteError(f"the loss was {result.loss} at learning step {step + 1}; lower --lr")
-        tell(step + 1, result.loss)
+        tell(step + 1, loss=result.loss)
     return learner.ligo
 
 

@@ -20,19 +20,7 @@ from megagrow.config import (
 from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError
 from megagrow.train import run
-from tests.train.runs import LARGE, SMALL, make_config, make_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("trained")
-    assert run(make_config(corpus, directory, steps=40)) == 0
-    return directory
+from tests.train.runs import LARGE, SMALL, make_config
 
 
 @pytest.fixture(scope="module")

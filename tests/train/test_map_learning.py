@@ -19,29 +19,17 @@ from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.train import run
 from megagrow.train.map_learning import MapLearning, learn_maps
 from tests.ranks import run_ranks
-from tests.train.runs import LARGE, SMALL, make_config, make_corpus
+from tests.train.runs import LARGE, SMALL, make_config
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "grow_checkpoint.py"
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("trained")
-    assert run(make_config(corpus, directory, steps=60)) == 0
-    return directory
-
-
 def learn(
-    source: Path, corpus: Path, steps: int, mesh: Mesh | None = None
+    source: Path, corpus: Path, steps: int, mesh: Mesh | None = None, lr: float = 1e-2
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     losses: list[float] = []
-    how = MapLearning(str(corpus / "train"), steps, lr=1e-2, seq_length=16, batch_size=8)
+    how = MapLearning(str(corpus / "train"), steps, lr, seq_length=16, batch_size=8)
     ligo = learn_maps(open_source(source), LARGE, how, mesh or Mesh.single(), lambda _, loss: losses.append(loss))
     return losses, ligo.state_dict()
 
@@ -51,15 +39,20 @@ def learn_on_ranks(source: Path, corpus: Path, steps: int) -> tuple[list[float],
 
 
 def test_learning_lowers_the_loss(trained: Path, corpus: Path) -> None:
-    losses, _ = learn(trained, corpus, steps=30)
-    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    """On the same batches, maps that learn do better than maps that stand still."""
+    learned, _ = learn(trained, corpus, steps=30)
+    unlearned, _ = learn(trained, corpus, steps=30, lr=0.0)
+    assert learned[0] == unlearned[0]
+    assert sum(learned[-5:]) < sum(unlearned[-5:]) - 0.2
 
 
 def test_learning_on_shards_gives_the_same_maps(trained: Path, corpus: Path) -> None:
     expected_losses, expected = learn(trained, corpus, steps=3)
     for losses, maps in run_ranks(learn_on_ranks, 4, trained, corpus, 3):
         assert losses == pytest.approx(expected_losses, abs=1e-5)
-        assert all(torch.allclose(maps[name], expected[name], atol=1e-5) for name in expected)
+        for name in expected:
+            # Entries whose gradient is nearly zero move by its sign in Adam's first steps, so single ones may differ.
+            assert (maps[name] - expected[name]).norm() < 1e-3 * expected[name].norm(), name
 
 
 def test_a_run_leaves_its_maps_for_other_growths(trained: Path, corpus: Path, tmp_path: Path) -> None:
@@ -88,4 +81,4 @@ def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) 
 def test_a_target_that_the_mesh_cannot_hold_is_refused(trained: Path, corpus: Path) -> None:
     how = MapLearning(str(corpus / "train"), steps=1, seq_length=16, batch_size=0)
     with pytest.raises(ConfigError, match="global_batch_size=0"):
-        learn_maps(open_source(trained), dataclasses.replace(SMALL), how, Mesh.single(), lambda *_: None)
+        learn_maps(open_source(trained), dataclasses.replace(SMALL), how, Mesh.single(), lambda _, loss: None)

@@ -23,20 +23,7 @@ from megagrow.salt.teacher import Teacher
 from megagrow.train import learner, run, trainer
 from megagrow.train.learner import ModelLearner
 from tests.ranks import run_ranks
-from tests.train.runs import LARGE, SMALL, final_loss, make_config, make_corpus, metrics, run_on_ranks
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that has learned enough to fit its data."""
-    directory = tmp_path_factory.mktemp("trained")
-    assert run(make_config(corpus, directory, steps=40)) == 0
-    return directory
+from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
