@@ -6,7 +6,8 @@ import tyro
 import yaml
 
 from megagrow import presets
-from megagrow.config import Config, check_value, load_file, nearest, option_names
+from megagrow.config import Config
+from megagrow.config_file import check_value, load_file, nearest, option_names
 from megagrow.errors import ConfigError
 
 USAGE = "usage: python -m megagrow PRESET_OR_FILE [--init.from CKPT] [--section.field VALUE ...]"

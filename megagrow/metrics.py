@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from megagrow.config import Config, to_dict
+from megagrow.config import Config
+from megagrow.config_file import to_dict
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
 from megagrow.errors import ConfigError, DataError
 

@@ -18,12 +18,8 @@ from megagrow.config import (
     SaltConfig,
     TrainConfig,
     check,
-    dump,
-    from_dict,
-    load_file,
-    option_names,
-    to_dict,
 )
+from megagrow.config_file import dump, from_dict, load_file, option_names, to_dict
 from megagrow.errors import ConfigError
 
 GROUPED = ModelConfig(hidden_size=768, num_heads=24, num_kv_heads=8, ffn_size=1536)

@@ -16,6 +16,7 @@ FOLDERS = [*SHIPPED, "tests"]
 ORDER = [
     "errors",
     "config",
+    "config_file",
     "presets",
     "command_line",
     "roles",

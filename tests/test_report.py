@@ -11,7 +11,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from megagrow.config import Config, DataConfig, ModelConfig, TrainConfig, dump
+from megagrow.config import Config, DataConfig, ModelConfig, TrainConfig
+from megagrow.config_file import dump
 from megagrow.errors import ConfigError, DataError
 from megagrow.ledger import Ledger
 from megagrow.metrics import Metrics, write_exit

@@ -11,7 +11,8 @@ from torch import Tensor
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.source import Source, load_model, open_source
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
-from megagrow.config import Config, DataConfig, to_dict
+from megagrow.config import Config, DataConfig
+from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
 from megagrow.errors import CheckpointError
 from megagrow.parallel.mesh import Mesh

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import hf, store
-from megagrow.config import ModelConfig, from_dict
+from megagrow.config import ModelConfig
+from megagrow.config_file import from_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import CheckpointError, DataError
 from megagrow.model import Transformer

@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from megagrow.config import ModelConfig, from_dict, to_dict
+from megagrow.config import ModelConfig
+from megagrow.config_file import from_dict, to_dict
 from megagrow.errors import CheckpointError
 from megagrow.growth.grow import Fetch, grow_into, mixed_sources
 from megagrow.growth.maps import AxisMap, DenseMap, LayerMap, LayerMix, SparseMap, first_copies

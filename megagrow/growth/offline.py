@@ -19,7 +19,8 @@ from megagrow.checkpoint.convert import TOKENIZER_FOLDER, token_ids_of, tokenize
 from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, read_json
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.staged import StagedFolder, check_free
-from megagrow.config import Config, DataConfig, ModelConfig, to_dict
+from megagrow.config import Config, DataConfig, ModelConfig
+from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.growth.grow import Fetch, grow_into, grow_whole
 from megagrow.growth.methods import Recipe

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.config import Config, load_file
+from megagrow.config import Config
+from megagrow.config_file import load_file
 from megagrow.errors import DataError
 from megagrow.ledger import Ledger
 from megagrow.metrics import METRICS_FILE, read_exit, read_metrics

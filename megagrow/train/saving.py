@@ -6,7 +6,8 @@ from typing import Any
 
 from megagrow import __version__
 from megagrow.checkpoint import store
-from megagrow.config import Config, from_dict, option_names, to_dict
+from megagrow.config import Config
+from megagrow.config_file import from_dict, option_names, to_dict
 from megagrow.errors import CheckpointError
 from megagrow.parallel.mesh import Mesh
 from megagrow.train.learner import Learner

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from megagrow.config import Config, ModelConfig, from_dict, to_dict
+from megagrow.config import Config, ModelConfig
+from megagrow.config_file import from_dict, to_dict
 from megagrow.errors import CheckpointError
 from megagrow.ledger import Ledger
 from megagrow.optim import StepGuard

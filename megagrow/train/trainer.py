@@ -11,7 +11,8 @@ import torch
 from megagrow import flops
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_tokens, judge_fit, open_source
-from megagrow.config import Config, ModelConfig, check_growable, to_dict
+from megagrow.config import Config, ModelConfig, check_growable
+from megagrow.config_file import to_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.description import describe
 from megagrow.data.loader import SampleOrder, Stream

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from megagrow.checkpoint import convert, store
 from megagrow.checkpoint.convert import Comparison
-from megagrow.config import Config, ModelConfig, to_dict
+from megagrow.config import Config, ModelConfig
+from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import CheckpointError
 from megagrow.roles import parameter_shapes

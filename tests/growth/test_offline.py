@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.source import Source, load_model, open_source
-from megagrow.config import Config, ModelConfig, ParallelConfig, dump, to_dict
+from megagrow.config import Config, ModelConfig, ParallelConfig
+from megagrow.config_file import dump, to_dict
 from megagrow.errors import CheckpointError
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.ligo import Ligo, save_maps

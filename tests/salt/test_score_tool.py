@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megagrow import checkpoint
-from megagrow.config import to_dict
+from megagrow.config_file import to_dict
 from megagrow.flops import forward_flops
 from tests.ranks import run_ranks
 from tests.salt.samples import SMALL, make_model, random_corpus, write_corpus

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 
 from megagrow.__main__ import main
-from megagrow.config import (
-    Config,
-    DataConfig,
-    GrowthConfig,
-    InitConfig,
-    ModelConfig,
-    ParallelConfig,
-    SaltConfig,
-    dump,
-)
+from megagrow.config import Config, DataConfig, GrowthConfig, InitConfig, ModelConfig, ParallelConfig, SaltConfig
+from megagrow.config_file import dump
 from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError
 from megagrow.train import run

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megagrow.checkpoint.source import check_fits, open_source
-from megagrow.config import GrowthConfig, InitConfig, ParallelConfig, dump
+from megagrow.config import GrowthConfig, InitConfig, ParallelConfig
+from megagrow.config_file import dump
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import ConfigError
 from megagrow.growth.ligo import load_maps
