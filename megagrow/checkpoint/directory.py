@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 
 from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
+from megagrow.data.files import fsync_path
 from megagrow.errors import CheckpointError
 
 LATEST = "latest"
@@ -48,14 +49,14 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
     digest = hashlib.sha256(raw).hexdigest()
     _write(temporary / MANIFEST, raw)
     _write(temporary / DIGEST, f"{digest}  {MANIFEST}\n".encode())
-    _sync_directory(temporary)
+    fsync_path(temporary)
     path = root / f"step-{manifest.step}"
     os.rename(temporary, path)
-    _sync_directory(root)
+    fsync_path(root)
     pointer = _renamed(root / LATEST, "tmp")
     _write(pointer, json.dumps({"step": path.name, "manifest_sha256": digest}).encode() + b"\n")
     os.replace(pointer, root / LATEST)
-    _sync_directory(root)
+    fsync_path(root)
     return path
 
 
@@ -74,7 +75,7 @@ def prune(newest: Path, keep_last: int) -> None:
         try:
             trash = _renamed(path, "trash")
             os.rename(path, trash)
-            _sync_directory(newest.parent)
+            fsync_path(newest.parent)
             _delete(trash)
         except OSError as error:
             logger.warning("cannot delete the old checkpoint %s: %s", path, error)
@@ -84,7 +85,7 @@ def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that its step can be saved again; returns its new path."""
     aside = _renamed(path, "damaged")
     os.rename(path, aside)
-    _sync_directory(path.parent)
+    fsync_path(path.parent)
     return aside
 
 
@@ -151,11 +152,3 @@ def _delete(path: Path) -> None:
 
 def _renamed(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.{kind}-{secrets.token_hex(4)}")
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from megagrow.data.files import fsync_path
 from megagrow.errors import CheckpointError
 
 
@@ -38,12 +39,12 @@ class StagedFolder:
         """Gives the folder its name; what was there goes."""
         for parent, _, files in os.walk(self.temporary):
             for name in files:
-                _sync(Path(parent, name))
-            _sync(Path(parent))
+                fsync_path(Path(parent, name))
+            fsync_path(Path(parent))
         if self.path.exists():
             os.rename(self.path, _beside(self.path, "trash"))
         os.rename(self.temporary, self.path)
-        _sync(self.path.parent)
+        fsync_path(self.path.parent)
         _remove_leftovers(self.path, "trash")
 
     def discard(self) -> None:
@@ -75,11 +76,3 @@ def _remove_leftovers(path: Path, kind: str) -> None:
     for sibling in path.parent.iterdir():
         if leftover.fullmatch(sibling.name):
             shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,9 +18,9 @@ def os_errors_as_data_errors(path: str | Path) -> Iterator[None]:
         raise DataError(f"{error.filename or path}: {reason}") from error
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable (a rename survives a power cut only after this)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Make a file, or the names in a folder, durable (a rename survives a power cut only after this)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -44,4 +44,4 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        fsync_path(path.parent)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megagrow.data.description import Description, describe, description_path, encode_description
-from megagrow.data.files import fsync_folder, os_errors_as_data_errors
+from megagrow.data.files import fsync_path, os_errors_as_data_errors
 from megagrow.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -330,14 +330,14 @@ class IndexedWriter:
         """Rename; the old index goes first, so that no index ever stands by another's tokens."""
         folder = self._final[0].parent
         self._final[2].unlink(missing_ok=True)
-        fsync_folder(folder)
+        fsync_path(folder)
         os.replace(self._temporary[0], self._final[0])
         if described:
             os.replace(self._temporary[1], self._final[1])
         else:
             self._final[1].unlink(missing_ok=True)
         os.replace(self._temporary[2], self._final[2])
-        fsync_folder(folder)
+        fsync_path(folder)
 
 
 def _open_alone(path: Path) -> IO[bytes]:
