@@ -43,7 +43,7 @@ def load(name: str) -> Config:
     if not path.exists():
         known = presets.names()
         raise ConfigError(
-            f"{name}: neither a preset nor a file{nearest(name, known)} Presets: {', '.join(known)}; "
+            f"{name}: neither a preset nor a file{nearest(name, known)}; presets: {', '.join(known)}; "
             "or give the path of a YAML file"
         )
     return load_file(path)

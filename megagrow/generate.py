@@ -5,6 +5,7 @@
 import torch
 
 from megagrow.data.tokenizer import Tokenizer
+from megagrow.errors import DataError
 from megagrow.model import Transformer
 
 
@@ -23,7 +24,15 @@ def generate(
 
     Returns:
         Prompt and continuation.
+
+    Raises:
+        DataError: the tokenizer has more tokens than the model.
     """
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size="
+            f"{model.config.vocab_size}; give the tokenizer that the model was trained with"
+        )
     ids = tokenizer.encode(prompt) or [tokenizer.eod_id or 0]
     num_prompt = len(ids)
     generator = torch.Generator().manual_seed(seed)

@@ -5,10 +5,15 @@
 CKPT is an own checkpoint, a run directory or a Hugging Face folder. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint.
 """
 
+from pathlib import Path
+
 from _command import Arguments, run
 
-from megagrow.checkpoint.source import load_model, open_source
+from megagrow.checkpoint.convert import tokenizer_of
+from megagrow.checkpoint.source import Source, load_model, open_source
+from megagrow.config import require
 from megagrow.data.tokenizer import load_tokenizer
+from megagrow.errors import DataError
 from megagrow.generate import generate
 from megagrow.parallel.mesh import Mesh
 
@@ -23,10 +28,19 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="", help="when the checkpoint does not name one")
     options = parser.parse_args()
 
+    require(options.tokens >= 0, f"--tokens {options.tokens} must not be negative")
+    require(options.temperature >= 0, f"--temperature {options.temperature} must not be negative")
     source = open_source(options.checkpoint)
-    tokenizer = load_tokenizer(options.tokenizer or source.tokenizer)
+    tokenizer = load_tokenizer(find_tokenizer(options.tokenizer, source))
     model = load_model(source, Mesh.single())
     print(generate(model, tokenizer, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def find_tokenizer(given: str, source: Source) -> str | Path:
+    found = given or tokenizer_of(source)
+    if not found:
+        raise DataError(f"{source.path}: its tokenizer is not named or not there; give it with --tokenizer")
+    return found
 
 
 if __name__ == "__main__":

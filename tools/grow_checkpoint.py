@@ -17,23 +17,25 @@ from _command import Arguments, run
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.config import ModelConfig, ParallelConfig, check_model, require
-from megagrow.growth.ligo import load_maps
 from megagrow.growth.methods import METHODS, Recipe, make_recipe
-from megagrow.growth.offline import grow_folder, target_model
+from megagrow.growth.offline import check_destination, grow_folder, target_model
+from megagrow.ledger import Ledger
 from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
-from megagrow.train.map_learning import MapLearning, learn_maps
+from megagrow.train.map_learning import MapLearning, apply_maps, grown_ledger, learn_maps
 
 
 def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
-    recipe = make_recipe(options.method, source.model, target)
+    check_options(options)
+    recipe, ledger = make_recipe(options.method, source.model, target), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
+    check_destination(source, options.dst, target, mesh)
     if options.method == "ligo":
-        recipe = learned_recipe(source, target, options, mesh)
-    grow_folder(source, options.dst, recipe, mesh, options.optimizer)
+        recipe = learned_recipe(source, target, options, mesh, ledger or Ledger())
+    grow_folder(source, options.dst, recipe, mesh, options.optimizer, ledger.to_dict() if ledger else None)
     if mesh.is_main:
         show(options.dst, recipe)
     leave_distributed()
@@ -60,24 +62,25 @@ def parser() -> Arguments:
     ligo.add_argument("--lr", type=float, default=3e-3, help="of the maps")
     ligo.add_argument("--seq-length", type=int, default=128)
     ligo.add_argument("--batch-size", type=int, default=16, help="samples per step, over all ranks")
+    ligo.add_argument("--skip-source-check", action="store_true", help="even if SRC does not fit the data")
     return parser
 
 
-def learned_recipe(source: Source, target: ModelConfig, options: argparse.Namespace, mesh: Mesh) -> Recipe:
+def check_options(options: argparse.Namespace) -> None:
+    given = [option for option in (options.maps, options.data) if option is not None]
     require(
-        (options.maps is None) != (options.data is None),
-        "--method ligo learns its maps on --data PREFIX or applies learned ones from --maps FILE; give one of them",
+        len(given) == (options.method == "ligo"),
+        "--method ligo learns its maps on --data PREFIX or applies learned ones from --maps FILE; give one of them, "
+        "and neither with another method",
     )
-    if options.maps is None:
-        how = MapLearning(options.data, options.steps, options.lr, options.seq_length, options.batch_size)
-        with Progress(options.steps, enabled=mesh.is_main) as progress:
-            return learn_maps(source, target, how, mesh, partial(progress.update, phase="ligo")).recipe()
-    ligo = load_maps(options.maps)
-    require(
-        (ligo.start.source, ligo.start.target) == (source.model, target),
-        f"{options.maps} was learned for another pair of models; give maps of this growth, or learn some with --data",
-    )
-    return ligo.recipe()
+
+
+def learned_recipe(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Recipe:
+    if o.maps is None:
+        how = MapLearning(o.data, o.steps, o.lr, o.seq_length, o.batch_size, skip_source_check=o.skip_source_check)
+        with Progress(o.steps, enabled=mesh.is_main) as progress:
+            return learn_maps(source, target, how, mesh, partial(progress.update, phase="ligo"), ledger).recipe()
+    return apply_maps(o.maps, source, target, ledger).recipe()
 
 
 def make_growth_mesh(target: ModelConfig, tensor: int) -> Mesh:

@@ -1,8 +1,8 @@
 """The commit protocol: a checkpoint appears complete or not at all, and is never written again.
 
     step-N.tmp-*/  is filled  ->  fsync  ->  rename to step-N/  ->  fsync  ->  `latest` replaced
-    step-N.trash-*/           a checkpoint that is being deleted step-N.damaged-*/         a
-    checkpoint that failed its own digests, set aside for a newer one of the same step
+    step-N.trash-*/           a checkpoint that is being deleted
+    step-N.damaged-*/         one that failed its own digests, set aside for a newer one of the same step
 
 A process may die between any two calls here: what is then left beside complete checkpoints bears
 another name.
@@ -84,6 +84,9 @@ def prune(newest: Path, keep_last: int) -> None:
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that its step can be saved again; returns its new path."""
     aside = _renamed(path, "damaged")
+    pointer = path.parent / LATEST
+    if pointer.is_file() and path.name in _latest_digest(pointer):
+        pointer.unlink()  # else a death before `latest` is replaced leaves it to disown the new checkpoint
     os.rename(path, aside)
     fsync_path(path.parent)
     return aside

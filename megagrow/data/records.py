@@ -81,10 +81,12 @@ def parse_record(record: bytes, is_json: bool, json_key: str) -> str:
 
 
 def read_texts(paths: Sequence[str | Path], json_key: str = "text") -> Iterator[str]:
-    """The texts of `paths` in order. Raises DataError naming file and line of a bad record."""
+    """The texts of `paths` in order, but blank JSON lines. Raises DataError naming file and line of a bad record."""
     total_bytes(paths)
     for batch in read_batches(paths):
         for line, record in enumerate(batch.records, batch.first_line):
+            if batch.is_json and not record.strip():
+                continue
             try:
                 yield parse_record(record, batch.is_json, json_key)
             except BadRecord as error:

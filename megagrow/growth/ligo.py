@@ -28,6 +28,7 @@ from torch.nn.functional import one_hot
 
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict, to_dict
+from megagrow.data.files import write_atomically
 from megagrow.errors import CheckpointError
 from megagrow.growth.grow import Fetch, grow_into, mixed_sources
 from megagrow.growth.maps import AxisMap, DenseMap, LayerMap, LayerMix, SparseMap, first_copies
@@ -156,11 +157,11 @@ class Ligo:
 
 
 def save_maps(ligo: Ligo, path: Path | str) -> None:
-    """Writes the maps to a safetensors file that names the two models."""
+    """Writes the maps to a safetensors file that names the two models; the file is whole or absent."""
     models = {"source": ligo.start.source, "target": ligo.start.target}
     metadata = {name: json.dumps(to_dict(model)) for name, model in models.items()}
     state = {name: tensor.contiguous() for name, tensor in ligo.state_dict().items()}
-    safetensors.torch.save_file(state, str(path), metadata)
+    write_atomically(path, safetensors.torch.save(state, metadata))
 
 
 def load_maps(path: Path | str, device: torch.device | str = "cpu") -> Ligo:

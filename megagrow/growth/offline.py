@@ -33,7 +33,26 @@ from megagrow.parallel.shards import local, wrap_like
 from megagrow.roles import parameter_names
 
 
-def grow_folder(source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy = "exact") -> None:
+def check_destination(source: Source, destination: Path, target: ModelConfig, mesh: Mesh) -> None:
+    """Makes sure, before anything is learned, that `target` can be written in the source's format; a collective.
+
+    Raises:
+        CheckpointError: the destination is taken.
+        ConfigError: the source's format cannot express the target.
+    """
+    if hf.is_hf_folder(source.path):
+        hf.check_exportable(target)
+    Ranks(mesh.checkpoint_group).first(f"cannot grow into {destination}", lambda: check_free(destination))
+
+
+def grow_folder(
+    source: Source,
+    destination: Path,
+    recipe: Recipe,
+    mesh: Mesh,
+    policy: Policy = "exact",
+    ledger: dict[str, Any] | None = None,
+) -> None:
     """Writes the grown model to a new folder, in the format of its source; a collective over the mesh.
 
     Weights keep their dtype, and the tokenizer comes along.
@@ -46,6 +65,7 @@ def grow_folder(source: Source, destination: Path, recipe: Recipe, mesh: Mesh, p
             the first rank alone.
         policy: what becomes of the moments of an own checkpoint that has some: `exact` grows them where the recipe
             copies; otherwise the grown checkpoint has none, and training starts with a fresh optimizer.
+        ledger: what the grown model has cost, kept in an own checkpoint; None: what the source has.
 
     Raises:
         CheckpointError: the source is damaged, or the destination is taken or cannot be written.
@@ -55,7 +75,7 @@ def grow_folder(source: Source, destination: Path, recipe: Recipe, mesh: Mesh, p
     if hf.is_hf_folder(source.path):
         _write_hf(source, destination, recipe, mesh)
     else:
-        _write_own(source, destination, recipe, mesh, policy)
+        _write_own(source, destination, recipe, mesh, policy, ledger or source.ledger)
 
 
 def _write_hf(source: Source, destination: Path, recipe: Recipe, mesh: Mesh) -> None:
@@ -66,10 +86,13 @@ def _write_hf(source: Source, destination: Path, recipe: Recipe, mesh: Mesh) -> 
     hf.write_hf_folder(destination, recipe.target, fetch, tokenizer, token_ids=token_ids, is_writer=mesh.is_main)
 
 
-def _write_own(source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy) -> None:
+def _write_own(
+    source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy, ledger: dict[str, Any] | None
+) -> None:
+    check_destination(source, destination, recipe.target, mesh)
     ranks, action = Ranks(mesh.checkpoint_group), f"cannot grow into {destination}"
-    ranks.first(action, lambda: check_free(destination))
     tensors, state = _grow_own(source, recipe, mesh, policy)
+    state["ledger"] = ledger
     tokenizer, staged = tokenizer_of(source), StagedFolder(destination)
     named = "" if tokenizer is None else str((destination / TOKENIZER_FOLDER).absolute())
     try:
@@ -101,7 +124,7 @@ def _grow_own(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy) -> tup
     parameters = _empty_target(source, recipe, mesh)
     grow_into(recipe, source.fetch, parameters)
     tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
-    state: dict[str, Any] = {"model": to_dict(recipe.target), "ledger": source.ledger}
+    state: dict[str, Any] = {"model": to_dict(recipe.target)}
     if source.optimizer is not None and recipe.copies and policy == "exact":
         moments = _empty_moments(source, recipe, parameters)
         fetches = {moment: _moment_fetch(source, moment) for moment in moments}

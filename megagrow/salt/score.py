@@ -122,6 +122,7 @@ def score_corpus(
     if not is_complete(output, identity):
         if pending := shards.pending():
             model = _checked_model(source, dataset, mesh, settings, progress)
+            shards.begin()
             _score_shards(model, dataset, shards, pending, source, progress)
         _wait_for_all(mesh)
         if mesh.is_main:
@@ -181,7 +182,7 @@ class _Shards:
         return range(shard * self.size, min((shard + 1) * self.size, self.num_samples))
 
     def pending(self) -> list[int]:
-        """The shards to do, the same on every rank; makes the folder.
+        """The shards to do, the same on every rank.
 
         Raises:
             DataError: the folder holds the shards of another scoring.
@@ -189,10 +190,15 @@ class _Shards:
         self.folder.check(self.identity, self.size)
         done = torch.zeros(self.count, dtype=torch.uint8)
         if self.mesh.is_main:
-            self.folder.begin(self.identity, self.size)
             done = torch.tensor([self.folder.has(i) for i in range(self.count)], dtype=torch.uint8)
         done = broadcast_from(done.to(self.mesh.device), 0, self.mesh.world).cpu()
         return torch.nonzero(done == 0).flatten().tolist()
+
+    def begin(self) -> None:
+        """Makes the folder; no rank writes into it before it says what the shards belong to."""
+        if self.mesh.is_main:
+            self.folder.begin(self.identity, self.size)
+        _wait_for_all(self.mesh)
 
     def merge(self, flops: float | None) -> None:
         """Puts the shards together and writes the manifest."""

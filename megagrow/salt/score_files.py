@@ -7,7 +7,7 @@ is complete.
 
 import hashlib
 import json
-import shutil
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 SCORE_NAMES = ("median_in_top_k", "median_zero", "mean_nll", "in_top_k_fraction")
 DTYPES = {**dict.fromkeys(SCORE_NAMES, np.dtype("<f4")), "num_tokens": np.dtype("<i4")}
 SCORES_FILE, MANIFEST_FILE = "scores.safetensors", "manifest.json"
+_OWN_FILE = re.compile(r"(identity\.json|[0-9]{8,}\.safetensors)(\.tmp)?")  # of a folder of shards
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -215,10 +216,14 @@ class ShardFolder:
         return arrays, float(seconds.sum())
 
     def remove(self) -> None:
-        """Removes the shards; nothing happens when there are none."""
+        """Removes the shards, and the folder unless somebody else's files are in it too."""
         with os_errors_as_data_errors(self.path):
-            if self.path.exists():
-                shutil.rmtree(self.path)
+            names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+            own = [name for name in names if _OWN_FILE.fullmatch(name)]
+            for name in own:
+                (self.path / name).unlink()
+            if own and own == names:
+                self.path.rmdir()
 
     def _file(self, shard: int) -> Path:
         return self.path / f"{shard:08d}.safetensors"

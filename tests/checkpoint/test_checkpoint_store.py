@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megagrow import checkpoint
+from megagrow.checkpoint import directory
 from megagrow.errors import CheckpointError
 from tests.checkpoint.samples import (
     assert_holds_step,
@@ -178,6 +179,21 @@ def test_a_damaged_checkpoint_of_the_step_is_set_aside(tmp_path: Path, caplog: p
     aside = [name for name in names_in(tmp_path) if name.startswith("step-4.damaged-")]
     assert len(aside) == 1
     assert [path.name for path in checkpoint.candidates(tmp_path)] == ["step-4", "step-3"]
+
+
+def test_latest_does_not_disown_the_successor_of_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Death between the rename and `latest`, whose digest would still be that of the damaged one."""
+    flip_last_byte(save_step(tmp_path, 4) / "__0_0.distcp")
+
+    def die(*paths: Path) -> None:
+        raise OSError(5, "dead")
+
+    monkeypatch.setattr(directory.os, "replace", die)
+    with pytest.raises(CheckpointError, match="dead"):
+        checkpoint.save(tmp_path, 4, tensors_at(5), {}, config={}, provenance={})
+    assert checkpoint.candidates(tmp_path) == [tmp_path / "step-4"]
 
 
 def test_candidates_are_newest_first_and_complete(tmp_path: Path) -> None:

@@ -152,3 +152,8 @@ def test_zstandard_frames_are_joined_and_a_cut_one_is_seen(tmp_path: Path) -> No
     path.write_bytes(frames + b"junk")
     with pytest.raises(DataError, match="damaged or truncated"):
         list(read_texts([path]))
+
+
+def test_blank_lines_are_no_records(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n \n')
+    assert list(read_texts([tmp_path / "a.jsonl"])) == ["a", "b"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, DataError
 from megagrow.growth.grow import grow_whole, mesh_fetch
 from megagrow.growth.ligo import Ligo, load_maps, save_maps
 from megagrow.growth.methods import make_recipe
@@ -187,3 +187,10 @@ def test_foreign_maps_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"not a file of maps")
     with pytest.raises(CheckpointError, match="no file of learned maps"):
         load_maps(file)
+
+
+def test_maps_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ligo = Ligo(make_recipe("ligo", *PAIRS["uneven"]))
+    with pytest.raises(DataError, match="file"):
+        save_maps(ligo, tmp_path / "file" / "maps.safetensors")

@@ -21,6 +21,7 @@ from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import QUANTITIES, grow_multipliers
 from megagrow.growth.offline import grow_folder
 from megagrow.growth.verify import function_change
+from megagrow.ledger import Ledger, Phase
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.roles import parameter_names
 from tests.growth import models
@@ -33,6 +34,7 @@ SOURCE = dataclasses.replace(models.LLAMA, num_kv_heads=4)
 WIDE = widened(SOURCE, hidden=2, query=2, kv=2, ffn=3)
 GPT2 = dataclasses.replace(models.GPT2, ffn_size=48, head_dim=3)
 STEP = 11
+LEDGER = Ledger(phases=[Phase("train", steps=1, tokens=1, flops=1e6, seconds=2.0)])
 
 
 def save_own(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Source:
@@ -42,7 +44,7 @@ def save_own(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float3
         named = moments_of(model, moment)
         tensors |= {f"optim.{moment}.{name}": t.float() for name, t in named.items()}
     optimizer = {"step": STEP, "multipliers": {"final_norm.weight": {"lr": 0.5}}}
-    state = {"model": to_dict(model), "optimizer": optimizer, "ledger": {"spent": 1}}
+    state = {"model": to_dict(model), "optimizer": optimizer, "ledger": LEDGER.to_dict()}
     config = to_dict(Config(model=model))
     store.save(folder, STEP, tensors, state, config=config, provenance={})
     return open_source(folder)
@@ -166,6 +168,15 @@ def test_command_takes_own_and_hugging_face_configurations(tmp_path: Path, capsy
         assert hf.is_hf_folder(destination) == (kind == "hf")
 
 
+def test_a_taken_folder_is_refused_before_maps_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("own", "hf"):
+        save_own(tmp_path / "own", SOURCE) if kind == "own" else save_hf(tmp_path / "hf", SOURCE, torch.float32)
+        (tmp_path / "large.yaml").write_text(dump(Config(model=WIDE)))
+        options = ["--target", tmp_path / "large.yaml", "--method", "ligo", "--maps", "nowhere"]
+        assert grow_command(tmp_path / kind, tmp_path, *options) == 4
+        assert "is not empty" in capsys.readouterr().err
+
+
 def test_command_applies_learned_maps(tmp_path: Path) -> None:
     source = save_own(tmp_path / "small", SOURCE)
     (tmp_path / "large.yaml").write_text(dump(Config(model=WIDE)))
@@ -177,10 +188,14 @@ def test_command_applies_learned_maps(tmp_path: Path) -> None:
     name = "layers.1.attention.key_value.weight"
     expected = grow_whole(ligo.recipe(), source.fetch, name)
     torch.testing.assert_close(open_source(tmp_path / "large").fetch(name), expected)
+    ledger = Ledger.from_dict(open_source(tmp_path / "large").ledger)
+    assert [item.identity for item in ledger.inherited] == [source.identity]
+    assert ledger.totals()["all_in"]["flops"] is None, "nobody knows what learning these maps cost"
 
 
 MISTAKES = [
     ({}, 2, "--method ligo learns its maps on --data PREFIX or applies learned ones"),
+    ({"--method": "clone", "--data": "tokens"}, 2, "and neither with another method"),
     ({"--method": "stack"}, 2, "grows depth only"),
     ({"--method": "clone", "--tensor": 3}, 2, "--tensor 3 does not divide"),
     ({"--target": "nowhere.yaml"}, 2, "neither a preset nor a file"),

@@ -256,6 +256,23 @@ def test_shards_without_an_identity_are_refused(tmp_path: Path, corpus: Path) ->
         score(corpus, tmp_path / "scores")
 
 
+def test_other_peoples_files_beside_the_shards_survive(tmp_path: Path, corpus: Path) -> None:
+    mine = tmp_path / "scores" / "shards" / "part-0.bin"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    score(corpus, tmp_path / "scores")
+    score(corpus, tmp_path / "scores")
+    assert [path.name for path in mine.parent.iterdir()] == [mine.name]
+    assert mine.read_text() == "mine"
+
+
+def test_a_refused_model_leaves_the_folder_free(tmp_path: Path, corpus: Path) -> None:
+    """So that the corrected command is not refused for what the wrong one began."""
+    with pytest.raises(DataError, match="do not fit this data"):
+        score(corpus, tmp_path / "scores", replace(SETTINGS, skip_source_check=False))
+    assert not (tmp_path / "scores").exists()
+
+
 def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path: Path, corpus: Path) -> None:
     """Random tokens and a random model: worse than chance."""
     with pytest.raises(DataError, match="has loss .* on the data, chance is 3.367"):

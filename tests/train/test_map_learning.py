@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,11 @@ from megagrow.checkpoint.source import check_fits, open_source
 from megagrow.config import GrowthConfig, InitConfig, ParallelConfig
 from megagrow.config_file import dump
 from megagrow.data.dataset import PackedDataset
-from megagrow.errors import ConfigError
+from megagrow.data.indexed import IndexedWriter
+from megagrow.errors import ConfigError, DataError
+from megagrow.flops import ligo_step_flops
 from megagrow.growth.ligo import load_maps
+from megagrow.ledger import Ledger
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.train import run
 from megagrow.train.map_learning import MapLearning, learn_maps
@@ -76,7 +80,23 @@ def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) 
     held_out = PackedDataset(corpus / "validation", 16)
     losses = [check_fits(source, held_out, Mesh.single()) for source in (open_source(trained), grown)]
     assert losses[1] < losses[0] + 0.5
+    ledger = Ledger.from_dict(grown.ledger)
+    learning = 10 * ligo_step_flops(SMALL, LARGE, 8 * 16, 16)
+    before = Ledger.from_dict(open_source(trained).ledger).totals()["all_in"]
+    assert ledger.totals()["papers_convention"]["flops"] == pytest.approx(learning)
+    assert ledger.totals()["all_in"]["flops"] == pytest.approx(learning + before["flops"])
     assert json.loads(target.read_text())["model"]["hidden_size"] == 32
+
+
+def test_a_source_that_does_not_fit_is_refused_unless_told(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "other", np.uint16) as writer:
+        writer.add_document(np.arange(2000) * 97 % 256)
+        writer.close()
+    how = MapLearning(str(tmp_path / "other"), steps=1, seq_length=16, batch_size=2)
+    with pytest.raises(DataError, match="--skip-source-check"):
+        learn_maps(open_source(trained), LARGE, how, Mesh.single(), lambda _, loss: None)
+    how = dataclasses.replace(how, skip_source_check=True)
+    learn_maps(open_source(trained), LARGE, how, Mesh.single(), lambda _, loss: None)
 
 
 def test_a_target_that_the_mesh_cannot_hold_is_refused(trained: Path, corpus: Path) -> None:
