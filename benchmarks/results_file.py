@@ -35,6 +35,7 @@ class Row:
 
 def write(name: str, rows: list[Row]) -> Path:
     """Writes the rows with machine, commit and date, and prints them."""
+    FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
     content = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -53,5 +54,5 @@ def write(name: str, rows: list[Row]) -> Path:
 
 def _commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER)
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return found.stdout.strip() or "unknown"
