@@ -1,7 +1,7 @@
 """The configuration of a run: one tree of frozen dataclasses, and checks that say value, rule and remedy.
 
 A preset (presets.py) or a YAML or JSON file (config_file.py) gives a complete `Config`; `--section.field VALUE` changes
-single fields. `check(config, world_size)` tests every combination before anything is built.
+single fields. A field's own rules are checked here; what has to fit together is checked by checks.py.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from megagrow.errors import ConfigError
 class ModelConfig:
     """One decoder-only transformer; the fields that differ between families are switches, not subclasses."""
 
-    family: Literal["llama", "gpt2"] = "llama"  # Hugging Face model type that it is exported as
+    family: Literal["llama", "gpt2", "qwen3"] = "llama"  # Hugging Face model type that it is exported as
     vocab_size: int = 32_000
     hidden_size: int = 512
     num_layers: int = 8
@@ -31,6 +31,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, as in GPT-2
     bias: bool = False  # biases on every linear layer of the blocks
+    qk_norm: bool = False  # RMSNorm over every query and key head, before rotation
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -70,22 +71,61 @@ class DataConfig:
     tokenizer: str = ""  # sentencepiece .model, tokenizer.json or its folder; copied into exports
     seq_length: int = 128  # inputs per sample; a sample is seq_length + 1 tokens
     seed: int = 1234  # order of samples depends on (seed, epoch) only
+    mask_documents: bool = False  # attention stays inside a document; False: it crosses their ends, as is usual
 
     def __post_init__(self) -> None:
         require(self.seq_length > 0, f"data.seq_length={self.seq_length} must be positive")
 
 
+Schedule = Literal["1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")  # two stages per rank: one on the way in, one on the way back
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")  # weight gradients come later than inputs'
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the mesh axes; the data axis takes the ranks that tensor and pipeline leave."""
+    """Sizes of the mesh axes, and how each is used; the data axis takes the ranks that the others leave.
+
+    Ranks stand in the order (pipeline, data, context, tensor), tensor varying fastest. Parameters are cut over data x
+    context (FSDP2), except that `replicate` groups of data ranks each hold a whole copy (HSDP).
+    """
 
     tensor: int = 1
+    sequence_parallel: bool = False  # cut activations between the blocks' halves along the sequence over `tensor`
+    context: int = 1  # ranks that share each sequence, for long ones
     pipeline: int = 1
-    schedule: Literal["1F1B"] = "1F1B"
+    schedule: Schedule = "1F1B"
+    stages_per_rank: int = 0  # pipeline stages of each rank; 0: as few as the schedule takes (1F1B 1, the others 2)
+    layers_per_stage: tuple[int, ...] = ()  # by stage; empty: even, embedding and head weighing as a layer each
+    replicate: int = 1  # copies of the parameters; the number of data ranks: plain data parallelism
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline"):
+        for name in ("tensor", "context", "pipeline", "replicate"):
             require(getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)} must be positive")
+        least = 1 if self.schedule == "1F1B" else 2
+        if self.pipeline == 1 or self.stages_per_rank == 0:
+            object.__setattr__(self, "stages_per_rank", least if self.pipeline > 1 else 1)
+        most = {"1F1B": 1, "ZBVZeroBubble": 2, "DualPipeV": 2}.get(self.schedule, self.stages_per_rank)
+        require(
+            self.pipeline == 1 or 1 <= self.stages_per_rank <= most,
+            f"parallel.stages_per_rank={self.stages_per_rank} does not go with schedule={self.schedule}, which takes "
+            f"{most}; leave it at 0, or use Interleaved1F1B",
+        )
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.pipeline * self.stages_per_rank
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one sequence: what is left of the world is divided among data ranks."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule computes gradients of inputs and of weights at different times."""
+        return self.pipeline > 1 and self.schedule in SPLIT_BACKWARD
 
 
 @dataclass(frozen=True)
@@ -96,6 +136,11 @@ class TrainConfig:
     global_batch_size: int = 16  # samples per optimizer step, over all ranks
     microbatch_size: int = 0  # samples per forward; 0: a rank's whole share (its share / stages in a pipeline)
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; parameters, gradients and optimizer are fp32
+    recompute: Literal["none", "selective", "full"] = "none"  # selective keeps the results of matrix products
+    compile: bool = False  # torch.compile, block by block
+    attention: Literal["sdpa", "flash_attn"] = "sdpa"  # sdpa: torch's own, and FlexAttention for document masks
+    dropout: float = 0.0  # on embeddings and both residual branches; the mask depends on (seed, step, token) only
+    loss_chunk: int = 1024  # tokens whose logits exist at a time
     seed: int = 1234  # initial weights depend on (seed, parameter name) only
     eval_interval: int = 100  # steps; 0: only at the end
     eval_batches: int = 4  # fixed batches of global_batch_size held-out samples
@@ -105,6 +150,8 @@ class TrainConfig:
         for name in ("steps", "global_batch_size"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         require_not_negative(self, "train", "microbatch_size", "eval_interval", "eval_batches", "threads")
+        require(self.loss_chunk > 0, f"train.loss_chunk={self.loss_chunk} must be positive")
+        require(0 <= self.dropout < 1, f"train.dropout={self.dropout} must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -124,6 +171,8 @@ class OptimConfig:
     max_bad_steps: int = 8  # non-finite or skipped steps in a row before roll-back, then stop (exit 5)
     spike_sigma: float = 0.0  # skip a step whose loss exceeds mean + sigma·std of the window; 0: off
     spike_window: int = 128
+    backend: Literal["torch", "apex"] = "torch"  # apex: NVIDIA Apex' FusedAdam
+    offload: bool = False  # moments and master weights in host memory, updated by the host
 
     def __post_init__(self) -> None:
         require_not_negative(self, "optim", "lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "spike_sigma")
@@ -202,7 +251,9 @@ class RunConfig:
     tensorboard: bool = False
     wandb: str = ""  # project name; empty: off
     debug: bool = False  # show tracebacks
-    timeout: float = 600.0  # seconds that a collective may take
+    timeout: float = 600.0  # seconds without progress after which the run ends (exit 6)
+    profile_at: int = -1  # write a trace of the 3 steps from this one on to DIR/profile; -1: off
+    memory_snapshot_at: int = -1  # write what fills the GPU's memory at the end of this step; -1: off
 
     def __post_init__(self) -> None:
         for name in ("log_interval", "timeout"):
@@ -243,142 +294,25 @@ def divisors(n: int, limit: int | None = None) -> str:
     return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
 
 
-def check(config: Config, world_size: int) -> None:
-    """Raises ConfigError (value, rule, remedy) when parts of the configuration do not fit together."""
-    parallel, train = config.parallel, config.train
-    block = parallel.tensor * parallel.pipeline
-    require(
-        world_size % block == 0,
-        f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} = {block} does not divide the "
-        f"{world_size} launched ranks; start a multiple of {block} ranks or change the mesh",
-    )
-    for name, model in models(config):
-        check_model(model, parallel, name)
-        require(
-            model.positions != "learned" or config.data.seq_length <= model.max_seq_length,
-            f"data.seq_length={config.data.seq_length} exceeds max_seq_length={model.max_seq_length} of {name}, "
-            "the rows of its position table; use shorter sequences or a longer table",
-        )
-    data_parallel = world_size // block
-    batch = train.global_batch_size
-    require(
-        batch % data_parallel == 0,
-        f"train.global_batch_size={batch} is not a multiple of the {data_parallel} data-parallel ranks; "
-        f"use {max(batch // data_parallel, 1) * data_parallel} or {-(-batch // data_parallel) * data_parallel}",
-    )
-    share = batch // data_parallel
-    microbatch = microbatch_size(config, world_size)
-    require(
-        share % microbatch == 0,
-        f"train.microbatch_size={microbatch} does not divide a rank's share of {share} samples; use {divisors(share)}",
-    )
-    require(
-        share // microbatch >= parallel.pipeline,
-        f"{share // microbatch} microbatches are fewer than the {parallel.pipeline} pipeline stages; use "
-        f"train.microbatch_size<={max(share // parallel.pipeline, 1)} or a larger train.global_batch_size",
-    )
-    check_growth(config)
-    check_salt(config)
-
-
 def models(config: Config) -> list[tuple[str, ModelConfig]]:
     """The models that this run builds, with the section that each comes from."""
     source = config.growth.source
     return ([("growth.source", source)] if source else []) + [("model", config.model)]
 
 
-def check_model(model: ModelConfig, parallel: ParallelConfig, name: str) -> None:
-    """Raises ConfigError when `model` cannot be laid out on the mesh or the features exclude each other."""
-    for axis in ("num_heads", "num_kv_heads", "ffn_size"):
-        size = getattr(model, axis)
-        require(
-            size % parallel.tensor == 0,
-            f"tensor={parallel.tensor} does not divide {axis}={size} of {name}; use {divisors(size, 64)}",
-        )
-    require(
-        parallel.pipeline <= model.num_layers,
-        f"pipeline={parallel.pipeline} exceeds num_layers={model.num_layers} of {name}; "
-        f"use at most {model.num_layers} stages",
-    )
+def data_ranks(config: Config, world_size: int) -> int:
+    """Ranks that read different samples."""
+    return world_size // config.parallel.model_ranks
 
 
-def check_growth(config: Config) -> None:
-    """Raises ConfigError when the growth section contradicts itself or the rest."""
-    growth = config.growth
-    if growth.method == "none":
-        require(
-            growth.source is None,
-            "growth.source is set but growth.method=none; choose a method: stack, clone or ligo",
-        )
-        return
-    require(
-        growth.source is not None or bool(config.init.from_),
-        f"growth.method={growth.method} has nothing to grow; set --init.from CHECKPOINT or growth.source",
-    )
-    require(
-        growth.source is None or not config.init.from_,
-        "growth.source and init.from both name the small model; leave one of them out",
-    )
-    require(
-        growth.source is None or growth.at_step > 0,
-        "growth.at_step=0 would grow growth.source before it has learned anything; set growth.at_step",
-    )
-    require(
-        growth.at_step < config.train.steps,
-        f"growth.at_step={growth.at_step} is not before train.steps={config.train.steps}; grow earlier or train longer",
-    )
-    require(
-        growth.method != "ligo" or growth.optimizer == "reset",
-        "growth.optimizer=exact has no rule for learned maps (ligo); "
-        "use growth.optimizer=reset with growth.rewarmup_steps",
-    )
-    if growth.source is not None:
-        check_growable(growth.source, config.model)
-
-
-def check_growable(source: ModelConfig, target: ModelConfig) -> None:
-    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis."""
-    for name in ("family", "norm", "positions", "activation", "bias", "tied_embeddings"):
-        old, new = getattr(source, name), getattr(target, name)
-        require(
-            old == new,
-            f"the source has {name}={old}, the target {name}={new}: growth keeps the kind of model; make them equal",
-        )
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
-        old, new = getattr(source, name), getattr(target, name)
-        require(
-            new >= old,
-            f"the target's {name}={new} is smaller than the source's {old}: growth only adds; use at least {old}",
-        )
-    for name in ("vocab_size", "head_dim", "max_seq_length", "rope_theta", "norm_eps"):
-        old, new = getattr(source, name), getattr(target, name)
-        require(
-            old == new,
-            f"the source has {name}={old}, the target {name}={new}: this field must stay as it is; make them equal",
-        )
-
-
-def check_salt(config: Config) -> None:
-    """Raises ConfigError when the SALT section contradicts itself."""
-    salt = config.salt
-    require(
-        not salt.teacher or salt.steps > 0,
-        "salt.teacher is set but salt.steps=0, so that it would never teach; set salt.steps",
-    )
-    require(
-        not salt.scores or salt.steps > 0,
-        "salt.scores is set but salt.steps=0, so that nothing would be trained on the selection; set salt.steps",
-    )
-    require(
-        bool(salt.teacher) or salt.steps == 0 or bool(salt.scores),
-        f"salt.steps={salt.steps} without salt.teacher or salt.scores does nothing; set one of them",
-    )
+def min_microbatches(parallel: ParallelConfig) -> int:
+    """The fewest microbatches that the pipeline schedule can work with."""
+    return parallel.num_stages if parallel.schedule == "DualPipeV" else parallel.pipeline
 
 
 def microbatch_size(config: Config, world_size: int) -> int:
     """Samples per forward pass: as configured, or as few microbatches as the pipeline needs."""
     if config.train.microbatch_size:
         return config.train.microbatch_size
-    parallel = config.parallel
-    share = config.train.global_batch_size * parallel.tensor * parallel.pipeline // world_size
-    return max(share // parallel.pipeline, 1)
+    share = config.train.global_batch_size // data_ranks(config, world_size)
+    return max(share // min_microbatches(config.parallel), 1)

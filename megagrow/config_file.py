@@ -66,6 +66,10 @@ def _typed(value: Any, hint: Any, where: str, path: str) -> Any:
             return from_dict(value, option, where, path)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            return tuple(
+                _typed(item, typing.get_args(option)[0], where, f"{path}[{i}]") for i, item in enumerate(value)
+            )
         if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
             try:  # YAML reads 1e-3 as a string
                 return float(value)
@@ -80,6 +84,8 @@ def _typed(value: Any, hint: Any, where: str, path: str) -> Any:
 def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_type_name(typing.get_args(hint)[0])}"
     return "null" if hint is type(None) else hint.__name__
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from megagrow.config import ModelConfig
 
-Axis = Literal["vocab", "positions", "hidden", "q_heads", "kv_heads", "ffn"]
+Axis = Literal["vocab", "positions", "hidden", "q_heads", "kv_heads", "head_dim", "ffn"]
 Kind = Literal["embedding", "positions", "norm_gain", "norm_bias", "matrix", "bias", "head"]
 
 TIED_EMBEDDING = "embedding.tokens"  # the one parameter that two pipeline stages can hold
@@ -46,7 +46,10 @@ class Role:
 
     @property
     def tensor_dim(self) -> int | None:
-        """The dim that tensor parallelism shards; None: every tensor rank holds the whole parameter."""
+        """The dim that tensor parallelism shards; None: every tensor rank holds the whole parameter.
+
+        (So it does also where there are fewer key/value heads than tensor ranks; see `shards.tensor_dim`.)
+        """
         if self.out in SHARDED_AXES:
             return 0
         return 1 if self.in_ in SHARDED_AXES else None
@@ -81,6 +84,8 @@ INSIDE_LAYER: dict[str, Role] = {
     "attention.query.bias": Role("bias", "q_heads", out_maps=("query",)),
     "attention.key_value.weight": Role("matrix", "kv_heads", "hidden", _KEY_VALUE, ("key", "value"), "hidden"),
     "attention.key_value.bias": Role("bias", "kv_heads", None, _KEY_VALUE, ("key", "value")),
+    "attention.query_norm.weight": Role("norm_gain", "head_dim"),
+    "attention.key_norm.weight": Role("norm_gain", "head_dim"),
     "attention.output.weight": Role("matrix", "hidden", "q_heads", out_maps=_HIDDEN, in_map="heads"),
     "attention.output.bias": Role("bias", "hidden", out_maps=_HIDDEN),
     "mlp_norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
@@ -125,6 +130,7 @@ def axis_size(axis: Axis, model: ModelConfig) -> int:
         "hidden": model.hidden_size,
         "q_heads": model.num_heads,
         "kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
         "ffn": model.ffn_size,
     }[axis]
 
@@ -145,6 +151,8 @@ def shape_of(role: Role, model: ModelConfig) -> tuple[int, ...]:
 def leaves(model: ModelConfig) -> list[str]:
     """Names of one layer's parameters, without the `layers.N.` prefix, in their order in the block."""
     absent = {"mlp.up"} if model.activation == "swiglu" else {"mlp.gate_up"}
+    if not model.qk_norm:
+        absent |= {"attention.query_norm", "attention.key_norm"}
 
     def present(leaf: str) -> bool:
         module, _, part = leaf.rpartition(".")

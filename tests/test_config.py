@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagrow import presets
+from megagrow.checks import check
 from megagrow.command_line import parse
 from megagrow.config import (
     Config,
@@ -17,7 +18,6 @@ from megagrow.config import (
     ParallelConfig,
     SaltConfig,
     TrainConfig,
-    check,
 )
 from megagrow.config_file import dump, from_dict, load_file, option_names, to_dict
 from megagrow.errors import ConfigError
@@ -118,10 +118,10 @@ BAD_COMBINATIONS = [
     (
         config_with(model=GROUPED, parallel=ParallelConfig(tensor=3)),
         3,
-        ["tensor=3 does not divide num_kv_heads=8", "use 1, 2, 4 or 8"],
+        ["tensor=3 neither divides num_kv_heads=8", "use 1, 2, 4 or 8, or a multiple of 8"],
     ),
     (config_with(parallel=ParallelConfig(tensor=2, pipeline=2)), 6, ["does not divide the 6 launched ranks", "4"]),
-    (config_with(parallel=ParallelConfig(pipeline=16)), 16, ["pipeline=16 exceeds num_layers=8", "at most 8"]),
+    (config_with(parallel=ParallelConfig(pipeline=16)), 16, ["parallel.pipeline=16 x 1", "num_layers=8", "at most 10"]),
     (config_with(train=TrainConfig(global_batch_size=6)), 4, ["global_batch_size=6", "4 data-parallel", "use 4 or 8"]),
     (config_with(train=TrainConfig(microbatch_size=3)), 1, ["microbatch_size=3", "share of 16", "1, 2, 4, 8 or 16"]),
     (

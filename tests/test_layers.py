@@ -16,6 +16,7 @@ FOLDERS = [*SHIPPED, "tests"]
 ORDER = [
     "errors",
     "config",
+    "checks",
     "config_file",
     "presets",
     "command_line",

@@ -16,7 +16,8 @@ from pathlib import Path
 from _command import Arguments, run
 
 from megagrow.checkpoint.source import Source, open_source
-from megagrow.config import ModelConfig, ParallelConfig, check_model, require
+from megagrow.checks import check_model
+from megagrow.config import ModelConfig, ParallelConfig, require
 from megagrow.growth.methods import METHODS, Recipe, make_recipe
 from megagrow.growth.offline import check_destination, grow_folder, target_model
 from megagrow.ledger import Ledger

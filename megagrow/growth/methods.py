@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megagrow.config import ModelConfig, check_growable, require
+from megagrow.checks import check_growable
+from megagrow.config import ModelConfig, require
 from megagrow.errors import ConfigError
 from megagrow.growth.maps import (
     AxisMap,

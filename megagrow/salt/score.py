@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, check_source, load_model
-from megagrow.config import ParallelConfig, check_model, require
+from megagrow.checks import check_model
+from megagrow.config import ParallelConfig, require
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, load_model
-from megagrow.config import ModelConfig, ParallelConfig, SaltConfig, check_model, require
+from megagrow.checks import check_model
+from megagrow.config import ModelConfig, ParallelConfig, SaltConfig, require
 from megagrow.model.transformer import LossOptions, Transformer
 from megagrow.model.transformer import Teacher as StageTeacher
 from megagrow.parallel.mesh import Axis, Mesh

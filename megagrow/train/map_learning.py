@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megagrow import flops
 from megagrow.checkpoint.source import Source, check_fits
-from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, check, require
+from megagrow.checks import check
+from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, require
 from megagrow.data.loader import SampleOrder, Stream
 from megagrow.errors import NonFiniteError
 from megagrow.evaluate import make_batch
@@ -64,7 +65,7 @@ def learn_maps(
         The learned maps, the same on every rank.
 
     Raises:
-        ConfigError, DataError: settings or data that do not fit (see `config.check`, `source.check_source`).
+        ConfigError, DataError: settings or data that do not fit (see `checks.check`, `source.check_source`).
         NonFiniteError: the loss did not stay finite.
     """
     config = _config(source.model, target, how, mesh)

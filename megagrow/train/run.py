@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megagrow.config import Config, check
+from megagrow.checks import check
+from megagrow.config import Config
 from megagrow.config_file import dump
 from megagrow.data.files import write_atomically
 from megagrow.errors import ConfigError, MegagrowError, Preempted

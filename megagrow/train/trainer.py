@@ -11,7 +11,8 @@ import torch
 from megagrow import flops
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_tokens, judge_fit, open_source
-from megagrow.config import Config, ModelConfig, check_growable
+from megagrow.checks import check_growable
+from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.description import describe
@@ -35,7 +36,7 @@ class Trainer:
     """One run: its data, its learner, its state.
 
     Args:
-        config: must have passed `config.check`.
+        config: must have passed `checks.check`.
         mesh: where this rank stands.
 
     Raises:

@@ -1,0 +1,265 @@
+"""What of a configuration has to fit together, tested before anything is built.
+
+Each rule raises ConfigError with the value, the rule and the remedy. `check` stops at the first that does not hold;
+`problems` lists all of them, for planning.
+"""
+
+from megagrow.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    data_ranks,
+    divisors,
+    microbatch_size,
+    min_microbatches,
+    models,
+    require,
+)
+from megagrow.errors import ConfigError
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raises ConfigError (value, rule, remedy) when parts of the configuration do not fit together."""
+    for rule in RULES:
+        rule(config, world_size)
+
+
+def problems(config: Config, world_size: int) -> list[str]:
+    """The messages of all rules that do not hold; one rule's trouble can make that of another."""
+    found = []
+    for rule in RULES:
+        try:
+            rule(config, world_size)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def check_mesh(config: Config, world_size: int) -> None:
+    """Raises ConfigError when the axes do not divide the ranks."""
+    parallel = config.parallel
+    block = parallel.model_ranks
+    context = f" x context={parallel.context}" if parallel.context > 1 else ""
+    require(
+        world_size % block == 0,
+        f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline}{context} = {block} does not divide the "
+        f"{world_size} launched ranks; start a multiple of {block} ranks or change the mesh",
+    )
+    num_data = world_size // block
+    require(
+        num_data % parallel.replicate == 0,
+        f"parallel.replicate={parallel.replicate} does not divide the {num_data} data-parallel ranks; "
+        f"use {divisors(num_data, 64)}",
+    )
+
+
+def check_models(config: Config, world_size: int) -> None:
+    """Raises ConfigError when a model of the run does not fit the mesh or the sequences."""
+    for name, model in models(config):
+        check_model(model, config.parallel, name)
+        require(
+            model.positions != "learned" or config.data.seq_length <= model.max_seq_length,
+            f"data.seq_length={config.data.seq_length} exceeds max_seq_length={model.max_seq_length} of {name}, "
+            "the rows of its position table; use shorter sequences or a longer table",
+        )
+
+
+def check_model(model: ModelConfig, parallel: ParallelConfig, name: str) -> None:
+    """Raises ConfigError when `model` cannot be laid out on the mesh."""
+    tensor, kv_heads = parallel.tensor, model.num_kv_heads
+    for axis in ("num_heads", "ffn_size"):
+        size = getattr(model, axis)
+        require(
+            size % tensor == 0,
+            f"tensor={tensor} does not divide {axis}={size} of {name}; use {divisors(size, 64)}",
+        )
+    require(
+        kv_heads % tensor == 0 or tensor % kv_heads == 0,
+        f"tensor={tensor} neither divides num_kv_heads={kv_heads} of {name} nor is a multiple of it, so that ranks "
+        f"would share key/value heads unevenly; use {divisors(kv_heads, 64)}, or a multiple of {kv_heads}",
+    )
+    stages = parallel.num_stages
+    require(
+        stages <= model.num_layers + 2,
+        f"parallel.pipeline={parallel.pipeline} x {parallel.stages_per_rank} stages per rank = {stages} stages exceed "
+        f"num_layers={model.num_layers} of {name} with embedding and head; use at most {model.num_layers + 2} stages",
+    )
+
+
+def check_stages(config: Config, world_size: int) -> None:
+    """Raises ConfigError when an explicit split into stages does not match the model or the schedule."""
+    split, parallel = config.parallel.layers_per_stage, config.parallel
+    if not split:
+        return
+    require(
+        len(split) == parallel.num_stages and min(split) >= 0,
+        f"parallel.layers_per_stage={list(split)} names {len(split)} stages, the pipeline has {parallel.num_stages}; "
+        f"give {parallel.num_stages} numbers",
+    )
+    require(
+        sum(split) == config.model.num_layers,
+        f"parallel.layers_per_stage={list(split)} has {sum(split)} layers, the model {config.model.num_layers}; "
+        "make the sum equal",
+    )
+
+
+def check_schedule(config: Config, world_size: int) -> None:
+    """Raises ConfigError for combinations that zero-bubble schedules cannot run exactly, or only by hanging."""
+    parallel, train = config.parallel, config.train
+    if not parallel.splits_backward:
+        return
+    require(
+        train.recompute == "none",
+        f"train.recompute={train.recompute} with parallel.schedule={parallel.schedule} would run each block again for "
+        "every weight matrix; use Interleaved1F1B or 1F1B, or train.recompute=none",
+    )
+    require(
+        not train.compile,
+        f"train.compile with parallel.schedule={parallel.schedule} fails on one rank and hangs the others; "
+        "use Interleaved1F1B or 1F1B, or leave train.compile out",
+    )
+
+
+def check_sequence(config: Config, world_size: int) -> None:
+    """Raises ConfigError when the sequence cannot be cut as the context and tensor axes ask."""
+    parallel, length = config.parallel, config.data.seq_length
+    pieces = 2 * parallel.context if parallel.context > 1 else 1
+    require(
+        length % pieces == 0,
+        f"data.seq_length={length} is not a multiple of {pieces}: parallel.context={parallel.context} cuts every "
+        f"sequence into {pieces} pieces; use {length // pieces * pieces or pieces} or {-(-length // pieces) * pieces}",
+    )
+    local = length // parallel.context
+    require(
+        not parallel.sequence_parallel or local % parallel.tensor == 0,
+        f"parallel.sequence_parallel cuts the {local} tokens of a rank over parallel.tensor={parallel.tensor}, which "
+        f"does not divide them; use a data.seq_length that is a multiple of {parallel.tensor * parallel.context}",
+    )
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Raises ConfigError when the batch does not divide into microbatches for every data rank."""
+    parallel, batch = config.parallel, config.train.global_batch_size
+    num_data = max(data_ranks(config, world_size), 1)
+    require(
+        batch % num_data == 0,
+        f"train.global_batch_size={batch} is not a multiple of the {num_data} data-parallel ranks; "
+        f"use {max(batch // num_data, 1) * num_data} or {-(-batch // num_data) * num_data}",
+    )
+    share = batch // num_data
+    microbatch = microbatch_size(config, max(world_size, parallel.model_ranks))
+    require(
+        share % microbatch == 0,
+        f"train.microbatch_size={microbatch} does not divide a rank's share of {share} samples; use {divisors(share)}",
+    )
+    count, least = share // microbatch, min_microbatches(parallel)
+    require(
+        count >= least,
+        f"{count} microbatches are fewer than the {least} pipeline stages; use "
+        f"train.microbatch_size<={max(share // least, 1)} or a larger train.global_batch_size",
+    )
+    rounds = max(count // parallel.pipeline, 1)
+    require(
+        not parallel.schedule.startswith("Interleaved") or parallel.pipeline == 1 or count % rounds == 0,
+        f"{count} microbatches do not make equal rounds over {parallel.pipeline} pipeline ranks, as "
+        f"parallel.schedule={parallel.schedule} needs; use a multiple of {parallel.pipeline}",
+    )
+
+
+def check_memory_options(config: Config, world_size: int) -> None:
+    """Raises ConfigError when options of compute and memory exclude each other."""
+    require(
+        not (config.optim.offload and config.optim.backend == "apex"),
+        "optim.offload updates on the host, where optim.backend=apex cannot; use optim.backend=torch",
+    )
+    require(
+        not (config.data.mask_documents and config.train.attention == "flash_attn"),
+        "data.mask_documents needs masks that train.attention=flash_attn does not take here; use sdpa, which "
+        "brings FlexAttention",
+    )
+
+
+def check_growth(config: Config, world_size: int) -> None:
+    """Raises ConfigError when the growth section contradicts itself or the rest."""
+    growth = config.growth
+    if growth.method == "none":
+        require(
+            growth.source is None,
+            "growth.source is set but growth.method=none; choose a method: stack, clone or ligo",
+        )
+        return
+    require(
+        growth.source is not None or bool(config.init.from_),
+        f"growth.method={growth.method} has nothing to grow; set --init.from CHECKPOINT or growth.source",
+    )
+    require(
+        growth.source is None or not config.init.from_,
+        "growth.source and init.from both name the small model; leave one of them out",
+    )
+    require(
+        growth.source is None or growth.at_step > 0,
+        "growth.at_step=0 would grow growth.source before it has learned anything; set growth.at_step",
+    )
+    require(
+        growth.at_step < config.train.steps,
+        f"growth.at_step={growth.at_step} is not before train.steps={config.train.steps}; grow earlier or train longer",
+    )
+    require(
+        growth.method != "ligo" or growth.optimizer == "reset",
+        "growth.optimizer=exact has no rule for learned maps (ligo); "
+        "use growth.optimizer=reset with growth.rewarmup_steps",
+    )
+    if growth.source is not None:
+        check_growable(growth.source, config.model)
+
+
+def check_growable(source: ModelConfig, target: ModelConfig) -> None:
+    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis."""
+    for name in ("family", "norm", "positions", "activation", "bias", "qk_norm", "tied_embeddings"):
+        old, new = getattr(source, name), getattr(target, name)
+        require(
+            old == new,
+            f"the source has {name}={old}, the target {name}={new}: growth keeps the kind of model; make them equal",
+        )
+    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
+        old, new = getattr(source, name), getattr(target, name)
+        require(
+            new >= old,
+            f"the target's {name}={new} is smaller than the source's {old}: growth only adds; use at least {old}",
+        )
+    for name in ("vocab_size", "head_dim", "max_seq_length", "rope_theta", "norm_eps"):
+        old, new = getattr(source, name), getattr(target, name)
+        require(
+            old == new,
+            f"the source has {name}={old}, the target {name}={new}: this field must stay as it is; make them equal",
+        )
+
+
+def check_salt(config: Config, world_size: int) -> None:
+    """Raises ConfigError when the SALT section contradicts itself."""
+    salt = config.salt
+    require(
+        not salt.teacher or salt.steps > 0,
+        "salt.teacher is set but salt.steps=0, so that it would never teach; set salt.steps",
+    )
+    require(
+        not salt.scores or salt.steps > 0,
+        "salt.scores is set but salt.steps=0, so that nothing would be trained on the selection; set salt.steps",
+    )
+    require(
+        bool(salt.teacher) or salt.steps == 0 or bool(salt.scores),
+        f"salt.steps={salt.steps} without salt.teacher or salt.scores does nothing; set one of them",
+    )
+
+
+RULES = (
+    check_mesh,
+    check_models,
+    check_stages,
+    check_schedule,
+    check_sequence,
+    check_batch,
+    check_memory_options,
+    check_growth,
+    check_salt,
+)
