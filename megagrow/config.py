@@ -91,13 +91,13 @@ class ParallelConfig:
     """
 
     tensor: int = 1
-    sequence_parallel: bool = False  # cut activations between the blocks' halves along the sequence over `tensor`
-    context: int = 1  # ranks that share each sequence, for long ones
     pipeline: int = 1
+    context: int = 1  # ranks that share each sequence, for long ones
+    replicate: int = 1  # copies of the parameters; the number of data ranks: plain data parallelism
+    sequence_parallel: bool = False  # cut activations between the blocks' halves along the sequence over `tensor`
     schedule: Schedule = "1F1B"
     stages_per_rank: int = 0  # pipeline stages of each rank; 0: as few as the schedule takes (1F1B 1, the others 2)
     layers_per_stage: tuple[int, ...] = ()  # by stage; empty: even, embedding and head weighing as a layer each
-    replicate: int = 1  # copies of the parameters; the number of data ranks: plain data parallelism
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "pipeline", "replicate"):

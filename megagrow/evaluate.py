@@ -1,6 +1,6 @@
 """Validation loss on fixed batches of held-out samples."""
 
-# Shape suffix legend: B = this data rank's samples, S = sequence.
+# Shape suffix legend: B = this data rank's samples, S = this context rank's tokens, T = tokens of a sample.
 
 from dataclasses import dataclass, replace
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megagrow.data.dataset import PackedDataset
+from megagrow.parallel.context import cut
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch, Engine
 
@@ -21,16 +22,19 @@ class Evaluator:
         dataset: held-out samples.
         batch_size: samples per batch, over all data ranks.
         num_batches: batches; a small dataset is repeated.
+        mask_documents: attention stays inside a document.
     """
 
     dataset: PackedDataset
     batch_size: int
     num_batches: int
+    mask_documents: bool = False
 
     def loss(self, engine: Engine, mesh: Mesh) -> float:
         """Mean cross-entropy in nats per token, the same number on every rank."""
-        tokens = torch.from_numpy(self.dataset.batch(self._ids()))
-        return mean_loss(engine, tokens, self.batch_size, mesh)
+        ids = self._ids()
+        documents = torch.from_numpy(self.dataset.documents(ids)) if self.mask_documents else None
+        return mean_loss(engine, torch.from_numpy(self.dataset.batch(ids)), self.batch_size, mesh, documents)
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +47,7 @@ class Evaluator:
         return np.linspace(0, self.dataset.num_samples, count, endpoint=False).astype(np.int64)
 
 
-def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh) -> float:
+def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh, documents: Tensor | None = None) -> float:
     """Mean cross-entropy of packed samples in nats per token, the same number on every rank.
 
     Args:
@@ -51,21 +55,31 @@ def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh) -> fl
         tokens: [N, S + 1], the same on every rank; any number of samples.
         batch_size: samples that the engine takes at a time, over all data ranks.
         mesh: where the rank stands.
+        documents: [N, S] the document of every input, or None: attention crosses documents.
     """
     total, share = 0.0, batch_size // mesh.dp.size
-    for part in tokens.split(batch_size):
-        padded = torch.arange(batch_size).clamp(max=len(part) - 1)  # the last sample fills a short batch up, unweighted
-        counts = (torch.arange(batch_size) < len(part)).to(torch.float32) * (batch_size / len(tokens))
+    for places in torch.arange(len(tokens)).split(batch_size):
+        padded = torch.arange(batch_size).clamp(max=len(places) - 1)  # the last sample fills up, unweighted
+        counts = (torch.arange(batch_size) < len(places)).to(torch.float32) * (batch_size / len(tokens))
         mine = slice(mesh.dp.rank * share, (mesh.dp.rank + 1) * share)
-        batch = make_batch(part[padded][mine], batch_size, mesh)
+        rows = places[padded][mine]
+        batch = make_batch(tokens[rows], batch_size, mesh, None if documents is None else documents[rows])
         weights = batch.weights * counts[mine, None].to(mesh.device)
         total += engine.evaluate(replace(batch, weights=weights))[1].item()
     return total
 
 
-def make_batch(tokens: Tensor, global_batch_size: int, mesh: Mesh, teacher_hidden: Tensor | None = None) -> Batch:
-    """One data rank's batch from packed samples [B, S + 1]; every token weighs 1 / (tokens of the global batch)."""
+def make_batch(tokens: Tensor, global_batch_size: int, mesh: Mesh, documents: Tensor | None = None) -> Batch:
+    """This rank's batch from its data rank's packed samples; every token weighs 1 / (tokens of the global batch).
+
+    Args:
+        tokens: [B, T + 1]; a context rank takes its part of each sample.
+        global_batch_size: samples over all data ranks.
+        mesh: where the rank stands.
+        documents: [B, T] the document of every input, or None: attention crosses documents.
+    """
     tokens = tokens.to(mesh.device, non_blocking=True)
-    ids_BS, labels_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    weights_BS = torch.full(labels_BS.shape, 1.0 / (global_batch_size * ids_BS.shape[1]), device=mesh.device)
-    return Batch(ids_BS, labels_BS, weights_BS, teacher_hidden)
+    weight = 1.0 / (global_batch_size * (tokens.shape[1] - 1))
+    ids_BS, labels_BS = (cut(part, mesh.cp).contiguous() for part in (tokens[:, :-1], tokens[:, 1:]))
+    weights_BS = torch.full(labels_BS.shape, weight, device=mesh.device)
+    return Batch(ids_BS, labels_BS, weights_BS, documents=None if documents is None else documents.to(mesh.device))

@@ -1,10 +1,10 @@
 """The one door to the kernels: Triton for tensors on a GPU, a PyTorch twin elsewhere.
 
 Everything here sees plain local tensors and no process group. `NAME_torch` is the twin of `NAME`,
-with the same signature.
+with the same signature. Attention and its back ends are in attention_ops.py.
 
-Legend: T = tokens, V = local vocabulary, H = hidden size, B = batch, S = sequence, N = query heads,
-K = key/value heads, D = head dimension, F = FFN size, 3 = (max, sum_exp, label_logit).
+Legend: T = tokens, V = local vocabulary, H = hidden size, B = batch, S = sequence, N = heads, D = head dimension,
+F = FFN size, 3 = (max, sum_exp, label_logit).
 """
 
 import functools
@@ -17,6 +17,27 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megagrow.attention_ops import DocumentMask, attention, check_attention_backend, document_mask
+
+__all__ = [
+    "DocumentMask",
+    "attention",
+    "check_attention_backend",
+    "document_mask",
+    "gelu",
+    "layer_norm",
+    "rms_norm",
+    "rms_norm_torch",
+    "rope",
+    "swiglu",
+    "vocab_grad_",
+    "vocab_grad_torch_",
+    "vocab_rank",
+    "vocab_rank_torch",
+    "vocab_stats",
+    "vocab_stats_torch",
+]
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -286,19 +307,3 @@ def rope(x_BSND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     first, second = x_BSND.chunk(2, dim=-1)
     rotated_BSND = torch.cat((-second, first), dim=-1)
     return (x_BSND * cos_S1D + rotated_BSND * sin_S1D).to(x_BSND.dtype)
-
-
-def attention(q_BNSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, causal: bool = True) -> Tensor:
-    """Softmax attention with scale 1/sqrt(D); query head n reads key/value head n * K // N.
-
-    Args:
-        q_BNSD: queries.
-        k_BKSD, v_BKSD: keys and values, of the same S where `causal`; K divides N.
-        causal: position s sees positions up to s only.
-
-    Returns:
-        [B, N, S, D]
-    """
-    return F.scaled_dot_product_attention(
-        q_BNSD, k_BKSD, v_BKSD, is_causal=causal, enable_gqa=q_BNSD.shape[1] != k_BKSD.shape[1]
-    )

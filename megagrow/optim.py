@@ -135,11 +135,11 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float, mesh
 
 def gradient_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> float:
     """The Euclidean norm of all gradients over the whole mesh, every element counted once."""
-    second_copy = mesh.pp.size > 1 and not mesh.pp.is_first
+    second_copy = not mesh.pp.is_first
     counted = [
         local(p.grad)
         for name, p in parameters.items()
-        if p.grad is not None and counted_here(name, mesh, held_elsewhere=second_copy and name == TIED_EMBEDDING)
+        if p.grad is not None and counted_here(p) and not (second_copy and name == TIED_EMBEDDING)
     ]
     total = torch.zeros((), dtype=torch.double, device=mesh.device)
     if counted:

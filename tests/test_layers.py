@@ -21,6 +21,7 @@ ORDER = [
     "presets",
     "command_line",
     "roles",
+    "attention_ops",
     "ops",
     "parallel",
     "model",

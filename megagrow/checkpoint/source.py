@@ -6,7 +6,7 @@ Growth, teachers, scoring, evaluation and conversion all read models through `op
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from megagrow.config_file import from_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import CheckpointError, DataError
 from megagrow.model import Transformer
+from megagrow.parallel.collectives import sum_over
+from megagrow.parallel.context import cut
 from megagrow.parallel.loss import token_scores
-from megagrow.parallel.mesh import Axis, Mesh
+from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, shard_parameters
 from megagrow.roles import parameter_names
 
@@ -78,13 +80,12 @@ def load_model(source: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> 
 
     Args:
         source: where the weights come from.
-        mesh: its tensor axis shards the model; the other axes are ignored.
+        mesh: its tensor axis shards the model, and its context axis the sequences; each of its groups holds the whole.
         dtype: of the parameters; None: float32.
     """
-    alone = replace(mesh, pp=Axis(), dp=Axis())
     with torch.device("meta"):
-        model = Transformer(source.model, alone)
-    shard_parameters(model, alone)
+        model = Transformer(source.model, mesh)
+    shard_parameters(model, source.model, mesh)
     model.to(dtype or torch.float32).to_empty(device=mesh.device)
     for name, parameter in model.named_parameters():
         fill(parameter, source.fetch(name).to(mesh.device))
@@ -108,11 +109,12 @@ def check_source(model: Transformer, dataset: PackedDataset, mesh: Mesh, name: s
         DataError: the loss is at least 0.9·ln(vocabulary size), as that of a model which never saw such data.
     """
     vocab_size = model.config.vocab_size
-    tokens_BS = check_tokens(dataset, vocab_size, name).to(mesh.device)
+    tokens_BT = check_tokens(dataset, vocab_size, name).to(mesh.device)
+    inputs_BS, labels_BS = cut(tokens_BT[:, :-1], model.cp), cut(tokens_BT[:, 1:], model.cp)
     with torch.no_grad():
-        hidden_TH = model(tokens_BS[:, :-1]).flatten(0, 1)
-        nll_T, _ = token_scores(hidden_TH, model.head_VH, tokens_BS[:, 1:].flatten(), vocab_size, mesh.tp)
-    return judge_fit(nll_T.mean().item(), vocab_size, name, skip)
+        nll_T, _ = token_scores(model(inputs_BS).flatten(0, 1), model.head_VH, labels_BS.flatten(), vocab_size, mesh.tp)
+    loss = sum_over(nll_T.double().sum(), model.cp).item() / (labels_BS.numel() * model.cp.size)
+    return judge_fit(loss, vocab_size, name, skip)
 
 
 def check_tokens(dataset: PackedDataset, vocab_size: int, name: str) -> Tensor:
@@ -140,7 +142,7 @@ def judge_fit(loss: float, vocab_size: int, name: str, skip: bool) -> float:
 
 def check_fits(source: Source, dataset: PackedDataset, mesh: Mesh, skip: bool = False) -> float:
     """`check_source` for a model that is not in memory: loads it, checks it, frees it."""
-    return check_source(load_model(source, mesh), dataset, mesh, str(source.path), skip)
+    return check_source(load_model(source, mesh.tensor_only()), dataset, mesh, str(source.path), skip)
 
 
 def _open_hf(path: Path) -> Source:

@@ -62,6 +62,13 @@ class PackedDataset:
             self._check_tokens(tokens_BS1, ids_B, self.vocab_size)
         return tokens_BS1
 
+    def documents(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """The document [B, S] of every input of the samples `ids` [B], as its number in the file."""
+        first_tokens = np.concatenate([[0], np.cumsum(self.indexed.lengths, dtype=np.int64)])
+        ends = first_tokens[self.indexed.document_indices[1:]]
+        positions_BS = np.asarray(ids, np.int64)[:, None] * self.seq_length + np.arange(self.seq_length)
+        return np.searchsorted(ends, positions_BS, side="right")
+
     def _check_tokens(self, tokens_BS1: NDArray[np.int64], ids_B: NDArray[np.int64], vocab_size: int) -> None:
         outside = (tokens_BS1 < 0) | (tokens_BS1 >= vocab_size)
         if outside.any():

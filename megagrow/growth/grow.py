@@ -13,10 +13,10 @@ from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap
 from megagrow.growth.methods import Recipe
 from megagrow.growth.operator import Quantity, grow_box
-from megagrow.model.transformer import stage_layers
 from megagrow.parallel.collectives import broadcast_from
-from megagrow.parallel.mesh import Axis, Mesh
+from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import box, full, local
+from megagrow.parallel.stages import pipeline_stages
 from megagrow.roles import layer_name, leaves, parameter_names, parameter_shapes, role_of, shape_of, split_name
 
 # Gives a whole source tensor by name. May be a collective: all ranks ask for the same names in the same order.
@@ -78,14 +78,14 @@ def mixed_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Itera
 def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: Mesh) -> Fetch:
     """Reads the shards of a model that lives in this job; every call is a collective over all ranks.
 
-    The pipeline stage that owns a tensor gathers it, then sends it along the pipeline axis.
+    The pipeline rank that owns a tensor gathers it, then sends it along the pipeline axis.
 
     Args:
         source_tensors: this rank's tensors by parameter name, of one dtype: parameters, or one of their Adam moments.
         source: the model that they belong to.
         mesh: where the rank stands.
     """
-    shapes, owners = parameter_shapes(source), _owning_stages(source, mesh.pp.size)
+    shapes, owners = parameter_shapes(source), _owners(source, mesh)
     dtype = next(iter(source_tensors.values())).dtype
 
     def fetch(name: str) -> Tensor:
@@ -99,16 +99,17 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
     return fetch
 
 
-def _owning_stages(model: ModelConfig, num_stages: int) -> dict[str, int]:
-    """The pipeline stage that holds each parameter; of a tied embedding the first one."""
-    stage_of = {layer: s for s in range(num_stages) for layer in stage_layers(model, Axis(None, s, num_stages))}
+def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
+    """The pipeline rank that holds each parameter; of a tied embedding the first one."""
+    stages = pipeline_stages(model.num_layers, mesh.parallel)
+    rank_of = {layer: stage.rank for stage in stages for layer in stage.layers}
     owners = {}
     for name in parameter_names(model):
         layer, _ = split_name(name)
         if layer is not None:
-            owners[name] = stage_of[layer]
+            owners[name] = rank_of[layer]
         else:
-            owners[name] = 0 if name.startswith("embedding.") else num_stages - 1
+            owners[name] = stages[0 if name.startswith("embedding.") else -1].rank
     return owners
 
 

@@ -113,7 +113,9 @@ class Ligo:
         parameters = self.parameters().values()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        counted = {name: tensor for name, tensor in targets.items() if _counts(name, mesh) and local(tensor).numel()}
+        counted = {
+            name: tensor for name, tensor in targets.items() if _counts(name, tensor, mesh) and local(tensor).numel()
+        }
         recipe = self.recipe()
         with torch.enable_grad():
             for name, source in mixed_sources(recipe, fetch, counted):
@@ -186,10 +188,10 @@ def load_maps(path: Path | str, device: torch.device | str = "cpu") -> Ligo:
     return ligo
 
 
-def _counts(name: str, mesh: Mesh) -> bool:
+def _counts(name: str, tensor: Tensor, mesh: Mesh) -> bool:
     """Whether this rank's piece enters the sums over all ranks; equal pieces of several ranks enter once."""
-    second_copy = name == TIED_EMBEDDING and mesh.pp.size > 1 and not mesh.pp.is_first
-    return counted_here(name, mesh, held_elsewhere=second_copy)
+    is_second_copy = name == TIED_EMBEDDING and not mesh.pp.is_first
+    return counted_here(tensor) and not is_second_copy
 
 
 def _initial_map(start: Recipe, name: str, noise: float, seed: int) -> Tensor:

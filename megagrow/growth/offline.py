@@ -140,7 +140,7 @@ def _empty_target(source: Source, recipe: Recipe, mesh: Mesh) -> dict[str, Tenso
     dtype = source.fetch(parameter_names(recipe.source)[0]).dtype
     with torch.device("meta"):
         model = Transformer(recipe.target, mesh).to(dtype)
-    materialize(model, list(model.layers.values()), mesh, None)
+    materialize(model, list(model.layers.values()), recipe.target, mesh, None)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

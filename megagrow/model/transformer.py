@@ -4,39 +4,72 @@ Parameter names are those of `roles.py` and keep their global layer number on ev
 growth see the same `layers.17.mlp.down.weight` in every layout.
 """
 
-# Shape suffix legend: B = batch, S = sequence, H = hidden, T = B·S tokens, V = vocabulary (local shard).
+# Shape suffix legend: B = batch, S = this context rank's tokens, T = tokens of the whole sequence, H = hidden,
+# L = tokens of the activations between sharded regions (S, or S / tp where they are cut along the sequence).
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from megagrow.config import ModelConfig
-from megagrow.model.attention import Attention
+from megagrow.config import ModelConfig, TrainConfig
+from megagrow.model.attention import Attention, rotary_table
+from megagrow.model.dropout import dropout
 from megagrow.model.mlp import make_mlp
 from megagrow.model.norm import Norm
-from megagrow.parallel.layers import Embedding, Head
+from megagrow.model.recompute import recompute
+from megagrow.model.tokens import Tokens
+from megagrow.parallel.context import document_masks, local_positions
+from megagrow.parallel.layers import Embedding, Head, TensorParallel
 from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
-from megagrow.parallel.mesh import Axis, Mesh
+from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, local
+from megagrow.parallel.stages import Stage, pipeline_stages
 from megagrow.roles import Role, role_of
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then MLP, each added to the residual stream."""
+    """One pre-norm layer: attention, then MLP, each added to the residual stream.
 
-    def __init__(self, model: ModelConfig, tp: Axis) -> None:
+    Args:
+        model: the whole model's configuration.
+        mesh: where the rank stands.
+        train: dropout, recompute, compile.
+        index: the layer's number in the model.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, train: TrainConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = Norm(model)
-        self.attention = Attention(model, tp)
+        self.attention = Attention(model, mesh, train.attention)
         self.mlp_norm = Norm(model)
-        self.mlp = make_mlp(model, tp)
+        self.mlp = make_mlp(model, mesh)
+        self.dropout, self.places = train.dropout, (2 * index + 1, 2 * index + 2)
+        self.recompute, self.compiled = train.recompute, train.compile
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        y_BSH, x_BSH = self.mlp_norm.add(self.attention(self.attention_norm(x_BSH)), x_BSH)
-        return x_BSH + self.mlp(y_BSH)
+    def forward(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+        run = _compiled_run() if self.compiled else _run
+        return run(self, x_BLH, tokens)
+
+    def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+        keys_BL = tokens.dropout_keys_BL
+        y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
+        y_BLH, x_BLH = self.mlp_norm.add(dropout(y_BLH, self.dropout, keys_BL, self.places[0]), x_BLH)
+        return x_BLH + dropout(self.mlp(y_BLH), self.dropout, keys_BL, self.places[1])
+
+
+def _run(block: Block, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+    return recompute(block.compute, block.recompute, x_BLH, tokens)
+
+
+@cache
+def _compiled_run() -> Callable[[Block, Tensor, Tokens], Tensor]:
+    """One compiled function for all blocks: equal blocks share its code."""
+    return torch.compile(_run)
 
 
 @dataclass
@@ -48,31 +81,42 @@ class Teacher:
 
 
 class Transformer(nn.Module):
-    """The layers `stage` of a model; the first stage embeds, the last one normalises and computes the loss.
+    """The layers of one stage of a model; the first stage embeds, the last one normalises and computes the loss.
 
     Args:
         model: the whole model's configuration.
-        mesh: where the rank stands; the pipeline axis picks the layers.
+        mesh: where the rank stands.
         dtype: of the activations; None: that of the parameters.
+        stage: which layers; None: all of them.
+        train: dropout, recompute, compile, the attention's back end.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        mesh: Mesh | None = None,
+        dtype: torch.dtype | None = None,
+        stage: Stage | None = None,
+        train: TrainConfig | None = None,
+    ) -> None:
         super().__init__()
-        mesh = mesh or Mesh.single()
-        self.config, self.tp, self.dtype = model, mesh.tp, dtype
-        self.is_first, self.is_last = mesh.pp.is_first, mesh.pp.is_last
+        mesh, train = mesh or Mesh.single(), train or TrainConfig()
+        stage = stage or pipeline_stages(model.num_layers, Mesh.single().parallel)[0]
+        self.config, self.dtype, self.train_config = model, dtype, train
+        self.tp, self.cp = TensorParallel.of(mesh), mesh.cp
+        self.is_first, self.is_last = stage.is_first, stage.is_last
         self.teacher: Teacher | None = None
         self.loss_sums: list[Tensor] = []  # one [loss, ce, kd] per microbatch, detached; emptied by the reader
         if self.is_first:
             positions = model.max_seq_length if model.positions == "learned" else 0
-            self.embedding = Embedding(model.vocab_size, positions, model.hidden_size, mesh.tp)
-        self.layers = nn.ModuleDict({str(i): Block(model, mesh.tp) for i in stage_layers(model, mesh.pp)})
+            self.embedding = Embedding(model.vocab_size, positions, model.hidden_size, self.tp)
+        self.layers = nn.ModuleDict({str(i): Block(model, mesh, train, i) for i in stage.layers})
         if self.is_last:
             self.final_norm = Norm(model)
             if not model.tied_embeddings:
                 self.head = Head(model.vocab_size, model.hidden_size)
             elif not self.is_first:
-                self.embedding = Embedding(model.vocab_size, 0, model.hidden_size, mesh.tp)
+                self.embedding = Embedding(model.vocab_size, 0, model.hidden_size, self.tp)
 
     def forward(
         self,
@@ -80,27 +124,33 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         weights: Tensor | None = None,
         teacher_hidden: Tensor | None = None,
+        documents: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage.
 
         Args:
-            x: token ids [B, S] on the first stage, else the previous stage's activations [B, S, H].
+            x: token ids [B, S] on the first stage, else the previous stage's activations [B, L, H].
             labels: [B, S] token ids; None: no loss.
             weights: [B, S] weight of each token in the loss sum, 0 for tokens that do not count.
             teacher_hidden: [B, S, H_teacher] the teacher's states after its final norm, for distillation.
+            documents: [B, T] the document of every token of the whole sequences; None: attention crosses documents.
+            dropout_keys: [B, S] from `dropout.token_keys`; None: nothing is dropped.
 
         Returns:
-            Activations [B, S, H]; on the last stage the states after the final norm or, with labels, the weighted sum
-            of the token losses (one element).
+            Activations [B, L, H]; on the last stage the states [B, S, H] after the final norm or, with labels, the
+            weighted sum of the token losses (one element).
         """
+        keys_BL = None if dropout_keys is None else self.tp.cut(dropout_keys)
         if self.is_first:
-            x = self.embedding(x)
-            x = x if self.dtype is None else x.to(self.dtype)
+            x = self._embed(x, keys_BL)
+        masks = None if documents is None else document_masks(documents, self.cp)
+        tokens = Tokens(self._rotary(x), masks, keys_BL)
         for layer in self.layers.values():
-            x = layer(x)
+            x = layer(x, tokens)
         if not self.is_last:
             return x
-        x = self.final_norm(x)
+        x = self.tp.enter(self.final_norm(x))
         return x if labels is None else self._loss(x, labels, weights, teacher_hidden)
 
     @property
@@ -113,35 +163,42 @@ class Transformer(nn.Module):
         x_BSH = self(ids_BS)
         return x_BSH @ self.head_VH.to(x_BSH.dtype).T
 
+    def _embed(self, ids_BS: Tensor, keys_BL: Tensor | None) -> Tensor:
+        positions_S = local_positions(ids_BS.shape[1] * self.cp.size, self.cp.rank, self.cp.size, ids_BS.device)
+        x_BLH = self.embedding(ids_BS, positions_S)
+        x_BLH = x_BLH if self.dtype is None else x_BLH.to(self.dtype)
+        return dropout(x_BLH, self.train_config.dropout, keys_BL, 0)
+
+    def _rotary(self, x_BLH: Tensor) -> tuple[Tensor, Tensor] | None:
+        model, cp = self.config, self.cp
+        if model.positions != "rope":
+            return None
+        length = x_BLH.shape[1] * cp.size * (self.tp.axis.size if self.tp.sequence else 1)
+        return rotary_table(length, cp.rank, cp.size, model.head_dim, model.rope_theta, x_BLH.dtype, x_BLH.device)
+
     def _loss(self, x_BSH: Tensor, labels: Tensor, weights: Tensor | None, teacher_hidden: Tensor | None) -> Tensor:
         teacher = self.teacher if teacher_hidden is not None else None
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+        options = teacher.options if teacher else LossOptions()
         loss, sums = vocab_parallel_loss(
             x_BSH.flatten(0, 1),
             self.head_VH,
             labels.flatten(),
             weights.flatten(),
             self.config.vocab_size,
-            self.tp,
+            self.tp.axis,
             teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
             teacher_head=teacher.head_VH if teacher else None,
-            options=teacher.options if teacher else LossOptions(),
+            options=replace(options, chunk_tokens=self.train_config.loss_chunk),
         )
         self.loss_sums.append(sums)
         return loss
 
 
-def stage_layers(model: ModelConfig, pp: Axis) -> range:
-    """The layers of this rank's stage: contiguous, the first stages one longer when they do not divide evenly."""
-    base, extra = divmod(model.num_layers, pp.size)
-    start = pp.rank * base + min(pp.rank, extra)
-    return range(start, start + base + (pp.rank < extra))
-
-
-def initialize(model: Transformer, seed: int) -> None:
-    """Fills the parameters with initial values that depend on (seed, parameter name) only, never on the layout."""
-    for name, parameter in model.named_parameters():
-        fill(parameter, initial_value(name, tuple(parameter.shape), model.config, seed).to(parameter.device))
+def initialize(parameters: Mapping[str, nn.Parameter], model: ModelConfig, seed: int) -> None:
+    """Fills parameters with initial values that depend on (seed, parameter name) only, never on the layout."""
+    for name, parameter in parameters.items():
+        fill(parameter, initial_value(name, tuple(parameter.shape), model, seed).to(parameter.device))
 
 
 def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:

@@ -1,9 +1,17 @@
-"""Collectives over one mesh axis, in the conjugate pairs that explicit tensor parallelism needs.
+"""Collectives over one mesh axis, in the conjugate pairs that explicit parallelism needs.
 
-Source: Megatron-LM (Shoeybi et al., 2019), section 3: `copy_to` is its operator f, `reduce_from` its operator g.
+    forward              backward             pair
+    copy_to              identity             sum              whole activations enter a sharded region
+    reduce_from          sum                  identity         and leave it
+    gather_from          all-gather           reduce-scatter   activations cut along the sequence enter
+    scatter_to           reduce-scatter       all-gather       and leave
+
+Source: Megatron-LM (Shoeybi et al., 2019), section 3: `copy_to` is its operator f, `reduce_from` its g; sequence
+parallelism (Korthikanti et al., 2022), section 4.2.2: g and its conjugate are `gather_from` and `scatter_to`.
 On an axis of size 1 all of them are the identity.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +19,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.parallel.mesh import Axis
+
+# Functional collectives give new tensors: selective recompute can keep them, torch.compile can trace them.
+_functional = torch.ops._c10d_functional
+
+
+class Pending:
+    """A collective under way; `wait` gives its result."""
+
+    def __init__(self, result: Tensor, finish: Callable[[Tensor], Tensor]) -> None:
+        self._result, self._finish = result, finish
+
+    def wait(self) -> Tensor:
+        return self._finish(_functional.wait_tensor(self._result))
 
 
 class _CopyTo(torch.autograd.Function):
@@ -21,17 +42,39 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_over(grad.clone(), ctx.axis), None
+        return start_sum_over(grad, ctx.axis).wait(), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return sum_over(x.clone(), axis)
+        return start_sum_over(x, axis).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return start_all_gather(x, dim, axis).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return start_reduce_scatter(grad, ctx.dim, ctx.axis).wait(), None, None
+
+
+class _ScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return start_reduce_scatter(x, dim, axis).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return start_all_gather(grad, ctx.dim, ctx.axis).wait(), None, None
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
@@ -42,6 +85,39 @@ def copy_to(x: Tensor, axis: Axis) -> Tensor:
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """Leaves a sharded region: sums over the axis; the backward is the identity."""
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+
+
+def gather_from(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Joins the ranks' pieces along a dim; the backward sums the ranks' gradients and cuts them again."""
+    return x if axis.size == 1 else _GatherFrom.apply(x, dim, axis)
+
+
+def scatter_to(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Sums over the axis and keeps this rank's piece along a dim; the backward joins the pieces' gradients."""
+    return x if axis.size == 1 else _ScatterTo.apply(x, dim, axis)
+
+
+def start_sum_over(x: Tensor, axis: Axis) -> Pending:
+    """Begins the sum over the axis; x itself stays as it is."""
+    return Pending(_functional.all_reduce(x.contiguous(), "sum", _name(axis)), lambda result: result)
+
+
+def start_all_gather(x: Tensor, dim: int, axis: Axis) -> Pending:
+    """Begins to join the ranks' equal pieces along a dim, in the order of their ranks."""
+    joined = _functional.all_gather_into_tensor(x.contiguous(), axis.size, _name(axis))
+    return Pending(joined, lambda result: torch.cat(result.chunk(axis.size), dim) if dim else result)
+
+
+def start_reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Pending:
+    """Begins to sum over the axis and to give each rank its piece along a dim, which the axis divides."""
+    pieces = torch.cat(x.chunk(axis.size, dim)) if dim else x.contiguous()
+    piece = _functional.reduce_scatter_tensor(pieces, "sum", axis.size, _name(axis))
+    return Pending(piece, lambda result: result)
+
+
+def _name(axis: Axis) -> str:
+    assert axis.group is not None, "an axis of size 1 has no collectives"
+    return axis.group.group_name
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:

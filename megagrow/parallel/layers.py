@@ -1,27 +1,72 @@
 """Megatron-style layers: parameters of global shape, stored as shards, computed on plain local tensors.
 
 Built on the meta device with global shapes; `shards.shard_parameters` cuts them from outside. The collectives stand
-where the mathematics needs them: the caller enters a sharded region once with `copy_to` (several column-parallel
-layers share it), `RowParallelLinear` leaves it.
+where the mathematics needs them: `column_parallel` enters a sharded region once for all layers that read the same
+input, `RowParallelLinear` leaves it.
 
-Source: Megatron-LM (Shoeybi et al., 2019), section 3.
+Source: Megatron-LM (Shoeybi et al., 2019), section 3; sequence parallelism: Korthikanti et al., 2022, section 4.2.2.
 """
 
 # Shape suffix legend: B = batch, S = sequence, H = hidden; other sizes are spelled out.
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagrow.parallel.collectives import reduce_from
-from megagrow.parallel.mesh import Axis
+from megagrow.parallel.collectives import (
+    copy_to,
+    gather_from,
+    reduce_from,
+    scatter_to,
+    start_all_gather,
+    start_reduce_scatter,
+    start_sum_over,
+)
+from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.parallel.shards import chunk, local
+
+SEQUENCE_DIM = 1
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How the tensor axis is used.
+
+    Attributes:
+        axis: the ranks that share each matrix.
+        sequence: whether activations outside of sharded regions are cut along the sequence.
+        overlap: start the backward's reduction before the weights' gradients, which then hide it. Schedules that split
+            the backward in two would run such a layer's whole backward twice.
+    """
+
+    axis: Axis = Axis()
+    sequence: bool = False
+    overlap: bool = True
+
+    @staticmethod
+    def of(mesh: Mesh) -> "TensorParallel":
+        return TensorParallel(mesh.tp, mesh.sequence_parallel, not mesh.parallel.splits_backward)
+
+    def enter(self, x_BSH: Tensor) -> Tensor:
+        """Activations as a sharded region needs them: whole, with gradients summed."""
+        return gather_from(x_BSH, SEQUENCE_DIM, self.axis) if self.sequence else copy_to(x_BSH, self.axis)
+
+    def leave(self, x_BSH: Tensor) -> Tensor:
+        """The sum of the ranks' contributions, cut along the sequence where activations are."""
+        return scatter_to(x_BSH, SEQUENCE_DIM, self.axis) if self.sequence else reduce_from(x_BSH, self.axis)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """This rank's part of [B, S, ...] along the sequence, where activations are cut."""
+        return x.chunk(self.axis.size, SEQUENCE_DIM)[self.axis.rank] if self.sequence else x
 
 
 class Linear(nn.Module):
     """Holds weight [out, in] and optional bias [out]; subclasses say how the tensor axis shares the work."""
 
-    def __init__(self, in_size: int, out_size: int, bias: bool, tp: Axis) -> None:
+    def __init__(self, in_size: int, out_size: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
@@ -29,40 +74,101 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(Linear):
-    """Output features are sharded: [..., in] -> [..., out / tp]. The input must have passed `copy_to`."""
+    """Output features are sharded: [..., in] -> [..., out / tp]. The input must have entered the sharded region.
+
+    Args:
+        rows: of a weight that every tensor rank holds whole, the rows that this rank computes; None: all it holds.
+    """
+
+    def __init__(self, in_size: int, out_size: int, bias: bool, tp: TensorParallel, rows: slice | None = None) -> None:
+        super().__init__(in_size, out_size, bias, tp)
+        self.rows = rows
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """This rank's weight and bias in the dtype of compute."""
+        rows = slice(None) if self.rows is None else self.rows
+        weight = local(self.weight)[rows].to(dtype)
+        return weight, None if self.bias is None else local(self.bias)[rows].to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else local(self.bias).to(x.dtype)
-        return F.linear(x, local(self.weight).to(x.dtype), bias)
+        return F.linear(x, *self.operands(x.dtype))
+
+
+def column_parallel(x_BSH: Tensor, tp: TensorParallel, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+    """Enters a sharded region and applies layers that read the same input.
+
+    Args:
+        x_BSH: activations as they are outside of sharded regions.
+        tp: how the tensor axis is used.
+        layers: column-parallel layers.
+
+    Returns:
+        For each layer its output [B, S, out / tp].
+    """
+    if tp.axis.size == 1 or not tp.overlap:
+        x_BSH = tp.enter(x_BSH)
+        return tuple(layer(x_BSH) for layer in layers)
+    weights, biases = zip(*(layer.operands(x_BSH.dtype) for layer in layers), strict=True)
+    return _ColumnParallel.apply(x_BSH, tp, *weights, *biases)
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """Linear layers on one input, whose backward hides its reduction behind the weights' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSH: Tensor, tp: TensorParallel, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = operands[: len(operands) // 2], operands[len(operands) // 2 :]
+        ctx.tp, ctx.has_bias = tp, [bias is not None for bias in biases]
+        ctx.save_for_backward(x_BSH, *weights)  # of a cut sequence the piece alone: it is gathered again
+        whole_BSH = start_all_gather(x_BSH, SEQUENCE_DIM, tp.axis).wait() if tp.sequence else x_BSH
+        return tuple(F.linear(whole_BSH, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSH, *weights = ctx.saved_tensors
+        tp: TensorParallel = ctx.tp
+        gathering = start_all_gather(x_BSH, SEQUENCE_DIM, tp.axis) if tp.sequence else None
+        dx_BSH = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            dx_BSH += grad @ weight
+        whole_BSH = gathering.wait() if gathering else x_BSH
+        summing = (
+            start_reduce_scatter(dx_BSH, SEQUENCE_DIM, tp.axis) if tp.sequence else start_sum_over(dx_BSH, tp.axis)
+        )
+        x_TH = whole_BSH.flatten(0, -2)
+        dweights = [grad.flatten(0, -2).T @ x_TH for grad in grads]
+        dbiases = [grad.flatten(0, -2).sum(0) if has else None for grad, has in zip(grads, ctx.has_bias, strict=True)]
+        return summing.wait(), None, *dweights, *dbiases
 
 
 class RowParallelLinear(Linear):
     """Input features are sharded: [..., in / tp] -> [..., out], summed over the tensor axis; bias added once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from(F.linear(x, local(self.weight).to(x.dtype)), self.tp)
+        y = self.tp.leave(F.linear(x, local(self.weight).to(x.dtype)))
         return y if self.bias is None else y + local(self.bias).to(x.dtype)
 
 
 class Embedding(nn.Module):
     """Token and (learned) position embeddings; the vocabulary is sharded over the tensor axis."""
 
-    def __init__(self, vocab_size: int, num_positions: int, hidden_size: int, tp: Axis) -> None:
+    def __init__(self, vocab_size: int, num_positions: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.positions = nn.Parameter(torch.empty(num_positions, hidden_size)) if num_positions else None
-        self.vocab = chunk(vocab_size, tp)
+        self.vocab = chunk(vocab_size, tp.axis)
         self.tp = tp
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
-        x_BSH = reduce_from(self._look_up(ids_BS), self.tp)
+    def forward(self, ids_BS: Tensor, positions_S: Tensor) -> Tensor:
+        """Embeds tokens that stand at these positions; the result is cut along the sequence where activations are."""
+        x_BSH = self.tp.leave(self._look_up(ids_BS))
         if self.positions is None:
             return x_BSH
-        return x_BSH + local(self.positions)[: ids_BS.shape[1]]
+        return x_BSH + F.embedding(self.tp.cut(positions_S[None]), local(self.positions))
 
     def _look_up(self, ids_BS: Tensor) -> Tensor:
         table = local(self.tokens)
-        if self.tp.size == 1:
+        if self.tp.axis.size == 1:
             return F.embedding(ids_BS, table)
         if table.shape[0] == 0:  # fewer rows than ranks have chunks; the sum keeps the gradient, which is empty too
             return table.new_zeros(*ids_BS.shape, table.shape[1]) + table.sum()

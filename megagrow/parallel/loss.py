@@ -75,7 +75,8 @@ def vocab_parallel_loss(
     """The weighted loss sum over tokens, the same on every tensor rank.
 
     Args:
-        hidden_TH: the model's states after its final norm; whole on every tensor rank.
+        hidden_TH: the model's states after its final norm, as a sharded region needs them (`TensorParallel.enter`):
+            whole on every tensor rank, gradients summed over the ranks on the way back.
         head_VH: this rank's rows of the output matrix.
         labels_T: token ids in the whole vocabulary.
         weights_T: weight of each token; 0 leaves it out.
@@ -205,8 +206,6 @@ class _Loss(torch.autograd.Function):
             if grad_hidden is not None and grad_head is not None:
                 torch.mm(logits_CV, head, out=grad_hidden[part])
                 grad_head += logits_CV.T @ hidden_CH
-        if grad_hidden is not None:
-            sum_over(grad_hidden, shard.tp)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(sums)
         return sums[:1].clone(), sums

@@ -1,20 +1,27 @@
-"""The device mesh: which rank stands where on the pipeline, data and tensor axes.
+"""The device mesh: which rank stands where on the pipeline, data, context and tensor axes.
+
+Ranks are laid out as (pipeline, data, context, tensor), tensor varying fastest, because it talks most. Two views of the
+same ranks exist:
+
+    samples and sequences    pp x dp x cp x tp              who reads which tokens
+    storage of parameters    pp x replicate x shard x tp    who holds which piece; replicate x shard = dp x cp
 
 With one process every axis has size 1 and no group, and every collective is the identity.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megagrow.config import ParallelConfig, require
+from megagrow.config import V_SCHEDULES, ParallelConfig, require
 from megagrow.parallel.launcher import end_with_launcher
 
-AXES = ("pp", "dp", "tp")
+SAMPLE_AXES = ("pp", "dp", "cp", "tp")
+STORAGE_AXES = ("pp", "replicate", "shard", "tp")
 
 
 @dataclass(frozen=True)
@@ -36,33 +43,66 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All axes, `world` for all ranks at once, and a gloo group of its own for checkpoints.
+    """All axes of this rank.
 
-    Checkpoints have their own group because a save that shares the default group hangs beside training's collectives.
+    Attributes:
+        pp: pipeline stages.
+        dp: ranks with different samples.
+        cp: ranks that share each sequence.
+        tp: ranks that share each matrix.
+        tokens: ranks with different tokens, dp x cp; losses and gradients are summed over them.
+        world: all ranks at once.
+        device: where this rank's tensors are.
+        parallel: how the axes are used.
+        device_mesh: torch's mesh over `STORAGE_AXES`; None for one process.
+        checkpoint_group: a gloo group of its own; a save that shares training's group hangs beside its collectives.
     """
 
     pp: Axis
     dp: Axis
+    cp: Axis
     tp: Axis
+    tokens: Axis
     world: Axis
     device: torch.device
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device_mesh: DeviceMesh | None = None
     checkpoint_group: dist.ProcessGroup | None = None
 
     @staticmethod
     def single(device: str | torch.device = "cpu") -> "Mesh":
         """The mesh of one process."""
-        return Mesh(Axis(), Axis(), Axis(), Axis(), torch.device(device))
+        return Mesh(Axis(), Axis(), Axis(), Axis(), Axis(), Axis(), torch.device(device))
+
+    def without_pipeline(self) -> "Mesh":
+        """The mesh of a model without optimizer that each pipeline and data rank holds for itself."""
+        parallel = replace(self.parallel, pipeline=1, layers_per_stage=(), stages_per_rank=0, replicate=1)
+        return replace(self, pp=Axis(), dp=Axis(), tokens=self.cp, parallel=parallel)
+
+    def tensor_only(self) -> "Mesh":
+        """The same of a model that sees whole sequences, uncut."""
+        parallel = ParallelConfig(tensor=self.tp.size)
+        return replace(self.without_pipeline(), cp=Axis(), tokens=Axis(), parallel=parallel)
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to the user."""
         return self.world.rank == 0
 
-    def sub_mesh(self, axis: str) -> DeviceMesh:
-        """The torch DeviceMesh of one axis."""
+    @property
+    def loss_rank(self) -> int:
+        """The pipeline rank that computes the loss: in V-shaped schedules the first, since their stages come back."""
+        return 0 if self.parallel.schedule in V_SCHEDULES else self.pp.size - 1
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations are cut along the sequence over the tensor axis."""
+        return self.parallel.sequence_parallel and self.tp.size > 1
+
+    def sub_mesh(self, *axes: str) -> DeviceMesh:
+        """The torch DeviceMesh of one or more of `STORAGE_AXES`."""
         assert self.device_mesh is not None, "one process has no device mesh"
-        return self.device_mesh[axis]
+        return self.device_mesh[axes]
 
 
 def init_distributed(timeout: float = 600.0) -> int:
@@ -89,25 +129,31 @@ def leave_distributed() -> None:
 
 
 def make_mesh(parallel: ParallelConfig) -> Mesh:
-    """Lays the initialised process group out as (pipeline, data, tensor), tensor varying fastest.
+    """Lays out the initialised process group.
 
-    The configuration must have passed `config.check` for this world size.
+    The configuration must have passed `checks.check` for this world size.
     """
     device = _device()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Mesh.single(device)
     world = dist.get_world_size()
-    sizes = (parallel.pipeline, world // (parallel.pipeline * parallel.tensor), parallel.tensor)
-    device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-    pp, dp, tp = (_axis(device_mesh, name) for name in AXES)
+    pipeline, context, tensor, replicate = parallel.pipeline, parallel.context, parallel.tensor, parallel.replicate
+    num_data = world // parallel.model_ranks
+    samples = init_device_mesh(device.type, (pipeline, num_data, context, tensor), mesh_dim_names=SAMPLE_AXES)
+    shard = num_data * context // replicate
+    storage = init_device_mesh(device.type, (pipeline, replicate, shard, tensor), mesh_dim_names=STORAGE_AXES)
+    pp, dp, cp, tp = (_axis(samples, name) for name in SAMPLE_AXES)
     return Mesh(
-        pp,
-        dp,
-        tp,
-        Axis(dist.group.WORLD, dist.get_rank(), world),
-        device,
-        device_mesh,
-        dist.new_group(backend="gloo"),
+        pp=pp,
+        dp=dp,
+        cp=cp,
+        tp=tp,
+        tokens=_token_axis(samples, dp, cp, tensor),
+        world=Axis(dist.group.WORLD, dist.get_rank(), world),
+        device=device,
+        parallel=parallel,
+        device_mesh=storage,
+        checkpoint_group=dist.new_group(backend="gloo"),
     )
 
 
@@ -116,6 +162,16 @@ def _axis(device_mesh: DeviceMesh, name: str) -> Axis:
     if size == 1:
         return Axis()
     return Axis(device_mesh.get_group(name), device_mesh.get_local_rank(name), size)
+
+
+def _token_axis(samples: DeviceMesh, dp: Axis, cp: Axis, tensor: int) -> Axis:
+    """The axis dp x cp, the context rank varying fastest."""
+    if dp.size == 1 or cp.size == 1:
+        return cp if dp.size == 1 else dp
+    merged = init_device_mesh(
+        samples.device_type, (samples.size(0), dp.size * cp.size, tensor), mesh_dim_names=("pp", "tokens", "tp")
+    )
+    return _axis(merged, "tokens")
 
 
 def _device() -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from megagrow.config import ModelConfig
 from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.roles import role_of
 
@@ -100,13 +101,32 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
         local(tensor).copy_(whole[box(tensor)])
 
 
-def shard_parameters(model: nn.Module, mesh: Mesh) -> None:
-    """Replaces the parameters of a model on the meta device by DTensors on the `tp` axis, as their roles say."""
+def tensor_dim(name: str, model: ModelConfig, tp: Axis) -> int | None:
+    """The dim of a parameter that tensor parallelism cuts; None: every tensor rank holds the whole.
+
+    Key/value heads fewer than tensor ranks are not cut: several ranks use one head, and their gradients are summed.
+    """
+    role = role_of(name)
+    if role.out == "kv_heads" and model.num_kv_heads < tp.size:
+        return None
+    return role.tensor_dim
+
+
+def kv_rows(model: ModelConfig, tp: Axis) -> slice | None:
+    """The rows of `attention.key_value` that this tensor rank uses where it holds all of them, else None."""
+    if model.num_kv_heads >= tp.size:
+        return None
+    head, size = tp.rank * model.num_kv_heads // tp.size, 2 * model.head_dim
+    return slice(head * size, (head + 1) * size)
+
+
+def shard_parameters(module: nn.Module, model: ModelConfig, mesh: Mesh) -> None:
+    """Replaces the parameters of a module on the meta device by DTensors on the `tp` axis, as their roles say."""
     if mesh.tp.size == 1:
         return
     tp_mesh = mesh.sub_mesh("tp")
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        dim = role_of(name).tensor_dim
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        dim = tensor_dim(name, model, mesh.tp)
         index = [slice(None)] * parameter.ndim
         if dim is not None:
             index[dim] = chunk(parameter.shape[dim], mesh.tp)
@@ -116,16 +136,19 @@ def shard_parameters(model: nn.Module, mesh: Mesh) -> None:
             piece, tp_mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
         module_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module_name), leaf, nn.Parameter(sharded))
+        setattr(module.get_submodule(module_name), leaf, nn.Parameter(sharded))
 
 
-def counted_here(name: str, mesh: Mesh, held_elsewhere: bool = False) -> bool:
-    """Whether this rank is the one that counts its piece of a parameter in sums over the whole mesh.
+def counted_here(tensor: Tensor) -> bool:
+    """Whether this rank is the one that counts its piece of a tensor in sums over the whole mesh.
 
-    A piece that every tensor rank holds is counted by the first of them; a tied embedding that two pipeline stages hold
-    is counted by the first stage (`held_elsewhere` says that this is the second copy).
+    A piece that several ranks of the tensor's mesh hold is counted by the first of them.
     """
-    return not held_elsewhere and (role_of(name).tensor_dim is not None or mesh.tp.rank == 0)
+    if not isinstance(tensor, DTensor):
+        return True
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not on the tensor's mesh"
+    return all(place == 0 for place, kind in zip(coordinate, tensor.placements, strict=True) if kind.is_replicate())
 
 
 def cpu_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

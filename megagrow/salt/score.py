@@ -224,7 +224,7 @@ def _checked_model(
     settings: ScoreSettings,
     progress: Progress | None,
 ) -> Transformer:
-    model = load_model(source, mesh, settings.dtype)
+    model = load_model(source, mesh.tensor_only(), settings.dtype)
     loss = check_source(model, dataset, mesh, str(source.path), settings.skip_source_check)
     if progress is not None:
         progress.message(f"{source.path}: loss {loss:.3f} nats per token on the first samples")
@@ -240,7 +240,7 @@ def _score_shards(
     progress: Progress | None,
 ) -> None:
     mesh = shards.mesh
-    worker, num_workers = mesh.pp.rank * mesh.dp.size + mesh.dp.rank, mesh.pp.size * mesh.dp.size
+    worker, num_workers = mesh.pp.rank * mesh.tokens.size + mesh.tokens.rank, mesh.pp.size * mesh.tokens.size
     mine = pending[worker::num_workers]
     report = _reporter(progress, shards, pending, mine)
     for shard in mine:

@@ -50,42 +50,45 @@ class Teacher:
         check_model(source.model, ParallelConfig(tensor=mesh.tp.size), f"the teacher {source.path}")
         _check_vocabulary(source.model, student)
         self.config, self.mesh, self.salt = source.model, mesh, salt
-        self._model: Transformer | None = load_model(source, mesh, dtype)
+        self._model: Transformer | None = load_model(source, mesh.without_pipeline(), dtype)
 
     @property
     def model(self) -> Transformer:
         assert self._model is not None, "the teacher has been freed"
         return self._model
 
-    def hidden(self, ids_BS: Tensor, num_microbatches: int) -> Tensor | None:
-        """The states [B, S, H] after the teacher's final norm; None before the last pipeline rank.
+    def hidden(self, ids_BS: Tensor, num_microbatches: int, documents_BT: Tensor | None = None) -> Tensor | None:
+        """The states [B, S, H] after the teacher's final norm; None on pipeline ranks that compute no loss.
 
         Args:
-            ids_BS: this data rank's samples, the same on every pipeline and tensor rank.
+            ids_BS: this data and context rank's tokens, the same on every pipeline and tensor rank.
             num_microbatches: pieces that B is cut into; pipeline rank p runs pieces p, p + PP, …
+            documents_BT: the document of every token of the whole sequences, or None: attention crosses documents.
         """
         model, pp = self.model, self.mesh.pp
         pieces = ids_BS.chunk(num_microbatches)
+        documents = [None] * len(pieces) if documents_BT is None else documents_BT.chunk(num_microbatches)
         with torch.no_grad():
-            own = {i: model(pieces[i]) for i in range(pp.rank, len(pieces), pp.size)}
-        if not pp.is_last:
-            _send(own, pp)
+            own = {i: model(pieces[i], documents=documents[i]) for i in range(pp.rank, len(pieces), pp.size)}
+        if pp.rank != self.mesh.loss_rank:
+            _send(own, self.mesh)
             return None
         dtype = next(model.parameters()).dtype
         hidden_BSH = torch.empty(*ids_BS.shape, self.config.hidden_size, dtype=dtype, device=ids_BS.device)
         _collect(hidden_BSH, own, num_microbatches, pp)
         return hidden_BSH
 
-    def attach(self, model: Transformer) -> None:
-        """Gives the last stage the head and how it is mixed in; the other stages drop theirs."""
-        if model.is_last:
-            model.teacher = StageTeacher(self.model.head_VH.detach(), loss_options(self.salt))
+    def attach(self, last_stage: Transformer | None) -> None:
+        """Gives the last stage the head and how it is mixed in; ranks without that stage drop theirs."""
+        if last_stage is not None:
+            last_stage.teacher = StageTeacher(self.model.head_VH.detach(), loss_options(self.salt))
         elif not self.config.tied_embeddings:
             del self.model.head
 
-    def free(self, model: Transformer) -> None:
+    def free(self, last_stage: Transformer | None) -> None:
         """Drops the teacher's weights here and on the stage; its memory is released."""
-        model.teacher = None
+        if last_stage is not None:
+            last_stage.teacher = None
         self._model = None
 
 
@@ -119,8 +122,9 @@ def _check_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:
     )
 
 
-def _send(own: dict[int, Tensor], pp: Axis) -> None:
-    requests = [dist.isend(hidden.contiguous(), group=pp.group, group_dst=pp.size - 1) for hidden in own.values()]
+def _send(own: dict[int, Tensor], mesh: Mesh) -> None:
+    group, target = mesh.pp.group, mesh.loss_rank
+    requests = [dist.isend(hidden.contiguous(), group=group, group_dst=target) for hidden in own.values()]
     for request in requests:
         assert request is not None
         request.wait()

@@ -100,14 +100,15 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
 def map_learner(small: Part, config: Config) -> MapLearner:
     """Prepares learning the maps from a frozen small model; `generate` must be called before the first step."""
     recipe, mesh = _recipe(small, config), small.mesh
-    small.model.requires_grad_(False)
+    for stage in small.stages:
+        stage.requires_grad_(False)
     ligo = Ligo(recipe, noise=config.growth.ligo_noise, seed=config.train.seed, device=mesh.device)
     part = build_part(config.model, config, mesh)
     return MapLearner(small, part, ligo, _fetch(small.parameters, recipe, mesh), config)
 
 
 def _recipe(small: Part, config: Config) -> Recipe:
-    return make_recipe(config.growth.method, small.model.config, config.model)
+    return make_recipe(config.growth.method, small.config, config.model)
 
 
 def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:

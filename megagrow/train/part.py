@@ -1,6 +1,7 @@
 """This rank's share of a model: its shards, and the engine that runs batches through them."""
 
-# Shape suffix legend: M = samples of a microbatch, S = sequence, H = hidden.
+# Shape suffix legend: M = samples of a microbatch, S = this context rank's tokens, L = tokens of the activations
+# between sharded regions, H = hidden.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,20 +17,27 @@ from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Engine
 from megagrow.parallel.shards import fill
+from megagrow.parallel.stages import own_stages
 
 
 @dataclass
 class Part:
-    """A model's shards on this rank and their engine."""
+    """A model's stages on this rank and their engine."""
 
-    model: Transformer
+    config: ModelConfig
+    stages: list[Transformer]
     engine: Engine
     mesh: Mesh
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name."""
-        return dict(self.model.named_parameters())
+        return self.engine.parameters
+
+    @property
+    def last_stage(self) -> Transformer | None:
+        """The stage that computes the loss, if it is on this rank."""
+        return self.stages[-1] if self.engine.has_last else None
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by the names that checkpoints use."""
@@ -40,17 +48,21 @@ def build_part(model: ModelConfig, config: Config, mesh: Mesh) -> Part:
     """Builds a model on the meta device, shards it, and allocates this rank's pieces, uninitialised."""
     dtype = compute_dtype(config)
     with torch.device("meta"):
-        stage = Transformer(model, mesh, dtype)
-    materialize(stage, list(stage.layers.values()), mesh, dtype)
+        stages = [Transformer(model, mesh, dtype, s, config.train) for s in own_stages(model.num_layers, mesh)]
+    for stage in stages:
+        materialize(stage, list(stage.layers.values()), model, mesh, dtype)
     samples = microbatch_size(config, mesh.world.size)
-    share = config.train.global_batch_size // mesh.dp.size
-    activation_MSH = torch.empty(
-        (samples, config.data.seq_length, model.hidden_size),
+    num_microbatches = config.train.global_batch_size // mesh.dp.size // samples
+    length = config.data.seq_length // mesh.cp.size
+    ids_MS = torch.empty(samples, length, dtype=torch.long, device="meta")
+    activation_MLH = torch.empty(
+        (samples, length // (mesh.tp.size if mesh.sequence_parallel else 1), model.hidden_size),
         dtype=dtype or torch.get_default_dtype(),
         device="meta",
         requires_grad=True,
     )
-    return Part(stage, Engine(stage, mesh, share // samples, activation_MSH), mesh)
+    engine = Engine(stages, model, mesh, num_microbatches, activation_MLH, ids_MS)
+    return Part(model, stages, engine, mesh)
 
 
 def compute_dtype(config: Config) -> torch.dtype | None:
@@ -60,7 +72,7 @@ def compute_dtype(config: Config) -> torch.dtype | None:
 
 def initialize_part(part: Part, seed: int) -> None:
     """Gives the parameters their initial values."""
-    initialize(part.model, seed)
+    initialize(part.parameters, part.config, seed)
 
 
 def load_part(part: Part, fetch: Callable[[str], Tensor]) -> None:

@@ -14,6 +14,7 @@ from megagrow.data.loader import SampleOrder, Stream
 from megagrow.errors import CheckpointError
 from megagrow.ledger import Ledger, Phase
 from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.pipeline import Batch
 from megagrow.salt.schedule import is_stage_one
 from megagrow.salt.score import read_scores
 from megagrow.salt.select import select
@@ -50,9 +51,9 @@ class SaltStage:
         wanted = on and bool(self.config.salt.teacher)
         if wanted and self.teacher is None:
             self.teacher = self._load_teacher()
-            self.teacher.attach(learner.part.model)
+            self.teacher.attach(learner.part.last_stage)
         elif not wanted and self.teacher is not None:
-            self.teacher.free(learner.part.model)
+            self.teacher.free(learner.part.last_stage)
             self.teacher = None
             self.tell(f"stage 1 ends after step {self.state.step}: the teacher is freed")
 
@@ -60,12 +61,12 @@ class SaltStage:
         """Follows the run to another state after a roll-back; the teacher is attached anew at the next step."""
         self.state, self.teacher = state, None
 
-    def teacher_hidden(self, tokens: Tensor, num_microbatches: int) -> Tensor | None:
-        """The teacher's states for packed samples [B, S + 1], on the last stage; its cost goes into the ledger."""
+    def teacher_hidden(self, batch: Batch, num_microbatches: int) -> Tensor | None:
+        """The teacher's states for this rank's batch, on the last stage; its cost goes into the ledger."""
         if self.teacher is None:
             return None
         began = time.perf_counter()
-        hidden = self.teacher.hidden(tokens[:, :-1].to(self.mesh.device), num_microbatches)
+        hidden = self.teacher.hidden(batch.ids, num_microbatches, batch.documents)
         self.seconds = time.perf_counter() - began
         length = self.config.data.seq_length
         num_tokens = self.config.train.global_batch_size * length

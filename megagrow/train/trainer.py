@@ -4,9 +4,11 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megagrow import flops
 from megagrow.checkpoint import hf
@@ -20,7 +22,9 @@ from megagrow.data.loader import SampleOrder, Stream
 from megagrow.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
 from megagrow.evaluate import Evaluator, make_batch, mean_loss
 from megagrow.metrics import Metrics, Progress
+from megagrow.model.dropout import token_keys
 from megagrow.optim import lr_at
+from megagrow.parallel.context import local_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.roles import num_parameters
 from megagrow.salt.schedule import is_stage_one
@@ -184,10 +188,12 @@ class Trainer:
         state, config, mesh = self.state, self.config, self.mesh
         name, stream = ("selected", self.salt.stream) if salt_on and self.salt.stream else ("all", self.stream)
         size = config.train.global_batch_size
-        _, tokens = stream.batch(state.cursors[name], size, mesh.dp.rank, mesh.dp.size)
+        ids, tokens = stream.batch(state.cursors[name], size, mesh.dp.rank, mesh.dp.size)
         state.cursors[name] += size
-        hidden = self.salt.teacher_hidden(tokens, self.learner.part.engine.num_microbatches) if salt_on else None
-        batch = make_batch(tokens, size, mesh, hidden)
+        documents = torch.from_numpy(self.dataset.documents(ids)) if config.data.mask_documents else None
+        batch = make_batch(tokens, size, mesh, documents)
+        hidden = self.salt.teacher_hidden(batch, self.learner.part.engine.num_microbatches) if salt_on else None
+        batch = replace(batch, teacher_hidden=hidden, dropout_keys=dropout_keys(config, state.step, mesh))
         return self.learner.step(batch, self._lr(), state.guard)
 
     def _lr(self) -> float:
@@ -234,7 +240,7 @@ class Trainer:
             return None
         began = time.perf_counter()
         loss = self.evaluator.loss(learner.part.engine, self.mesh)
-        model, tokens = learner.part.model.config, self.evaluator.num_tokens
+        model, tokens = learner.part.config, self.evaluator.num_tokens
         spent = flops.forward_flops(model, tokens, self.config.data.seq_length)
         seconds = time.perf_counter() - began
         self.state.ledger.add("evaluation", flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))
@@ -274,7 +280,7 @@ class Trainer:
         if self.mesh.device.type != "cuda":
             return None
         peak = flops.peak_flops_per_second(torch.cuda.get_device_name(), self.config.train.precision)
-        model = self.learner.part.model.config
+        model = self.learner.part.config
         per_token = flops.training_flops(model, 1, self.config.data.seq_length)
         return None if peak is None else tokens_per_second * per_token / (peak * self.mesh.world.size)
 
@@ -304,6 +310,16 @@ class Trainer:
             self.state.ledger.save(self.dir / "ledger.json")
 
 
+def dropout_keys(config: Config, step: int, mesh: Mesh) -> Tensor | None:
+    """The dropout keys of this rank's tokens in a step; None when nothing is dropped."""
+    if config.train.dropout == 0:
+        return None
+    share = config.train.global_batch_size // mesh.dp.size
+    samples = torch.arange(mesh.dp.rank * share, (mesh.dp.rank + 1) * share, device=mesh.device)
+    positions = local_positions(config.data.seq_length, mesh.cp.rank, mesh.cp.size, mesh.device)
+    return token_keys(config.train.seed, step, samples, positions)
+
+
 def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDataset:
     """Opens a token file and makes sure that the model can read it.
 
@@ -328,7 +344,7 @@ def make_evaluator(config: Config) -> Evaluator | None:
     if not config.data.validation or config.train.eval_batches == 0:
         return None
     dataset = open_dataset(config.data.validation, config.model, config)
-    return Evaluator(dataset, config.train.global_batch_size, config.train.eval_batches)
+    return Evaluator(dataset, config.train.global_batch_size, config.train.eval_batches, config.data.mask_documents)
 
 
 def describe_model(model: ModelConfig) -> str:

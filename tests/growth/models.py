@@ -65,7 +65,7 @@ def widened(
 def make(model: ModelConfig, seed: int = 0) -> Transformer:
     """A model whose parameters are all random: no gain is 1 and no bias 0, so that every one counts."""
     transformer = Transformer(model).double()
-    initialize(transformer, seed)
+    initialize(dict(transformer.named_parameters()), transformer.config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in transformer.parameters():

@@ -17,6 +17,7 @@ from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.parallel.shards import fill
+from megagrow.parallel.stages import own_stages
 from megagrow.roles import leaves
 from megagrow.train.part import build_part, gradients
 from tests.growth import dense_ligo, models
@@ -90,8 +91,8 @@ def sharded_gradients(source: ModelConfig, target: ModelConfig, parallel: Parall
     whole, ligo = tensors_of(make(source)), make_ligo(source, target)
     torch.set_default_dtype(torch.double)  # of activations between stages too
     with torch.device("meta"):
-        small = Transformer(source, mesh)
-    materialize(small, list(small.layers.values()), mesh, None)
+        small = Transformer(source, mesh, stage=own_stages(source.num_layers, mesh)[0])
+    materialize(small, list(small.layers.values()), source, mesh, None)
     for name, parameter in small.named_parameters():
         fill(parameter, whole[name])
     part = build_part(target, config_of(target, parallel), mesh)

@@ -37,7 +37,7 @@ def batch(text: Tensor, generator: torch.Generator) -> Tensor:
 
 def trained_source(text: Tensor, seed: int) -> dict[str, Tensor]:
     model, generator = Transformer(SOURCE), torch.Generator().manual_seed(seed)
-    initialize(model, seed)
+    initialize(dict(model.named_parameters()), model.config, seed)
     adamw = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(SOURCE_STEPS):
         adamw.zero_grad()

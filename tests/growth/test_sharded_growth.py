@@ -15,6 +15,7 @@ from megagrow.optim import MOMENTS, Optimizer
 from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.shards import fill, full
+from megagrow.parallel.stages import own_stages
 from megagrow.roles import parameter_shapes
 from tests.growth import models
 from tests.growth.models import make, tensors_of, widened
@@ -31,8 +32,8 @@ LAYOUTS = [(2, 2, 1), (2, 1, 2), (2, 1, 1), (3, 1, 1), (4, 2, 2), (4, 2, 1), (4,
 def sharded(model: ModelConfig, mesh: Mesh) -> Transformer:
     """This rank's stage, full of NaN."""
     with torch.device("meta"):
-        stage = Transformer(model, mesh).double()
-    materialize(stage, list(stage.layers.values()), mesh, None)
+        stage = Transformer(model, mesh, stage=own_stages(model.num_layers, mesh)[0]).double()
+    materialize(stage, list(stage.layers.values()), model, mesh, None)
     for parameter in stage.parameters():
         whole = torch.full(tuple(parameter.shape), torch.nan, dtype=torch.double)
         fill(parameter, whole)

@@ -106,7 +106,7 @@ def evaluate(
     hidden_TH = p.hidden_TH.clone().requires_grad_()
     head_VH = p.head_VH[rows].clone().requires_grad_()
     loss, sums = vocab_parallel_loss(
-        hidden_TH,
+        copy_to(hidden_TH, tp),
         head_VH,
         p.labels_T,
         p.weights_T,

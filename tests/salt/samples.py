@@ -39,7 +39,7 @@ TIED = replace(
 def make_model(model: ModelConfig, seed: int = 0) -> Transformer:
     """A whole model, in float64, with logits of a few units."""
     transformer = Transformer(model).double().requires_grad_(False)
-    initialize(transformer, seed)
+    initialize(dict(transformer.named_parameters()), transformer.config, seed)
     transformer.head_VH.mul_(8)
     return transformer
 

@@ -1,0 +1,26 @@
+"""What the layers know about the tokens that they see, beside their activations."""
+
+# Shape suffix legend: B = batch, S = this context rank's tokens, D = head_dim,
+# L = tokens of the activations between sharded regions (S, or S / tp where they are cut along the sequence).
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megagrow.ops import DocumentMask
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one microbatch.
+
+    Attributes:
+        rotary: cosines and sines [S, D] of their positions; None without rotary positions.
+        document_masks: see `context.document_masks`; None when attention crosses documents.
+        dropout_keys_BL: see `dropout.token_keys`; None when nothing is dropped.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    document_masks: Sequence[DocumentMask] | None = None
+    dropout_keys_BL: Tensor | None = None
