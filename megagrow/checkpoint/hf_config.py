@@ -98,7 +98,7 @@ def hf_config_from_model(
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": str(dtype).removeprefix("torch."),
-        **family.constants,
+        **{key: value(model) if callable(value) else value for key, value in family.constants.items()},
         **{key: allowed[0] for key, allowed in family.only.items()},
         **{entry.key: getattr(model, name) for name, entry in family.entries.items()},
         **dict.fromkeys(family.bias_switches, model.bias),

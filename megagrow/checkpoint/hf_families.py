@@ -5,7 +5,7 @@ in both directions.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megagrow.config import ModelConfig
@@ -47,8 +47,9 @@ class Family:
         bias_switches: entries that make up `ModelConfig.bias`; empty: `kind` fixes it.
         only: entries of which no other values are understood. The first is written, and assumed
             where the key is absent or null.
-        constants: entries that are written and not read, because they leave the logits alone.
-            Dropout is one of them: it acts in training only, and megagrow trains without it.
+        constants: entries that are written and not read, because they leave the logits alone;
+            functions of the model where they follow from it.
+            Dropout is one of them: it acts in training only.
         body: prefix that the tensors of a folder saved without its head do not have.
         layers: prefix of a layer's modules, before its number.
         outside: module of ours -> full name of theirs, outside the layers.
@@ -99,7 +100,7 @@ LLAMA = Family(
         "norm_eps": Entry("rms_norm_eps", 1e-6),
         "tied_embeddings": Entry("tie_word_embeddings", False),
     },
-    kind={"norm": "rms_norm", "positions": "rope", "activation": "swiglu"},
+    kind={"norm": "rms_norm", "positions": "rope", "activation": "swiglu", "qk_norm": False},
     bias_switches=("attention_bias", "mlp_bias"),
     only={"hidden_act": ("silu", "swish")},
     constants={
@@ -128,6 +129,33 @@ LLAMA = Family(
     ignored=r".*\.rotary_emb\.inv_freq",
 )
 
+QWEN3 = replace(
+    LLAMA,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    entries={
+        **LLAMA.entries,
+        "num_kv_heads": Entry("num_key_value_heads"),
+        "head_dim": Entry("head_dim", 128),
+        "max_seq_length": Entry("max_position_embeddings", 32_768),
+    },
+    kind={**LLAMA.kind, "bias": False, "qk_norm": True},
+    bias_switches=(),
+    only={**LLAMA.only, "attention_bias": (False,), "use_sliding_window": (False,), "sliding_window": (None,)},
+    constants={
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "layer_types": lambda model: ["full_attention"] * model.num_layers,
+        "max_window_layers": lambda model: model.num_layers,
+        "use_cache": True,
+    },
+    inside={
+        **LLAMA.inside,
+        "attention.query_norm": (Block("self_attn.q_norm"),),
+        "attention.key_norm": (Block("self_attn.k_norm"),),
+    },
+)
+
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
@@ -146,6 +174,7 @@ GPT2 = Family(
         "positions": "learned",
         "activation": "gelu",
         "bias": True,
+        "qk_norm": False,
         "num_kv_heads": lambda model: model.num_heads,
         "head_dim": lambda model: model.hidden_size // model.num_heads,
     },
@@ -185,7 +214,7 @@ GPT2 = Family(
     ignored=r".*\.attn\.(bias|masked_bias)",
 )
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, GPT2)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN3, GPT2)}
 
 
 def fixed_fields(family: Family, model: ModelConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Small random Hugging Face folders, written by transformers itself, and models of our own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ GPT2 = {
 }
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, LLAMA),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, LLAMA | {"head_dim": 8}),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, GPT2),
 }
 
@@ -53,6 +55,7 @@ OWN_LLAMA = ModelConfig(
     norm_eps=1e-4,
     rope_theta=5e5,
 )
+OWN_QWEN3 = replace(OWN_LLAMA, family="qwen3", qk_norm=True)
 OWN_GPT2 = ModelConfig(
     family="gpt2",
     vocab_size=61,

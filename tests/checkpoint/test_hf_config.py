@@ -10,7 +10,7 @@ import transformers
 from megagrow.checkpoint.hf import check_exportable, hf_config_from_model, model_config_from_hf
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
-from tests.checkpoint.hf_folders import CLASSES, GPT2, LLAMA, OWN_GPT2, OWN_LLAMA
+from tests.checkpoint.hf_folders import CLASSES, GPT2, LLAMA, OWN_GPT2, OWN_LLAMA, OWN_QWEN3
 
 LLAMA_JSON = {"model_type": "llama", **LLAMA}
 GPT2_JSON = {"model_type": "gpt2", **GPT2}
@@ -58,6 +58,8 @@ def test_every_field_of_gpt2_is_read() -> None:
 def test_absent_keys_mean_what_they_mean_to_transformers(family: str) -> None:
     config_class, _, fields = CLASSES[family]
     optional = {"num_key_value_heads", "max_position_embeddings", "n_positions"}
+    if family == "qwen3":
+        optional.remove("num_key_value_heads")  # absent it would be 32, null as many as query heads
     required = {key: value for key, value in fields.items() if key not in optional}
     complete = json.loads(config_class(**required).to_json_string(use_diff=False))
     assert model_config_from_hf({"model_type": family, **required}) == model_config_from_hf(complete)
@@ -81,7 +83,7 @@ REFUSED = [
     (
         "llama",
         {"model_type": "mamba"},
-        "model_type='mamba' is not supported; use one of llama, gpt2",
+        "model_type='mamba' is not supported; use one of llama, qwen3, gpt2",
     ),
     ("llama", {"model_type": ["llama"]}, "model_type=['llama'] is not supported"),
     (
@@ -153,6 +155,7 @@ def test_a_missing_file_is_named(tmp_path) -> None:
 EXPORTED = [
     OWN_LLAMA,
     replace(OWN_LLAMA, bias=True, tied_embeddings=True, num_kv_heads=4),
+    OWN_QWEN3,
     OWN_GPT2,
     replace(OWN_GPT2, tied_embeddings=False),
 ]
@@ -188,6 +191,8 @@ NOT_EXPORTED = [
     (OWN_LLAMA, {"positions": "learned"}, "model.positions=learned"),
     (OWN_LLAMA, {"activation": "gelu"}, "model.activation=gelu"),
     (OWN_LLAMA, {"num_heads": 10}, "model.hidden_size=24 is not a multiple of num_heads=10"),
+    (OWN_LLAMA, {"qk_norm": True}, "model.qk_norm=True"),
+    (OWN_QWEN3, {"qk_norm": False}, "model.qk_norm=False"),
     (OWN_GPT2, {"bias": False}, "model.bias=False"),
     (OWN_GPT2, {"num_kv_heads": 2}, "model.num_kv_heads=2"),
     (OWN_GPT2, {"head_dim": 8}, "model.head_dim=8"),

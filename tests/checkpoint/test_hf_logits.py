@@ -14,6 +14,7 @@ from megagrow.parallel.mesh import Mesh
 from tests.checkpoint.hf_folders import (
     OWN_GPT2,
     OWN_LLAMA,
+    OWN_QWEN3,
     logits_of,
     random_ids,
     save_folder,
@@ -28,6 +29,8 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("llama", {"head_dim": 10, **BIASES}),
     ("llama", {"rope_theta": 100.0, "rms_norm_eps": 0.1}),
+    ("qwen3", {}),
+    ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("gpt2", {}),
     ("gpt2", {"tie_word_embeddings": False, "n_inner": 50, "layer_norm_epsilon": 0.1}),
     ("gpt2", {"activation_function": "gelu_pytorch_tanh", "n_head": 1}),
@@ -35,6 +38,7 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
 OURS = [
     OWN_LLAMA,
     replace(OWN_LLAMA, num_kv_heads=4, bias=True, tied_embeddings=True),
+    OWN_QWEN3,
     OWN_GPT2,
     replace(OWN_GPT2, tied_embeddings=False),
 ]

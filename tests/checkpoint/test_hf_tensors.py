@@ -18,10 +18,11 @@ from megagrow.checkpoint.hf_tensors import (
 )
 from megagrow.config import ModelConfig
 from megagrow.roles import parameter_names, parameter_shapes, role_of
-from tests.checkpoint.hf_folders import OWN_GPT2, OWN_LLAMA
+from tests.checkpoint.hf_folders import OWN_GPT2, OWN_LLAMA, OWN_QWEN3
 
 MODELS = {
     "llama": replace(OWN_LLAMA, bias=True),
+    "qwen3": OWN_QWEN3,
     "gpt2": replace(OWN_GPT2, tied_embeddings=False),
 }
 

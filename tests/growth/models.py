@@ -40,6 +40,7 @@ TIED = dataclasses.replace(LLAMA, tied_embeddings=True)
 EVERYTHING = dataclasses.replace(  # GQA, biases, fused gate/up, learned positions, tied
     GPT2, family="llama", num_kv_heads=2, activation="swiglu"
 )
+QK_NORM = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True)
 UNTIED_BIAS = dataclasses.replace(EVERYTHING, tied_embeddings=False, norm="rms_norm")
 
 

@@ -24,6 +24,7 @@ MODELS = {
     "llama-tied": models.TIED,
     "gpt2": models.GPT2,
     "everything": models.EVERYTHING,
+    "qk-norm": models.QK_NORM,
     "untied-bias": models.UNTIED_BIAS,
 }
 WIDTHS = [

@@ -64,7 +64,9 @@ def grow_run(
 
 
 @pytest.mark.parametrize(
-    "source", [models.LLAMA, models.EVERYTHING, models.UNTIED_BIAS], ids=["llama", "tied", "untied"]
+    "source",
+    [models.LLAMA, models.EVERYTHING, models.UNTIED_BIAS, models.QK_NORM],
+    ids=["llama", "tied", "untied", "qk-norm"],
 )
 def test_exact_moments_give_the_small_models_trajectory(source: ModelConfig) -> None:
     small, old = small_run(source)
