@@ -81,3 +81,8 @@ def test_token_outside_the_vocabulary_is_named(make_dataset: MakeDataset) -> Non
     negative = make_dataset([[1, -2, 3]], "<i4", name="negative")
     with pytest.raises(DataError, match="holds token -2"):
         PackedDataset(negative, 2, vocab_size=9).sample(0)
+
+
+def test_every_input_knows_its_document(make_dataset: MakeDataset) -> None:
+    dataset = PackedDataset(make_dataset([[1, 2, 3], [4], [], [5, 6, 7, 8, 9]]), 4)
+    assert dataset.documents([1, 0]).tolist() == [[3, 3, 3, 3], [0, 0, 0, 1]]

@@ -61,6 +61,6 @@ def final_loss(directory: Path) -> float:
     return float(metrics(directory)[-1]["validation_loss"])
 
 
-def run_on_ranks(config: Config, tensor: int, pipeline: int) -> int:
+def run_on_ranks(config: Config, tensor: int = 1, pipeline: int = 1, **parallel: Any) -> int:
     """Runs in every rank of the harness; returns the exit code."""
-    return run(dataclasses.replace(config, parallel=ParallelConfig(tensor=tensor, pipeline=pipeline)))
+    return run(dataclasses.replace(config, parallel=ParallelConfig(tensor, pipeline, **parallel)))

@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -181,22 +181,28 @@ def test_a_teacher_of_weight_zero_changes_nothing(corpus: Path, trained: Path, t
 
 
 JOBS = [
-    # ranks, tensor, pipeline, method, precision, tolerance of the losses
-    (2, 2, 1, "ligo", "fp32", 2e-4),
-    (2, 1, 2, "ligo", "fp32", 2e-4),
-    (4, 1, 1, "ligo", "fp32", 2e-4),
-    (8, 2, 2, "ligo", "fp32", 2e-4),
-    (8, 2, 2, "clone", "fp32", 2e-4),  # with the optimizer's moments
-    (8, 2, 2, "ligo", "bf16", 2e-2),
+    # ranks, tensor, pipeline, method, precision, tolerance of the losses, and what else of the layout
+    (2, 2, 1, "ligo", "fp32", 2e-4, {}),
+    (2, 1, 2, "ligo", "fp32", 2e-4, {}),
+    (4, 1, 1, "ligo", "fp32", 2e-4, {}),
+    (8, 2, 2, "ligo", "fp32", 2e-4, {}),
+    (8, 2, 2, "clone", "fp32", 2e-4, {}),  # with the optimizer's moments
+    (8, 2, 2, "ligo", "bf16", 2e-2, {}),
+    (4, 2, 2, "ligo", "fp32", 2e-4, {"schedule": "DualPipeV", "sequence_parallel": True}),
+    (4, 1, 2, "clone", "fp32", 2e-4, {"schedule": "Interleaved1F1B", "replicate": 2}),
+    (8, 2, 1, "ligo", "fp32", 2e-4, {"context": 2, "sequence_parallel": True}),
 ]
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job[:5])))
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, [*job[:5], *job[6]])))
 def test_growth_and_salt_on_shards_equal_one_process(
-    corpus: Path, trained: Path, tmp_path: Path, job: tuple[int, int, int, str, Literal["fp32", "bf16"], float]
+    corpus: Path,
+    trained: Path,
+    tmp_path: Path,
+    job: tuple[int, int, int, str, Literal["fp32", "bf16"], float, dict[str, Any]],
 ) -> None:
     """The whole job: small model, growth with its learning, teacher, evaluation; one process computes in fp32."""
-    ranks, tensor, pipeline, method, precision, tolerance = job
+    ranks, tensor, pipeline, method, precision, tolerance, layout = job
 
     def config(name: str, precision: Literal["fp32", "bf16"]) -> Config:
         plain = make_config(corpus, tmp_path / name)
@@ -204,7 +210,7 @@ def test_growth_and_salt_on_shards_equal_one_process(
         return salted(grown(plain, method), trained, steps=2)
 
     assert run(config("one", "fp32")) == 0
-    assert run_ranks(run_on_ranks, ranks, config("many", precision), tensor, pipeline) == [0] * ranks
+    assert run_ranks(run_on_ranks, ranks, config("many", precision), tensor, pipeline, **layout) == [0] * ranks
     for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance), ours["step"]
         assert ours["phase"] == theirs["phase"]
