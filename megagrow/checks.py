@@ -81,7 +81,7 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, name: str) -> None
     stages = parallel.num_stages
     require(
         stages <= model.num_layers + 2,
-        f"parallel.pipeline={parallel.pipeline} x {parallel.stages_per_rank} stages per rank = {stages} stages exceed "
+        f"parallel.pipeline={parallel.pipeline} x {parallel.local_stages} stages per rank = {stages} stages exceed "
         f"num_layers={model.num_layers} of {name} with embedding and head; use at most {model.num_layers + 2} stages",
     )
 

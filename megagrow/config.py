@@ -102,20 +102,25 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "pipeline", "replicate"):
             require(getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)} must be positive")
-        least = 1 if self.schedule == "1F1B" else 2
-        if self.pipeline == 1 or self.stages_per_rank == 0:
-            object.__setattr__(self, "stages_per_rank", least if self.pipeline > 1 else 1)
         most = {"1F1B": 1, "ZBVZeroBubble": 2, "DualPipeV": 2}.get(self.schedule, self.stages_per_rank)
+        least = 2 if self.schedule in V_SCHEDULES else 1
         require(
-            self.pipeline == 1 or 1 <= self.stages_per_rank <= most,
+            self.pipeline == 1 or self.stages_per_rank == 0 or least <= self.stages_per_rank <= most,
             f"parallel.stages_per_rank={self.stages_per_rank} does not go with schedule={self.schedule}, which takes "
-            f"{most}; leave it at 0, or use Interleaved1F1B",
+            f"{most or 'one or more'}; leave it at 0, or use Interleaved1F1B",
         )
+
+    @property
+    def local_stages(self) -> int:
+        """Pipeline stages of each rank: as configured, or as few as the schedule takes."""
+        if self.pipeline == 1:
+            return 1
+        return self.stages_per_rank or (1 if self.schedule == "1F1B" else 2)
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages over all ranks."""
-        return self.pipeline * self.stages_per_rank
+        return self.pipeline * self.local_stages
 
     @property
     def model_ranks(self) -> int:

@@ -34,6 +34,12 @@ class NonFiniteError(MegagrowError):
     exit_code = 5
 
 
+class InexactError(MegagrowError):
+    """Ranks together compute something else than one process; starting again gives the same, as with NaN."""
+
+    exit_code = 5
+
+
 class HangError(MegagrowError):
     """A rank did not answer within its time limit."""
 

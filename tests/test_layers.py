@@ -26,6 +26,7 @@ ORDER = [
     "parallel",
     "model",
     "data",
+    "adamw",
     "optim",
     "checkpoint",
     "growth",
@@ -34,10 +35,12 @@ ORDER = [
     "memory",
     "ledger",
     "metrics",
+    "profiling",
     "evaluate",
     "generate",
     "report",
     "train",
+    "cluster",
     "__main__",
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: temporary names, fsync, rename."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     Raises DataError when the folder cannot be made or written.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")  # several ranks may write one file at once
     with os_errors_as_data_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

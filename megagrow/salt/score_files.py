@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 SCORE_NAMES = ("median_in_top_k", "median_zero", "mean_nll", "in_top_k_fraction")
 DTYPES = {**dict.fromkeys(SCORE_NAMES, np.dtype("<f4")), "num_tokens": np.dtype("<i4")}
 SCORES_FILE, MANIFEST_FILE = "scores.safetensors", "manifest.json"
-_OWN_FILE = re.compile(r"(identity\.json|[0-9]{8,}\.safetensors)(\.tmp)?")  # of a folder of shards
+_OWN_FILE = re.compile(r"(identity\.json|[0-9]{8,}\.safetensors)(\.tmp-[0-9a-f]{8})?")  # of a folder of shards
 
 Arrays = dict[str, NDArray[Any]]
 
