@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megagrow.adamw import MOMENTS, ApexAdamW, Group, HostWeights, LocalWeights, TorchAdamW, Weights
 from megagrow.config import OptimConfig
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import counted_here, local, wrap_like
 from megagrow.roles import TIED_EMBEDDING, role_of
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,11 @@ class Multipliers:
 
 
 class Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019) over named parameters, run on plain local tensors by torch's fused step.
+    """AdamW (Loshchilov & Hutter, 2019) over named parameters, run on plain local tensors (see adamw.py).
 
     Args:
         parameters: this rank's parameters by name; plain tensors or DTensors.
-        config: rates and factors.
+        config: rates, factors, back end.
         multipliers: per-tensor factors; names left out have 1.
         step: updates that the moments have already seen.
     """
@@ -46,61 +45,55 @@ class Optimizer:
     ) -> None:
         self.parameters, self.config = dict(parameters), config
         self.multipliers = {name: (multipliers or {}).get(name, Multipliers()) for name in self.parameters}
-        self.views = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
-        self.adamw = torch.optim.AdamW(
-            self._groups(), lr=torch.tensor(config.lr), betas=(config.beta1, config.beta2), fused=True
-        )
-        for view in self.views.values():
-            moments = {moment: torch.zeros_like(view) for moment in MOMENTS}
-            # The fused kernel reads the step where the parameter is: on the host, a GPU would fault.
-            self.adamw.state[view] = {"step": torch.tensor(float(step), device=view.device), **moments}
+        self.weights: Weights = (HostWeights if config.offload else LocalWeights)(self.parameters)
+        self.adamw = (ApexAdamW if config.backend == "apex" else TorchAdamW)(self._groups(), config, step)
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def _groups(self) -> list[Group]:
         grouped: dict[tuple[Multipliers, bool], list[nn.Parameter]] = {}
-        for name, view in self.views.items():
-            grouped.setdefault((self.multipliers[name], role_of(name).decays), []).append(view)
+        for name, tensor in self.weights.tensors.items():
+            grouped.setdefault((self.multipliers[name], role_of(name).decays), []).append(tensor)
         return [
             {
-                "params": views,
+                "params": tensors,
                 "lr_factor": factors.lr,
                 "eps": self.config.eps * factors.eps,
                 "weight_decay": self.config.weight_decay * factors.weight_decay * decays,
             }
-            for (factors, decays), views in grouped.items()
+            for (factors, decays), tensors in grouped.items()
         ]
 
     @property
     def step_count(self) -> int:
         """Updates that the moments have seen."""
-        return int(next(iter(self.adamw.state.values()))["step"])
+        return self.adamw.step_count
 
     @step_count.setter
     def step_count(self, step: int) -> None:
-        for state in self.adamw.state.values():
-            state["step"].fill_(float(step))
+        self.adamw.step_count = step
 
     def step(self, lr: float) -> None:
         """Applies one update from the parameters' gradients, then drops the gradients."""
-        for group in self.adamw.param_groups:
+        for group in self.adamw.groups:
             group["lr"] = lr * group["lr_factor"]
-        for name, view in self.views.items():
-            parameter = self.parameters[name]
-            view.data = local(parameter.detach())
-            view.grad = None if parameter.grad is None else local(parameter.grad)
+        self.weights.fetch()
         self.adamw.step()
+        self.weights.give_back()
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Frees all gradients without using them."""
-        for name, view in self.views.items():
-            view.grad = self.parameters[name].grad = None
+        for name, tensor in self.weights.tensors.items():
+            tensor.grad = self.parameters[name].grad = None
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """{"exp_avg": {name: tensor}, "exp_avg_sq": …}, laid out like the parameters and sharing the state's memory."""
+        """{"exp_avg": {name: tensor}, "exp_avg_sq": …}, laid out like the parameters and sharing the state's memory.
+
+        With `optim.offload` the local pieces are in host memory, wherever the parameters are.
+        """
         return {
             moment: {
-                name: wrap_like(self.adamw.state[view][moment], self.parameters[name])
-                for name, view in self.views.items()
+                name: wrap_like(self.adamw.moment(tensor, moment), self.parameters[name])
+                for name, tensor in self.weights.tensors.items()
             }
             for moment in MOMENTS
         }

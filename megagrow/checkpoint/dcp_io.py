@@ -47,6 +47,7 @@ from megagrow.checkpoint.agreement import Ranks, cause_of, failure
 from megagrow.checkpoint.format import FileEntry, Item, Manifest, TensorEntry
 from megagrow.checkpoint.shards import DTYPES, LocalShard
 from megagrow.errors import CheckpointError
+from megagrow.parallel import heartbeat
 
 _BLOCK_BYTES = 1 << 20
 
@@ -223,6 +224,7 @@ def digest_of(stream: IO[bytes]) -> str:
     digest = hashlib.sha256()
     while block := stream.read(_BLOCK_BYTES):
         digest.update(block)
+        heartbeat.progress()
     return digest.hexdigest()
 
 
@@ -303,6 +305,7 @@ class _HashedStream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
+        heartbeat.progress()
         return self._raw.write(data)
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap
 from megagrow.growth.methods import Recipe
 from megagrow.growth.operator import Quantity, grow_box
+from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import box, full, local
@@ -91,9 +92,10 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
     def fetch(name: str) -> Tensor:
         owner = owners[name]
         if mesh.pp.rank == owner:
-            whole = full(source_tensors[name])
+            whole = full(source_tensors[name]).to(mesh.device)  # moments may be in host memory
         else:
             whole = torch.empty(shapes[name], dtype=dtype, device=mesh.device)
+        heartbeat.progress()
         return broadcast_from(whole, owner, mesh.pp)
 
     return fetch

@@ -4,6 +4,7 @@ Every parameter of a model on more than one rank is a DTensor: sharded over `tp`
 by FSDP2 in rows over `dp`. A rank's piece is therefore always one box of the whole tensor.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +19,9 @@ from megagrow.roles import role_of
 
 Box = tuple[slice, ...]
 
+# Gathering FSDP2's shards of a tensor-parallel shard takes two steps. torch calls that suboptimal, on every rank.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece of a DTensor (differentiable), or the plain tensor itself."""
@@ -27,7 +31,12 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor; a collective over the axes that shard it. Returned detached."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    piece, device_type = local(tensor), tensor.device_mesh.device_type
+    if piece.device.type != device_type:  # in host memory: the mesh's collectives take what is on its devices
+        return DTensor(piece.to(device_type), tensor._spec, requires_grad=False).full_tensor()
+    return tensor.full_tensor()
 
 
 def chunk(size: int, axis: Axis) -> slice:
@@ -90,6 +99,9 @@ def wrap_like(piece: Tensor, tensor: Tensor) -> Tensor:
     """A tensor whose local piece is `piece`, laid out like `tensor`; shares the piece's memory."""
     if not isinstance(tensor, DTensor):
         return piece
+    if piece.device.type != tensor.device_mesh.device_type:
+        # In host memory; `from_local` would copy it to the device, and writes would not reach it.
+        return DTensor(piece, tensor._spec, requires_grad=False)
     return DTensor.from_local(
         piece, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

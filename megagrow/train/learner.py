@@ -13,6 +13,7 @@ from torch import Tensor
 from megagrow.config import Config
 from megagrow.growth.ligo import Ligo
 from megagrow.optim import MOMENTS, Optimizer, StepGuard, clip_gradients
+from megagrow.parallel import heartbeat
 from megagrow.parallel.pipeline import Batch
 from megagrow.train.part import Part, gradients
 
@@ -54,6 +55,7 @@ class ModelLearner:
     def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
         """Forward, backward, clip, update; a step that the guard refuses leaves everything as it was."""
         loss, ce, kd = self.part.engine.train_step(batch).tolist()
+        heartbeat.enter("optimizer")
         norm = clip_gradients(self.part.parameters, self.config.optim.clip_norm, self.part.mesh)
         accepted = guard.accepts(loss, norm, self.config.optim)
         if accepted:
@@ -101,6 +103,7 @@ class MapLearner:
     def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
         """One learning step of the maps on the ordinary loss (LiGO, Eq. 3); then the weights are generated anew."""
         loss, ce, kd = self.part.engine.train_step(batch).tolist()
+        heartbeat.enter("optimizer")
         parameters = self.part.parameters
         self.ligo.pull_back(self.fetch, parameters, gradients(parameters), self.part.mesh)
         maps = list(self.ligo.parameters().values())

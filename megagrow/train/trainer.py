@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagrow import flops
+from megagrow import flops, ops
+from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_tokens, judge_fit, open_source
 from megagrow.checks import check_growable
@@ -24,13 +25,15 @@ from megagrow.evaluate import Evaluator, make_batch, mean_loss
 from megagrow.metrics import Metrics, Progress
 from megagrow.model.dropout import token_keys
 from megagrow.optim import lr_at
+from megagrow.parallel import heartbeat
 from megagrow.parallel.context import local_positions
 from megagrow.parallel.mesh import Mesh
+from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.salt.schedule import is_stage_one
 from megagrow.train import growing, saving
 from megagrow.train.learner import Learner, StepResult, map_lr
-from megagrow.train.part import Part, build_part, initialize_part, load_part
+from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
 from megagrow.train.salt_stage import SaltStage, ledger_of
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
@@ -48,9 +51,11 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
+        heartbeat.enter("load")
         self.config, self.mesh = config, mesh
         self.dir = Path(config.run.dir)
         hf.check_exportable(config.model)
+        check_device(config, mesh.device)
         self.dataset = open_dataset(config.data.train, config.model, config)
         self.stream = Stream(self.dataset, SampleOrder(self.dataset.num_samples, config.data.seed))
         self.evaluator = make_evaluator(config)
@@ -114,24 +119,30 @@ class Trainer:
         judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
         self.progress.message(f"source {source.path}: loss {loss:.3f} on the data")
 
-    def run(self) -> None:
-        """Trains to the end of the schedule.
+    def run(self, stop: StopRequest) -> None:
+        """Trains to the end of the schedule, or until a stop is asked for.
 
         Raises:
             Preempted: a signal asked for a stop; everything is saved.
             NonFiniteError: too many steps in a row were refused, before and after a roll-back.
         """
-        with StopRequest() as stop, self.progress:
+        stop.wait_for_step()
+        with self.progress, Profiling(self.config.run, self.mesh.world.rank, self.mesh.device) as profiling:
             if self.state.step == 0 and self.evaluator and not self.config.init.from_:
                 self.progress.message(f"{describe_model(self.state.model)}, {self.mesh.world.size} rank(s)")
             while not self.state.is_done(self.config):
-                self._grow_if_due()
-                self._step()
                 if stop.agreed(self.mesh):
-                    self._save()
-                    raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; saved")
+                    self._save_and_stop(stop)
+                self._grow_if_due()
+                with profiling.step(self.state.step):
+                    self._step()
             self._save()
             self.metrics.close()
+
+    def _save_and_stop(self, stop: StopRequest) -> None:
+        if self.state.step > 0:
+            self._save()
+        raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; saved")
 
     def _grow_if_due(self) -> None:
         state, config = self.state, self.config
@@ -150,6 +161,7 @@ class Trainer:
     def _growing(self, source: ModelConfig) -> Iterator[None]:
         """Charges the generation of the large model's weights; from here on losses are of another model."""
         began, config, state = time.perf_counter(), self.config, self.state
+        heartbeat.enter("grow", state.step)
         yield
         spent = flops.ligo_generation_flops(source, config.model) if config.growth.method == "ligo" else 0.0
         seconds = time.perf_counter() - began
@@ -172,6 +184,7 @@ class Trainer:
     def _step(self) -> None:
         began = time.perf_counter()
         state, config = self.state, self.config
+        heartbeat.enter("data", state.step)
         step_in_phase = state.train_step - (state.grown_at or 0)
         salt_on = state.phase == "main" and is_stage_one(step_in_phase, config.salt)
         self.salt.switch(salt_on, self.learner)
@@ -194,6 +207,7 @@ class Trainer:
         batch = make_batch(tokens, size, mesh, documents)
         hidden = self.salt.teacher_hidden(batch, self.learner.part.engine.num_microbatches) if salt_on else None
         batch = replace(batch, teacher_hidden=hidden, dropout_keys=dropout_keys(config, state.step, mesh))
+        heartbeat.enter("forward/backward", state.step)
         return self.learner.step(batch, self._lr(), state.guard)
 
     def _lr(self) -> float:
@@ -225,6 +239,7 @@ class Trainer:
 
     def _follow_up(self, phase: str, result: StepResult, seconds: float) -> None:
         state, config = self.state, self.config
+        heartbeat.enter("metrics", state.step)
         validation = self._validate(self.learner) if self._is_due(config.train.eval_interval) else None
         self._log(phase, result, seconds, validation)
         if state.guard.bad_steps >= config.optim.max_bad_steps:
@@ -239,6 +254,7 @@ class Trainer:
         if self.evaluator is None:
             return None
         began = time.perf_counter()
+        heartbeat.enter("evaluate", self.state.step)
         loss = self.evaluator.loss(learner.part.engine, self.mesh)
         model, tokens = learner.part.config, self.evaluator.num_tokens
         spent = flops.forward_flops(model, tokens, self.config.data.seq_length)
@@ -303,6 +319,7 @@ class Trainer:
         self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
 
     def _save(self) -> None:
+        heartbeat.enter("checkpoint", self.state.step)
         if self.state.step != self.saved_step:
             saving.save(self.learner, self.state, self.config, self.mesh)
             self.saved_step = self.state.step
@@ -318,6 +335,13 @@ def dropout_keys(config: Config, step: int, mesh: Mesh) -> Tensor | None:
     samples = torch.arange(mesh.dp.rank * share, (mesh.dp.rank + 1) * share, device=mesh.device)
     positions = local_positions(config.data.seq_length, mesh.cp.rank, mesh.cp.size, mesh.device)
     return token_keys(config.train.seed, step, samples, positions)
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raises ConfigError when this machine lacks what the configuration asks for."""
+    ops.check_attention_backend(config.train.attention, compute_dtype(config) or torch.get_default_dtype(), device)
+    check_optimizer_backend(config.optim.backend, device)
+    check_profiling(config.run, device)
 
 
 def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDataset:
