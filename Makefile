@@ -11,7 +11,7 @@ pip := $(bin)/python -m pip install --quiet -c $(CONSTRAINTS)
 installed := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check faults bench kernels clean
+.PHONY: help setup quickstart test check parity faults bench kernels clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
@@ -37,6 +37,9 @@ check: setup ## style, types and the order of imports
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/python -m pytest --quiet tests/test_layers.py
+
+parity: setup ## every layout against one process; a table, also in benchmarks/results (ten minutes)
+	$(bin)/python -m tests.parallel.parity_table
 
 faults: setup ## kill the quickstart at random moments and compare reports (twenty minutes)
 	$(bin)/python -m pytest --timeout 3600 -s tests/faults/kill_quickstart.py

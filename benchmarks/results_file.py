@@ -6,6 +6,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,20 +36,27 @@ class Row:
 
 def write(name: str, rows: list[Row]) -> Path:
     """Writes the rows with machine, commit and date, and prints them."""
+    path = save(name, [asdict(row) for row in rows])
+    table = Table("what", "value", "unit", "bound", "holds", title=name)
+    for row in rows:
+        holds = "" if row.holds is None else str(row.holds)
+        table.add_row(row.name, f"{row.value:.4g}", row.unit, row.bound or "", holds)
+    Console().print(table)
+    return path
+
+
+def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Writes rows of any form, and what holds for all of them, with machine, commit and date."""
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
     content = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "rows": [asdict(row) for row in rows],
+        **facts,
+        "rows": rows,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
-    table = Table("what", "value", "unit", "bound", "holds", title=name)
-    for row in rows:
-        holds = "" if row.holds is None else str(row.holds)
-        table.add_row(row.name, f"{row.value:.4g}", row.unit, row.bound or "", holds)
-    Console().print(table)
     return path
 
 

@@ -1,165 +1,216 @@
-"""Every layout trains the same model: loss, each gradient and the weights after updates, against one process."""
+"""Every layout trains the same model: each gradient, and the weights after updates, against one process.
 
-import dataclasses
+A part of the table that `make parity` makes; layouts.py lists all of it.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megagrow.optim import Optimizer, clip_gradients
+from megagrow.config import Config, ModelConfig, ParallelConfig, Schedule
 from megagrow.parallel.mesh import Mesh, make_mesh
-from megagrow.parallel.pipeline import Batch
-from megagrow.parallel.shards import full
-from megagrow.train.part import Part, build_part, initialize_part
+from megagrow.parallel.shards import local
+from megagrow.train.part import build_part, initialize_part
+from tests.parallel.layouts import BY_NAME, GPT2, LAYOUTS, LLAMA, QWEN, Layout, make_layout
+from tests.parallel.parity import (
+    GRADIENT_BOUND,
+    WEIGHT_BOUND,
+    compare,
+    gradient_errors,
+    local_batch,
+    one_process,
+    parity,
+    token_counts,
+    train,
+    train_rank,
+)
 from tests.ranks import run_ranks
 
-LLAMA = ModelConfig(
-    vocab_size=101, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_size=24, max_seq_length=16
-)
-GPT2 = dataclasses.replace(
-    LLAMA,
-    family="gpt2",
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-    num_kv_heads=4,
-)
-BATCH, SEQ = 8, 12
-CLIP = 0.05  # well below the gradient norm, so that clipping is at work
-
-
-def config_of(model: ModelConfig, tensor: int = 1, pipeline: int = 1, microbatch: int = 1) -> Config:
-    return Config(
-        model=model,
-        data=DataConfig(seq_length=SEQ),
-        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
-        train=TrainConfig(global_batch_size=BATCH, microbatch_size=microbatch),
-    )
-
-
-def make_inputs(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, labels and weights [BATCH, SEQ]; the number of tokens that count differs between samples."""
-    generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, vocab_size, (BATCH, SEQ + 1), generator=generator)
-    lengths = torch.tensor([12, 3, 7, 1, 12, 0, 5, 9])
-    counts = (torch.arange(SEQ) < lengths[:, None]).double()
-    return tokens[:, :-1], tokens[:, 1:], counts / counts.sum()
-
-
-def steps(config: Config, mesh: Mesh, num_updates: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Loss, clip norm, whole gradients of the first step, and whole weights after the updates."""
-    torch.set_default_dtype(dtype)
-    try:
-        part = build_part(config.model, config, mesh)
-        initialize_part(part, seed=3)
-        optimizer = Optimizer(part.parameters, config.optim)
-        ids, labels, weights = (x.chunk(mesh.dp.size)[mesh.dp.rank] for x in make_inputs(config.model.vocab_size))
-        result: dict[str, Tensor] = {}
-        for update in range(num_updates):
-            sums = part.engine.train_step(Batch(ids, labels, weights))
-            if update == 0:
-                result |= {f"grad.{n}": full(p.grad).clone() for n, p in part.parameters.items() if p.grad is not None}
-            norm = clip_gradients(part.parameters, CLIP, mesh)
-            result |= {f"loss.{update}": sums[0], f"norm.{update}": torch.tensor(norm)}
-            optimizer.step(lr=1e-2)
-        evaluated = part.engine.evaluate(Batch(ids, labels, weights))
-        result |= {f"weight.{n}": full(p).clone() for n, p in part.parameters.items()}
-        return {**result, "evaluated": evaluated[0]}
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def sharded_steps(config: Config, num_updates: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    return steps(config, make_mesh(config.parallel), num_updates, dtype)
-
-
-def worst_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    scale = max(float(g.abs().max()) for n, g in expected.items() if n.startswith("grad."))
-    worst = (0.0, "")
-    for name, value in found.items():
-        reference = max(float(expected[name].abs().max()), 1e-3 * scale)
-        worst = max(worst, (float((value - expected[name]).abs().max()) / reference, name))
-    return worst
-
-
-LAYOUTS = [
-    # ranks, tensor, pipeline, microbatch
-    (2, 2, 1, 8),
-    (2, 1, 2, 2),
-    (2, 1, 1, 2),
-    (4, 2, 2, 4),
-    (4, 2, 1, 1),
-    (4, 1, 2, 1),
-    (8, 2, 2, 2),
-    (6, 2, 3, 2),
+SEQUENCE = "tensor 2 (sequence parallel)"
+CHOSEN = [
+    f"{SEQUENCE} x context 2",
+    "tensor 2 x replicate 2",
+    "tensor 2 x pipeline 2 (InterleavedZeroBubble)",
+    "replicate 2 x shard 2",
+    "pipeline 2 (Interleaved1F1B) x shard 2",
+    "pipeline 2 (DualPipeV) x shard 2",
+    f"{SEQUENCE} x pipeline 2 (ZBVZeroBubble) x shard 2, tied embeddings",
+    "tensor 2 x pipeline 2 (1F1B) x shard 2, odd vocabulary",
+    "tensor 2 x pipeline 2 (1F1B) x shard 2, full recompute",
+    f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, dropout",
+    "pipeline 3 (1F1B) x shard 2, uneven stages, tied embeddings",
+    f"{SEQUENCE} x context 2 x shard 2, documents",
+    "tensor 4 (sequence parallel) x replicate 2, replicated key/value heads with norms",
+    "tensor 4, ranks without vocabulary, tied",
+    "context 2 x pipeline 2 (1F1B) x shard 2, biases (GPT-2)",
 ]
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "-".join(map(str, x)))
-def test_layout_equals_one_process(model: ModelConfig, layout: tuple[int, int, int, int]) -> None:
-    ranks, tensor, pipeline, microbatch = layout
-    expected = steps(config_of(model), Mesh.single(), num_updates=3)
-    results = run_ranks(sharded_steps, ranks, config_of(model, tensor, pipeline, microbatch), 3)
-    names = set().union(*results)
-    assert names == set(expected)
-    for found in results:
-        difference, name = worst_difference(found, expected)
-        assert difference < 1e-10, (name, difference)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_layout_equals_one_process(name: str) -> None:
+    errors = parity(BY_NAME[name], torch.float64)
+    assert errors.gradient.value <= GRADIENT_BOUND[torch.float64], errors.gradient
+    assert errors.weight.value <= WEIGHT_BOUND, errors.weight
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1, 2), (8, 2, 2, 2)], ids=lambda x: "-".join(map(str, x)))
-def test_layout_equals_one_process_in_float32(layout: tuple[int, int, int, int]) -> None:
-    """One gradient each; float32 takes another path through FSDP's reduction than float64."""
-    ranks, tensor, pipeline, microbatch = layout
-    expected = steps(config_of(LLAMA), Mesh.single(), 1, torch.float32)
-    for found in run_ranks(sharded_steps, ranks, config_of(LLAMA, tensor, pipeline, microbatch), 1, torch.float32):
-        gradients = {name: value for name, value in found.items() if not name.startswith("weight.")}
-        difference, name = worst_difference(gradients, expected)
-        assert difference < 1e-5, (name, difference)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_layout_equals_one_process_in_float32(name: str) -> None:
+    """One update; float32 takes another path through FSDP's reduction than float64."""
+    errors = parity(BY_NAME[name], torch.float32, num_updates=1)
+    assert errors.gradient.value <= GRADIENT_BOUND[torch.float32], errors.gradient
 
 
-def bf16_sums(config: Config) -> Tensor:
+def test_layouts_are_many_and_different() -> None:
+    assert len({(layout.ranks, layout.config) for layout in LAYOUTS}) == len(BY_NAME) == len(LAYOUTS) >= 30
+    assert max(layout.ranks for layout in LAYOUTS) == 8
+    assert len(set(CHOSEN)) >= 10
+
+
+def test_layouts_have_each_axis_alone_each_pair_and_each_schedule() -> None:
+    combined = {frozenset(layout.axes) for layout in LAYOUTS}
+    with_sequence_parallel = {frozenset(layout.axes) for layout in LAYOUTS if layout.config.parallel.sequence_parallel}
+    for axis, other in itertools.combinations(["tensor", "context", "pipeline", "replicate", "shard"], 2):
+        assert {frozenset({axis}), frozenset({other}), frozenset({axis, other})} <= combined
+        assert axis != "tensor" or {frozenset({axis}), frozenset({axis, other})} <= with_sequence_parallel
+    for axis in ("tensor", "shard"):
+        with_axis = {layout.config.parallel.schedule for layout in LAYOUTS if set(layout.axes) == {axis, "pipeline"}}
+        assert with_axis == set(get_args(Schedule))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_no_two_ranks_or_microbatches_have_equally_many_tokens_that_count(layout: Layout) -> None:
+    counts = token_counts(layout)
+    totals = [sum(of_rank) for of_rank in counts]
+    assert len(set(totals)) == len(totals), totals
+    assert len(counts[0]) > 1
+    assert all(len(set(of_rank)) == len(of_rank) for of_rank in counts), counts
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank really does in one step of a layout.
+
+    Attributes:
+        schedule: class of the pipeline's schedule; "" without a pipeline.
+        layers: of each stage of the rank.
+        lengths: tokens of a sample that a norm of a block sees.
+        block_runs: forward passes of a block in one step.
+        stored: share of `layers.1.mlp.down.weight` that the rank keeps; 0 where another stage has it.
+    """
+
+    schedule: str
+    layers: list[list[int]]
+    lengths: set[int]
+    block_runs: float
+    stored: float
+
+
+def facts(config: Config) -> Facts:
     mesh = make_mesh(config.parallel)
     part = build_part(config.model, config, mesh)
     initialize_part(part, seed=3)
-    ids, labels, weights = (x.chunk(mesh.dp.size)[mesh.dp.rank] for x in make_inputs(config.model.vocab_size))
-    return part.engine.evaluate(Batch(ids, labels, weights.float()))
+    seen: list[int] = []
+    blocks = [block for stage in part.stages for block in stage.layers.values()]
+    for block in blocks:
+        block.attention_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    part.engine.train_step(local_batch(config, mesh, torch.float32, 0))
+    weight = part.parameters.get("layers.1.mlp.down.weight")
+    return Facts(
+        schedule=type(part.engine.schedule).__name__ if part.engine.schedule else "",
+        layers=[[int(name) for name in stage.layers] for stage in part.stages],
+        lengths=set(seen),
+        block_runs=len(seen) / max(len(blocks), 1),
+        stored=0.0 if weight is None else local(weight).numel() / weight.numel(),
+    )
+
+
+def facts_of(name: str) -> list[Facts]:
+    return run_ranks(facts, BY_NAME[name].ranks, BY_NAME[name].config)
+
+
+def test_a_pipeline_runs_its_schedule_on_its_stages() -> None:
+    """A layout that fell back to a simpler one would be exact too."""
+    found = facts_of("pipeline 4 (DualPipeV)")
+    assert [f.layers for f in found] == [[[], []], [[0], [5]], [[1], [4]], [[2], [3]]]
+    assert {f.schedule for f in found} == {"ScheduleDualPipeV"}
+    assert {f.block_runs for f in found[1:]} == {8}
+    found = facts_of("pipeline 3 (1F1B) x shard 2, uneven stages, tied embeddings")
+    assert [f.layers for f in found[::2]] == [[[0]], [[1, 2]], [[3]]]
+
+
+def test_sequences_and_parameters_are_cut_over_their_axes() -> None:
+    found = facts_of(f"{SEQUENCE} x context 2 x shard 2, documents")
+    assert all(f.lengths == {16 // 2 // 2} and f.stored == 1 / 2 / 4 for f in found)
+    found = facts_of("tensor 2 x replicate 2 x shard 2")
+    assert all(f.lengths == {16} and f.stored == 1 / 2 / 2 for f in found)
+    assert all(f.stored == 1 for f in facts_of("replicate 2"))
+
+
+def test_full_recompute_runs_every_block_twice() -> None:
+    assert {f.block_runs for f in facts_of("tensor 2 x pipeline 2 (1F1B) x shard 2")} == {4}
+    assert {f.block_runs for f in facts_of("tensor 2 x pipeline 2 (1F1B) x shard 2, full recompute")} == {8}
+
+
+@pytest.mark.parametrize("option", ["dropout", "documents"])
+def test_options_change_the_training(option: str) -> None:
+    """Else a layout that ignores them would equal one process that ignores them."""
+    plain = one_process(make_layout(1).one_process, torch.float64, 20)
+    changed = next(layout for layout in LAYOUTS if layout.name.endswith(f" x pipeline 2 (1F1B) x shard 2, {option}"))
+    other = one_process(changed.one_process, torch.float64, 20)
+    assert (plain.losses - other.losses).abs().min() > 1e-6
+
+
+def test_both_dtypes_train_the_same() -> None:
+    """Each layout is compared with one process of its own dtype; those two differ by float32's rounding alone."""
+    config = BY_NAME["shard 2"].one_process
+    wide, narrow = one_process(config, torch.float64, 20), one_process(config, torch.float32, 1)
+    assert 1e-8 < max(gradient_errors([narrow], wide).values()) < GRADIENT_BOUND[torch.float32]
+
+
+def bf16_sums(config: Config) -> Tensor:
+    mesh = make_mesh(config.parallel) if dist.is_initialized() else Mesh.single()
+    part = build_part(config.model, config, mesh)
+    initialize_part(part, seed=3)
+    return part.engine.evaluate(local_batch(config, mesh, torch.float32, 0))
 
 
 def test_bf16_rounds_activations_but_not_the_weights_of_tokens() -> None:
-    """1 / 49 in bfloat16 is 0.1 % off, and so would be the loss."""
-    config = config_of(LLAMA)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
-    expected = bf16_sums(config)
-    for found in run_ranks(bf16_sums, 2, config):
+    """1 / 129 in bfloat16 is 6e-5 off, and so would be the loss."""
+    layout = make_layout(2, train={"precision": "bf16"})
+    expected = bf16_sums(layout.one_process)
+    for found in run_ranks(bf16_sums, 2, layout.config):
         assert torch.allclose(found, expected, rtol=1e-5), (found - expected) / expected
 
 
-def test_a_vocabulary_that_leaves_a_tensor_rank_without_rows() -> None:
-    model = dataclasses.replace(GPT2, vocab_size=9)  # chunks of 3, 3, 3 and 0
-    expected = steps(config_of(model), Mesh.single(), num_updates=2)
-    for found in run_ranks(sharded_steps, 4, config_of(model, tensor=4, microbatch=8), 2):
-        difference, name = worst_difference(found, expected)
-        assert difference < 1e-10, (name, difference)
-
-
 def test_microbatches_do_not_change_the_step() -> None:
-    expected = steps(config_of(LLAMA, microbatch=8), Mesh.single(), num_updates=2)
-    difference, name = worst_difference(steps(config_of(LLAMA, microbatch=1), Mesh.single(), 2), expected)
-    assert difference < 1e-10, name
+    config = make_layout(1, microbatches=16).config
+    whole = replace(config, train=replace(config.train, microbatch_size=0))
+    errors = compare([train(config, Mesh.single(), torch.float64, 2)], one_process(whole, torch.float64, 2))
+    assert max(errors.gradient, errors.weight).value < 1e-10, errors
 
 
-def test_initial_weights_depend_on_the_name_alone() -> None:
-    def weights(model: ModelConfig) -> dict[str, Tensor]:
-        config = config_of(model)
-        part: Part = build_part(model, config, Mesh.single())
-        initialize_part(part, seed=5)
+@pytest.mark.parametrize("model", [LLAMA, GPT2, QWEN], ids=lambda model: model.family)
+def test_initial_weights_depend_on_the_name_alone(model: ModelConfig) -> None:
+    def weights(seed: int) -> dict[str, Tensor]:
+        config = Config(model=model, parallel=ParallelConfig())
+        part = build_part(model, config, Mesh.single())
+        initialize_part(part, seed)
         return part.tensors()
 
-    short, long = weights(LLAMA), weights(dataclasses.replace(LLAMA, vocab_size=101, num_layers=3))
-    assert all(torch.equal(short[n], long[n]) for n in short)
-    assert not torch.equal(short["model.layers.0.mlp.down.weight"], short["model.layers.1.mlp.down.weight"])
+    first, again, other = weights(5), weights(5), weights(6)
+    down = "model.layers.{}.mlp.down.weight"
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first[down.format(0)], first[down.format(1)])
+    assert not torch.equal(first[down.format(0)], other[down.format(0)])
+
+
+def test_the_comparison_sees_another_training() -> None:
+    layout = make_layout(2, "dropout", train={"dropout": 0.2})
+    plain = replace(layout.config, train=replace(layout.config.train, dropout=0.0))
+    found = run_ranks(train_rank, 2, plain, torch.float64, 1)
+    assert compare(found, one_process(layout.one_process, torch.float64, 1)).gradient.value > 1e-3

@@ -126,6 +126,24 @@ def test_clone_keeps_the_loss_at_the_step_where_it_grows(corpus: Path, tmp_path:
     assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
 
 
+def test_recompute_changes_no_bit_and_dropout_survives_a_resume(corpus: Path, tmp_path: Path) -> None:
+    def config(name: str, recompute: Literal["none", "selective", "full"]) -> Config:
+        plain = make_config(corpus, tmp_path / name)
+        data = dataclasses.replace(plain.data, mask_documents=True)
+        train = dataclasses.replace(plain.train, dropout=0.2, recompute=recompute)
+        return dataclasses.replace(plain, data=data, train=train)
+
+    for how in ("none", "selective", "full"):
+        assert run(config(how, how)) == 0
+    assert_same_run(tmp_path / "selective", tmp_path / "none")
+    assert_same_run(tmp_path / "full", tmp_path / "none")
+    cut_back(tmp_path / "full", 4)
+    assert run(config("full", "full")) == 0
+    assert_same_run(tmp_path / "full", tmp_path / "none")
+    assert run(make_config(corpus, tmp_path / "without")) == 0
+    assert metrics(tmp_path / "without")[0]["loss"] != metrics(tmp_path / "none")[0]["loss"]
+
+
 def salted(config: Config, teacher: Path, steps: int = 3) -> Config:
     return dataclasses.replace(config, salt=SaltConfig(teacher=str(teacher), steps=steps, weight=0.5))
 
