@@ -41,7 +41,7 @@ class InexactError(MegagrowError):
 
 
 class HangError(MegagrowError):
-    """A rank did not answer within its time limit."""
+    """A rank did not answer within its time limit, or died."""
 
     exit_code = 6
 

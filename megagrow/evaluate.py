@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megagrow.data.dataset import PackedDataset
+from megagrow.parallel import heartbeat
 from megagrow.parallel.context import cut
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch, Engine
@@ -66,6 +67,7 @@ def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh, docum
         batch = make_batch(tokens[rows], batch_size, mesh, None if documents is None else documents[rows])
         weights = batch.weights * counts[mine, None].to(mesh.device)
         total += engine.evaluate(replace(batch, weights=weights))[1].item()
+        heartbeat.progress()
     return total
 
 

@@ -153,7 +153,7 @@ def make_mesh(parallel: ParallelConfig) -> Mesh:
         device=device,
         parallel=parallel,
         device_mesh=storage,
-        checkpoint_group=dist.new_group(backend="gloo"),
+        checkpoint_group=dist.new_group(backend="gloo" if dist.get_backend() != "fake" else "fake"),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megagrow.config import Config, ModelConfig, microbatch_size
 from megagrow.model import Transformer
 from megagrow.model.transformer import initialize
+from megagrow.parallel import heartbeat
 from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Engine
@@ -79,6 +80,7 @@ def load_part(part: Part, fetch: Callable[[str], Tensor]) -> None:
     """Fills the parameters from a source that reads whole tensors by name."""
     for name, parameter in part.parameters.items():
         fill(parameter, fetch(name).to(parameter.device))
+        heartbeat.progress()
 
 
 def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
