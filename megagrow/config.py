@@ -71,7 +71,7 @@ class DataConfig:
     tokenizer: str = ""  # sentencepiece .model, tokenizer.json or its folder; copied into exports
     seq_length: int = 128  # inputs per sample; a sample is seq_length + 1 tokens
     seed: int = 1234  # order of samples depends on (seed, epoch) only
-    mask_documents: bool = False  # attention stays inside a document; False: it crosses their ends, as is usual
+    mask_documents: bool = False  # training's attention stays inside a document; that of scores does not
 
     def __post_init__(self) -> None:
         require(self.seq_length > 0, f"data.seq_length={self.seq_length} must be positive")
@@ -320,4 +320,5 @@ def microbatch_size(config: Config, world_size: int) -> int:
     if config.train.microbatch_size:
         return config.train.microbatch_size
     share = config.train.global_batch_size // data_ranks(config, world_size)
-    return max(share // min_microbatches(config.parallel), 1)
+    largest = max(share // min_microbatches(config.parallel), 1)
+    return next(size for size in range(largest, 0, -1) if share % size == 0 or size == 1)

@@ -285,6 +285,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         [..., F]
     """
+    if torch.compiler.is_compiling():  # which fuses this, and cannot trace the strided writes of the other
+        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+        return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)
 
 

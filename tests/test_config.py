@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagrow import presets
-from megagrow.checks import check
+from megagrow.checks import check, problems
 from megagrow.command_line import parse
 from megagrow.config import (
     Config,
@@ -15,9 +15,11 @@ from megagrow.config import (
     GrowthConfig,
     InitConfig,
     ModelConfig,
+    OptimConfig,
     ParallelConfig,
     SaltConfig,
     TrainConfig,
+    microbatch_size,
 )
 from megagrow.config_file import dump, from_dict, load_file, option_names, to_dict
 from megagrow.errors import ConfigError
@@ -129,6 +131,54 @@ BAD_COMBINATIONS = [
         4,
         ["2 microbatches", "4 pipeline stages", "microbatch_size<=4"],
     ),
+    (
+        config_with(parallel=ParallelConfig(pipeline=3, layers_per_stage=(4, 0, 4))),
+        3,
+        ["[4, 0, 4] leaves a pipeline rank without any layer"],
+    ),
+    (
+        config_with(parallel=ParallelConfig(pipeline=2, layers_per_stage=(4, 3))),
+        2,
+        ["[4, 3] has 7 layers, the model 8"],
+    ),
+    (config_with(parallel=ParallelConfig(pipeline=2, layers_per_stage=(8,))), 2, ["names 1 stages", "give 2 numbers"]),
+    (config_with(parallel=ParallelConfig(replicate=3)), 4, ["replicate=3", "4 data-parallel ranks", "use 1, 2 or 4"]),
+    (
+        config_with(parallel=ParallelConfig(pipeline=2, schedule="ZBVZeroBubble"), train=TrainConfig(recompute="full")),
+        2,
+        ["recompute=full", "schedule=ZBVZeroBubble", "Interleaved1F1B or 1F1B"],
+    ),
+    (
+        config_with(parallel=ParallelConfig(pipeline=2, schedule="DualPipeV"), train=TrainConfig(compile=True)),
+        2,
+        ["train.compile", "schedule=DualPipeV", "hangs"],
+    ),
+    (
+        config_with(parallel=ParallelConfig(pipeline=2, schedule="DualPipeV"), train=TrainConfig(microbatch_size=8)),
+        2,
+        ["2 microbatches", "4 pipeline stages", "microbatch_size<=4"],
+    ),
+    (
+        config_with(
+            parallel=ParallelConfig(pipeline=2, schedule="Interleaved1F1B"),
+            train=TrainConfig(global_batch_size=15, microbatch_size=3),
+        ),
+        2,
+        ["5 microbatches", "equal rounds", "multiple of 2"],
+    ),
+    (config_with(parallel=ParallelConfig(context=3)), 3, ["seq_length=128", "multiple of 6", "use 126 or 132"]),
+    (
+        config_with(
+            parallel=ParallelConfig(tensor=8, context=8, sequence_parallel=True), data=DataConfig(seq_length=80)
+        ),
+        64,
+        ["10 tokens of a rank", "parallel.tensor=8", "multiple of 64"],
+    ),
+    (
+        config_with(optim=OptimConfig(offload=True, backend="apex")),
+        1,
+        ["optim.offload", "optim.backend=apex", "backend=torch"],
+    ),
     (config_with(growth=GrowthConfig(method="stack")), 1, ["nothing to grow", "--init.from"]),
     (
         config_with(growth=GrowthConfig(method="ligo", source=SMALL, at_step=5)),
@@ -195,3 +245,37 @@ def test_models_refuse_impossible_shapes() -> None:
     ]:
         with pytest.raises(ConfigError, match=words):
             ModelConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        ({"schedule": "1F1B", "stages_per_rank": 2}, "stages_per_rank=2 does not go with schedule=1F1B, which takes 1"),
+        ({"schedule": "DualPipeV", "stages_per_rank": 1}, "which takes 2"),
+        ({"context": 0}, "parallel.context=0 must be positive"),
+    ],
+)
+def test_a_bad_layout_is_refused_by_itself(parallel: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ParallelConfig(pipeline=2, **parallel)
+
+
+def test_stages_follow_the_schedule_when_only_that_changes() -> None:
+    plain = ParallelConfig(pipeline=2)
+    assert plain.num_stages == 2
+    assert dataclasses.replace(plain, schedule="ZBVZeroBubble").num_stages == 4
+
+
+def test_all_problems_are_listed() -> None:
+    config = config_with(
+        model=GROUPED, parallel=ParallelConfig(tensor=3, context=5), train=TrainConfig(global_batch_size=7)
+    )
+    found = problems(config, 16)
+    assert len(found) >= 3
+    assert any("num_kv_heads=8" in problem for problem in found) and any("seq_length=128" in p for p in found)
+
+
+@pytest.mark.parametrize(("share", "pipeline", "size"), [(16, 1, 16), (11, 4, 1), (12, 4, 3), (10, 4, 2), (3, 4, 1)])
+def test_the_default_microbatch_divides_the_share(share: int, pipeline: int, size: int) -> None:
+    config = config_with(parallel=ParallelConfig(pipeline=pipeline), train=TrainConfig(global_batch_size=share))
+    assert microbatch_size(config, pipeline) == size

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 _aten, _functional = torch.ops.aten, torch.ops._c10d_functional
 
-# What selective recompute keeps: the results that cost the most to have again.
+# What selective recompute keeps: the results that cost the most to have again. (FlexAttention cannot be kept.)
 KEPT_OPERATIONS = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -16,9 +16,12 @@ KEPT_OPERATIONS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._flash_attention_forward.default,
+    _aten._efficient_attention_forward.default,
     _functional.all_reduce.default,
     _functional.reduce_scatter_tensor.default,
 }
+FLASH_ATTN_FORWARD = "flash_attn._flash_attn_forward.default"  # registered by that package
 
 
 def recompute(compute: Callable[..., Any], how: str, *args: Any) -> Any:
@@ -40,5 +43,5 @@ def _keep_expensive() -> Any:
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operation in KEPT_OPERATIONS
+    kept = operation in KEPT_OPERATIONS or str(operation) == FLASH_ATTN_FORWARD
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -4,7 +4,7 @@
 # L = tokens of the activations between sharded regions (S, or S / tp where they are cut along the sequence).
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,3 +24,9 @@ class Tokens:
     rotary: tuple[Tensor, Tensor] | None = None
     document_masks: Sequence[DocumentMask] | None = None
     dropout_keys_BL: Tensor | None = None
+
+    def in_layer(self, index: int) -> "Tokens":
+        """The same tokens with dropout keys of a layer's own; each layer drops in two places."""
+        if self.dropout_keys_BL is None:
+            return self
+        return replace(self, dropout_keys_BL=self.dropout_keys_BL + 2 * index)

@@ -48,18 +48,19 @@ class Block(nn.Module):
         self.attention = Attention(model, mesh, train.attention)
         self.mlp_norm = Norm(model)
         self.mlp = make_mlp(model, mesh)
-        self.dropout, self.places = train.dropout, (2 * index + 1, 2 * index + 2)
+        self.dropout, self.index = train.dropout, index
         self.recompute, self.compiled = train.recompute, train.compile
 
     def forward(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+        # What differs between layers stays out of the compiled function, which they share.
         run = _compiled_run() if self.compiled else _run
-        return run(self, x_BLH, tokens)
+        return run(self, x_BLH, tokens.in_layer(self.index))
 
     def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
         keys_BL = tokens.dropout_keys_BL
         y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
-        y_BLH, x_BLH = self.mlp_norm.add(dropout(y_BLH, self.dropout, keys_BL, self.places[0]), x_BLH)
-        return x_BLH + dropout(self.mlp(y_BLH), self.dropout, keys_BL, self.places[1])
+        y_BLH, x_BLH = self.mlp_norm.add(dropout(y_BLH, self.dropout, keys_BL, 1), x_BLH)
+        return x_BLH + dropout(self.mlp(y_BLH), self.dropout, keys_BL, 2)
 
 
 def _run(block: Block, x_BLH: Tensor, tokens: Tokens) -> Tensor:

@@ -11,6 +11,7 @@ parallelism (Korthikanti et al., 2022), section 4.2.2: g and its conjugate are `
 On an axis of size 1 all of them are the identity.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -105,14 +106,23 @@ def start_sum_over(x: Tensor, axis: Axis) -> Pending:
 def start_all_gather(x: Tensor, dim: int, axis: Axis) -> Pending:
     """Begins to join the ranks' equal pieces along a dim, in the order of their ranks."""
     joined = _functional.all_gather_into_tensor(x.contiguous(), axis.size, _name(axis))
-    return Pending(joined, lambda result: torch.cat(result.chunk(axis.size), dim) if dim else result)
+    if _is_leading(x, dim):
+        return Pending(joined, lambda result: result.view(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
+    return Pending(joined, lambda result: torch.cat(result.chunk(axis.size), dim))
 
 
 def start_reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Pending:
     """Begins to sum over the axis and to give each rank its piece along a dim, which the axis divides."""
-    pieces = torch.cat(x.chunk(axis.size, dim)) if dim else x.contiguous()
-    piece = _functional.reduce_scatter_tensor(pieces, "sum", axis.size, _name(axis))
+    if _is_leading(x, dim):
+        piece = _functional.reduce_scatter_tensor(x.contiguous().flatten(0, dim), "sum", axis.size, _name(axis))
+        return Pending(piece, lambda result: result.view(*x.shape[:dim], *result.shape))
+    piece = _functional.reduce_scatter_tensor(torch.cat(x.chunk(axis.size, dim)), "sum", axis.size, _name(axis))
     return Pending(piece, lambda result: result)
+
+
+def _is_leading(x: Tensor, dim: int) -> bool:
+    """Whether pieces along a dim lie one after the other in memory, as collectives want them: else they are copied."""
+    return math.prod(x.shape[:dim]) == 1
 
 
 def _name(axis: Axis) -> str:

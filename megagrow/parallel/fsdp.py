@@ -45,7 +45,9 @@ def _wrap(module: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: torch.d
     )
     storage, reshard = storage_mesh(mesh), mesh.pp.size == 1
     for part in [*blocks, module]:
-        wrapped = fully_shard(part, mesh=storage, mp_policy=policy, reshard_after_forward=reshard)
+        # Head and embedding are needed again at once: what comes last stays gathered between the two passes.
+        again = reshard and part is not module
+        wrapped = fully_shard(part, mesh=storage, mp_policy=policy, reshard_after_forward=again)
         # The loss is already divided by the global number of tokens: gradients are summed, not averaged.
         wrapped.set_gradient_divide_factor(1.0)
         wrapped.set_force_sum_reduction_for_comms(True)

@@ -67,4 +67,5 @@ def _even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
     counts = [base + (i in longer) for i in range(num_stages)]
     counts[0] -= 1
     counts[-1] -= 1
+    assert min(counts) >= 0, "checks.check_model bounds the number of stages"
     return tuple(counts)

@@ -14,7 +14,7 @@ from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_tokens, judge_fit, open_source
-from megagrow.checks import check_growable
+from megagrow.checks import check_growable, check_model
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.dataset import PackedDataset
@@ -105,6 +105,7 @@ class Trainer:
                 f"{source.path} holds another model ({first_difference(source.model, config.model)}); "
                 "make the models equal, or set growth.method to grow it"
             )
+        check_model(source.model, config.parallel, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
         part = build_part(source.model, config, self.mesh)
