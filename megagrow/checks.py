@@ -125,6 +125,16 @@ def check_schedule(config: Config, world_size: int) -> None:
     )
 
 
+def check_compile(config: Config, world_size: int) -> None:
+    """Raises ConfigError where torch cannot compile blocks."""
+    train = config.train
+    require(
+        not (train.compile and train.recompute == "selective" and config.parallel.tensor > 1),
+        "train.compile with train.recompute=selective fails in torch 2.13 where parallel.tensor cuts the weights; "
+        "use train.recompute=full or none, or leave train.compile out",
+    )
+
+
 def check_sequence(config: Config, world_size: int) -> None:
     """Raises ConfigError when the sequence cannot be cut as the context and tensor axes ask."""
     parallel, length = config.parallel, config.data.seq_length
@@ -262,6 +272,7 @@ RULES = (
     check_models,
     check_stages,
     check_schedule,
+    check_compile,
     check_sequence,
     check_batch,
     check_memory_options,

@@ -52,9 +52,13 @@ class Block(nn.Module):
         self.recompute, self.compiled = train.recompute, train.compile
 
     def forward(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
-        # What differs between layers stays out of the compiled function, which they share.
-        run = _compiled_run() if self.compiled else _run
-        return run(self, x_BLH, tokens.in_layer(self.index))
+        tokens = tokens.in_layer(self.index)  # what differs between layers stays out of the function that they share
+        if not self.compiled:
+            return recompute(self.compute, self.recompute, x_BLH, tokens)
+        if self.recompute == "selective":  # has to see the single operations
+            return _compiled(recompute)(self.compute, self.recompute, x_BLH, tokens)
+        # Outside: inside, torch 2.13 would keep the mesh of a DTensor among the tensors, and fail.
+        return recompute(_compiled(Block.compute), self.recompute, self, x_BLH, tokens)
 
     def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
         keys_BL = tokens.dropout_keys_BL
@@ -63,14 +67,10 @@ class Block(nn.Module):
         return x_BLH + dropout(self.mlp(y_BLH), self.dropout, keys_BL, 2)
 
 
-def _run(block: Block, x_BLH: Tensor, tokens: Tokens) -> Tensor:
-    return recompute(block.compute, block.recompute, x_BLH, tokens)
-
-
 @cache
-def _compiled_run() -> Callable[[Block, Tensor, Tokens], Tensor]:
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """One compiled function for all blocks: equal blocks share its code."""
-    return torch.compile(_run)
+    return torch.compile(function)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Compiled blocks: one graph for all layers, without a break."""
 
+from functools import cache
 from typing import Literal
 
 import pytest
@@ -34,8 +35,8 @@ def test_all_layers_share_one_graph(
 ) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(transformer._run, backend=counter, fullgraph=True)
-    monkeypatch.setattr(transformer, "_compiled_run", lambda: compiled)
+    compiled = cache(lambda function: torch.compile(function, backend=counter, fullgraph=True))
+    monkeypatch.setattr(transformer, "_compiled", compiled)
     loss = loss_of(TrainConfig(compile=True, recompute=recompute, dropout=dropout))
     assert counter.frame_count == 1
     torch.testing.assert_close(loss, loss_of(TrainConfig(dropout=dropout)), rtol=1e-6, atol=0)

@@ -191,6 +191,12 @@ OTHERS = [
     make_layout(4, pipeline=4, schedule="DualPipeV", model=DEEP),
     make_layout(8, "full recompute", **SP, pipeline=2, schedule="Interleaved1F1B", train={"recompute": "full"}),
     make_layout(2, "compiled blocks", train={"compile": True}),
+    make_layout(
+        2,
+        "compiled blocks, full recompute, dropout",
+        **SP,
+        train={"compile": True, "recompute": "full", "dropout": 0.2},
+    ),
     make_layout(8, "selective recompute, dropout", **SP, replicate=2, train={"recompute": "selective", "dropout": 0.2}),
     make_layout(8, "biases (GPT-2)", context=2, pipeline=2, model=GPT2),
 ]
