@@ -6,17 +6,20 @@ torchrun turns every failure into 1, while schedulers need the code to know whet
 this process, not in a child: SLURM signals only what it has started, Kubernetes only the first process of a container.
 
 `MAX_CRASHES=N` in the environment ends a crash loop: after N starts in a row that crashed or hung at one and the same
-checkpoint the next start is refused with code 2, until `crashes.jsonl` in the run's directory is removed.
+checkpoint the next start is refused with code 2, until `crashes.jsonl` in the run's directory is removed. A start is
+noted there before it begins, and struck off if it did not crash: one whose agent was killed counts too.
 """
 
 import json
 import os
 import socket
 import sys
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -24,6 +27,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main as torchrun
 
 from megagrow.command_line import parse
+from megagrow.data.files import write_atomically
 from megagrow.errors import ConfigError, DataError, HangError, MegagrowError, Preempted
 from megagrow.metrics import clear_exit, read_exit, write_exit
 
@@ -31,6 +35,7 @@ CRASH = 1  # no exit.json, or an error that the run did not foresee
 TOLD = range(ConfigError.exit_code, Preempted.exit_code + 1)  # codes that only the run itself gives
 SIGNALLED = 128  # plus the signal's number, as in a shell: stopped before it could save, which is no crash
 CRASHES_FILE = "crashes.jsonl"
+EXIT_SECONDS = 3.0  # after which exit.json, written on another node, is seen here if it is there
 
 
 def main(arguments: list[str]) -> int:
@@ -44,10 +49,9 @@ def main(arguments: list[str]) -> int:
     except MegagrowError as error:
         note_refusal(command, error)
         return tell(error.exit_code, str(error))
-    start = newest_checkpoint(directory)
+    start = note_start(directory)
     code, reason = run([*options, "-m", "megagrow", *command], directory)
-    if code in (CRASH, HangError.exit_code):
-        note_crash(directory, code, start)
+    note_end(directory, start, code)
     return tell(code, reason)
 
 
@@ -59,9 +63,21 @@ def run(arguments: list[str], directory: Path) -> tuple[int, str]:
     except (ChildFailedError, RendezvousError, SignalException) as error:
         failure = error
     with suppress(DataError):
-        if told := read_exit(directory):
+        if told := wait_for_exit(directory):
             return told["code"], told["reason"]
     return code_of(failure), f"no exit.json: {failure}"
+
+
+def wait_for_exit(directory: Path) -> dict[str, Any] | None:
+    """exit.json; network file systems may show it a little late, and sooner when the directory is listed."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    while True:
+        with suppress(OSError):
+            os.listdir(directory)
+        told = read_exit(directory)
+        if told or time.monotonic() > deadline:
+            return told
+        time.sleep(0.2)
 
 
 def code_of(failure: Exception) -> int:
@@ -81,15 +97,14 @@ def tell(code: int, reason: str) -> int:
 
 def refuse_crash_loop(directory: Path) -> None:
     """Raises ConfigError if the last MAX_CRASHES starts all ended where the next one would begin."""
-    limit, path = int(os.environ.get("MAX_CRASHES", "0")), directory / CRASHES_FILE
-    if limit and path.exists():
-        last = [json.loads(line) for line in path.read_text().splitlines()][-limit:]
-        here = newest_checkpoint(directory)
+    limit = int(os.environ.get("MAX_CRASHES", "0"))
+    if limit:
+        last, here = crashes(directory)[-limit:], newest_checkpoint(directory)
         if len(last) == limit and all(crash["checkpoint"] == here for crash in last):
             where = f"at {here}" if here else "before the first checkpoint"
             raise ConfigError(
-                f"{path}: the last {limit} starts crashed or hung {where}, MAX_CRASHES={limit} allows no more; "
-                "look at the log, then remove the file"
+                f"{directory / CRASHES_FILE}: the last {limit} starts crashed or hung {where}, "
+                f"MAX_CRASHES={limit} allows no more; look at the log, then remove the file"
             )
 
 
@@ -101,13 +116,44 @@ def note_refusal(command: list[str], error: MegagrowError) -> None:
             write_exit(Path(name), error.exit_code, str(error), 0, 0, socket.gethostname())
 
 
-def note_crash(directory: Path, code: int, start: str) -> None:
-    """Adds a line to crashes.jsonl, the checkpoint that this start began from; the first node does it for all."""
-    if "MAX_CRASHES" in os.environ and os.environ.get("NODE_RANK", "0") == "0":
-        now, host = datetime.now(UTC).isoformat(timespec="seconds"), socket.gethostname()
+def note_start(directory: Path) -> dict[str, Any] | None:
+    """Adds a line to crashes.jsonl, the checkpoint that this start begins from; the first node does it for all."""
+    if "MAX_CRASHES" not in os.environ or os.environ.get("NODE_RANK", "0") != "0":
+        return None
+    now, host = datetime.now(UTC).isoformat(timespec="microseconds"), socket.gethostname()
+    start = {"date": now, "host": host, "code": None, "checkpoint": newest_checkpoint(directory)}
+    with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / CRASHES_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"date": now, "host": host, "code": code, "checkpoint": start}) + "\n")
+        write_crashes(directory, [*crashes(directory), start])
+    return start
+
+
+def note_end(directory: Path, start: dict[str, Any] | None, code: int) -> None:
+    """Gives the line of this start its code, or removes it when that is no crash."""
+    if start is not None:
+        others = [crash for crash in crashes(directory) if crash != start]
+        crashed = code in (CRASH, HangError.exit_code)
+        write_crashes(directory, [*others, start | {"code": code}] if crashed else others)
+
+
+def crashes(directory: Path) -> list[dict[str, Any]]:
+    """The lines of crashes.jsonl, without those that cannot be read."""
+    found = []
+    with suppress(OSError):
+        for line in (directory / CRASHES_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                crash = json.loads(line)
+                found += [crash] if isinstance(crash, dict) and "checkpoint" in crash else []
+    return found
+
+
+def write_crashes(directory: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces crashes.jsonl; a full or broken file system must not end a run or hide its code."""
+    with suppress(MegagrowError, OSError):
+        if lines:
+            write_atomically(directory / CRASHES_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        else:
+            (directory / CRASHES_FILE).unlink(missing_ok=True)
 
 
 def newest_checkpoint(directory: Path) -> str:

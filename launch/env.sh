@@ -25,9 +25,10 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # default, but torchrun sets 1 (abort first) where nothing is set.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}"
 
-# After a timeout every rank writes its last 2,000 collectives ("flight recorder"): `torchfrtrace` finds the rank that
-# did not join. Size and dump are torch's defaults, said because a 0 from elsewhere would leave a hang unexplained. The
-# place is local to the node: take a shared one where nodes vanish.
+# NCCL notes the last 2,000 collectives of each rank ("flight recorder"); after a hang `torchfrtrace` finds in them the
+# rank that did not join. run.timeout comes before NCCL's own, and the ranks write them to DIR/stacks; NCCL's timeout
+# writes them to the file below, local to the node. Size and dump are torch's defaults, said because a 0 from elsewhere
+# would leave a hang unexplained.
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-/tmp/megagrow_flight_recorder_rank_}"

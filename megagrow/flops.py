@@ -13,7 +13,18 @@ out too: the count belongs to the algorithm, so that layouts can be compared.
 from typing import Literal
 
 from megagrow.config import ModelConfig
-from megagrow.roles import Axis, Role, axis_size, axis_unit, parameter_names, role_of, shape_of, split_name
+from megagrow.roles import (
+    Axis,
+    Role,
+    axis_size,
+    axis_unit,
+    layer_name,
+    leaves,
+    parameter_names,
+    role_of,
+    shape_of,
+    split_name,
+)
 
 Convention = Literal["full", "causal"]
 DEFAULT_CONVENTION: Convention = "full"
@@ -39,17 +50,22 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Con
 
     Of the well-known 2N, only the weights that multiply something count; attention comes on top.
     """
-    weights = 0
-    for name in parameter_names(model):
-        role = role_of(name)
-        if role.kind in ("matrix", "head"):
-            rows, columns = _matrix_shape(role, model)
-            weights += rows * columns
-    if model.tied_embeddings:
-        weights += model.vocab_size * model.hidden_size
+    per_layer = layer_flops_per_token(model, seq_length, convention)
+    return model.num_layers * per_layer + head_flops_per_token(model)
+
+
+def layer_flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION) -> float:
+    """FLOPs of one token's forward pass through one layer."""
+    roles = [role_of(layer_name(0, leaf)) for leaf in leaves(model)]
+    shapes = [_matrix_shape(role, model) for role in roles if role.kind == "matrix"]
     pairs = seq_length if convention == "full" else seq_length / 2
-    attention = 2 * model.num_heads * model.head_dim * pairs * model.num_layers  # scores, and values
-    return 2.0 * (weights + attention)
+    attention = 2 * model.num_heads * model.head_dim * pairs  # scores, and values
+    return 2.0 * (sum(rows * columns for rows, columns in shapes) + attention)
+
+
+def head_flops_per_token(model: ModelConfig) -> float:
+    """FLOPs of one token's logits, whether the head has weights of its own or the embedding's."""
+    return 2.0 * model.vocab_size * model.hidden_size
 
 
 def forward_flops(

@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from megagrow.cluster import Row, check, check_cluster, compute, exit_code, first_error, links, problems, table
+from megagrow.cluster.environment import compare, own_facts
 from megagrow.cluster.reduced import reduce
 from megagrow.cluster.report import place
 from megagrow.cluster.watch import Watch
@@ -384,3 +385,10 @@ def test_a_layout_that_does_not_fit_is_refused(
         runpy.run_path(str(TOOL), run_name="__main__")
     assert ended.value.code == 2
     assert "tensor=2 x pipeline=1 = 2 does not divide the 1 launched ranks" in capsys.readouterr().err
+
+
+def test_network_variables_that_differ_are_named() -> None:
+    right = own_facts(TP_DP) | {"network variables": "NCCL_A=1\nNCCL_B=1"}
+    wrong = right | {"network variables": "NCCL_A=1\nNCCL_B=2\nGLOO_C=1"}
+    (row,) = [row for row in compare([right, right, wrong], ["a", "a", "b"]) if row.what == "network variables"]
+    assert not row.holds and row.found == "2 set; GLOO_C, NCCL_B not the same on others"

@@ -32,7 +32,6 @@ ORDER = [
     "growth",
     "salt",
     "flops",
-    "memory",
     "ledger",
     "metrics",
     "profiling",
@@ -41,6 +40,7 @@ ORDER = [
     "report",
     "train",
     "cluster",
+    "plan",
     "__main__",
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]

@@ -20,6 +20,7 @@ from pathlib import Path
 from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
 from megagrow.data.files import fsync_path
 from megagrow.errors import CheckpointError
+from megagrow.parallel import heartbeat
 
 LATEST = "latest"
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -147,10 +148,13 @@ def _write(path: Path, raw: bytes) -> None:
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir():
         path.unlink()
+    else:
+        for file in list(path.iterdir()):  # large files take a while
+            _delete(file)
+        path.rmdir()
+    heartbeat.progress()
 
 
 def _renamed(path: Path, kind: str) -> Path:

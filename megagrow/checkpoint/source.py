@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from megagrow.config_file import from_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import CheckpointError, DataError
 from megagrow.model import Transformer
+from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.context import cut
 from megagrow.parallel.loss import token_scores
@@ -27,6 +28,7 @@ from megagrow.parallel.shards import fill, shard_parameters
 from megagrow.roles import parameter_names
 
 CHECK_SAMPLES = 8
+HASH_BYTES = 64 << 20  # read at a time
 UNFIT_SHARE = 0.9  # of ln(vocabulary size): what a model that learned nothing of this data scores
 
 
@@ -172,5 +174,13 @@ def _folder_identity(path: Path) -> str:
     digest = hashlib.sha256()
     for file in [*sorted(path.glob("*.safetensors")), path / "config.json"]:
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(_file_digest(stream))
     return digest.hexdigest()
+
+
+def _file_digest(stream: BinaryIO) -> bytes:
+    digest = hashlib.sha256()
+    while chunk := stream.read(HASH_BYTES):
+        digest.update(chunk)
+        heartbeat.progress()
+    return digest.digest()

@@ -16,8 +16,9 @@ from megagrow.config import Config
 from megagrow.config_file import dump
 from megagrow.errors import ConfigError
 
+NETWORK = "network variables"
 MUST_AGREE = ("torch", "NCCL", "code", "configuration")
-SHOULD_AGREE = ("Python", "CUDA", "driver", "device", "GPUs", "network variables")
+SHOULD_AGREE = ("Python", "CUDA", "driver", "device", "GPUs", NETWORK)
 NETWORK_VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_", "FI_")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -37,7 +38,7 @@ def own_facts(config: Config) -> dict[str, str]:
         "driver": NVIDIA_DRIVER.read_text().splitlines()[0] if NVIDIA_DRIVER.exists() else "none",
         "device": torch.cuda.get_device_name(own_gpu) if num_gpus else f"{platform.machine()} CPU",
         "GPUs": str(num_gpus),
-        "network variables": f"{len(variables)} set, {_hash(*variables)}",
+        NETWORK: "\n".join(variables),
     }
 
 
@@ -60,7 +61,10 @@ def compare(facts: Sequence[dict[str, str]], hosts: Sequence[str]) -> list[Row]:
 def _agreement(name: str, values: Sequence[str], hosts: Sequence[str], is_needed: bool) -> Row:
     usual = Counter(values).most_common(1)[0][0]
     others = [rank for rank, value in enumerate(values) if value != usual]
-    found = usual + "".join(f"; {value} on others" for value in sorted({values[rank] for rank in others})[:2])
+    if name == NETWORK:
+        found = _settings(usual, [values[rank] for rank in others])
+    else:
+        found = usual + "".join(f"; {value} on others" for value in sorted({values[rank] for rank in others})[:2])
     return Row(
         check="environment",
         what=name,
@@ -71,6 +75,13 @@ def _agreement(name: str, values: Sequence[str], hosts: Sequence[str], is_needed
         remedy="make these hosts like the others",
         error=ConfigError if is_needed else None,
     )
+
+
+def _settings(usual: str, others: Sequence[str]) -> str:
+    """How many variables most ranks have, and the names of those that are not the same on the others."""
+    ours = set(usual.splitlines())
+    names = sorted({line.split("=")[0] for other in others for line in ours ^ set(other.splitlines())})
+    return f"{len(ours)} set" + (f"; {', '.join(names)} not the same on others" if names else "")
 
 
 def _hash_of_code() -> str:

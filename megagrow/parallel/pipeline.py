@@ -25,6 +25,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from megagrow.config import ModelConfig
+from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from, sum_over
 from megagrow.parallel.fsdp import reshard, sync_gradients
 from megagrow.parallel.gradients import sum_partial_gradients, sum_tied_gradients
@@ -87,6 +88,8 @@ class Engine:
         ids: Tensor,
     ) -> None:
         self.modules, self.model, self.mesh, self.num_microbatches = list(modules), model, mesh, num_microbatches
+        for module in self.modules:
+            module.register_forward_hook(_mark)
         all_stages = pipeline_stages(model.num_layers, mesh.parallel)
         self.stages = [stage for stage in all_stages if stage.rank == mesh.pp.rank]
         # Each with stages of its own: torch would set them up anew at every change between training and evaluation.
@@ -146,6 +149,7 @@ class Engine:
         for i, part in enumerate(self._microbatches(batch)):
             sync_gradients(module, enabled=i == self.num_microbatches - 1)
             module(part.ids, **part.inputs()).sum().backward()
+            heartbeat.progress()
 
     def _microbatches(self, batch: Batch) -> list[Batch]:
         chunks = {name: x.chunk(self.num_microbatches) for name, x in {"ids": batch.ids, **batch.inputs()}.items()}
@@ -210,6 +214,10 @@ def _forward_only(schedule: Any) -> Any:
             parts = [part for action in actions for part in action.sub_actions or (action,)]  # F and B may overlap
             schedule.pipeline_order_with_comms[rank] = [p for p in parts if p.computation_type in FORWARD_ACTIONS]
     return schedule
+
+
+def _mark(*_: Any) -> None:
+    heartbeat.progress()
 
 
 def _loss_of(output: Tensor, _: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ As long as any rank marks progress, the others may wait for it: a rank that hash
 hanging. Time in which the watching thread itself did not run (a suspended job) does not count.
 """
 
-import faulthandler
 import itertools
 import os
 import select
@@ -23,19 +22,24 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
+from threading import enumerate as threads
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megagrow.errors import HangError
+from megagrow.errors import HangError, MegagrowError
 from megagrow.parallel import heartbeat
 from megagrow.parallel.board import Board, Ending, StoreSilentError
 from megagrow.parallel.heartbeat import Beat, Page
 from megagrow.parallel.neighbours import Neighbours
 
 ANSWER_SECONDS = 3.0  # in which a rank that is alive answers a call
+FILE_SECONDS = 1.0  # which a file system gets for what is written before the end: it may be what hangs
 PUBLISH_SECONDS = 1.0  # which the rank that tells the user gets before the others leave and torchrun ends it
 LEAVE_SECONDS = 10.0  # which the others get to end by themselves after the orderly end of a rank
 COLLECTIVE_FACTOR = 4.0  # a collective may wait this many times as long as the watchdog: others may be at work
@@ -64,6 +68,7 @@ class Watchdog:
         self._board: Board | None = None
         self._thread: Thread | None = None
         self._ending: Ending | None = None
+        self._last_words = ""
 
     def start(self) -> None:
         """Begins to watch; the process group must have been initialised, if there is to be one."""
@@ -106,17 +111,19 @@ class Watchdog:
             time.sleep(PUBLISH_SECONDS)
         return is_first
 
-    def explanation(self, suspicious: bool) -> Ending | None:
+    def explanation(self, suspicious: bool, last_words: str = "") -> Ending | None:
         """Another rank's end that explains an error in this one: a peer's death shows here as a broken connection.
 
-        Does not return after a hang or a death: the watching thread ends the process.
+        Does not return after a hang or a death: the watching thread ends the process. Where the store is silent too,
+        its host is taken for lost.
 
         Args:
             suspicious: whether to look for ranks that have gone silent; else only what is known soon is told.
+            last_words: printed where the watching thread ends the process: what would be lost with it.
         """
         if self._board is None or self._thread is None:
             return None
-        self._suspicion = suspicious
+        self._suspicion, self._last_words = suspicious, last_words
         self._ring()
         deadline = time.monotonic() + (3 * ANSWER_SECONDS if suspicious else 2 * self._interval)
         while self._ending is None and time.monotonic() < deadline and self._suspicion == suspicious:
@@ -124,7 +131,14 @@ class Watchdog:
         self._suspicion = False
         if self._ending is not None and not self._ending.orderly:
             self._thread.join()
+        if self._ending is None and suspicious and self._blind:
+            return self._loss_of_the_store()
         return self._ending
+
+    def _loss_of_the_store(self) -> Ending:
+        own = heartbeat.beat(self.rank)
+        seen = f"connections broke and the store beside rank 0 does not answer, its host may be gone: {_where(own)}"
+        return Ending(HangError.exit_code, f"{_who(own)}: {seen}", own.rank, own.host, own.step, orderly=True)
 
     def stop(self) -> None:
         """Ends the watch and its threads."""
@@ -260,16 +274,10 @@ class Watchdog:
 
     def _write_stacks(self) -> None:
         beat = heartbeat.beat(self.rank, self._own_idle.seconds)
+        text = f"{_who(beat)}: {_where(beat)}, idle for {beat.idle:.0f} s\n{_stacks()}"
         path = self.directory / STACKS / f"rank-{self.rank}.txt"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                file.write(f"{_who(beat)}: {_where(beat)}, idle for {beat.idle:.0f} s\n")
-                file.flush()
-                faulthandler.dump_traceback(file)
-        except OSError as error:
-            print(f"megagrow: warning: {path}: {error.strerror}; the stacks follow", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback()
+        if problem := problem_with(partial(_write_files, path, text)):
+            print(f"megagrow: warning: {path}: {problem}; the stacks follow\n{text}", file=sys.stderr, flush=True)
 
     def _state(self, beat: Beat) -> str:
         return f"{_where(beat)}; stacks in {self.directory / STACKS}"
@@ -289,6 +297,8 @@ class Watchdog:
                 self._wait_to_leave(LEAVE_SECONDS if ending.orderly else PUBLISH_SECONDS)
         finally:
             if not self._leaving:
+                if self._last_words:
+                    print(self._last_words, file=sys.stderr, flush=True)
                 self._neighbours.kill(ending.silent)
                 os._exit(ending.code)
 
@@ -314,6 +324,46 @@ class _Idle:
         self.seconds = 0.0 if new else self.seconds + min(now - self._at, self._most)
         self._at = now
         return new
+
+
+def problem_with(write: Callable[[], None]) -> str:
+    """What keeps `write` from being done in `FILE_SECONDS`; empty when it is done."""
+    problems = ["the file system does not answer"]
+
+    def attempt() -> None:
+        try:
+            write()
+            problems[0] = ""
+        except (OSError, RuntimeError, MegagrowError) as error:
+            problems[0] = str(error)
+
+    thread = Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(FILE_SECONDS)
+    return problems[0]
+
+
+def _write_files(path: Path, stacks: str) -> None:
+    """The stacks, and what NCCL noted of its collectives, as `torchfrtrace` reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(stacks)
+    bindings: Any = getattr(torch._C, "_distributed_c10d", None)
+    if dist.is_initialized() and "nccl" in dist.get_backend() and hasattr(bindings, "_dump_fr_trace"):
+        path.with_name(path.stem.replace("rank-", "nccl_trace_rank_")).write_bytes(bindings._dump_fr_trace())
+
+
+def _stacks() -> str:
+    """The stacks of all threads; faulthandler would keep the interpreter for itself while a file system hangs."""
+    frames = sys._current_frames()
+    lines = []
+    for thread in threads():
+        lines.append(f"\nthread {thread.name}, most recent call first:")
+        frame = frames.get(thread.ident or 0)
+        while frame is not None:
+            code = frame.f_code
+            lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
+            frame = frame.f_back
+    return "\n".join(lines) + "\n"
 
 
 def limit_collectives(timeout: float) -> None:

@@ -1,13 +1,16 @@
 """One run from start to exit.json."""
 
 import os
+import shutil
 import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -16,16 +19,17 @@ from megagrow.checks import check
 from megagrow.config import Config
 from megagrow.config_file import dump
 from megagrow.data.files import write_atomically
-from megagrow.errors import CheckpointError, ConfigError, DataError, HangError, MegagrowError, Preempted
-from megagrow.metrics import clear_exit, read_exit, write_exit
+from megagrow.errors import CheckpointError, ConfigError, HangError, MegagrowError, Preempted
+from megagrow.metrics import EXIT_FILE, clear_exit, read_exit, write_exit
 from megagrow.parallel import heartbeat
 from megagrow.parallel.board import Ending
 from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
-from megagrow.parallel.watchdog import Watchdog, limit_collectives
+from megagrow.parallel.watchdog import STACKS, Watchdog, limit_collectives, problem_with
 from megagrow.train.stop import StopRequest
 from megagrow.train.trainer import Trainer
 
 SHARED_ERROR_SECONDS = 3.0
+END_SECONDS = 60.0  # which this process gets to end once it has said why
 JOIN_SECONDS = (
     60.0  # which ranks may be apart at least when they meet, however short `run.timeout` is: they import first
 )
@@ -33,11 +37,18 @@ JOIN_SECONDS = (
 
 @dataclass(frozen=True)
 class End:
-    """How a run ends in this rank; `agreed`: all ranks come to it together."""
+    """How a run ends in this rank.
+
+    Attributes:
+        code, reason: what exit.json says.
+        agreed: all ranks come to it together.
+        foreign: it began elsewhere, and others may have told it already.
+    """
 
     code: int
     reason: str
     agreed: bool = False
+    foreign: bool = False
 
 
 def run(config: Config) -> int:
@@ -72,6 +83,8 @@ def _join(config: Config, watchdog: Watchdog) -> None:
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    if watchdog.rank == 0:
+        _forget_the_end(Path(config.run.dir))  # nobody meets the others before rank 0 does
     seconds = max(config.run.timeout, JOIN_SECONDS)
     try:
         init_distributed(seconds)
@@ -101,22 +114,37 @@ def _prepare(config: Config, watchdog: Watchdog) -> Mesh:
 def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        clear_exit(directory)
     except OSError as error:
         raise ConfigError(f"run.dir={directory} cannot be used ({error.strerror}); choose another --run.dir") from None
+
+
+def _forget_the_end(directory: Path) -> None:
+    """Removes what an earlier run said when it ended; a directory that cannot be used is told later."""
+    with suppress(MegagrowError, OSError):
+        clear_exit(directory)
+        shutil.rmtree(directory / STACKS, ignore_errors=True)
 
 
 def _end_of(error: Exception, stop: StopRequest, watchdog: Watchdog) -> End:
     """What an error means for this rank: its own end, or a consequence of another rank's."""
     agreed = isinstance(error, Preempted) and stop.is_stepping
-    broken = isinstance(error, RuntimeError)  # as a collective is when a peer has gone
+    # As a collective is when a peer has gone.
+    broken = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
     if broken or (isinstance(error, CheckpointError | Preempted) and not agreed):
-        ending = watchdog.explanation(suspicious=broken)
+        own = "".join(traceback.format_exception(error)) if broken and not _is_of_connection(error) else ""
+        ending = watchdog.explanation(suspicious=broken, last_words=own)
         if broken and ending is not None:
-            return End(1, ending.reason)
+            print(own, end="", file=sys.stderr, flush=True)
+            return End(ending.code, ending.reason, foreign=True)
     if isinstance(error, MegagrowError):
         return End(error.exit_code, str(error), agreed)
     return End(1, f"{type(error).__name__}: {error}")
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Whether it says nothing but that a peer or the store is gone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "tcpstore"))
 
 
 def _leave(end: End, error: Exception | None, config: Config, watchdog: Watchdog) -> None:
@@ -128,18 +156,22 @@ def _leave(end: End, error: Exception | None, config: Config, watchdog: Watchdog
             time.sleep(SHARED_ERROR_SECONDS)
         if error is not None:
             _show(error, end, config.run.debug)
-        if directory.is_dir():
+        if directory.is_dir() and not (end.foreign and (directory / EXIT_FILE).exists()):
             where = (heartbeat.here.step, watchdog.rank, socket.gethostname())
             write_exit(directory, end.code, end.reason, *where)
+    limit = Timer(END_SECONDS, os._exit, [end.code])  # a hang from here on must not hold the machines
+    limit.daemon = True
+    limit.start()
     # After anything else ranks may still wait for each other, and leaving in order could hang.
     if dist.is_initialized() and end.agreed:
         dist.destroy_process_group()
     watchdog.stop()
+    limit.cancel()
 
 
 def _show(error: Exception, end: End, debug: bool) -> None:
     """One line; the full traceback for our own bugs or when asked for."""
-    if debug or not isinstance(error, MegagrowError):
+    if debug or not (isinstance(error, MegagrowError) or end.foreign):
         traceback.print_exception(error)
     print(f"megagrow: error: {end.reason}", file=sys.stderr, flush=True)
 
@@ -147,8 +179,10 @@ def _show(error: Exception, end: End, debug: bool) -> None:
 def _tell(directory: Path, ending: Ending) -> None:
     """Says why the watchdog ends the job, unless a rank has said before why it ends."""
     print(f"megagrow: error: {ending.reason}", file=sys.stderr, flush=True)
-    try:
+
+    def write() -> None:
         if read_exit(directory) is None:
             write_exit(directory, ending.code, ending.reason, ending.step, ending.rank, ending.host)
-    except DataError as error:
-        print(f"megagrow: warning: {error}", file=sys.stderr, flush=True)
+
+    if problem := problem_with(write):
+        print(f"megagrow: warning: {directory}: {problem}; exit.json may be missing", file=sys.stderr, flush=True)

@@ -58,13 +58,13 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._raises:
-            self._end_now(name)
         by_hand = "SIGINT" in (self.name, name)
         if self.name and by_hand and time.monotonic() - self._asked_at > ECHO_SECONDS:
             sys.exit(INTERRUPTED)
         if not self.name:
             self.name, self._asked_at = name, time.monotonic()
+        if self._raises:
+            self._end_now(name)  # and where somebody swallows that, the first step boundary stops
 
     def _end_now(self, name: str) -> None:
         self.wait_for_end()

@@ -143,7 +143,8 @@ class Trainer:
     def _save_and_stop(self, stop: StopRequest) -> None:
         if self.state.step > 0:
             self._save()
-        raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; saved")
+        what = "saved" if self.state.step > 0 else "there was nothing to save"
+        raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; {what}")
 
     def _grow_if_due(self) -> None:
         state, config = self.state, self.config

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +70,7 @@ def run_that_writes(directory: Path, code: int | None, error: Exception | None) 
 def test_the_code_of_the_run_comes_out(agent, tmp_path, monkeypatch, capsys, written, error, expected) -> None:
     write_exit(tmp_path, 3, "from before", 1, 0, "host")
     monkeypatch.setattr(agent, "torchrun", run_that_writes(tmp_path, written, error))
+    monkeypatch.setattr(agent, "EXIT_SECONDS", 0.0)
     assert agent.main([*COMMAND, str(tmp_path)]) == expected
     told = capsys.readouterr().err
     assert told.count("\n") >= (expected != 0) and ("exit code" in told) == (expected != 0)
@@ -135,6 +138,30 @@ def test_stops_that_are_no_crash_do_not_count(starts, tmp_path) -> None:
 def test_the_first_node_counts_for_all(starts, monkeypatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
     assert [starts(1) for _ in range(3)] == [1, 1, 1]
+
+
+def test_an_agent_that_is_killed_counts(starts, agent, tmp_path, monkeypatch) -> None:
+    if os.fork() == 0:
+        monkeypatch.setattr(agent, "torchrun", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        agent.main([*COMMAND, str(tmp_path)])
+    os.wait()
+    assert [starts(1), starts(1)] == [1, 2]
+
+
+def test_damage_to_the_list_of_crashes_stops_no_run(starts, tmp_path) -> None:
+    (tmp_path / "crashes.jsonl").write_bytes(b'{"torn\n[]\n\xff\n')
+    assert [starts(1), starts(7), starts(1), starts(1)] == [1, 7, 1, 2]
+
+
+def test_a_late_exit_file_is_waited_for(agent, tmp_path, monkeypatch) -> None:
+    late = threading.Timer(0.3, write_exit, (tmp_path, 7, "because", 7, 0, "host"))
+
+    def torchrun(arguments: list[str]) -> None:
+        late.start()
+        raise failure(1)
+
+    monkeypatch.setattr(agent, "torchrun", torchrun)
+    assert agent.main([*COMMAND, str(tmp_path)]) == 7
 
 
 def test_by_hand_nothing_is_counted(starts, tmp_path, monkeypatch) -> None:

@@ -142,7 +142,12 @@ def test_the_step_is_the_agent_itself_and_gets_the_signal(programs, directory) -
 def test_slurm_is_asked_to_signal_the_steps_in_time_and_to_allow_requeueing() -> None:
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     asked = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
-    assert "requeue" in asked and "open-mode=append" in asked and "ntasks-per-node=1" in asked
+    assert (
+        "requeue" in asked
+        and "dependency=singleton" in asked
+        and "open-mode=append" in asked
+        and "ntasks-per-node=1" in asked
+    )
     (when,) = [value.removeprefix("signal=USR1@") for value in asked if value.startswith("signal=USR1@")]
     assert int(when) >= 120
     assert lines.index("set -euo pipefail") > max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))

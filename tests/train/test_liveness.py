@@ -9,30 +9,38 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megagrow.config import Config, ParallelConfig
+from megagrow.checkpoint import directory, source
+from megagrow.config import Config, ParallelConfig, TrainConfig
 from megagrow.errors import Preempted
 from megagrow.parallel import board, heartbeat, watchdog
 from megagrow.parallel.board import Board, StoreSilentError
 from megagrow.parallel.heartbeat import Beat
 from megagrow.parallel.mesh import make_mesh
+from megagrow.parallel.pipeline import Engine
 from megagrow.parallel.watchdog import Watchdog, limit_collectives
 from megagrow.train import run, stop, trainer
+from megagrow.train.run import _end_of, _tell
 from megagrow.train.stop import StopRequest
 from tests.ranks import RankError, run_ranks
 from tests.train.faulty import faulty_config, faulty_run
 from tests.train.jobs import Job, assert_ended_with_one_line, start, wait
 from tests.train.runs import make_config, metrics, run_on_ranks
 
-TIMEOUT = 5.0  # seconds without progress in the runs that hang
+run_module = import_module("megagrow.train.run")
+
+TIMEOUT = 10.0  # seconds without progress in the runs that hang
 PATIENCE = 10.0  # what the job may take to end after that
 LONG = 300.0  # run.timeout where nothing should wait for it
 ALL_SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -91,10 +99,10 @@ def test_every_signal_saves_the_same_step_on_all_ranks_and_the_unchanged_command
 
 def test_a_single_process_that_hangs_ends_itself(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError, match="ended with code 6"):
-        run_ranks(faulty_run, 1, faulty_config(corpus, tmp_path / "run", 1.0), "sleeps", 0, 3)
+        run_ranks(faulty_run, 1, faulty_config(corpus, tmp_path / "run", 4.0), "sleeps", 0, 3)
     ended = json.loads((tmp_path / "run/exit.json").read_text())
     assert (ended["code"], ended["step"]) == (6, 3)
-    assert "has made no progress for 1 s: phase data, last step 3, at faulty.py:" in ended["reason"]
+    assert "has made no progress for 4 s: phase data, last step 3, at faulty.py:" in ended["reason"]
     assert "faulty.py" in (tmp_path / "run/stacks/rank-0.txt").read_text()
 
 
@@ -131,7 +139,103 @@ def watch(seconds: dict[int, float], timeout: float, directory: Path) -> bool:
 
 
 def test_ranks_may_wait_for_one_that_makes_progress(tmp_path: Path) -> None:
-    assert run_ranks(watch, 2, {0: 0.0, 1: 2.5}, 1.0, tmp_path) == [True, True]
+    assert run_ranks(watch, 2, {0: 0.0, 1: 5.0}, 3.0, tmp_path) == [True, True]
+
+
+def hang(directory: Path, disk: str) -> None:
+    """One process hangs, and with it the file system (a pipe that nobody reads) that is to hold its last words."""
+    (directory / "stacks").mkdir()
+    os.mkfifo(directory / "stacks/rank-0.txt")
+    if disk == "all":
+        os.mkfifo(directory / "exit.json")
+    dog = Watchdog(1.0, directory, partial(_tell, directory))
+    dog.start()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("disk", ["stacks", "all"])
+def test_a_hanging_file_system_holds_up_no_end(tmp_path: Path, disk: str) -> None:
+    with pytest.raises(RankError, match="ended with code 6"):
+        run_ranks(hang, 1, tmp_path, disk, timeout=30)
+
+
+def test_an_error_where_the_store_has_gone_too_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 0.1)
+    dog = Watchdog(LONG, tmp_path, end)
+    dog._board, dog._thread, dog._blind = SilentBoard(), threading.current_thread(), True  # type: ignore[assignment]
+    dog._ringer = os.open(os.devnull, os.O_WRONLY)
+    heartbeat.reset()
+    heartbeat.enter("optimizer", 7)
+    ours = _end_of(RuntimeError("gloo: Connection closed by peer"), StopRequest(), dog)
+    assert ours.code == 6 and ours.foreign and "phase optimizer, last step 7" in ours.reason
+    own = _end_of(torch.OutOfMemoryError("CUDA out of memory"), StopRequest(), dog)
+    assert (own.code, own.reason) == (1, "OutOfMemoryError: CUDA out of memory"), "never a consequence of another's end"
+    os.close(dog._ringer)
+
+
+class SilentBoard:
+    """Stands for a board whose store has gone."""
+
+
+def test_an_error_of_its_own_is_not_lost_when_another_is_to_blame(capsys: pytest.CaptureFixture[str]) -> None:
+    class Explained:
+        def explanation(self, suspicious: bool, last_words: str) -> board.Ending:
+            self.last_words = last_words
+            return board.Ending(3, "rank 1: a file is gone", 1, "h", 7, orderly=True)
+
+    dog = Explained()
+    error = RuntimeError("mat1 and mat2 cannot be multiplied")
+    ours = _end_of(error, StopRequest(), dog)  # type: ignore[arg-type]
+    assert ours.code == 3 and "mat1 and mat2" in capsys.readouterr().err and "mat1 and mat2" in dog.last_words
+    _end_of(RuntimeError("gloo: Connection closed by peer"), StopRequest(), dog)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == dog.last_words == ""
+
+
+def hang_at_the_end(config: Config) -> int:
+    run_module.END_SECONDS = 1.0
+    Watchdog.stop = lambda self: time.sleep(60)  # type: ignore[method-assign]
+    return run(config)
+
+
+def test_a_hang_after_the_end_does_not_hold_the_machines(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="ended with code 0"):
+        run_ranks(hang_at_the_end, 1, make_config(corpus, tmp_path), timeout=30)
+
+
+def test_what_an_earlier_run_said_is_gone_before_ranks_meet(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks/rank-0.txt").touch()
+    (tmp_path / "exit.json").write_text("{")
+
+    def meet(seconds: float) -> None:
+        assert not (tmp_path / "exit.json").exists() and not (tmp_path / "stacks").exists()
+        raise Preempted("here")
+
+    monkeypatch.setattr(run_module, "init_distributed", meet)
+    assert run(make_config(corpus, tmp_path)) == 7
+
+
+def test_long_healthy_work_makes_marks(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[int] = []
+
+    def marks_of(work: Callable[..., Any], *args: Any) -> int:
+        before = heartbeat.here.count
+        work(*args)
+        return heartbeat.here.count - before
+
+    loop = Engine._loop
+    monkeypatch.setattr(Engine, "_loop", lambda self, batch: marks.append(marks_of(loop, self, batch)))
+    monkeypatch.setattr(source, "HASH_BYTES", 1000)
+    train = TrainConfig(steps=1, global_batch_size=4, microbatch_size=1, eval_interval=0)
+    assert run(make_config(corpus, tmp_path / "run", train=train)) == 0
+    assert marks == [8], "after forward and backward of four microbatches"
+    (tmp_path / "model.safetensors").write_bytes(bytes(5000))
+    (tmp_path / "config.json").write_bytes(bytes(10))
+    assert marks_of(source._folder_identity, tmp_path) == 6
+    assert marks_of(directory.prune, tmp_path / "run/checkpoints/step-1", 0) > 3
+    assert not (tmp_path / "run/checkpoints/step-1").exists()
 
 
 def leave_alone(directory: Path) -> None:
@@ -225,6 +329,7 @@ def test_before_the_first_step_a_signal_ends_the_run(request_to_stop: StopReques
     with pytest.raises(Preempted, match="stopped by SIGUSR1 before the first step"):
         signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGTERM)  # the end is near already
+    assert request_to_stop.name == "SIGUSR1", "where the exception is swallowed, the first step boundary stops"
 
 
 def test_schedulers_may_repeat_themselves_but_a_second_ctrl_c_ends(

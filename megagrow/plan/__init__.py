@@ -1,0 +1,20 @@
+"""What a run needs, sends and costs, before it starts.
+
+layout.py         sizes that follow from a configuration and a number of ranks
+weights.py        elements of parameters that each rank stores and gathers
+schedule.py       torch's pipeline schedules, walked through without running them
+activations.py    what a microbatch leaves behind for its backward pass
+memory.py         the fullest moment of a step
+communication.py  bytes per axis and step
+phases.py         growth and SALT: the phases of a run
+speed.py          a stated model of time
+suggest.py        valid layouts, the fastest that fit first
+dry_run.py        the real model of a rank, without memory
+plan.py, show.py  all of it together, as data and as tables
+"""
+
+from megagrow.plan import dry_run, show, suggest
+from megagrow.plan.plan import Plan, make_plan, to_dict
+from megagrow.plan.speed import Machine
+
+__all__ = ["Machine", "Plan", "dry_run", "make_plan", "show", "suggest", "to_dict"]

@@ -1,0 +1,253 @@
+"""What a microbatch leaves behind for its backward pass, and what passes need beside that while they run.
+
+The entries follow the code of megagrow/model and megagrow/ops.py operation by operation; a test compares them with what
+autograd really saves. All figures are bytes of one microbatch on one rank.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megagrow.config import ModelConfig
+from megagrow.parallel.stages import Stage
+from megagrow.plan.layout import Layout
+from megagrow.plan.weights import layer_names, stored_elements
+from megagrow.roles import role_of
+
+DeviceType = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one microbatch's activations on one rank, in the dtype of compute.
+
+    Attributes:
+        cut: the residual stream between sharded regions.
+        whole: the same inside of them, where it is not cut along the sequence.
+        query, key: queries, and keys (or values), of this rank's heads.
+        ffn: one value per neuron of this rank.
+        wide: what one byte in the dtype of compute takes in float32.
+        statistic: one float32 per token of `cut`.
+    """
+
+    cut: int
+    whole: int
+    query: int
+    key: int
+    ffn: int
+    wide: int
+    statistic: int
+
+
+def sizes(layout: Layout) -> Sizes:
+    model, width = layout.model, layout.width
+    per_token = layout.tokens * width
+    return Sizes(
+        cut=layout.activation,
+        whole=per_token * model.hidden_size,
+        query=per_token * model.num_heads // layout.tensor * model.head_dim,
+        key=per_token * max(model.num_kv_heads // layout.tensor, 1) * model.head_dim,
+        ffn=per_token * model.ffn_size // layout.tensor,
+        wide=4 // width,
+        statistic=4 * layout.cut_tokens,
+    )
+
+
+def kept_by_block(layout: Layout, device: DeviceType) -> dict[str, int]:
+    """What one block keeps of a microbatch from its forward pass to its backward pass, by name."""
+    size, how = sizes(layout), layout.config.train.recompute
+    if how == "full":
+        return {"input": size.cut}
+    if how == "selective":
+        return {"input": size.cut, **_kept_results(layout, size)}
+    return kept_without_recompute(layout, device)
+
+
+def kept_without_recompute(layout: Layout, device: DeviceType) -> dict[str, int]:
+    """What autograd keeps of a whole block, where nothing is computed again."""
+    size, model = sizes(layout), layout.model
+    column_input = size.cut if _keeps_cut_input(layout) else size.whole
+    norm = _kept_by_norm(layout, size.cut, size.statistic, device)
+    kept = {
+        "norms": 2 * norm,
+        "inputs of the blocks' halves": 2 * column_input,
+        "queries, keys and values": _kept_queries(layout, size, device),
+        "attention": _kept_attention(layout, size, device),
+        "mlp": (3 if model.activation == "swiglu" else 2) * size.ffn,
+        "dropout": 2 * size.cut if layout.config.train.dropout else 0,
+        "copies of weights": weight_copies(layout),
+    }
+    return {name: num_bytes for name, num_bytes in kept.items() if num_bytes}
+
+
+def weight_copies(layout: Layout) -> int:
+    """Weights of a block in the dtype of compute; FSDP2 casts once per gathering, without it every microbatch does."""
+    if layout.uses_fsdp or layout.width == 4:
+        return 0
+    names = layer_names(layout.model)
+    return layout.width * sum(stored_elements(layout, name) for name in names if role_of(name).kind != "bias")
+
+
+def _keeps_cut_input(layout: Layout) -> bool:
+    """Whether a layer whose input was gathered along the sequence keeps its piece alone, and gathers it again."""
+    return layout.sequence_parallel and not layout.config.parallel.splits_backward
+
+
+def _kept_by_norm(layout: Layout, num_bytes: int, statistic: int, device: DeviceType) -> int:
+    """Of a norm over elements that take `num_bytes` in the dtype of compute; `statistic` is one float32 per row.
+
+    The kernels keep the input; torch's RMSNorm on CPUs keeps it and the quotient, both in float32.
+    """
+    if layout.model.norm == "layer_norm":
+        return num_bytes + (2 * statistic if device == "cuda" else 2 * statistic // sizes(layout).wide)
+    return num_bytes + statistic if device == "cuda" else 2 * num_bytes * sizes(layout).wide + statistic
+
+
+def _kept_queries(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    model = layout.model
+    local = 2 * size.key  # values are a view of the layer's output, which holds keys and values
+    if model.positions == "rope" or model.qk_norm:
+        local += size.key
+    if layout.context > 1:
+        local = 2 * size.key * layout.context
+    kept = size.query + local
+    if device == "cuda" and layout.width == 4:
+        kept += 2 * size.query  # keys and values, repeated for each query head
+    return kept + (_kept_head_norms(layout, size, device) if model.qk_norm else 0)
+
+
+def _kept_head_norms(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    """Of the norms of queries and keys."""
+    head_bytes, rms = layout.model.head_dim * layout.width, replace(layout.model, norm="rms_norm")
+    kept = sum(
+        _kept_by_norm(layout.of_model(rms), num_bytes, 4 * num_bytes // head_bytes, device)
+        for num_bytes in (size.query, size.key)
+    )
+    if device == "cpu" and size.wide == 1:  # keys are a view of the layer's output, which is kept for values
+        kept += size.key if layout.context > 1 else -size.key
+    return kept
+
+
+def _kept_attention(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    joined = size.query if layout.context > 1 else 0  # the results of two runs of queries, and both together
+    return size.query + joined + _log_sums(layout, size) + (_masks(layout) if device == "cpu" else 0)
+
+
+def _masks(layout: Layout) -> int:
+    """What a CPU's attention keeps of masks: of documents for every sample, of the later run of queries else."""
+    length, masked = layout.config.data.seq_length, layout.config.data.mask_documents
+    if layout.context == 1:
+        return layout.microbatch * length**2 * layout.width if masked else 0
+    run = length // (2 * layout.context)  # the first context rank's runs see one of these, and all
+    return run * ((run + length) * layout.microbatch if masked else length) * layout.width
+
+
+def _log_sums(layout: Layout, size: Sizes) -> int:
+    return 4 * size.query // (layout.model.head_dim * layout.width)
+
+
+def _kept_results(layout: Layout, size: Sizes) -> dict[str, int]:
+    """Results of matrix products, attention and sums over the tensor ranks."""
+    up = 2 * size.ffn if layout.model.activation == "swiglu" else size.ffn
+    summed = 2 * size.cut if layout.tensor > 1 else 0
+    return {
+        "products": size.query + 2 * size.key + up + 2 * size.whole,
+        "attention": size.query + _log_sums(layout, size),
+        "sums": summed,
+    }
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Bytes of one microbatch in one block.
+
+    Attributes:
+        kept: from its forward to its backward pass.
+        working: what the backward pass needs at most beside that.
+        deferred: what a schedule that splits the backward pass holds between its halves, beside `kept`.
+    """
+
+    kept: int
+    working: int
+    deferred: int
+
+
+def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
+    """What the microbatch in a block takes; the same for all blocks.
+
+    A backward pass needs the gradient that came in and, in the MLP, gradients of its products with what they are made
+    of. Recomputing first brings back all that was not kept. Between two halves of a backward pass the gradients of all
+    layers' results wait.
+    """
+    size, model, how = sizes(layout), layout.model, layout.config.train.recompute
+    kept = sum(kept_by_block(layout, device).values())
+    again = 0 if how == "none" else sum(kept_without_recompute(layout, device).values()) - kept
+    if how == "selective":
+        again += size.whole  # the last product, which nobody asks for again
+    up = 2 * size.ffn if model.activation == "swiglu" else size.ffn
+    working = size.cut + (5 * size.ffn if model.activation == "swiglu" else 2 * size.ffn) + again
+    return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut)
+
+
+def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType) -> int:
+    """What a whole stage keeps of a microbatch, with its output, which a pipeline holds until it is sent and used.
+
+    That of the loss comes on top.
+    """
+    size = sizes(layout)
+    kept = len(stage.layers) * block.kept
+    kept += _kept_by_norm(layout, size.cut, size.statistic, device) if stage.is_last else size.cut
+    if not stage.is_first and stage.layers and _keeps_input(layout, device):
+        kept -= size.cut  # it is what the stage received, and counted there
+    return kept
+
+
+def _keeps_input(layout: Layout, device: DeviceType) -> bool:
+    """Whether a block keeps its input as it came; a CPU's RMSNorm keeps a copy in float32 instead."""
+    converts = device == "cpu" and layout.width == 2 and layout.model.norm == "rms_norm"
+    return layout.config.train.recompute != "none" or not converts
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Bytes of the loss of one microbatch.
+
+    Attributes:
+        kept: from its forward to its backward pass.
+        forward, backward: while these run, `kept` included.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+
+
+def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None) -> Loss:
+    """The gradients that the loss computes in its forward pass, and what that takes.
+
+    Logits exist for `train.loss_chunk` tokens at a time. The gradient of the output matrix is summed in float32, for
+    which a CPU converts what it adds.
+    """
+    size, model, width = sizes(layout), layout.model, layout.width
+    rows = -(-model.vocab_size // layout.tensor)
+    matrix = rows * model.hidden_size
+    logits = min(layout.config.train.loss_chunk, layout.tokens) * rows
+    kept = size.whole + 4 * matrix
+    copy = width * matrix if width == 2 and not layout.uses_fsdp else 0
+    added = (width + (4 if device == "cpu" and width == 2 else 0)) * matrix
+    several = layout.tokens > layout.config.train.loss_chunk
+    working = copy + width * logits + max(added, width * logits if several else 0)  # old logits go as new ones come
+    if teacher is not None:
+        working += (width + 4 * 5) * logits
+    return Loss(kept, kept + size.whole + working, kept + size.whole * size.wide + 4 * matrix)
+
+
+def embedding_gradient(layout: Layout) -> int:
+    """The dense gradient of the embedding, which is new memory where it is added to an earlier one."""
+    return 4 * -(-layout.model.vocab_size // layout.tensor) * layout.model.hidden_size
+
+
+def tables(layout: Layout) -> int:
+    """Cosines and sines of the positions."""
+    if layout.model.positions != "rope":
+        return 0
+    return 2 * layout.config.data.seq_length // layout.context * layout.model.head_dim * layout.width

@@ -1,0 +1,163 @@
+"""The phases that a run goes through, each with its steps, FLOPs and fullest moment.
+
+small    training the source that the run grows later
+growing  source and target exist side by side, each with the moments of AdamW
+ligo     learning the maps: the target has gradients but no moments, the source is frozen
+salt     stage 1: the teacher's weights are there too
+train    everything after that, or all of a plain run
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+from megagrow import flops
+from megagrow.checkpoint.source import open_source
+from megagrow.checks import check_growable, check_model
+from megagrow.config import ModelConfig, ParallelConfig
+from megagrow.flops import Convention
+from megagrow.growth.maps import SparseMap
+from megagrow.growth.methods import make_recipe
+from megagrow.plan.activations import DeviceType
+from megagrow.plan.layout import Layout
+from megagrow.plan.memory import MOMENTS, PARAMETER, Extra, Parts, RankMemory, step_memory
+from megagrow.plan.weights import rank_unit, tensor_elements, trained_elements
+from megagrow.roles import layer_name, leaves, parameter_shapes
+from megagrow.salt.teacher import check_teacher
+
+CONVENTIONS: tuple[Convention, ...] = ("full", "causal")
+MAP = 16  # bytes per element of a learned map: itself, its gradient, two moments, all float32
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a run.
+
+    Attributes:
+        name: see above.
+        steps: optimizer steps; 0 for what happens once.
+        flops: of one step over all ranks (of `growing`: of the whole), by convention.
+        memory: at the fullest moment, for each pipeline rank.
+    """
+
+    name: str
+    steps: int
+    flops: dict[Convention, float]
+    memory: list[RankMemory]
+
+    @property
+    def total_flops(self) -> dict[Convention, float]:
+        """Of all its steps."""
+        return {convention: max(self.steps, 1) * value for convention, value in self.flops.items()}
+
+
+def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], list[str]]:
+    """All phases of the run, and what could not be planned because it is not there.
+
+    Raises:
+        CheckpointError: a source or teacher that is there cannot be read.
+        ConfigError: it does not go with the model.
+    """
+    config, found, notes = layout.config, list[Phase](), list[str]()
+    growth, salt = config.growth, config.salt
+    if growth.method != "none":
+        source = growth.source or _model_at(config.init.from_, "the source, init.from", notes)
+        if growth.source:
+            small = layout.of_model(growth.source)
+            found.append(Phase("small", growth.at_step, _training(small), step_memory(small, device)))
+        if source:
+            check_growable(source, config.model)
+            check_model(source, config.parallel, "the source")
+            found.append(_growing(layout, source, device))
+    steps = config.train.steps - growth.at_step
+    if salt.steps:
+        teacher = _model_at(salt.teacher, "salt.teacher", notes) if salt.teacher else None
+        found.append(_stage_one(layout, teacher, min(salt.steps, steps), device))
+    if steps > salt.steps:
+        found.append(Phase("train", steps - salt.steps, _training(layout), step_memory(layout, device)))
+    return found, notes
+
+
+def _model_at(path: str, what: str, notes: list[str]) -> ModelConfig | None:
+    if Path(path).is_dir():
+        return _read_model(path)
+    notes.append(f"{what}={path or '(empty)'}: no such folder yet; its memory and FLOPs are left out")
+    return None
+
+
+@lru_cache(maxsize=8)
+def _read_model(path: str) -> ModelConfig:
+    return open_source(path).model
+
+
+def _tokens(layout: Layout) -> int:
+    return layout.config.train.global_batch_size * layout.config.data.seq_length
+
+
+def _training(layout: Layout) -> dict[Convention, float]:
+    length = layout.config.data.seq_length
+    return {c: flops.training_flops(layout.model, _tokens(layout), length, c) for c in CONVENTIONS}
+
+
+def _growing(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
+    if layout.config.growth.method == "ligo":
+        return _learning_maps(layout, source, device)
+    memory = []
+    for rank in range(layout.pipeline):
+        small, large = rank_unit(layout.of_model(source), rank), rank_unit(layout, rank)
+        trained = trained_elements(layout.of_model(source), rank) + trained_elements(layout, rank)
+        parts = Parts(parameters=PARAMETER * (small.stored + large.stored), moments=MOMENTS * trained)
+        parts["a whole tensor of the source"] = 2 * PARAMETER * max(map(prod, parameter_shapes(source).values()))
+        memory.append(RankMemory(rank, layout.rank_stages(rank), large.stored, parts, "growing", (), Parts()))
+    return Phase("growing", 0, {c: 0.0 for c in CONVENTIONS}, memory)
+
+
+def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
+    """A step, or the moment after it in which gradients are taken to the maps, whichever is fuller."""
+    config, maps = layout.config, MAP * map_elements(source, layout.model)
+    static, spread = {}, _spread_bytes(source)
+    for rank in range(layout.pipeline):
+        small = PARAMETER * rank_unit(layout.of_model(source), rank).stored
+        static[rank] = Parts({"source": small, "maps": maps})
+    memory = []
+    for held in step_memory(layout, device, Extra(static, has_moments=False)):
+        parts = static[held.rank] + Parts(parameters=held.parts["parameters"], gradients=held.parts["parameters"])
+        after = parts + Parts({"a leaf of all the source's layers": spread})
+        if after.total() > held.total:
+            held = RankMemory(held.rank, held.stages, held.parameters, after, "gradients of the maps", (), held.host)
+        memory.append(held)
+    length = config.data.seq_length
+    per_step = {c: flops.ligo_step_flops(source, layout.model, _tokens(layout), length, c) for c in CONVENTIONS}
+    return Phase("ligo", config.growth.ligo_steps, per_step, memory)
+
+
+def map_elements(source: ModelConfig, target: ModelConfig) -> int:
+    """Elements of LiGO's maps, which every rank holds: one matrix per axis, and layer weights per leaf."""
+    axes = make_recipe("ligo", source, target).axes
+    if axes.get("heads") is axes.get("value"):
+        axes = {name: axis for name, axis in axes.items() if name != "heads"}
+    widths = sum(len(axis.index) * axis.num_source for axis in axes.values() if isinstance(axis, SparseMap))
+    return widths + len(leaves(target)) * source.num_layers * target.num_layers
+
+
+def _spread_bytes(source: ModelConfig) -> int:
+    """The largest leaf of all layers of the source, read whole to mix them, and what one mixture takes beside it."""
+    shapes = parameter_shapes(source)
+    return PARAMETER * (source.num_layers + 2) * max(prod(shapes[layer_name(0, leaf)]) for leaf in leaves(source))
+
+
+def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: DeviceType) -> Phase:
+    per_step = _training(layout)
+    if teacher is None:
+        return Phase("salt", steps, per_step, step_memory(layout, device))
+    length = layout.config.data.seq_length
+    check_teacher(teacher, layout.model, length)
+    check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
+    for convention in CONVENTIONS:
+        per_step[convention] += flops.forward_flops(teacher, _tokens(layout), length, convention)
+    weights = layout.width * tensor_elements(layout.of_model(teacher))
+    hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
+    static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}
+    static[layout.stages[-1].rank]["teacher's hidden states"] = hidden
+    return Phase("salt", steps, per_step, step_memory(layout, device, Extra(static, teacher=teacher)))

@@ -1,0 +1,182 @@
+"""Tests ../../megagrow/plan/activations.py against what real blocks leave behind, byte for byte."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from megagrow.model.attention import rotary_table
+from megagrow.model.tokens import Tokens
+from megagrow.model.transformer import Block
+from megagrow.parallel.context import document_masks
+from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
+from megagrow.parallel.mesh import Axis, Mesh, make_mesh
+from megagrow.parallel.shards import shard_parameters
+from megagrow.plan import activations
+from megagrow.plan.dry_run import fake_ranks
+from megagrow.plan.layout import Layout
+from megagrow.plan.measure import kept_memory, peak_memory
+
+SAMPLES, LENGTH = 2, 64
+LLAMA = ModelConfig(hidden_size=96, num_heads=8, head_dim=16, num_kv_heads=4, ffn_size=160, num_layers=2, vocab_size=97)
+QWEN = replace(LLAMA, family="qwen3", qk_norm=True)
+GPT2 = ModelConfig(
+    family="gpt2",
+    vocab_size=96,
+    hidden_size=96,
+    num_layers=2,
+    num_heads=4,
+    ffn_size=128,
+    max_seq_length=LENGTH,
+    norm="layer_norm",
+    positions="learned",
+    activation="gelu",
+    bias=True,
+    tied_embeddings=True,
+)
+MODELS = {"llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2}
+MESHES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tensor": {"tensor": 2},
+    "sequence": {"tensor": 2, "sequence_parallel": True},
+    "split backward": {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "schedule": "ZBVZeroBubble"},
+    "context": {"context": 2},
+}
+
+
+def layout(
+    model: ModelConfig = LLAMA, train: TrainConfig | None = None, masks: bool = False, **parallel: Any
+) -> Layout:
+    mesh = ParallelConfig(**parallel)
+    train = replace(train or TrainConfig(), microbatch_size=SAMPLES, global_batch_size=8 * SAMPLES)
+    data = DataConfig(seq_length=LENGTH, mask_documents=masks)
+    return Layout(Config(model=model, data=data, parallel=mesh, train=train), mesh.model_ranks)
+
+
+def blocks_of(given: Layout) -> Callable[[int], Tensor]:
+    """Runs the first n of real blocks on real tensors."""
+    config, mesh = given.config, make_mesh(given.config.parallel)
+    dtype = torch.bfloat16 if given.width == 2 else torch.float32
+    holder = nn.Module()
+    with torch.device("meta"):
+        holder.layers = nn.ModuleDict({str(i): Block(given.model, mesh, config.train, i) for i in range(2)})
+    shard_parameters(holder, given.model, mesh)
+    holder.to_empty(device="cpu")
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter.to_local() if hasattr(parameter, "to_local") else parameter, std=0.1)
+    x_BLH = torch.randn(SAMPLES, given.cut_tokens // SAMPLES, given.model.hidden_size, dtype=dtype, requires_grad=True)
+    tokens = tokens_of(given, mesh, dtype)
+
+    def run(count: int) -> Tensor:
+        y_BLH = x_BLH
+        for i in range(count):
+            y_BLH = holder.layers[str(i)](y_BLH, tokens)
+        return y_BLH
+
+    return run
+
+
+def tokens_of(given: Layout, mesh: Mesh, dtype: torch.dtype) -> Tokens:
+    model, rotary = given.model, None
+    if model.positions == "rope":
+        place = (mesh.cp.rank, mesh.cp.size)
+        rotary = rotary_table(LENGTH, *place, model.head_dim, model.rope_theta, dtype, torch.device("cpu"))
+    documents = torch.arange(SAMPLES * LENGTH).view(SAMPLES, LENGTH) // 20
+    masks = document_masks(documents, mesh.cp) if given.config.data.mask_documents else None
+    rate = given.config.train.dropout
+    keys = torch.randint(2**40, (SAMPLES, given.cut_tokens // SAMPLES)) if rate else None
+    return Tokens(rotary, masks, keys)
+
+
+def kept_by_real_block(given: Layout) -> int:
+    """What the second of two blocks adds to what the first keeps; both hold on to their outputs."""
+    with fake_ranks(given.world_size, 0):
+        run = blocks_of(given)
+        run(2)  # tables that all blocks share
+        return kept_memory(lambda: run(2)) - kept_memory(lambda: run(1))
+
+
+def kept(given: Layout) -> int:
+    return sum(activations.kept_by_block(given, "cpu").values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_block_keeps_what_the_plan_says(model: str, mesh: str, recompute: Any) -> None:
+    if mesh == "split backward" and recompute != "none":
+        recompute = "none"  # the others are refused
+    given = layout(MODELS[model], TrainConfig(recompute=recompute), **MESHES[mesh])
+    assert kept_by_real_block(given) == kept(given)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("model", MODELS)
+def test_in_bf16_a_block_keeps_copies_of_its_weights(model: str, recompute: Any) -> None:
+    given = layout(MODELS[model], TrainConfig(recompute=recompute, precision="bf16"), tensor=2)
+    assert kept_by_real_block(given) == kept(given)
+    copies = 2 * sum(
+        activations.stored_elements(given, n) for n in activations.layer_names(given.model) if "bias" not in n
+    )
+    assert activations.weight_copies(given) >= copies
+
+
+def test_dropout_keeps_its_masks() -> None:
+    given = layout(train=TrainConfig(dropout=0.1))
+    scalars = 2 * 8  # the divisors
+    assert kept_by_real_block(given) == kept(given) + scalars
+    assert kept(given) == kept(layout()) + 2 * given.activation
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_documents_keep_a_mask_in_every_block_of_a_cpu(context: int) -> None:
+    given = layout(masks=True, context=context)
+    assert kept_by_real_block(given) == kept(given)
+    assert kept(given) > kept(layout(context=context))
+
+
+def test_kernels_keep_less_than_their_twins() -> None:
+    on_gpu, on_cpu = (sum(activations.kept_by_block(layout(), device).values()) for device in ("cuda", "cpu"))
+    grouped = 2 * activations.sizes(layout()).query  # a GPU's float32 attention wants keys and values for every head
+    assert on_gpu - grouped == on_cpu - 2 * layout().activation
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("chunk", [32, 1024])
+def test_the_loss_takes_what_the_plan_says(precision: Any, chunk: int) -> None:
+    model = replace(LLAMA, vocab_size=32_001)
+    given = layout(model, TrainConfig(precision=precision, loss_chunk=chunk))
+    dtype = torch.bfloat16 if given.width == 2 else torch.float32
+    head_VH = torch.randn(model.vocab_size, model.hidden_size, requires_grad=True)
+    labels_T, weights_T = torch.randint(model.vocab_size, (given.tokens,)), torch.rand(given.tokens)
+    hidden_TH = torch.randn(given.tokens, model.hidden_size, dtype=dtype, requires_grad=True)
+
+    def forward() -> Tensor:
+        return vocab_parallel_loss(
+            hidden_TH, head_VH, labels_T, weights_T, model.vocab_size, Axis(), options=LossOptions(chunk_tokens=chunk)
+        )[0]
+
+    planned, states = activations.loss(given, "cpu"), given.tokens * model.hidden_size * given.width
+    assert kept_memory(forward) == pytest.approx(planned.kept, abs=64)
+    twin = 4 * 4 * 2**18 + 64 * given.tokens  # a CPU's rows of logits at work, and statistics
+    assert peak_memory(forward) == pytest.approx(planned.forward - states, abs=twin)
+    assert peak_memory(lambda: forward().backward()) >= planned.backward
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_backward_pass_of_a_block_needs_what_the_plan_says(recompute: Any, precision: Any) -> None:
+    """Measured from the end of two blocks' forward passes to the fullest moment of their backward passes."""
+    given = layout(replace(LLAMA, ffn_size=264), TrainConfig(recompute=recompute, precision=precision))
+    with fake_ranks(1, 0):
+        run = blocks_of(given)
+    gradient = torch.ones_like(run(2))
+    run(2).backward(gradient)  # from now on gradients are added to those that are there
+    before = kept_memory(lambda: run(2))
+    needed = peak_memory(lambda: run(2).backward(gradient)) - before
+    cost = activations.block_cost(given, "cpu")
+    assert needed == pytest.approx(cost.working - given.activation, rel=0.15)  # the gradient that comes in was there

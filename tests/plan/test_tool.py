@@ -1,0 +1,96 @@
+"""Tests ../../tools/plan.py as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+model: {vocab_size: 128256, hidden_size: 8192, num_layers: 80, num_heads: 64, num_kv_heads: 8, ffn_size: 28672}
+data: {seq_length: 8192}
+parallel: {tensor: 8, sequence_parallel: true, pipeline: 4, schedule: Interleaved1F1B}
+train: {global_batch_size: 1024, microbatch_size: 1, precision: bf16}
+"""
+
+
+def plan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/plan.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.fixture
+def llama_70b(tmp_path: Path) -> Path:
+    path = tmp_path / "llama-70b.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_70b_on_1024_ranks(llama_70b: Path, tmp_path: Path) -> None:
+    done = plan(llama_70b, "--world-size", "1024", "--json", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    assert "70,553,706,496 parameters" in done.stdout
+    assert "pipeline 4, data 32, context 1, tensor 8" in done.stdout
+    written = json.loads((tmp_path / "plan.json").read_text())
+    (phase,) = written["phases"]
+    assert phase["name"] == "train" and len(phase["ranks"]) == 4
+    assert phase["flops_per_step"]["full"] > phase["flops_per_step"]["causal"] > 3e18
+    assert all(rank["total_bytes"] == sum(rank["bytes"].values()) for rank in phase["ranks"])
+    assert sum(len(stage["layers"]) for stage in written["stages"]) == 80
+    assert 0 < written["bubble"] < 0.1
+
+
+def test_a_dry_run_builds_what_the_plan_counts(llama_70b: Path, tmp_path: Path) -> None:
+    done = plan(llama_70b, "--world-size", "1024", "--dry-run", "--json", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    for stage in json.loads((tmp_path / "plan.json").read_text())["stages"]:
+        assert f"{stage['parameters']:,}" in done.stdout
+
+
+def test_every_broken_rule_is_told_with_its_remedy(llama_70b: Path) -> None:
+    done = plan(llama_70b, "--world-size", "1000", "--parallel.tensor", "7", "--train.global_batch_size", "999")
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
+    for rule in (
+        "does not divide the 1000 launched ranks",
+        "does not divide num_heads=64",
+        "does not divide them",
+        "999",
+    ):
+        assert any(rule in line for line in lines), rule
+
+
+def test_presets_grow_and_learn_from_teachers_that_are_not_there_yet() -> None:
+    done = plan("grow_llama_125m", "--world-size", "8", "--init.from", "runs/none", "--salt.teacher", "runs/none")
+    assert done.returncode == 0, done.stderr
+    assert "salt: " in done.stdout and "train: " in done.stdout
+    assert "note: the source, init.from=runs/none: no such folder yet" in done.stdout
+    assert "note: salt.teacher=runs/none" in done.stdout
+
+
+def test_suggestions(tmp_path: Path) -> None:
+    given = ("llama_125m", "--world-size", "8", "--suggest", "--count", "3", "--json", tmp_path / "found.json")
+    done = plan(*given, "--gpu-memory", "80")
+    assert done.returncode == 0, done.stderr
+    assert "--parallel.tensor " in done.stdout and "assumptions" in done.stdout
+    best = json.loads((tmp_path / "found.json").read_text())[0]
+    options = done.stdout.split("the first: ")[1].split()
+    assert plan("llama_125m", "--world-size", "8", *options).returncode == 0
+    assert best["bytes"] < 0.9 * 80 * 2**30
+
+
+def test_no_layout_fits() -> None:
+    done = plan("llama_125m", "--world-size", "8", "--suggest", "--gpu-memory", "0.01")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no layout of this model on 8 ranks fits") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["llama_125m"], ["nothing", "--world-size", "8"], ["llama_125m", "--world-size", "0"]]
+)
+def test_wrong_usage_is_one_line(arguments: list[str]) -> None:
+    done = plan(*arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")

@@ -1,0 +1,91 @@
+"""Plan a run before it starts, on one CPU, from its configuration alone.
+
+    python tools/plan.py CONFIG --world-size 1024 [--section.field VALUE ...] [--json FILE]
+    python tools/plan.py CONFIG --world-size 1024 --suggest --gpu-memory 80
+    python tools/plan.py CONFIG --world-size 1024 --dry-run
+
+CONFIG is a preset or a YAML or JSON file. Says whether the layout is valid, what each rank needs and sends, and what
+the run costs, growth and SALT included; --suggest ranks the layouts that fit; --dry-run builds the real model of one
+rank per place of the pipeline without memory, and counts. Exit codes: 0 done, 2 a layout that is not valid (each broken
+rule is told with its remedy) or none that fits, 4 a source or teacher that cannot be read.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from _command import Arguments, run
+from rich.console import Console
+
+from megagrow.command_line import parse
+from megagrow.config import Config, require
+from megagrow.plan import Machine, Plan, dry_run, make_plan, show, suggest, to_dict
+
+
+def main() -> None:
+    options, rest = parser().parse_known_args()
+    config = parse([options.config, *rest])
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    require(options.world_size > 0, f"--world-size {options.world_size} must be positive")
+    if options.suggest:
+        suggestions(config, options, console)
+        return
+    plan = make_plan(config, options.world_size, machine(options))
+    if not isinstance(plan, Plan):
+        for problem in plan:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    for part in dry_run.tables(plan.layout) if options.dry_run else show.plan_tables(plan):
+        console.print(part)
+    if options.json:
+        options.json.write_text(json.dumps(to_dict(plan), indent=1) + "\n")
+
+
+def suggestions(config: Config, options: argparse.Namespace, console: Console) -> None:
+    found = suggest.suggest(config, options.world_size, machine(options))
+    require(
+        bool(found),
+        f"no layout of this model on {options.world_size} ranks fits into --gpu-memory {options.gpu_memory:g} GiB; use "
+        "more ranks, larger GPUs, shorter sequences, or optim.offload",
+    )
+    console.print(show.suggestion_table(found, options.world_size, options.count))
+    console.print(show.assumptions(machine(options)))
+    print(f"the first: {show.options(found[0])}")
+    if options.json:
+        options.json.write_text(json.dumps([suggest.to_dict(each) for each in found], indent=1) + "\n")
+
+
+def machine(options: argparse.Namespace) -> Machine:
+    return Machine(
+        peak_flops=options.peak_tflops * 1e12,
+        efficiency=options.efficiency,
+        ranks_per_node=options.ranks_per_node,
+        inside=options.inside * 1e9,
+        between=options.between * 1e9,
+        memory=options.gpu_memory * 2**30,
+        usable=options.usable,
+    )
+
+
+def parser() -> Arguments:
+    parser = Arguments(description="Plan a run before it starts.", allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", help="of the run; --section.field VALUE changes it")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the same for programs")
+    parser.add_argument("--dry-run", action="store_true", help="build the model of one rank per pipeline place")
+    parser.add_argument("--suggest", action="store_true", help="rank the layouts that fit")
+    parser.add_argument("--count", type=int, default=10, help="suggestions that are shown")
+    assumed = parser.add_argument_group("what the model of time assumes")
+    assumed.add_argument("--gpu-memory", type=float, default=80, metavar="GIB")
+    assumed.add_argument("--usable", type=float, default=0.9, help="share of it that tensors can have")
+    assumed.add_argument("--peak-tflops", type=float, default=989, help="dense, in the dtype of compute")
+    assumed.add_argument("--efficiency", type=float, default=0.5, help="share of the peak that computing reaches")
+    assumed.add_argument("--ranks-per-node", type=int, default=8)
+    assumed.add_argument("--inside", type=float, default=300, metavar="GB/S", help="that a rank sends in a node")
+    assumed.add_argument("--between", type=float, default=40, metavar="GB/S", help="between nodes, per rank")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
