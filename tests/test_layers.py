@@ -39,8 +39,8 @@ ORDER = [
     "generate",
     "report",
     "train",
-    "cluster",
     "plan",
+    "cluster",
     "__main__",
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]

@@ -1,5 +1,6 @@
 """Live tensor memory on a CPU, measured: what the plan's figures are compared with."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,7 @@ def peak_memory(run: Callable[[], Any], since: str = "") -> int:
         since: name of a `record_function` region; what came before its first entry adds to the live bytes, not to the
             peak.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = run()
-    events = recorded.profiler.kineto_results.events()
-    del result
+    events = _record(run)
     began = min((event.start_ns() for event in events if event.name() == since), default=0)
     live = peak = 0
     for event in events:
@@ -34,8 +32,13 @@ def peak_memory(run: Callable[[], Any], since: str = "") -> int:
 
 def kept_memory(run: Callable[[], Any]) -> int:
     """Bytes that are live when `run` has returned and its result is still held."""
+    return sum(event.nbytes() for event in _record(run) if event.name() == MEMORY)
+
+
+def _record(run: Callable[[], Any]) -> list[Any]:
+    gc.collect()  # what an earlier recording has seen would count when it is freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = run()
     events = recorded.profiler.kineto_results.events()
     del result
-    return sum(event.nbytes() for event in events if event.name() == MEMORY)
+    return events
