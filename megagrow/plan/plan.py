@@ -57,6 +57,10 @@ def make_plan(
         return broken
     layout, machine = Layout(config, world_size), machine or Machine()
     found, notes = phases(layout, device)
+    if config.train.compile:
+        notes.append(
+            "train.compile lets the compiler choose what blocks keep: the memory here is that of uncompiled ones"
+        )
     sent = [traffic(layout, rank) for rank in range(layout.pipeline)]
     return Plan(layout, found, notes, schedule_of(layout), sent, step_time(layout, machine), machine)
 
