@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main as torchrun
 
-from megagrow.command_line import parse
+from megagrow.command_line import DRY_RUN, parse
 from megagrow.data.files import write_atomically
 from megagrow.errors import ConfigError, DataError, HangError, MegagrowError, Preempted
 from megagrow.metrics import clear_exit, read_exit, write_exit
@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
     """Runs torchrun and returns the run's exit code (DESIGN section 8), 1 for a crash."""
     split = arguments.index("--")
     options, command = arguments[:split], arguments[split + 1 :]
+    if DRY_RUN in command:
+        return dry_run([*options, "-m", "megagrow", *command])
     try:
         directory = Path(parse(command).run.dir)
         refuse_crash_loop(directory)
@@ -66,6 +68,15 @@ def run(arguments: list[str], directory: Path) -> tuple[int, str]:
         if told := wait_for_exit(directory):
             return told["code"], told["reason"]
     return code_of(failure), f"no exit.json: {failure}"
+
+
+def dry_run(arguments: list[str]) -> int:
+    """torchrun in this process, for a run that only shows its plan: it leaves nothing, and no exit.json is its own."""
+    try:
+        torchrun(arguments)
+        return 0
+    except (ChildFailedError, RendezvousError, SignalException) as failure:
+        return code_of(failure)
 
 
 def wait_for_exit(directory: Path) -> dict[str, Any] | None:

@@ -1,22 +1,50 @@
-"""`python -m megagrow PRESET_OR_FILE [--section.field VALUE …]`: trains what the configuration says."""
+"""`python -m megagrow PRESET_OR_FILE [--section.field VALUE …]`: trains what the configuration says.
+
+With `--dry-run` it prints the plan instead, and builds the model of one rank per place of the pipeline without memory.
+"""
 
 import os
 import sys
 
-from megagrow.command_line import parse
-from megagrow.errors import MegagrowError
+from rich.console import Console
+
+from megagrow.command_line import parse, without_dry_run
+from megagrow.config import Config
+from megagrow.errors import ConfigError, MegagrowError
+from megagrow.plan import Plan, dry_run, make_plan, show
 from megagrow.train import run
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
+    described = without_dry_run(arguments)
     try:
-        config = parse(arguments)
+        config = parse(described)
+        if len(described) < len(arguments):
+            show_plan(config)
+            return 0
     except MegagrowError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"megagrow: error: {error}", file=sys.stderr)
         return error.exit_code
     return run(config)
+
+
+def show_plan(config: Config) -> None:
+    """Prints the plan for the launcher's ranks, or for the fewest that the layout needs, and what they would build.
+
+    Raises:
+        ConfigError: the layout is not valid; the first broken rule with its remedy.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    fewest = config.parallel.model_ranks * config.parallel.replicate
+    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", fewest)))
+    if not isinstance(plan, Plan):
+        raise ConfigError("; ".join(plan))
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for part in (*show.plan_tables(plan), *dry_run.tables(plan.layout)):
+        console.print(part)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
+from megagrow import cpu_ops
 from megagrow.errors import ConfigError
 
 # Of documents: in blocks for FlexAttention, or whole [B, 1, S, T], true where a query sees a key.
@@ -65,7 +66,8 @@ def attention(
         causal: the queries are the last S of the T positions, and each sees positions up to its own only.
         documents: queries see keys of their own document only: `document_mask(…)`, built once for all layers with the
             same `causal`, or what that is built from, the pair (query_documents_BS, key_documents_BT).
-        backend: `sdpa`: torch's own kernels, FlexAttention for documents on a GPU. `flash_attn`: that package; without
+        backend: `sdpa`: torch's own kernels, FlexAttention for documents on a GPU, our own on a CPU. `flash_attn`: that
+            package; without
             documents, 16-bit tensors on a GPU only.
 
     Returns:
@@ -75,6 +77,8 @@ def attention(
     if backend == "flash_attn":
         assert documents is None, "flash_attn takes no documents here"
         return _flash_attention(q_BNSD, k_BKTD, v_BKTD, causal)
+    if documents is None and causal and q_BNSD.device.type == "cpu":
+        return cpu_ops.causal_attention(q_BNSD, k_BKTD, v_BKTD)
     if documents is None:
         return _sdpa(q_BNSD, k_BKTD, v_BKTD, causal)
     mask = document_mask(*documents, causal=causal) if isinstance(documents, tuple) else documents

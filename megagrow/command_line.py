@@ -10,7 +10,8 @@ from megagrow.config import Config
 from megagrow.config_file import check_value, load_file, nearest, option_names
 from megagrow.errors import ConfigError
 
-USAGE = "usage: python -m megagrow PRESET_OR_FILE [--init.from CKPT] [--section.field VALUE ...]"
+USAGE = "usage: python -m megagrow PRESET_OR_FILE [--init.from CKPT] [--section.field VALUE ...] [--dry-run]"
+DRY_RUN = "--dry-run"
 
 
 def parse(arguments: list[str]) -> Config:
@@ -29,6 +30,11 @@ def parse(arguments: list[str]) -> Config:
         rest += _derived_again(base, rest[::2])
     kinds = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(Config, default=base, args=rest, prog=f"python -m megagrow {arguments[0]}", config=kinds)
+
+
+def without_dry_run(arguments: list[str]) -> list[str]:
+    """The arguments that describe the run."""
+    return [argument for argument in arguments if argument != DRY_RUN]
 
 
 def load(name: str) -> Config:

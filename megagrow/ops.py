@@ -18,15 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagrow import cpu_ops
 from megagrow.attention_ops import DocumentMask, attention, check_attention_backend, document_mask
 
 __all__ = [
     "DocumentMask",
+    "add_product_",
     "attention",
     "check_attention_backend",
     "document_mask",
+    "gate_up_rows",
     "gelu",
     "layer_norm",
+    "let_kernels_serve",
+    "linear",
+    "product",
     "rms_norm",
     "rms_norm_torch",
     "rope",
@@ -59,9 +65,18 @@ def _installed_kernels() -> ModuleType | None:
     return megagrow_kernels
 
 
+_kernels_serve = True
+
+
+def let_kernels_serve(serve: bool) -> None:
+    """Whether the kernels serve at all, as they do from the start; for measurements of what they bring."""
+    global _kernels_serve
+    _kernels_serve = serve
+
+
 def _kernels(x: Tensor) -> ModuleType | None:
     """`megagrow_kernels` if they can serve `x`; None where the twin has to."""
-    return _installed_kernels() if x.is_cuda and x.dtype in KERNEL_DTYPES else None
+    return _installed_kernels() if _kernels_serve and x.is_cuda and x.dtype in KERNEL_DTYPES else None
 
 
 @overload
@@ -252,43 +267,92 @@ def _local_columns(labels_T: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:
     return here_T, torch.where(here_T, labels_T, 0)[:, None]
 
 
-class _SwiGLU(torch.autograd.Function):
-    """Keeps its input only. 2.5 times as fast on a CPU as the graph that autograd would build."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·weightᵀ + bias.
 
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
-        return F.silu(gate.contiguous()).mul_(up)
+    Args:
+        x: [..., in]
+        weight: [out, in]
+        bias: [out] or None.
+    """
+    if not cpu_ops.serves_product(x, weight):
+        return F.linear(x, weight, bias)
+    y = cpu_ops.product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
-        gate = gate.contiguous()
-        dgate_up = torch.empty_like(gate_up)
-        dgate, dup = dgate_up.unflatten(-1, (-1, 2)).unbind(-1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
-        return dgate_up
+
+def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a·bᵀ [M, N]."""
+    return cpu_ops.product(a_MK, b_NK) if cpu_ops.serves_product(a_MK, b_NK) else torch.mm(a_MK, b_NK.T)
+
+
+@torch.no_grad()
+def add_product_(total_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
+    """total += a·bᵀ, where the total may have a wider dtype."""
+    num_rows = cpu_ops.PIECE_ROWS if total_MN.device.type == "cpu" else max(len(total_MN), 1)
+    for total_RN, a_RK in zip(total_MN.split(num_rows), a_MK.split(num_rows), strict=True):
+        total_RN += product(a_RK, b_NK)
+
+
+def gate_up_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fused weight or bias of gate and up in the dtype of compute, its rows ordered as `swiglu` wants the columns.
+
+    Args:
+        weight: [2 F, ...], gate in even rows, up in odd ones.
+
+    Returns:
+        On a CPU, which reads every second column at a tenth of its speed, all of gate before all of up; elsewhere as
+        they are.
+    """
+    if _alternate(weight):
+        return weight.to(dtype)
+    separate = weight.unflatten(0, (-1, 2)).transpose(0, 1)
+    return separate.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, for gate and up fused as (F, 2): gate in even columns, up in odd ones.
+    """silu(gate) * up.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 5.
 
     Args:
-        gate_up: [..., 2 F]
+        gate_up: [..., 2 F], columns as `gate_up_rows` orders them.
 
     Returns:
         [..., F]
     """
-    if torch.compiler.is_compiling():  # which fuses this, and cannot trace the strided writes of the other
-        gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    if torch.compiler.is_compiling():  # which chooses by itself what to keep
+        gate, up = _gate_and_up(gate_up)
         return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = _gate_and_up(gate_up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = _gate_and_up(gate_up)
+        dgate, dup = torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+        if _alternate(gate_up):
+            return torch.stack((dgate, dup), dim=-1).flatten(-2)
+        return torch.cat((dgate, dup), dim=-1)
+
+
+def _gate_and_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    halves = gate_up.unflatten(-1, (-1, 2)).unbind(-1) if _alternate(gate_up) else gate_up.chunk(2, dim=-1)
+    return halves[0], halves[1]
+
+
+def _alternate(x: Tensor) -> bool:
+    return x.device.type != "cpu"
 
 
 def gelu(x: Tensor) -> Tensor:

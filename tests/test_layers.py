@@ -21,6 +21,7 @@ ORDER = [
     "presets",
     "command_line",
     "roles",
+    "cpu_ops",
     "attention_ops",
     "ops",
     "parallel",

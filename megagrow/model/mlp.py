@@ -14,7 +14,8 @@ class SwiGLU(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         self.tp = TensorParallel.of(mesh)
-        self.gate_up = ColumnParallelLinear(model.hidden_size, 2 * model.ffn_size, model.bias, self.tp)
+        sizes = model.hidden_size, 2 * model.ffn_size
+        self.gate_up = ColumnParallelLinear(*sizes, model.bias, self.tp, operand=ops.gate_up_rows)
         self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.bias, self.tp)
 
     def forward(self, x_BSH: Tensor) -> Tensor:

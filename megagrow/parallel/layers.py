@@ -9,6 +9,7 @@ Source: Megatron-LM (Shoeybi et al., 2019), section 3; sequence parallelism: Kor
 
 # Shape suffix legend: B = batch, S = sequence, H = hidden; other sizes are spelled out.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagrow import ops
 from megagrow.parallel.collectives import (
     copy_to,
     gather_from,
@@ -78,20 +80,32 @@ class ColumnParallelLinear(Linear):
 
     Args:
         rows: of a weight that every tensor rank holds whole, the rows that this rank computes; None: all it holds.
+        operand: what makes of weight and bias what is multiplied by, in the dtype of compute.
     """
 
-    def __init__(self, in_size: int, out_size: int, bias: bool, tp: TensorParallel, rows: slice | None = None) -> None:
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        bias: bool,
+        tp: TensorParallel,
+        rows: slice | None = None,
+        operand: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+    ) -> None:
         super().__init__(in_size, out_size, bias, tp)
-        self.rows = rows
+        self.rows, self.operand = rows, operand
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """This rank's weight and bias in the dtype of compute."""
-        rows = slice(None) if self.rows is None else self.rows
-        weight = local(self.weight)[rows].to(dtype)
-        return weight, None if self.bias is None else local(self.bias)[rows].to(dtype)
+        weight = self.operand(self._own(self.weight), dtype)
+        return weight, None if self.bias is None else self.operand(self._own(self.bias), dtype)
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        piece = local(parameter)
+        return piece if self.rows is None else piece[self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self.operands(x.dtype))
+        return ops.linear(x, *self.operands(x.dtype))
 
 
 def column_parallel(x_BSH: Tensor, tp: TensorParallel, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
@@ -121,22 +135,22 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.tp, ctx.has_bias = tp, [bias is not None for bias in biases]
         ctx.save_for_backward(x_BSH, *weights)  # of a cut sequence the piece alone: it is gathered again
         whole_BSH = start_all_gather(x_BSH, SEQUENCE_DIM, tp.axis).wait() if tp.sequence else x_BSH
-        return tuple(F.linear(whole_BSH, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        return tuple(ops.linear(whole_BSH, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BSH, *weights = ctx.saved_tensors
         tp: TensorParallel = ctx.tp
         gathering = start_all_gather(x_BSH, SEQUENCE_DIM, tp.axis) if tp.sequence else None
-        dx_BSH = grads[0] @ weights[0]
+        dx_BSH = ops.linear(grads[0], weights[0].T)
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            dx_BSH += grad @ weight
+            dx_BSH += ops.linear(grad, weight.T)
         whole_BSH = gathering.wait() if gathering else x_BSH
         summing = (
             start_reduce_scatter(dx_BSH, SEQUENCE_DIM, tp.axis) if tp.sequence else start_sum_over(dx_BSH, tp.axis)
         )
         x_TH = whole_BSH.flatten(0, -2)
-        dweights = [grad.flatten(0, -2).T @ x_TH for grad in grads]
+        dweights = [ops.product(grad.flatten(0, -2).T, x_TH.T) for grad in grads]
         dbiases = [grad.flatten(0, -2).sum(0) if has else None for grad, has in zip(grads, ctx.has_bias, strict=True)]
         return summing.wait(), None, *dweights, *dbiases
 
@@ -145,7 +159,7 @@ class RowParallelLinear(Linear):
     """Input features are sharded: [..., in / tp] -> [..., out], summed over the tensor axis; bias added once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tp.leave(F.linear(x, local(self.weight).to(x.dtype)))
+        y = self.tp.leave(ops.linear(x, local(self.weight).to(x.dtype)))
         return y if self.bias is None else y + local(self.bias).to(x.dtype)
 
 

@@ -126,7 +126,7 @@ def token_scores(
     with torch.no_grad():
         head = head_VH.to(hidden_TH.dtype)
         for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
-            logits_CV, local_C = hidden_CH @ head.T, shard.local_labels(labels_C)
+            logits_CV, local_C = ops.product(hidden_CH, head), shard.local_labels(labels_C)
             label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
             nlls.append(_exact_nll(logits_CV, label_logit_C, vocab_size, tp))
             ranks.append(sum_over(ops.vocab_rank(logits_CV, label_logit_C, local_C), tp))
@@ -189,11 +189,11 @@ class _Loss(torch.autograd.Function):
         for start in range(0, hidden_TH.shape[0], options.chunk_tokens):
             part = slice(start, start + options.chunk_tokens)
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
-            logits_CV = hidden_CH @ head.T
+            logits_CV = ops.product(hidden_CH, head)
             if teacher_TH is None or teacher_head_VH is None:
                 sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard.tp, needs_gradient)
             else:
-                teacher_CV = teacher_TH[part] @ teacher_head_VH.to(teacher_TH.dtype).T
+                teacher_CV = ops.product(teacher_TH[part], teacher_head_VH.to(teacher_TH.dtype))
                 sums += _distillation(
                     logits_CV,
                     teacher_CV,
@@ -204,22 +204,24 @@ class _Loss(torch.autograd.Function):
                     needs_gradient,
                 )
             if grad_hidden is not None and grad_head is not None:
-                torch.mm(logits_CV, head, out=grad_hidden[part])
-                grad_head += logits_CV.T @ hidden_CH
+                grad_hidden[part] = ops.product(logits_CV, head.T)
+                ops.add_product_(grad_head, logits_CV.T, hidden_CH.T)
+            del logits_CV  # before the next chunk's exist
         ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.scaled = False
         ctx.mark_non_differentiable(sums)
         return sums[:1].clone(), sums
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        return _scaled(grad_hidden, grad_loss), _scaled(grad_head, grad_loss), *(None,) * 7
-
-
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """The product in at least float32: 1/3 rounded to bfloat16 makes every gradient 0.2 % off."""
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return (grad.to(wide) * factor.to(wide)).to(grad.dtype)
+        grads = ctx.saved_tensors
+        if not ctx.scaled:  # schedules that split the backward ask twice, for one gradient each time
+            for grad in grads:
+                # In place, since the head's is large; in the factor's float32, since 1/3 rounded to bfloat16 would make
+                # every gradient 0.2 % off; behind autograd's back, which would refuse to read it again.
+                grad.data.mul_(grad_loss)
+            ctx.scaled = True
+        return *grads, *(None,) * 7
 
 
 def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megagrow.config import ModelConfig
+from megagrow.cpu_ops import PIECE_ROWS
 from megagrow.parallel.stages import Stage
 from megagrow.plan.layout import Layout
 from megagrow.plan.weights import layer_names, stored_elements
@@ -58,7 +59,7 @@ def kept_by_block(layout: Layout, device: DeviceType) -> dict[str, int]:
     if how == "full":
         return {"input": size.cut}
     if how == "selective":
-        return {"input": size.cut, **_kept_results(layout, size)}
+        return {"input": size.cut, **_kept_results(layout, size, device)}
     return kept_without_recompute(layout, device)
 
 
@@ -74,17 +75,26 @@ def kept_without_recompute(layout: Layout, device: DeviceType) -> dict[str, int]
         "attention": _kept_attention(layout, size, device),
         "mlp": (3 if model.activation == "swiglu" else 2) * size.ffn,
         "dropout": 2 * size.cut if layout.config.train.dropout else 0,
-        "copies of weights": weight_copies(layout),
+        "copies of weights": weight_copies(layout, device),
     }
     return {name: num_bytes for name, num_bytes in kept.items() if num_bytes}
 
 
-def weight_copies(layout: Layout) -> int:
-    """Weights of a block in the dtype of compute; FSDP2 casts once per gathering, without it every microbatch does."""
+def weight_copies(layout: Layout, device: DeviceType) -> int:
+    """Weights of a block in the dtype of compute; FSDP2 casts once per gathering, without it every microbatch does.
+
+    A CPU copies those of gate and up in any case, to have them one after the other.
+    """
     if layout.uses_fsdp or layout.width == 4:
-        return 0
+        copied = device == "cpu" and layout.model.activation == "swiglu"
+        return layout.width * _gate_up_elements(layout) if copied else 0
     names = layer_names(layout.model)
     return layout.width * sum(stored_elements(layout, name) for name in names if role_of(name).kind != "bias")
+
+
+def _gate_up_elements(layout: Layout) -> int:
+    """Of the fused weight of gate and up, as a rank multiplies by it."""
+    return 2 * layout.model.ffn_size // layout.tensor * layout.model.hidden_size
 
 
 def _keeps_cut_input(layout: Layout) -> bool:
@@ -128,30 +138,39 @@ def _kept_head_norms(layout: Layout, size: Sizes, device: DeviceType) -> int:
 
 
 def _kept_attention(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    if _computes_probabilities_again(layout, device):
+        return size.query
     joined = size.query if layout.context > 1 else 0  # the results of two runs of queries, and both together
-    return size.query + joined + _log_sums(layout, size) + (_masks(layout) if device == "cpu" else 0)
+    return size.query + joined + _log_sums(layout, size, device) + (_masks(layout) if device == "cpu" else 0)
+
+
+def _computes_probabilities_again(layout: Layout, device: DeviceType) -> bool:
+    """Whether attention is the CPU's own, which needs neither its result nor statistics for its backward pass."""
+    return device == "cpu" and not layout.config.data.mask_documents
 
 
 def _masks(layout: Layout) -> int:
-    """What a CPU's attention keeps of masks: of documents for every sample, of the later run of queries else."""
-    length, masked = layout.config.data.seq_length, layout.config.data.mask_documents
+    """What a CPU's attention keeps of documents' masks for every sample."""
+    length = layout.config.data.seq_length
     if layout.context == 1:
-        return layout.microbatch * length**2 * layout.width if masked else 0
+        return layout.microbatch * length**2 * layout.width
     run = length // (2 * layout.context)  # the first context rank's runs see one of these, and all
-    return run * ((run + length) * layout.microbatch if masked else length) * layout.width
+    return layout.microbatch * run * (run + length) * layout.width
 
 
-def _log_sums(layout: Layout, size: Sizes) -> int:
-    return 4 * size.query // (layout.model.head_dim * layout.width)
+def _log_sums(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    return (
+        0 if _computes_probabilities_again(layout, device) else 4 * size.query // (layout.model.head_dim * layout.width)
+    )
 
 
-def _kept_results(layout: Layout, size: Sizes) -> dict[str, int]:
+def _kept_results(layout: Layout, size: Sizes, device: DeviceType) -> dict[str, int]:
     """Results of matrix products, attention and sums over the tensor ranks."""
     up = 2 * size.ffn if layout.model.activation == "swiglu" else size.ffn
     summed = 2 * size.cut if layout.tensor > 1 else 0
     return {
         "products": size.query + 2 * size.key + up + 2 * size.whole,
-        "attention": size.query + _log_sums(layout, size),
+        "attention": size.query + _log_sums(layout, size, device),
         "sums": summed,
     }
 
@@ -174,9 +193,9 @@ class BlockCost:
 def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
     """What the microbatch in a block takes; the same for all blocks.
 
-    A backward pass needs the gradient that came in and, in the MLP, gradients of its products with what they are made
-    of. Recomputing first brings back all that was not kept. Between two halves of a backward pass the gradients of all
-    layers' results wait.
+    A backward pass needs the gradient that came in and, in the MLP, gradients of its products with what they are
+    made of, or of the weight of gate and up, whose rows a CPU has to put back in order. Recomputing first brings
+    back all that was not kept. Between two halves of a backward pass the gradients of all layers' results wait.
     """
     size, model, how = sizes(layout), layout.model, layout.config.train.recompute
     kept = sum(kept_by_block(layout, device).values())
@@ -184,8 +203,17 @@ def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
     if how == "selective":
         again += size.whole  # the last product, which nobody asks for again
     up = 2 * size.ffn if model.activation == "swiglu" else size.ffn
-    working = size.cut + (5 * size.ffn if model.activation == "swiglu" else 2 * size.ffn) + again
+    working = size.cut + _working_of_mlp(layout, size, device) + again
     return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut)
+
+
+def _working_of_mlp(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    if layout.model.activation != "swiglu":
+        return 2 * size.ffn
+    if device == "cuda":
+        return 5 * size.ffn
+    copies = 2 * 4 + (layout.width if layout.width == 2 else 0)  # in float32 as computed and in order, and before that
+    return max(4 * size.ffn, copies * _gate_up_elements(layout) + 2 * size.whole - size.ffn)
 
 
 def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType) -> int:
@@ -224,8 +252,8 @@ class Loss:
 def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None) -> Loss:
     """The gradients that the loss computes in its forward pass, and what that takes.
 
-    Logits exist for `train.loss_chunk` tokens at a time. The gradient of the output matrix is summed in float32, for
-    which a CPU converts what it adds.
+    Logits exist for `train.loss_chunk` tokens at a time. The gradient of the output matrix is summed in float32; a CPU
+    adds to it in pieces, and converts each.
     """
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
@@ -233,12 +261,12 @@ def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None)
     logits = min(layout.config.train.loss_chunk, layout.tokens) * rows
     kept = size.whole + 4 * matrix
     copy = width * matrix if width == 2 and not layout.uses_fsdp else 0
-    added = (width + (4 if device == "cpu" and width == 2 else 0)) * matrix
-    several = layout.tokens > layout.config.train.loss_chunk
-    working = copy + width * logits + max(added, width * logits if several else 0)  # old logits go as new ones come
+    piece = min(rows, PIECE_ROWS) if device == "cpu" else rows
+    added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
+    working = copy + width * logits + max(added, size.whole)
     if teacher is not None:
         working += (width + 4 * 5) * logits
-    return Loss(kept, kept + size.whole + working, kept + size.whole * size.wide + 4 * matrix)
+    return Loss(kept, kept + working, kept + (size.whole * size.wide if width == 2 and device == "cpu" else 0))
 
 
 def embedding_gradient(layout: Layout) -> int:

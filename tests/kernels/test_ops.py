@@ -104,12 +104,26 @@ def test_vocab_functions_are_outside_autograd() -> None:
     assert not torch.equal(logits_TV.detach(), before)
 
 
-def test_swiglu() -> None:
+def test_swiglu_of_a_weight_with_alternating_rows() -> None:
+    x, weight, bias = leaf(2, 3, 4), leaf(10, 4), leaf(10)
+
+    def gated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.swiglu(ops.linear(x, ops.gate_up_rows(weight, F64), ops.gate_up_rows(bias, F64)))
+
+    gate, up = (F.linear(x, weight[first::2], bias[first::2]) for first in (0, 1))
+    torch.testing.assert_close(gated(x, weight, bias), gate * torch.sigmoid(gate) * up)
+    assert gradcheck(gated, (x, weight, bias))
+    assert gradcheck(lambda x: ops.swiglu(x.transpose(0, 1)), (leaf(2, 3, 8),))
+
+
+def test_elsewhere_than_on_a_cpu_gate_and_up_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(10, 4, device="meta")
+    assert ops.gate_up_rows(weight, torch.float32) is weight
     gate_up = leaf(2, 3, 8)
+    monkeypatch.setattr(ops, "_alternate", lambda x: True)
     gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
     torch.testing.assert_close(ops.swiglu(gate_up), gate * torch.sigmoid(gate) * up)
     assert gradcheck(ops.swiglu, (gate_up,))
-    assert gradcheck(lambda x: ops.swiglu(x.transpose(0, 1)), (gate_up,))
 
 
 def test_gelu_is_the_tanh_approximation() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from megagrow.config import CheckpointConfig, Config, RunConfig
 from megagrow.parallel import heartbeat
+from megagrow.parallel.watchdog import PUBLISH_SECONDS
 from megagrow.train import run, trainer
 from megagrow.train.stop import StopRequest
 from tests.train.runs import make_config
@@ -56,6 +57,7 @@ def faulty_run(config: Config, fault: str, rank: int, step: int) -> int:
     def faulty(*args: Any, **kwargs: Any) -> Any:
         batch = make_batch(*args, **kwargs)
         if heartbeat.here.step == step and int(os.environ.get("RANK", "0")) == rank:
+            time.sleep(2 * PUBLISH_SECONDS)  # what others will say of this rank is what it has told them
             Path(f"{config.run.dir}.fault").touch()
             FAULTS[fault]()
         return batch

@@ -1,0 +1,171 @@
+"""What a CPU does faster than by torch's own way: float32 products, and causal attention.
+
+Both are operations of their own, so that a compiler takes them as they are. `ops` and `attention_ops` say when they
+serve.
+
+Legend: M, N, K = sizes of a product; in attention B = batch, S = query positions, T = key positions (S <= T),
+N = query heads, K = key/value heads (K divides N), G = N / K, D = head dimension, Q = queries of a block,
+E = keys that they see, and pairs of letters are dimensions joined.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+QUERY_BLOCK = 64  # their scores stay in a core's cache
+PIECE_ROWS = 2048  # of a product that is added to a sum: they stay in the cache until they are
+
+
+def serves_product(a_MK: Tensor, b_NK: Tensor) -> bool:
+    """Whether `product` is the faster way.
+
+    For float32, torch asks MKL, which takes 2.2 times as long as oneDNN on an AMD EPYC 9005 (113 instead of 255 GFLOP/s
+    on a core). For bfloat16, it asks oneDNN anyway.
+    """
+    return (
+        HAS_ONEDNN
+        and a_MK.device.type == "cpu"
+        and a_MK.dtype == b_NK.dtype == torch.float32
+        and a_MK.numel() > 0
+        and b_NK.numel() > 0
+    )
+
+
+# Not oneDNN's operation itself, since the compiler wants constant weights for that.
+@torch.library.custom_op("megagrow::product", mutates_args=())
+def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a·bᵀ [M, N] by oneDNN; both may be strided."""
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+
+
+@product.register_fake
+def _(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    return a_MK.new_empty(len(a_MK), len(b_NK))
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    a_MK, b_NK = ctx.saved_tensors
+    wants_a, wants_b = ctx.needs_input_grad
+    return product(dy_MN, b_NK.T) if wants_a else None, product(dy_MN.T, a_MK.T) if wants_b else None
+
+
+product.register_autograd(_product_backward, setup_context=_keep_inputs)
+
+
+@torch.library.custom_op("megagrow::causal_attention", mutates_args=())
+def causal_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """Softmax attention with scale 1/sqrt(D); the queries are the last S of the T positions.
+
+    A block of queries after the other, each with the keys up to its last query only. The backward pass computes the
+    probabilities again. 1.4 times as fast as torch's fused attention in float32 and 2.5 times in bfloat16 (both
+    directions, 512 positions, D = 64).
+
+    Returns:
+        [B, N, S, D], in memory [B, S, N, D].
+    """
+    y_BNSD = _like_heads(q_BNSD)
+    k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
+    wide_k_XTD = k_XTD.to(_wide(k_XTD))
+    for queries, E in _blocks(q_BNSD.shape[2], k_XTD.shape[1]):
+        q_XQD = _grouped(q_BNSD[:, :, queries], k_BKTD.shape[1])
+        p_XQE = _probabilities(q_XQD, wide_k_XTD[:, :E], queries)
+        y_BNSD[:, :, queries] = torch.bmm(p_XQE, v_XTD[:, :E]).view(y_BNSD[:, :, queries].shape)
+    return y_BNSD
+
+
+@causal_attention.register_fake
+def _(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    return _like_heads(q_BNSD)
+
+
+@torch.library.custom_op("megagrow::causal_attention_backward", mutates_args=())
+def causal_attention_backward(
+    dy_BNSD: Tensor, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, laid out as `causal_attention` lays out its result."""
+    dq_BNSD, dk_BKTD, dv_BKTD = _like_heads(q_BNSD), _like_heads(k_BKTD), _like_heads(v_BKTD)
+    k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
+    wide_k_XTD = k_XTD.to(_wide(k_XTD))
+    dk_XTD, dv_XTD = torch.zeros_like(wide_k_XTD), torch.zeros_like(wide_k_XTD)
+    scale, num_kv_heads = q_BNSD.shape[3] ** -0.5, k_BKTD.shape[1]
+    for queries, E in _blocks(q_BNSD.shape[2], k_XTD.shape[1]):
+        q_XQD, dy_XQD = (_grouped(x_BNSD[:, :, queries], num_kv_heads) for x_BNSD in (q_BNSD, dy_BNSD))
+        p_XQE = _probabilities(q_XQD, wide_k_XTD[:, :E], queries)
+        dp_XQE = torch.bmm(dy_XQD, v_XTD[:, :E].transpose(1, 2))
+        ds_XQE = torch._softmax_backward_data(dp_XQE, p_XQE, -1, p_XQE.dtype)
+        dv_XTD[:, :E] += torch.bmm(p_XQE.transpose(1, 2), dy_XQD)
+        dk_XTD[:, :E] += torch.bmm(ds_XQE.transpose(1, 2), q_XQD)
+        dq_XQD = torch.bmm(ds_XQE, k_XTD[:, :E]).mul_(scale)
+        dq_BNSD[:, :, queries] = dq_XQD.view(dq_BNSD[:, :, queries].shape)
+    dk_BKTD.copy_(dk_XTD.mul_(scale).view(k_BKTD.shape))
+    dv_BKTD.copy_(dv_XTD.view(v_BKTD.shape))
+    return dq_BNSD, dk_BKTD, dv_BKTD
+
+
+@causal_attention_backward.register_fake
+def _(dy_BNSD: Tensor, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_heads(q_BNSD), _like_heads(k_BKTD), _like_heads(v_BKTD)
+
+
+def _attention_backward(ctx: Any, dy_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return causal_attention_backward(dy_BNSD, *ctx.saved_tensors)
+
+
+causal_attention.register_autograd(_attention_backward, setup_context=_keep_inputs)
+
+
+@register_flop_formula(torch.ops.megagrow.product)
+def _product_flops(a_shape: list[int], b_shape: list[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a_shape) * b_shape[0]
+
+
+@register_flop_formula(torch.ops.megagrow.causal_attention)
+def _attention_flops(q_shape: list[int], k_shape: list[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * 2 * math.prod(q_shape) * k_shape[2]  # over all pairs, as torch counts its own
+
+
+@register_flop_formula(torch.ops.megagrow.causal_attention_backward)
+def _attention_backward_flops(dy_shape: list[int], q_shape: list[int], k_shape: list[int], *args: Any, **_: Any) -> int:
+    return 5 * 2 * math.prod(q_shape) * k_shape[2]
+
+
+def _blocks(S: int, T: int) -> Iterator[tuple[slice, int]]:
+    """The queries of each block, and the number of keys up to the last of them."""
+    for start in range(0, S, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, S)
+        yield slice(start, stop), T - S + stop
+
+
+def _probabilities(q_XQD: Tensor, wide_k_XED: Tensor, queries: slice) -> Tensor:
+    """The softmax of a block's scores, which have float32 at least: 16 bits of a score of 20 make it 8 % off."""
+    num_queries = queries.stop - queries.start
+    wide_q_XQD = q_XQD.to(wide_k_XED.dtype)
+    unread = wide_q_XQD.new_empty(())
+    scores_XQE = torch.baddbmm(unread, wide_q_XQD, wide_k_XED.transpose(1, 2), beta=0, alpha=q_XQD.shape[2] ** -0.5)
+    own = scores_XQE.unflatten(1, (-1, num_queries))[..., -num_queries:]
+    own += torch.full((num_queries, num_queries), -torch.inf, dtype=own.dtype).triu(1)
+    return scores_XQE.softmax(-1).to(q_XQD.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _grouped(x_BNQD: Tensor, num_kv_heads: int) -> Tensor:
+    """The queries of all heads that share keys, as if they were those of one head."""
+    return x_BNQD.reshape(x_BNQD.shape[0] * num_kv_heads, -1, x_BNQD.shape[3])
+
+
+def _like_heads(x_BNSD: Tensor) -> Tensor:
+    """Of this shape, in memory [B, S, N, D]: the output projection reads that as it is."""
+    B, N, S, D = x_BNSD.shape
+    return x_BNSD.new_empty(B, S, N, D).transpose(1, 2)
