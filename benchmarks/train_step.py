@@ -52,7 +52,7 @@ SEQUENCES, LEARNING_RATE, SEED = 4, 1e-3, 0
 OPTIM = OptimConfig(weight_decay=0.0, clip_norm=1.0)
 WARM_UP, STEPS, ROUNDS = 2, 6, 3
 FASTER, SMALLER, TENSOR_2 = 1.2, 0.7, 0.8
-LOSSES_AGREE = {"fp32": 1e-3, "bf16": 3e-2}  # over all steps of an arm, against transformers' eager one
+LOSSES_AGREE = {"fp32": 1e-4, "bf16": 1e-2}  # nats, of all arms in the first step: weights and batch are the same
 
 REFERENCES = {"eager": ("eager", False), "SDPA": ("sdpa", False), "SDPA, compiled": ("sdpa", True)}
 OURS = {
@@ -218,8 +218,7 @@ def rows_of(precision: str, found: dict[str, list[dict]]) -> list[Row]:
     work = flops.training_flops(MODEL, num_tokens, MODEL.max_seq_length, "causal")
     matrix = statistics.median(run["peak"] for run in found[PEAK_ARM])
     best, ours = min(REFERENCES, key=seconds.__getitem__), JUDGED[precision]
-    exact = found["eager"][0]["losses"]
-    apart = max(abs(a - b) for arm in seconds for run in found[arm] for a, b in zip(run["losses"], exact, strict=True))
+    first = [run["losses"][0] for arm in seconds for run in found[arm]]
     rows = [Row(f"{precision}: peak of a matrix product", matrix / 1e9, "GFLOP/s")]
     for arm, value in seconds.items():
         side = "transformers" if arm in REFERENCES else "ours"
@@ -242,7 +241,7 @@ def rows_of(precision: str, found: dict[str, list[dict]]) -> list[Row]:
         judge("peak of the process, likewise", peaks["process"][ours] / peaks["process"][best], "<=", SMALLER),
         judge("peak of live tensors, likewise", peaks["live"][ours] / peaks["live"][best], "<=", SMALLER),
         judge("tensor 2 to one process of two threads", seconds["compiled"] / seconds[TENSOR_ARM], ">=", TENSOR_2),
-        judge("largest difference of a loss from transformers', nats", apart, "<=", LOSSES_AGREE[precision]),
+        judge("losses of the first step apart, nats", max(first) - min(first), "<=", LOSSES_AGREE[precision]),
     ]
     return rows
 

@@ -10,7 +10,7 @@ F = FFN size, 3 = (max, sum_exp, label_logit).
 import functools
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, overload
 
@@ -26,6 +26,8 @@ __all__ = [
     "add_product_",
     "attention",
     "check_attention_backend",
+    "compiled_vocab_grad_",
+    "compiled_vocab_stats",
     "document_mask",
     "gate_up_rows",
     "gelu",
@@ -150,18 +152,19 @@ def vocab_stats_torch(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None
     dtype = _wide(logits_TV)
     stats_T3 = torch.zeros(len(logits_TV), 3, dtype=dtype, device=logits_TV.device)
     stats_T3[:, 0] = -torch.inf
-    if valid_TV.shape[1] == 0:
-        return stats_T3
-    for rows in _row_chunks(valid_TV):
-        wide_TV = valid_TV[rows].to(dtype)
-        max_T1 = wide_TV.amax(-1, keepdim=True)
-        # With nothing but -inf the reference point is 0, since -inf - -inf would be NaN.
-        shifted_TV = wide_TV - max_T1.masked_fill(max_T1 == -torch.inf, 0.0)
-        stats_T3[rows, 0] = max_T1[:, 0]
-        stats_T3[rows, 1] = shifted_TV.exp_().sum(-1)
-    here_T, column_T1 = _local_columns(labels_T, valid_TV.shape[1])
-    stats_T3[:, 2] = torch.where(here_T, valid_TV.gather(1, column_T1)[:, 0].to(dtype), 0.0)
+    for rows in _row_chunks(valid_TV) if valid_TV.shape[1] else ():
+        stats_T3[rows] = _vocab_stats(valid_TV[rows], labels_T[rows])
     return stats_T3
+
+
+def _vocab_stats(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    wide_TV = logits_TV.to(_wide(logits_TV))
+    max_T1 = wide_TV.amax(-1, keepdim=True)
+    # With nothing but -inf the reference point is 0, since -inf - -inf would be NaN.
+    sum_exp_T = (wide_TV - max_T1.masked_fill(max_T1 == -torch.inf, 0.0)).exp().sum(-1)
+    here_T, column_T1 = _local_columns(labels_T, wide_TV.shape[1])
+    label_logit_T = torch.where(here_T, wide_TV.gather(1, column_T1)[:, 0], 0.0)
+    return torch.stack((max_T1[:, 0], sum_exp_T, label_logit_T), dim=-1)
 
 
 def vocab_rank(logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
@@ -248,6 +251,33 @@ def vocab_grad_torch_(
         if wide_TV.dtype != logits_TV.dtype:
             valid_TV[rows] = wide_TV
     return logits_TV
+
+
+def compiled_vocab_stats(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """`vocab_stats`, in one pass that torch.compile makes where no kernel serves."""
+    if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
+        return vocab_stats(logits_TV, labels_T)
+    return _compiled(_vocab_stats)(logits_TV, labels_T)
+
+
+def compiled_vocab_grad_(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor) -> Tensor:
+    """`vocab_grad_`, likewise."""
+    if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
+        return vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T)
+    _compiled(_write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
+    return logits_TV
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _write_vocab_grad(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor) -> None:
+    """In the form that a compiler makes one pass of: the twin's scatter would be a pass of its own."""
+    softmax_TV = (logits_TV.to(logsumexp_T.dtype) - logsumexp_T[:, None]).exp()
+    onehot_TV = torch.arange(logits_TV.shape[1], device=logits_TV.device) == labels_T[:, None]
+    logits_TV.copy_((softmax_TV - onehot_TV.to(softmax_TV.dtype)) * scale_T[:, None])
 
 
 def _wide(logits_TV: Tensor) -> torch.dtype:

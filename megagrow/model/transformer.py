@@ -190,7 +190,7 @@ class Transformer(nn.Module):
             self.tp.axis,
             teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
             teacher_head=teacher.head_VH if teacher else None,
-            options=replace(options, chunk_tokens=self.train_config.loss_chunk),
+            options=replace(options, chunk_tokens=self.train_config.loss_chunk, compiled=self.train_config.compile),
         )
         self.loss_sums.append(sums)
         return loss

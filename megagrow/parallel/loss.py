@@ -40,6 +40,7 @@ class LossOptions:
         both: apply ρ to the student too (True), or to the teacher only.
         scale: factor on the distillation term (ρ² for Hinton's convention).
         chunk_tokens: tokens whose logits exist at a time.
+        compiled: fuse the passes over the logits with torch.compile, where no kernel does it.
     """
 
     weight: float = 0.0
@@ -47,6 +48,7 @@ class LossOptions:
     both: bool = False
     scale: float = 1.0
     chunk_tokens: int = 1024
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class _Loss(torch.autograd.Function):
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
             logits_CV = ops.product(hidden_CH, head)
             if teacher_TH is None or teacher_head_VH is None:
-                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard.tp, needs_gradient)
+                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard.tp, needs_gradient, options.compiled)
             else:
                 teacher_CV = ops.product(teacher_TH[part], teacher_head_VH.to(teacher_TH.dtype))
                 sums += _distillation(
@@ -224,21 +226,23 @@ class _Loss(torch.autograd.Function):
         return *grads, *(None,) * 7
 
 
-def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
+def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis, compiled: bool) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the whole vocabulary and the label's logit, from this rank's shard."""
-    stats_C3 = ops.vocab_stats(logits_CV, local_C)
+    stats_C3 = (ops.compiled_vocab_stats if compiled else ops.vocab_stats)(logits_CV, local_C)
     local_max_C, sum_exp_C, label_logit_C = stats_C3.unbind(-1)
     max_C = max_over(local_max_C.clone(), tp)
     merged_2C = sum_over(torch.stack([sum_exp_C * (local_max_C - max_C).exp(), label_logit_C]), tp)
     return merged_2C[0].log() + max_C, merged_2C[1]
 
 
-def _cross_entropy(logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool) -> Tensor:
+def _cross_entropy(
+    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool, compiled: bool
+) -> Tensor:
     """Returns the sums [loss, CE, 0]; turns the logits into their gradient when asked to."""
-    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
+    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp, compiled)
     ce = ((lse_C - label_logit_C) * weights_C).sum()
     if write_gradient:
-        ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C)
+        _write_gradient(logits_CV, local_C, lse_C, weights_C, compiled)
     return torch.stack([ce, ce, torch.zeros_like(ce)])
 
 
@@ -252,16 +256,16 @@ def _distillation(
     write_gradient: bool,
 ) -> Tensor:
     """Returns the sums [loss, CE, KD]; turns the logits into their gradient when asked to."""
-    omega, rho, scale = options.weight, options.temperature, options.scale
+    omega, rho, scale, compiled = options.weight, options.temperature, options.scale, options.compiled
     student_rho = rho if options.both else 1.0
-    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp)
+    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp, compiled)
     teacher_CV = teacher_CV.to(lse_C.dtype).div_(rho)
-    teacher_lse_C, _ = _merged_stats(teacher_CV, torch.full_like(local_C, -1), tp)
+    teacher_lse_C, _ = _merged_stats(teacher_CV, torch.full_like(local_C, -1), tp, compiled)
     if student_rho == 1.0:
         soft_CV, soft_lse_C = logits_CV.to(lse_C.dtype), lse_C
     else:
         soft_CV = logits_CV.to(lse_C.dtype) / student_rho
-        soft_lse_C, _ = _merged_stats(soft_CV, torch.full_like(local_C, -1), tp)
+        soft_lse_C, _ = _merged_stats(soft_CV, torch.full_like(local_C, -1), tp, compiled)
     p_CV = (teacher_CV - teacher_lse_C.unsqueeze(-1)).exp_()
     cross_C = sum_over((p_CV * (teacher_CV - soft_CV)).sum(-1), tp)
     kd = ((cross_C - teacher_lse_C + soft_lse_C) * weights_C).sum() * scale
@@ -269,6 +273,10 @@ def _distillation(
     if write_gradient:
         kd_weight_C = weights_C * (omega * scale / student_rho)
         kd_grad_CV = (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
-        ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C * (1 - omega))
+        _write_gradient(logits_CV, local_C, lse_C, weights_C * (1 - omega), compiled)
         logits_CV.add_(kd_grad_CV.to(logits_CV.dtype))
     return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])
+
+
+def _write_gradient(logits_CV: Tensor, local_C: Tensor, lse_C: Tensor, weights_C: Tensor, compiled: bool) -> None:
+    (ops.compiled_vocab_grad_ if compiled else ops.vocab_grad_)(logits_CV, local_C, lse_C, weights_C)

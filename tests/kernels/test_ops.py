@@ -249,3 +249,25 @@ def test_a_broken_triton_is_named_once(fresh_ops: pytest.MonkeyPatch) -> None:
         assert module._kernels(fake("cuda", torch.float32)) is None
         assert module._kernels(fake("cuda", torch.float32)) is None
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_compiled_vocabulary_functions_give_what_the_twins_give(dtype: torch.dtype) -> None:
+    logits_TV, labels_T = normal(5, 70, dtype=dtype) * 9, torch.tensor([0, 69, -1, 33, 70])
+    logits_TV[0, 3], logits_TV[4] = -torch.inf, -torch.inf
+    stats_T3 = ops.vocab_stats_torch(logits_TV, labels_T)
+    torch.testing.assert_close(ops.compiled_vocab_stats(logits_TV, labels_T), stats_T3)
+    logsumexp_T = stats_T3[:, 0] + stats_T3[:, 1].log()
+    scale_T = normal(5, dtype=stats_T3.dtype)
+    rest = logits_TV[:4].clone(), labels_T[:4], logsumexp_T[:4], scale_T[:4]
+    expected = ops.vocab_grad_torch_(rest[0].clone(), *rest[1:])
+    given = ops.compiled_vocab_grad_(*rest)
+    assert given is rest[0]
+    torch.testing.assert_close(given, expected)
+
+
+def test_compiled_vocabulary_functions_take_empty_shards() -> None:
+    stats_T3 = ops.compiled_vocab_stats(torch.empty(3, 0), torch.tensor([-1, -1, -1]))
+    assert stats_T3[:, 0].eq(-torch.inf).all() and stats_T3[:, 1:].eq(0).all()
+    empty = torch.empty(3, 0)
+    assert ops.compiled_vocab_grad_(empty, torch.tensor([-1, -1, -1]), torch.zeros(3), torch.zeros(3)) is empty
