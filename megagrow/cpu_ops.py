@@ -9,7 +9,7 @@ E = keys that they see, and pairs of letters are dimensions joined.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -95,15 +95,17 @@ def causal_attention_backward(
     dq_BNSD, dk_BKTD, dv_BKTD = _like_heads(q_BNSD), _like_heads(k_BKTD), _like_heads(v_BKTD)
     k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
     wide_k_XTD = k_XTD.to(_wide(k_XTD))
-    dk_XTD, dv_XTD = torch.zeros_like(wide_k_XTD), torch.zeros_like(wide_k_XTD)
+    dk_XTD, dv_XTD = torch.empty_like(wide_k_XTD), torch.empty_like(wide_k_XTD)
     scale, num_kv_heads = q_BNSD.shape[3] ** -0.5, k_BKTD.shape[1]
-    for queries, E in _blocks(q_BNSD.shape[2], k_XTD.shape[1]):
+    add: Callable[[Tensor, Tensor], Tensor] = Tensor.copy_  # the last queries come first: they see all keys
+    for queries, E in reversed(list(_blocks(q_BNSD.shape[2], k_XTD.shape[1]))):
         q_XQD, dy_XQD = (_grouped(x_BNSD[:, :, queries], num_kv_heads) for x_BNSD in (q_BNSD, dy_BNSD))
         p_XQE = _probabilities(q_XQD, wide_k_XTD[:, :E], queries)
         dp_XQE = torch.bmm(dy_XQD, v_XTD[:, :E].transpose(1, 2))
         ds_XQE = torch._softmax_backward_data(dp_XQE, p_XQE, -1, p_XQE.dtype)
-        dv_XTD[:, :E] += torch.bmm(p_XQE.transpose(1, 2), dy_XQD)
-        dk_XTD[:, :E] += torch.bmm(ds_XQE.transpose(1, 2), q_XQD)
+        add(dv_XTD[:, :E], torch.bmm(p_XQE.transpose(1, 2), dy_XQD))
+        add(dk_XTD[:, :E], torch.bmm(ds_XQE.transpose(1, 2), q_XQD))
+        add = Tensor.add_
         dq_XQD = torch.bmm(ds_XQE, k_XTD[:, :E]).mul_(scale)
         dq_BNSD[:, :, queries] = dq_XQD.view(dq_BNSD[:, :, queries].shape)
     dk_BKTD.copy_(dk_XTD.mul_(scale).view(k_BKTD.shape))

@@ -317,11 +317,12 @@ def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_product_(total_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
-    """total += a·bᵀ, where the total may have a wider dtype."""
+def add_product_(total_MN: Tensor, a_MK: Tensor, b_NK: Tensor, is_first: bool = False) -> None:
+    """total += a·bᵀ, or for the first total = a·bᵀ; the total may have a wider dtype."""
+    add = Tensor.copy_ if is_first else Tensor.add_
     num_rows = cpu_ops.PIECE_ROWS if total_MN.device.type == "cpu" else max(len(total_MN), 1)
     for total_RN, a_RK in zip(total_MN.split(num_rows), a_MK.split(num_rows), strict=True):
-        total_RN += product(a_RK, b_NK)
+        add(total_RN, product(a_RK, b_NK))
 
 
 def gate_up_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:

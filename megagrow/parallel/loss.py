@@ -187,7 +187,8 @@ class _Loss(torch.autograd.Function):
         sums = torch.zeros(3, dtype=wide, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
         # Summed over many chunks, which the head's own dtype would round each time.
-        grad_head = torch.zeros_like(head_VH, dtype=wide) if needs_gradient else None
+        make_head = torch.empty_like if len(hidden_TH) else torch.zeros_like  # the first chunk writes it
+        grad_head = make_head(head_VH, dtype=wide) if needs_gradient else None
         for start in range(0, hidden_TH.shape[0], options.chunk_tokens):
             part = slice(start, start + options.chunk_tokens)
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
@@ -207,7 +208,7 @@ class _Loss(torch.autograd.Function):
                 )
             if grad_hidden is not None and grad_head is not None:
                 grad_hidden[part] = ops.product(logits_CV, head.T)
-                ops.add_product_(grad_head, logits_CV.T, hidden_CH.T)
+                ops.add_product_(grad_head, logits_CV.T, hidden_CH.T, is_first=start == 0)
             del logits_CV  # before the next chunk's exist
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.scaled = False

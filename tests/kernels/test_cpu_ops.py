@@ -78,7 +78,10 @@ def test_products_are_added_in_pieces(dtype: torch.dtype, monkeypatch: pytest.Mo
     wide = torch.promote_types(dtype, torch.float32)
     total_MN = torch.ones(10, 5, dtype=wide)
     ops.add_product_(total_MN, a_MK, b_NK)
-    torch.testing.assert_close(total_MN, 1 + (a_MK.double() @ b_NK.double().T).to(dtype).to(wide))
+    expected = (a_MK.double() @ b_NK.double().T).to(dtype).to(wide)
+    torch.testing.assert_close(total_MN, 1 + expected)
+    ops.add_product_(total_MN, a_MK, b_NK, is_first=True)
+    torch.testing.assert_close(total_MN, expected)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
