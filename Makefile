@@ -11,7 +11,7 @@ pip := $(bin)/python -m pip install --quiet -c $(CONSTRAINTS)
 installed := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check parity faults bench kernels clean
+.PHONY: help setup quickstart test check parity faults bench kernels gpu clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
@@ -49,6 +49,11 @@ bench: setup ## the benchmarks; results in benchmarks/results
 
 kernels: setup ## the tests of the kernels: compiled where there is a GPU, else interpreted
 	$(bin)/python -m pytest tests/kernels
+
+# With the python that is there, from the source tree: torch has to be one that sees the GPU.
+gpu: ## the tests of the kernels and training steps on one GPU (ten minutes); results in benchmarks/results
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest tests/kernels
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_train.py
 
 clean: ## remove what was built and cached, not .venv and runs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -38,8 +38,11 @@ def materialize(
 
 
 def _wrap(module: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: torch.dtype | None) -> None:
+    # torch sums the gradients of a backward pass in two halves in the dtype of the gathered weights: in 16 bits
+    # later microbatches would be lost beside the sum. Gathered in float32, they are cast at each use.
+    gathered = None if mesh.parallel.splits_backward else dtype
     policy = MixedPrecisionPolicy(
-        param_dtype=dtype,
+        param_dtype=gathered,
         reduce_dtype=torch.float32 if dtype else None,
         cast_forward_inputs=False,  # the tokens' weights in the loss are an input: rounded, they would scale it
     )

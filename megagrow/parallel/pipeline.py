@@ -93,8 +93,11 @@ class Engine:
         all_stages = pipeline_stages(model.num_layers, mesh.parallel)
         self.stages = [stage for stage in all_stages if stage.rank == mesh.pp.rank]
         # Each with stages of its own: torch would set them up anew at every change between training and evaluation.
-        self.schedule = self._make_schedule(activation, ids) if mesh.pp.size > 1 else None
-        self.forward_schedule = _forward_only(self._make_schedule(activation, ids)) if mesh.pp.size > 1 else None
+        self.schedule, self.forward_schedule = None, None
+        if mesh.pp.size > 1:
+            self.schedule = self._make_schedule(self._make_stages(activation, ids))
+            self._forward_stages = self._make_stages(activation, ids)
+            self.forward_schedule = _forward_only(self._make_schedule(self._forward_stages))
         tied_ends = model.tied_embeddings and mesh.pp.size > 1
         self.ties_here = tied_ends and self.has_first and self.has_last
         self.ties_across = tied_ends and self.has_first != self.has_last
@@ -140,6 +143,8 @@ class Engine:
                     self.modules[0](part.ids, **part.inputs())
             else:
                 self._run_schedule(self.forward_schedule.eval, batch)
+                for stage in self._forward_stages:
+                    stage.clear_runtime_states()  # results of all microbatches
         for module in self.modules:
             reshard(module)
         return self._global_sums()
@@ -187,9 +192,9 @@ class Engine:
         recorded.clear()
         return broadcast_from(sum_over(sums, self.mesh.tokens), self.mesh.loss_rank, self.mesh.pp)
 
-    def _make_schedule(self, activation: Tensor, ids: Tensor) -> Any:
+    def _make_stages(self, activation: Tensor, ids: Tensor) -> list[PipelineStage]:
         loss = torch.empty(1, dtype=torch.float32, device="meta")
-        stages = [
+        return [
             PipelineStage(
                 module,
                 stage.index,
@@ -201,6 +206,8 @@ class Engine:
             )
             for module, stage in zip(self.modules, self.stages, strict=True)
         ]
+
+    def _make_schedule(self, stages: list[PipelineStage]) -> Any:
         kind = get_schedule_class(self.mesh.parallel.schedule)
         takes_one = self.mesh.parallel.schedule == "1F1B"
         given: Any = stages[0] if takes_one else stages

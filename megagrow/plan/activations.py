@@ -81,15 +81,16 @@ def kept_without_recompute(layout: Layout, device: DeviceType) -> dict[str, int]
 
 
 def weight_copies(layout: Layout, device: DeviceType) -> int:
-    """Weights of a block in the dtype of compute; FSDP2 casts once per gathering, without it every microbatch does.
+    """Weights of a block in the dtype of compute, if microbatches cast them; else FSDP2 does once per gathering.
 
     A CPU copies those of gate and up in any case, to have them one after the other.
     """
-    if layout.uses_fsdp or layout.width == 4:
+    if not layout.casts_at_use:
         copied = device == "cpu" and layout.model.activation == "swiglu"
         return layout.width * _gate_up_elements(layout) if copied else 0
     names = layer_names(layout.model)
-    return layout.width * sum(stored_elements(layout, name) for name in names if role_of(name).kind != "bias")
+    shard = layout.shard if layout.uses_fsdp else 1
+    return layout.width * shard * sum(stored_elements(layout, name) for name in names if role_of(name).kind != "bias")
 
 
 def _gate_up_elements(layout: Layout) -> int:
@@ -260,7 +261,7 @@ def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None)
     matrix = rows * model.hidden_size
     logits = min(layout.config.train.loss_chunk, layout.tokens) * rows
     kept = size.whole + 4 * matrix
-    copy = width * matrix if width == 2 and not layout.uses_fsdp else 0
+    copy = width * matrix if layout.casts_at_use else 0
     piece = min(rows, PIECE_ROWS) if device == "cpu" else rows
     added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
     working = copy + width * logits + max(added, size.whole)

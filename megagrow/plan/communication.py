@@ -118,7 +118,7 @@ def data_traffic(layout: Layout, rank: int) -> Iterator[Traffic]:
         return
     shard, unit = layout.shard, rank_unit(layout, rank)
     gathered = sum(_gathered_elements(layout, stage) for stage in layout.rank_stages(rank))
-    yield Traffic("shard", "parameters", all_gather(gathered * shard * layout.width, shard))
+    yield Traffic("shard", "parameters", all_gather(gathered * shard * layout.gathered_width, shard))
     yield Traffic("shard", "gradients", all_gather(unit.stored * shard * REDUCED, shard))
     yield Traffic("replicate", "gradients", all_reduce(unit.stored * REDUCED, layout.replicate))
 
@@ -139,4 +139,4 @@ def _gathered_elements(layout: Layout, stage: Stage) -> int:
 
 def _embedding_width(layout: Layout) -> int:
     """Bytes of an element of looked-up rows: gathered weights have the dtype of compute, stored ones float32."""
-    return layout.width if layout.uses_fsdp else 4
+    return layout.gathered_width if layout.uses_fsdp else 4

@@ -84,6 +84,16 @@ class Layout:
         return 2 if self.config.train.precision == "bf16" else 4
 
     @cached_property
+    def gathered_width(self) -> int:
+        """Bytes of an element of what FSDP2 gathers: float32 where the backward pass is in two halves."""
+        return 4 if self.config.parallel.splits_backward else self.width
+
+    @cached_property
+    def casts_at_use(self) -> bool:
+        """Whether every microbatch casts the weights that it multiplies by."""
+        return self.width == 2 and not (self.uses_fsdp and self.gathered_width == 2)
+
+    @cached_property
     def activation(self) -> int:
         """Bytes of the residual stream of one microbatch: what travels between stages."""
         return self.cut_tokens * self.model.hidden_size * self.width

@@ -176,7 +176,7 @@ def _buffers(layout: Layout, stages: list[Stage]) -> Parts:
     """What torch's stages receive into: a buffer for each microbatch, all of them there from the first step on.
 
     Schedules of several stages also hold on to all that they have sent until the step is over. Evaluation has stages of
-    its own, with buffers and with results that stay until the next evaluation.
+    its own, with buffers that stay.
     """
     if layout.pipeline == 1:
         return Parts()
@@ -196,7 +196,7 @@ def _gathered(layout: Layout, costs: list[_StageCost]) -> Parts:
     if layout.pipeline == 1 or not layout.uses_fsdp:
         return Parts()
     sizes = sorted((cost.all.gathered for cost in costs), reverse=True)
-    return Parts({"gathered parameters": layout.width * sum(sizes[:GATHERED_STAGES])})
+    return Parts({"gathered parameters": layout.gathered_width * sum(sizes[:GATHERED_STAGES])})
 
 
 def _passes(layout: Layout, cost: _StageCost, accumulates: bool) -> Iterator[tuple[str, Parts]]:
@@ -231,7 +231,7 @@ def _root(layout: Layout, other: Unit) -> Parts:
     """What FSDP2 has gathered while nothing but the parameters outside of the blocks is in use, without a pipeline."""
     if layout.pipeline > 1 or not layout.uses_fsdp:
         return Parts()
-    return Parts({"gathered parameters": layout.width * other.gathered})
+    return Parts({"gathered parameters": layout.gathered_width * other.gathered})
 
 
 def _around_block(layout: Layout, cost: _StageCost, has_later: bool) -> Parts:
@@ -241,5 +241,5 @@ def _around_block(layout: Layout, cost: _StageCost, has_later: bool) -> Parts:
     """
     if layout.pipeline > 1 or not layout.uses_fsdp:
         return Parts()
-    gathered = layout.width * (cost.other.gathered + 2 * cost.block.gathered)
+    gathered = layout.gathered_width * (cost.other.gathered + 2 * cost.block.gathered)
     return Parts({"gathered parameters": gathered, "gathered gradients": GRADIENT * cost.block.gathered * has_later})

@@ -1,4 +1,4 @@
-"""Gradients of microbatches are summed in float32, whatever the dtype of compute: small ones are not lost beside large ones."""
+"""Gradients of microbatches are summed in float32, whatever the dtype of compute: small ones are not lost."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow.config import Config, ParallelConfig, TrainConfig
+from megagrow.config import Config, DataConfig, ParallelConfig, TrainConfig
 from megagrow.evaluate import make_batch
 from megagrow.parallel.mesh import make_mesh
 from megagrow.parallel.shards import local
@@ -48,6 +48,7 @@ def lost(found: list[dict[str, Tensor]]) -> float:
 def test_small_microbatches_are_not_lost(schedule: Any) -> None:
     config = Config(
         model=DEEP,
+        data=DataConfig(seq_length=SEQ),
         parallel=ParallelConfig(pipeline=2, schedule=schedule),
         train=TrainConfig(global_batch_size=BATCH, microbatch_size=1, precision="bf16"),
     )
