@@ -108,7 +108,7 @@ def reference_step(arm: str, precision: str) -> Step:
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
         adamw.step()
         adamw.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megagrow.__main__ import main as megagrow_main
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 model: {vocab_size: 128256, hidden_size: 8192, num_layers: 80, num_heads: 64, num_kv_heads: 8, ffn_size: 28672}
@@ -94,3 +96,29 @@ def test_no_layout_fits() -> None:
 def test_wrong_usage_is_one_line(arguments: list[str]) -> None:
     done = plan(*arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_dry_run_of_the_run_itself_shows_the_plan_and_leaves_nothing(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    arguments = ["llama_125m", "--parallel.pipeline", "2", "--dry-run", "--run.dir", str(tmp_path / "run")]
+    assert megagrow_main(arguments) == 0
+    shown = capfd.readouterr().out
+    assert "built without memory: 2 ranks" in shown and "67,053,312" in shown
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert megagrow_main(arguments) == 0
+    assert "built without memory: 8 ranks" in capfd.readouterr().out
+    monkeypatch.setenv("RANK", "3")
+    assert megagrow_main(arguments) == 0
+    assert capfd.readouterr().out == "", "the first rank speaks"
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert megagrow_main(["llama_125m", "--dry-run", "--parallel.tensor", "2"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("megagrow: error: ") and error.count("\n") == 1
