@@ -11,6 +11,7 @@ outlives a call.
 
 import copy
 import faulthandler
+import functools
 import gc
 import multiprocessing
 import os
@@ -99,19 +100,25 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         raise ValueError(f"world_size={world_size} is not between 1 and {MAX_RANKS}")
     _grow_pool(world_size)
     deadline = time.monotonic() + timeout
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        call = Call(fn, args, kwargs, world_size, timeout, deadline, folder)
-        message = pickle.dumps(call)
-        try:
-            for worker in _pool[:world_size]:
-                worker.connection.send_bytes(message)
-            replies = _receive(call)
-        except BaseException:
-            shutdown()
-            raise
-        if len(replies) < world_size or any(not worker.process.is_alive() for worker in _pool):
-            shutdown()
-        return _results(call, replies)
+    folder = tempfile.mkdtemp(dir=_all_folders().name)
+    call = Call(fn, args, kwargs, world_size, timeout, deadline, folder)
+    message = pickle.dumps(call)
+    try:
+        for worker in _pool[:world_size]:
+            worker.connection.send_bytes(message)
+        replies = _receive(call)
+    except BaseException:
+        shutdown()
+        raise
+    if len(replies) < world_size or any(not worker.process.is_alive() for worker in _pool):
+        shutdown()
+    return _results(call, replies)
+
+
+@functools.cache
+def _all_folders() -> tempfile.TemporaryDirectory[str]:
+    """Until this process ends: a rank whose store is collected late opens its file again, and dies if it is gone."""
+    return tempfile.TemporaryDirectory(prefix="ranks-")
 
 
 def shutdown() -> None:

@@ -218,13 +218,18 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
-        if not ctx.scaled:  # schedules that split the backward ask twice, for one gradient each time
+        if not (ctx.scaled or _is_one(grad_loss)):  # schedules that split the backward ask twice
             for grad in grads:
                 # In place, since the head's is large; in the factor's float32, since 1/3 rounded to bfloat16 would make
                 # every gradient 0.2 % off; behind autograd's back, which would refuse to read it again.
                 grad.data.mul_(grad_loss)
             ctx.scaled = True
         return *grads, *(None,) * 7
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Where asking is free; a GPU would have to stop for it."""
+    return factor.device.type == "cpu" and bool((factor == 1).all())
 
 
 def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis, compiled: bool) -> tuple[Tensor, Tensor]:
