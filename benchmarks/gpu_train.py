@@ -12,6 +12,8 @@ in its row.
 import argparse
 import itertools
 import json
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +40,7 @@ from megagrow.plan.measure import peak_memory
 from megagrow.plan.memory import step_memory
 from megagrow.roles import num_parameters
 from megagrow.train.learner import ModelLearner
-from megagrow.train.part import build_part, compute_dtype, initialize_part
+from megagrow.train.part import build_part, compute_dtype
 
 WARM_UP, STEPS = 3, 8
 SECONDS, ARM_SECONDS = 460.0, 150.0  # for all arms, and for the longest
@@ -103,7 +105,8 @@ def measure(case: Case, compiled: bool, kernels: bool) -> dict[str, Any]:
     def run() -> list[float]:
         nonlocal learner
         part = build_part(case.model, config, mesh)
-        initialize_part(part, seed=0)
+        for parameter in part.parameters.values():  # on the device: minutes of a host's random numbers show nothing
+            torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
         learner = ModelLearner(part, Optimizer(part.parameters, config.optim), config)
         seconds, guard = [], StepGuard()
         for _ in range(WARM_UP + STEPS):
@@ -139,8 +142,15 @@ def launch(name: str, compiled: bool, kernels: bool, seconds: float) -> dict[str
         except subprocess.TimeoutExpired:
             return {"failed": f"not done in {seconds:.0f} s"}
         if done.returncode:
-            return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
+            return {"failed": reason(done.stderr) or f"exit code {done.returncode}"}
         return json.loads(answer.read_text())
+
+
+def reason(errors: str) -> str:
+    """The last line that names an error; what follows it may be advice."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)\b", line)]
+    return (named or lines or [""])[-1][:500]
 
 
 def row(name: str, case: Case, compiled: bool, kernels: bool, found: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no arm is started")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output", type=Path, help="a folder for a copy of the results")
     parser.add_argument("--arm", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cases = CASES | TINY
@@ -210,7 +222,7 @@ def main() -> None:
         print("gpu_train: no GPU here: nothing to measure; --tiny tries the script without one")
         return
     began, rows = time.perf_counter(), []
-    for name, compiled, kernels in arms(TINY if arguments.tiny else CASES):
+    for name, compiled, kernels in arms(TINY if arguments.tiny else {name: CASES[name] for name in arguments.models}):
         left = arguments.seconds - (time.perf_counter() - began)
         if left > 0:
             found = launch(name, compiled, kernels, min(ARM_SECONDS, left + 30))
@@ -218,7 +230,9 @@ def main() -> None:
             found = {"failed": "the time was up"}
         rows.append(row(name, cases[name], compiled, kernels, found))
         if not arguments.tiny:
-            save("gpu_train", rows, aim=AIM)
+            path = save("gpu_train", rows, aim=AIM)
+            if arguments.output:
+                shutil.copy(path, arguments.output)
     show(rows)
     if arguments.tiny and any("failed" in each for each in rows):
         sys.exit(1)

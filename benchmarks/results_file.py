@@ -62,5 +62,8 @@ def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
 
 def _commit() -> str:
     command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:  # no git on this machine
+        return "unknown"
     return found.stdout.strip() or "unknown"

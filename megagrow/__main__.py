@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 
 from megagrow.command_line import parse, without_dry_run
-from megagrow.config import Config
+from megagrow.config import Config, require
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.plan import Plan, dry_run, make_plan, show
 from megagrow.train import run
@@ -34,12 +34,14 @@ def show_plan(config: Config) -> None:
     """Prints the plan for the launcher's ranks, or for the fewest that the layout needs, and what they would build.
 
     Raises:
-        ConfigError: the layout is not valid; the first broken rule with its remedy.
+        ConfigError: the layout is not valid: each broken rule with its remedy; or no number of ranks.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     fewest = config.parallel.model_ranks * config.parallel.replicate
-    plan = make_plan(config, int(os.environ.get("WORLD_SIZE", fewest)))
+    ranks = os.environ.get("WORLD_SIZE", str(fewest))
+    require(ranks.isdecimal() and int(ranks) > 0, f"WORLD_SIZE={ranks!r} of the environment is not a number of ranks")
+    plan = make_plan(config, int(ranks))
     if not isinstance(plan, Plan):
         raise ConfigError("; ".join(plan))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)

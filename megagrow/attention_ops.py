@@ -67,8 +67,7 @@ def attention(
         documents: queries see keys of their own document only: `document_mask(…)`, built once for all layers with the
             same `causal`, or what that is built from, the pair (query_documents_BS, key_documents_BT).
         backend: `sdpa`: torch's own kernels, FlexAttention for documents on a GPU, our own on a CPU. `flash_attn`: that
-            package; without
-            documents, 16-bit tensors on a GPU only.
+            package; without documents, 16-bit tensors on a GPU only.
 
     Returns:
         [B, N, S, D]

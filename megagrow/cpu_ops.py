@@ -45,7 +45,7 @@ def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 @product.register_fake
 def _(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    return a_MK.new_empty(len(a_MK), len(b_NK))
+    return a_MK.new_empty(a_MK.shape[0], b_NK.shape[0])  # len() would fix the sizes
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -66,7 +66,7 @@ def causal_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
     """Softmax attention with scale 1/sqrt(D); the queries are the last S of the T positions.
 
     A block of queries after the other, each with the keys up to its last query only. The backward pass computes the
-    probabilities again. 1.4 times as fast as torch's fused attention in float32 and 2.5 times in bfloat16 (both
+    probabilities again. 1.2 times as fast as torch's fused attention in float32 and 1.7 times in bfloat16 (both
     directions, 512 positions, D = 64).
 
     Returns:
@@ -164,7 +164,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _grouped(x_BNQD: Tensor, num_kv_heads: int) -> Tensor:
     """The queries of all heads that share keys, as if they were those of one head."""
-    return x_BNQD.reshape(x_BNQD.shape[0] * num_kv_heads, -1, x_BNQD.shape[3])
+    B, N, Q, D = x_BNQD.shape
+    return x_BNQD.reshape(B * num_kv_heads, N // num_kv_heads * Q, D)
 
 
 def _like_heads(x_BNSD: Tensor) -> Tensor:

@@ -307,7 +307,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not cpu_ops.serves_product(x, weight):
         return F.linear(x, weight, bias)
-    y = cpu_ops.product(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    y = cpu_ops.product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 

@@ -77,3 +77,14 @@ def test_both_sides_of_train_step_start_alike(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(train_step, "OURS", {"plain": train_step.TrainConfig()})
     ours, theirs = train_step.our_step("plain", "fp32"), train_step.reference_step("eager", "fp32")
     assert [ours() for _ in range(3)] == pytest.approx([theirs() for _ in range(3)], abs=2e-5)
+
+
+def test_the_reason_of_a_failed_arm_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = load("gpu_train", monkeypatch).reason
+    advice = "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace"
+    assert (
+        reason(f"Traceback\n  line\ntorch._dynamo.exc.BackendError: no\n\n{advice}\n")
+        == "torch._dynamo.exc.BackendError: no"
+    )
+    assert reason("killed\n") == "killed"
+    assert reason("") == ""

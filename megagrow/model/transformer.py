@@ -16,6 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from megagrow import ops
 from megagrow.config import ModelConfig, TrainConfig
 from megagrow.model.attention import Attention, rotary_table
 from megagrow.model.dropout import dropout
@@ -162,7 +163,7 @@ class Transformer(nn.Module):
     def logits(self, ids_BS: Tensor) -> Tensor:
         """Logits [B, S, local vocabulary], for one pipeline stage (tests, generation, conversion)."""
         x_BSH = self(ids_BS)
-        return x_BSH @ self.head_VH.to(x_BSH.dtype).T
+        return ops.linear(x_BSH, self.head_VH.to(x_BSH.dtype))
 
     def _embed(self, ids_BS: Tensor, keys_BL: Tensor | None) -> Tensor:
         positions_S = local_positions(ids_BS.shape[1] * self.cp.size, self.cp.rank, self.cp.size, ids_BS.device)

@@ -41,7 +41,7 @@ class TensorParallel:
         axis: the ranks that share each matrix.
         sequence: whether activations outside of sharded regions are cut along the sequence.
         overlap: start the backward's reduction before the weights' gradients, which then hide it. Schedules that split
-            the backward in two would run such a layer's whole backward twice.
+            the backward in two would run such a layer's whole backward twice, as that of any operation of our own.
     """
 
     axis: Axis = Axis()
@@ -51,6 +51,10 @@ class TensorParallel:
     @staticmethod
     def of(mesh: Mesh) -> "TensorParallel":
         return TensorParallel(mesh.tp, mesh.sequence_parallel, not mesh.parallel.splits_backward)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x·weightᵀ + bias; by torch's own operation where the backward pass is split: each half of it runs once."""
+        return ops.linear(x, weight, bias) if self.overlap else F.linear(x, weight, bias)
 
     def enter(self, x_BSH: Tensor) -> Tensor:
         """Activations as a sharded region needs them: whole, with gradients summed."""
@@ -105,7 +109,7 @@ class ColumnParallelLinear(Linear):
         return piece if self.rows is None else piece[self.rows]
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, *self.operands(x.dtype))
+        return self.tp.linear(x, *self.operands(x.dtype))
 
 
 def column_parallel(x_BSH: Tensor, tp: TensorParallel, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
@@ -159,7 +163,7 @@ class RowParallelLinear(Linear):
     """Input features are sharded: [..., in / tp] -> [..., out], summed over the tensor axis; bias added once."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tp.leave(ops.linear(x, local(self.weight).to(x.dtype)))
+        y = self.tp.leave(self.tp.linear(x, local(self.weight).to(x.dtype)))
         return y if self.bias is None else y + local(self.bias).to(x.dtype)
 
 

@@ -211,19 +211,21 @@ class _Loss(torch.autograd.Function):
                 ops.add_product_(grad_head, logits_CV.T, hidden_CH.T, is_first=start == 0)
             del logits_CV  # before the next chunk's exist
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.scaled = False
+        ctx.factor = None
         ctx.mark_non_differentiable(sums)
         return sums[:1].clone(), sums
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
-        if not (ctx.scaled or _is_one(grad_loss)):  # schedules that split the backward ask twice
-            for grad in grads:
+        if ctx.factor is None:  # else it is the other half of a split backward pass
+            ctx.factor = grad_loss
+            for grad in () if _is_one(grad_loss) else grads:
                 # In place, since the head's is large; in the factor's float32, since 1/3 rounded to bfloat16 would make
                 # every gradient 0.2 % off; behind autograd's back, which would refuse to read it again.
                 grad.data.mul_(grad_loss)
-            ctx.scaled = True
+        elif grad_loss.device.type == "cpu" and not torch.equal(ctx.factor, grad_loss):
+            raise RuntimeError("a second backward pass through one loss must have the first one's factor")
         return *grads, *(None,) * 7
 
 

@@ -270,6 +270,19 @@ def test_the_gradient_follows_what_multiplies_the_loss() -> None:
     torch.testing.assert_close(thrice.grad_head, 3 * once.grad_head, rtol=1e-14, atol=0)
 
 
+def test_a_second_backward_pass_gives_the_same_gradients_or_is_refused() -> None:
+    """Schedules that split the backward pass ask for one gradient at a time; the factor is multiplied in once."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TH = torch.randn(5, 4, generator=generator, requires_grad=True)
+    head_VH = torch.randn(7, 4, generator=generator, requires_grad=True)
+    loss, _ = vocab_parallel_loss(hidden_TH, head_VH, torch.arange(5), torch.ones(5), 7, Axis())
+    both = torch.autograd.grad(3 * loss.sum(), (hidden_TH, head_VH), retain_graph=True)
+    halves = [torch.autograd.grad(3 * loss.sum(), x, retain_graph=True)[0] for x in (hidden_TH, head_VH)]
+    assert all(torch.equal(once, again) for once, again in zip(both, halves, strict=True))
+    with pytest.raises(RuntimeError, match="must have the first one's factor"):
+        torch.autograd.grad(5 * loss.sum(), hidden_TH)
+
+
 def test_a_factor_is_not_rounded_to_the_activations() -> None:
     """1/3 in bfloat16 is 0.2 % too large, and every gradient would be."""
     p = problem(torch.bfloat16)

@@ -122,3 +122,12 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert megagrow_main(["llama_125m", "--dry-run", "--parallel.tensor", "2"]) == 2
     error = capfd.readouterr().err
     assert error.startswith("megagrow: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("ranks", ["abc", "", "0", "-2"])
+def test_a_dry_run_wants_a_number_of_ranks(
+    ranks: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert megagrow_main(["llama_125m", "--dry-run"]) == 2
+    assert f"WORLD_SIZE={ranks!r}" in capfd.readouterr().err
