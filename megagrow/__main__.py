@@ -8,7 +8,7 @@ import sys
 
 from rich.console import Console
 
-from megagrow.command_line import parse, without_dry_run
+from megagrow.command_line import DRY_RUN, parse, without_dry_run
 from megagrow.config import Config, require
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.plan import Plan, dry_run, make_plan, show
@@ -17,10 +17,9 @@ from megagrow.train import run
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    described = without_dry_run(arguments)
     try:
-        config = parse(described)
-        if len(described) < len(arguments):
+        config = parse(without_dry_run(arguments))
+        if DRY_RUN in arguments:
             show_plan(config)
             return 0
     except MegagrowError as error:

@@ -74,7 +74,7 @@ def causal_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
     """
     y_BNSD = _like_heads(q_BNSD)
     k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
-    wide_k_XTD = k_XTD.to(_wide(k_XTD))
+    wide_k_XTD = k_XTD.to(wide_dtype(k_XTD))
     for queries, E in _blocks(q_BNSD.shape[2], k_XTD.shape[1]):
         q_XQD = _grouped(q_BNSD[:, :, queries], k_BKTD.shape[1])
         p_XQE = _probabilities(q_XQD, wide_k_XTD[:, :E], queries)
@@ -94,7 +94,7 @@ def causal_attention_backward(
     """The gradients of q, k and v, laid out as `causal_attention` lays out its result."""
     dq_BNSD, dk_BKTD, dv_BKTD = _like_heads(q_BNSD), _like_heads(k_BKTD), _like_heads(v_BKTD)
     k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
-    wide_k_XTD = k_XTD.to(_wide(k_XTD))
+    wide_k_XTD = k_XTD.to(wide_dtype(k_XTD))
     dk_XTD, dv_XTD = torch.empty_like(wide_k_XTD), torch.empty_like(wide_k_XTD)
     scale, num_kv_heads = q_BNSD.shape[3] ** -0.5, k_BKTD.shape[1]
     add: Callable[[Tensor, Tensor], Tensor] = Tensor.copy_  # the last queries come first: they see all keys
@@ -158,7 +158,8 @@ def _probabilities(q_XQD: Tensor, wide_k_XED: Tensor, queries: slice) -> Tensor:
     return scores_XQE.softmax(-1).to(q_XQD.dtype)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32 at least, for sums and exponentials of x."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

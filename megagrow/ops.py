@@ -26,6 +26,7 @@ __all__ = [
     "add_product_",
     "attention",
     "check_attention_backend",
+    "compiled",
     "compiled_vocab_grad_",
     "compiled_vocab_stats",
     "document_mask",
@@ -149,7 +150,7 @@ def vocab_stats(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = Non
 @torch.no_grad()
 def vocab_stats_torch(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
     valid_TV = logits_TV[:, :num_valid]
-    dtype = _wide(logits_TV)
+    dtype = cpu_ops.wide_dtype(logits_TV)
     stats_T3 = torch.zeros(len(logits_TV), 3, dtype=dtype, device=logits_TV.device)
     stats_T3[:, 0] = -torch.inf
     for rows in _row_chunks(valid_TV) if valid_TV.shape[1] else ():
@@ -158,7 +159,7 @@ def vocab_stats_torch(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None
 
 
 def _vocab_stats(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    wide_TV = logits_TV.to(_wide(logits_TV))
+    wide_TV = logits_TV.to(cpu_ops.wide_dtype(logits_TV))
     max_T1 = wide_TV.amax(-1, keepdim=True)
     # With nothing but -inf the reference point is 0, since -inf - -inf would be NaN.
     sum_exp_T = (wide_TV - max_T1.masked_fill(max_T1 == -torch.inf, 0.0)).exp().sum(-1)
@@ -192,7 +193,7 @@ def vocab_rank_torch(
     logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None
 ) -> Tensor:
     valid_TV = logits_TV[:, :num_valid]
-    dtype = _wide(logits_TV)
+    dtype = cpu_ops.wide_dtype(logits_TV)
     label_T1 = label_logits_T[:, None].to(dtype)
     rank_T = torch.zeros(len(logits_TV), dtype=torch.int32, device=logits_TV.device)
     if valid_TV.shape[1] == 0:
@@ -239,7 +240,7 @@ def vocab_grad_torch_(
     logits_TV[:, valid_TV.shape[1] :] = 0
     if valid_TV.shape[1] == 0:
         return logits_TV
-    dtype = _wide(logits_TV)
+    dtype = cpu_ops.wide_dtype(logits_TV)
     here_T, column_T1 = _local_columns(labels_T, valid_TV.shape[1])
     onehot_T1 = here_T[:, None].to(dtype)
     for rows in _row_chunks(valid_TV):
@@ -257,19 +258,20 @@ def compiled_vocab_stats(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """`vocab_stats`, in one pass that torch.compile makes where no kernel serves."""
     if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
         return vocab_stats(logits_TV, labels_T)
-    return _compiled(_vocab_stats)(logits_TV, labels_T)
+    return compiled(_vocab_stats)(logits_TV, labels_T)
 
 
 def compiled_vocab_grad_(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor) -> Tensor:
     """`vocab_grad_`, likewise."""
     if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
         return vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T)
-    _compiled(_write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
+    compiled(_write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
     return logits_TV
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function, one for all who ask: what calls it with equal shapes shares its code."""
     return torch.compile(function)
 
 
@@ -278,10 +280,6 @@ def _write_vocab_grad(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, 
     softmax_TV = (logits_TV.to(logsumexp_T.dtype) - logsumexp_T[:, None]).exp()
     onehot_TV = torch.arange(logits_TV.shape[1], device=logits_TV.device) == labels_T[:, None]
     logits_TV.copy_((softmax_TV - onehot_TV.to(softmax_TV.dtype)) * scale_T[:, None])
-
-
-def _wide(logits_TV: Tensor) -> torch.dtype:
-    return torch.promote_types(logits_TV.dtype, torch.float32)
 
 
 def _row_chunks(logits_TV: Tensor) -> Iterator[slice]:

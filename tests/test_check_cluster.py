@@ -324,7 +324,7 @@ def test_short_stages_stay_short(parallel: ParallelConfig, layers: int, expected
 def group_of(parallel: ParallelConfig, config: Config) -> dict[str, list[int]]:
     """The ranks of this rank's groups as torch knows them."""
     layout, mesh = Layout(dataclasses.replace(config, parallel=parallel), dist.get_world_size()), make_mesh(parallel)
-    axes = [name for name, size in links.axis_sizes(layout).items() if size > 1]
+    axes = [name for name, size in layout.axes.items() if size > 1]
     return {name: dist.get_process_group_ranks(links.own_axis(name, mesh).group) for name in axes}
 
 

@@ -13,25 +13,13 @@ from megagrow.growth.ligo import Ligo
 from megagrow.growth.methods import make_recipe
 from megagrow.model.transformer import Transformer
 from megagrow.roles import parameter_shapes
+from tests.models import as_gpt2
 
 LLAMA_3_8B = ModelConfig(
     vocab_size=128_256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_size=14_336
 )
 SMALL = ModelConfig(vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=56)
-GPT2 = ModelConfig(
-    family="gpt2",
-    vocab_size=96,
-    hidden_size=32,
-    num_layers=3,
-    num_heads=4,
-    ffn_size=128,
-    max_seq_length=64,
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-)
+GPT2 = as_gpt2(SMALL, num_layers=3, head_dim=8, ffn_size=128, max_seq_length=64)
 
 
 @pytest.mark.parametrize(("convention", "published"), [("full", 5.791e10), ("causal", 5.147e10)])

@@ -21,10 +21,9 @@ from megagrow.cluster.watch import REMEDY, Watch
 from megagrow.errors import HangError
 from megagrow.parallel.collectives import max_over, start_all_gather, start_reduce_scatter
 from megagrow.parallel.mesh import Axis, Mesh
-from megagrow.plan.layout import Layout
-from megagrow.roles import layer_name, leaves, role_of, shape_of
+from megagrow.plan.layout import AxisName, Layout
+from megagrow.plan.weights import block_unit
 
-AxisName = Literal["tensor", "context", "pipeline", "shard", "replicate"]
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "send-receive"]
 
 SLOW = 1.15  # a group that takes this much longer than the median one is called slow
@@ -71,7 +70,7 @@ def check_links(layout: Layout, mesh: Mesh, watch: Watch) -> list[Row]:
     Raises:
         HangError: a link failed.
     """
-    todo, sizes = list(transfers(layout)), axis_sizes(layout)
+    todo, sizes = list(transfers(layout)), layout.axes
     seconds = []
     for transfer in todo:
         with watch.step(transfer.name, LINK_SECONDS, groups(layout, transfer.axis)):
@@ -90,15 +89,16 @@ def check_links(layout: Layout, mesh: Mesh, watch: Watch) -> list[Row]:
 
 def transfers(layout: Layout) -> Iterator[Transfer]:
     """What the axes carry, small (one hidden vector) and large, on axes of more than one rank."""
-    sizes, compute = axis_sizes(layout), {2: torch.bfloat16, 4: torch.float32}[layout.width]
-    block = block_elements(layout)
+    sizes, dtypes = layout.axes, {2: torch.bfloat16, 4: torch.float32}
+    compute = dtypes[layout.width]
+    block = block_unit(layout).gathered
     around: tuple[Operation, ...] = ("all-gather", "reduce-scatter")
     tensor = around if layout.sequence_parallel else ("all-reduce",)
     carried: list[tuple[AxisName, Operation, int, torch.dtype]] = [
         *(("tensor", operation, layout.tokens * layout.model.hidden_size, compute) for operation in tensor),
         *(("context", operation, _key_value_elements(layout), compute) for operation in around),
         ("pipeline", "send-receive", layout.activation // layout.width, compute),
-        ("shard", "all-gather", block, compute),
+        ("shard", "all-gather", block, dtypes[layout.gathered_width]),
         ("shard", "reduce-scatter", block, torch.float32),
         ("replicate", "all-reduce", block // layout.shard, torch.float32),
     ]
@@ -108,23 +108,6 @@ def transfers(layout: Layout) -> Iterator[Transfer]:
             for size, count in (("small", min(layout.model.hidden_size, large)), ("large", large)):
                 whole = math.ceil(count / sizes[axis]) * sizes[axis]
                 yield Transfer(axis, operation, size, whole, dtype)  # type: ignore[arg-type]
-
-
-def block_elements(layout: Layout) -> int:
-    """Elements of one layer's parameters that a tensor rank works with."""
-    names = [layer_name(0, leaf) for leaf in leaves(layout.model)]
-    return sum(math.prod(shape_of(role_of(name), layout.model)) for name in names) // layout.tensor
-
-
-def axis_sizes(layout: Layout) -> dict[AxisName, int]:
-    """Ranks along each axis."""
-    return {
-        "tensor": layout.tensor,
-        "context": layout.context,
-        "pipeline": layout.pipeline,
-        "shard": layout.shard,
-        "replicate": layout.replicate,
-    }
 
 
 def groups(layout: Layout, axis: AxisName) -> list[list[int]]:

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from megagrow import cpu_ops
+import megagrow.cpu_ops  # noqa: F401 (registers its operations)
 
-_aten, _functional = torch.ops.aten, torch.ops._c10d_functional
+_aten, _functional, _own = torch.ops.aten, torch.ops._c10d_functional, torch.ops.megagrow
 
 # What selective recompute keeps: the results that cost the most to have again. (FlexAttention cannot be kept.)
 KEPT_OPERATIONS = {
     _aten.mm.default,
     _aten.addmm.default,
-    cpu_ops.product._opoverload,
-    cpu_ops.causal_attention._opoverload,
+    _own.product.default,
+    _own.causal_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,

@@ -9,9 +9,8 @@ growth see the same `layers.17.mlp.down.weight` in every layout.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -57,21 +56,15 @@ class Block(nn.Module):
         if not self.compiled:
             return recompute(self.compute, self.recompute, x_BLH, tokens)
         if self.recompute == "selective":  # has to see the single operations
-            return _compiled(recompute)(self.compute, self.recompute, x_BLH, tokens)
+            return ops.compiled(recompute)(self.compute, self.recompute, x_BLH, tokens)
         # Outside: inside, torch 2.13 would keep the mesh of a DTensor among the tensors, and fail.
-        return recompute(_compiled(Block.compute), self.recompute, self, x_BLH, tokens)
+        return recompute(ops.compiled(Block.compute), self.recompute, self, x_BLH, tokens)
 
     def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
         keys_BL = tokens.dropout_keys_BL
         y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
         y_BLH, x_BLH = self.mlp_norm.add(dropout(y_BLH, self.dropout, keys_BL, 1), x_BLH)
         return x_BLH + dropout(self.mlp(y_BLH), self.dropout, keys_BL, 2)
-
-
-@cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One compiled function for all blocks: equal blocks share its code."""
-    return torch.compile(function)
 
 
 @dataclass

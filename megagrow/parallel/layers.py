@@ -11,7 +11,7 @@ Source: Megatron-LM (Shoeybi et al., 2019), section 3; sequence parallelism: Kor
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -135,11 +135,11 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BSH: Tensor, tp: TensorParallel, *operands: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = operands[: len(operands) // 2], operands[len(operands) // 2 :]
+        weights, biases = cast(tuple[Tensor, ...], operands[: len(operands) // 2]), operands[len(operands) // 2 :]
         ctx.tp, ctx.has_bias = tp, [bias is not None for bias in biases]
         ctx.save_for_backward(x_BSH, *weights)  # of a cut sequence the piece alone: it is gathered again
         whole_BSH = start_all_gather(x_BSH, SEQUENCE_DIM, tp.axis).wait() if tp.sequence else x_BSH
-        return tuple(ops.linear(whole_BSH, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        return tuple(ops.linear(whole_BSH, w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -53,14 +53,28 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Where this rank's rows stand in the vocabulary."""
+    """Where this rank's rows stand in the vocabulary, and the passes over their logits."""
 
     tp: Axis
     vocab: slice
+    compiled: bool = False
 
     def local_labels(self, labels_T: Tensor) -> Tensor:
         inside = (labels_T >= self.vocab.start) & (labels_T < self.vocab.stop)
         return torch.where(inside, labels_T - self.vocab.start, -1)
+
+    def stats(self, logits_CV: Tensor, local_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the whole vocabulary and the label's logit, from this rank's logits."""
+        stats_C3 = (ops.compiled_vocab_stats if self.compiled else ops.vocab_stats)(logits_CV, local_C)
+        local_max_C, sum_exp_C, label_logit_C = stats_C3.unbind(-1)
+        max_C = max_over(local_max_C.clone(), self.tp)
+        merged_2C = sum_over(torch.stack([sum_exp_C * (local_max_C - max_C).exp(), label_logit_C]), self.tp)
+        return merged_2C[0].log() + max_C, merged_2C[1]
+
+    def write_gradient(self, logits_CV: Tensor, local_C: Tensor, lse_C: Tensor, weights_C: Tensor) -> None:
+        """Over the logits, the gradient of the weighted cross-entropy."""
+        write = ops.compiled_vocab_grad_ if self.compiled else ops.vocab_grad_
+        write(logits_CV, local_C, lse_C, weights_C)
 
 
 def vocab_parallel_loss(
@@ -92,7 +106,7 @@ def vocab_parallel_loss(
         in hidden_TH and head_VH, and the detached weighted sums [loss, CE, KD].
     """
     options = options or LossOptions()
-    shard = _Shard(tp, chunk(vocab_size, tp))
+    shard = _Shard(tp, chunk(vocab_size, tp), options.compiled)
     needs_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad)
     return _Loss.apply(
         hidden_TH,
@@ -194,7 +208,7 @@ class _Loss(torch.autograd.Function):
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
             logits_CV = ops.product(hidden_CH, head)
             if teacher_TH is None or teacher_head_VH is None:
-                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard.tp, needs_gradient, options.compiled)
+                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard, needs_gradient)
             else:
                 teacher_CV = ops.product(teacher_TH[part], teacher_head_VH.to(teacher_TH.dtype))
                 sums += _distillation(
@@ -202,7 +216,7 @@ class _Loss(torch.autograd.Function):
                     teacher_CV,
                     local_C,
                     weights_T[part],
-                    shard.tp,
+                    shard,
                     options,
                     needs_gradient,
                 )
@@ -234,23 +248,14 @@ def _is_one(factor: Tensor) -> bool:
     return factor.device.type == "cpu" and bool((factor == 1).all())
 
 
-def _merged_stats(logits_CV: Tensor, local_C: Tensor, tp: Axis, compiled: bool) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the whole vocabulary and the label's logit, from this rank's shard."""
-    stats_C3 = (ops.compiled_vocab_stats if compiled else ops.vocab_stats)(logits_CV, local_C)
-    local_max_C, sum_exp_C, label_logit_C = stats_C3.unbind(-1)
-    max_C = max_over(local_max_C.clone(), tp)
-    merged_2C = sum_over(torch.stack([sum_exp_C * (local_max_C - max_C).exp(), label_logit_C]), tp)
-    return merged_2C[0].log() + max_C, merged_2C[1]
-
-
 def _cross_entropy(
-    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, tp: Axis, write_gradient: bool, compiled: bool
+    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, shard: _Shard, write_gradient: bool
 ) -> Tensor:
     """Returns the sums [loss, CE, 0]; turns the logits into their gradient when asked to."""
-    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp, compiled)
+    lse_C, label_logit_C = shard.stats(logits_CV, local_C)
     ce = ((lse_C - label_logit_C) * weights_C).sum()
     if write_gradient:
-        _write_gradient(logits_CV, local_C, lse_C, weights_C, compiled)
+        shard.write_gradient(logits_CV, local_C, lse_C, weights_C)
     return torch.stack([ce, ce, torch.zeros_like(ce)])
 
 
@@ -259,32 +264,28 @@ def _distillation(
     teacher_CV: Tensor,
     local_C: Tensor,
     weights_C: Tensor,
-    tp: Axis,
+    shard: _Shard,
     options: LossOptions,
     write_gradient: bool,
 ) -> Tensor:
     """Returns the sums [loss, CE, KD]; turns the logits into their gradient when asked to."""
-    omega, rho, scale, compiled = options.weight, options.temperature, options.scale, options.compiled
+    omega, rho, scale = options.weight, options.temperature, options.scale
     student_rho = rho if options.both else 1.0
-    lse_C, label_logit_C = _merged_stats(logits_CV, local_C, tp, compiled)
+    lse_C, label_logit_C = shard.stats(logits_CV, local_C)
     teacher_CV = teacher_CV.to(lse_C.dtype).div_(rho)
-    teacher_lse_C, _ = _merged_stats(teacher_CV, torch.full_like(local_C, -1), tp, compiled)
+    teacher_lse_C, _ = shard.stats(teacher_CV, torch.full_like(local_C, -1))
     if student_rho == 1.0:
         soft_CV, soft_lse_C = logits_CV.to(lse_C.dtype), lse_C
     else:
         soft_CV = logits_CV.to(lse_C.dtype) / student_rho
-        soft_lse_C, _ = _merged_stats(soft_CV, torch.full_like(local_C, -1), tp, compiled)
+        soft_lse_C, _ = shard.stats(soft_CV, torch.full_like(local_C, -1))
     p_CV = (teacher_CV - teacher_lse_C.unsqueeze(-1)).exp_()
-    cross_C = sum_over((p_CV * (teacher_CV - soft_CV)).sum(-1), tp)
+    cross_C = sum_over((p_CV * (teacher_CV - soft_CV)).sum(-1), shard.tp)
     kd = ((cross_C - teacher_lse_C + soft_lse_C) * weights_C).sum() * scale
     ce = ((lse_C - label_logit_C) * weights_C).sum()
     if write_gradient:
         kd_weight_C = weights_C * (omega * scale / student_rho)
         kd_grad_CV = (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
-        _write_gradient(logits_CV, local_C, lse_C, weights_C * (1 - omega), compiled)
+        shard.write_gradient(logits_CV, local_C, lse_C, weights_C * (1 - omega))
         logits_CV.add_(kd_grad_CV.to(logits_CV.dtype))
     return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])
-
-
-def _write_gradient(logits_CV: Tensor, local_C: Tensor, lse_C: Tensor, weights_C: Tensor, compiled: bool) -> None:
-    (ops.compiled_vocab_grad_ if compiled else ops.vocab_grad_)(logits_CV, local_C, lse_C, weights_C)

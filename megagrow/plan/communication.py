@@ -6,15 +6,13 @@ A collective over k ranks is counted as rings send it: of n bytes, an all-gather
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from megagrow.parallel.stages import Stage
-from megagrow.plan.layout import Layout
+from megagrow.plan.layout import AxisName, Layout
 from megagrow.plan.schedule import gatherings
 from megagrow.plan.weights import block_unit, other_unit, partial_elements, rank_unit, stored_elements
 from megagrow.roles import TIED_EMBEDDING
 
-AxisName = Literal["tensor", "context", "pipeline", "shard", "replicate"]
 REDUCED = 4  # bytes of an element in which gradients are summed
 
 

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal, get_args
 
 from megagrow.config import Config, ModelConfig, data_ranks, microbatch_size
 from megagrow.parallel.stages import Stage, pipeline_stages
+
+AxisName = Literal["tensor", "context", "pipeline", "shard", "replicate"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ class Layout:
     def num_microbatches(self) -> int:
         """Forward passes of a data rank per step."""
         return self.config.train.global_batch_size // self.data // self.microbatch
+
+    @cached_property
+    def axes(self) -> dict[AxisName, int]:
+        """Ranks along each axis on which something travels."""
+        return {name: getattr(self, name) for name in get_args(AxisName)}
+
+    @cached_property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step, over all ranks."""
+        return self.config.train.global_batch_size * self.config.data.seq_length
 
     @cached_property
     def sequence_parallel(self) -> bool:

@@ -91,13 +91,9 @@ def _read_model(path: str) -> ModelConfig:
     return open_source(path).model
 
 
-def _tokens(layout: Layout) -> int:
-    return layout.config.train.global_batch_size * layout.config.data.seq_length
-
-
 def _training(layout: Layout) -> dict[Convention, float]:
     length = layout.config.data.seq_length
-    return {c: flops.training_flops(layout.model, _tokens(layout), length, c) for c in CONVENTIONS}
+    return {c: flops.training_flops(layout.model, layout.step_tokens, length, c) for c in CONVENTIONS}
 
 
 def _growing(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
@@ -128,7 +124,7 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
             held = RankMemory(held.rank, held.stages, held.parameters, after, "gradients of the maps", (), held.host)
         memory.append(held)
     length = config.data.seq_length
-    per_step = {c: flops.ligo_step_flops(source, layout.model, _tokens(layout), length, c) for c in CONVENTIONS}
+    per_step = {c: flops.ligo_step_flops(source, layout.model, layout.step_tokens, length, c) for c in CONVENTIONS}
     return Phase("ligo", config.growth.ligo_steps, per_step, memory)
 
 
@@ -155,7 +151,7 @@ def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: 
     check_teacher(teacher, layout.model, length)
     check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
     for convention in CONVENTIONS:
-        per_step[convention] += flops.forward_flops(teacher, _tokens(layout), length, convention)
+        per_step[convention] += flops.forward_flops(teacher, layout.step_tokens, length, convention)
     weights = layout.width * tensor_elements(layout.of_model(teacher))
     hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
     static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}

@@ -92,14 +92,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
 def mesh_sizes(layout: Layout) -> dict[str, int]:
     """Ranks along each axis; data = replicate · shard / context."""
-    return {
-        "pipeline": layout.pipeline,
-        "data": layout.data,
-        "context": layout.context,
-        "tensor": layout.tensor,
-        "replicate": layout.replicate,
-        "shard": layout.shard,
-    }
+    return {name: getattr(layout, name) for name in ("pipeline", "data", "context", "tensor", "replicate", "shard")}
 
 
 def _phase(phase: Phase) -> dict[str, Any]:

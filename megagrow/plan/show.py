@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 
 from megagrow.parallel.stages import Stage
-from megagrow.plan.communication import AxisName
-from megagrow.plan.layout import Layout
+from megagrow.plan.layout import AxisName, Layout
 from megagrow.plan.memory import RankMemory
 from megagrow.plan.phases import Phase
 from megagrow.plan.plan import Plan, mesh_sizes
@@ -91,7 +90,6 @@ def assumptions(machine: Machine) -> str:
 
 def _suggestion(found: Suggestion, world_size: int) -> list[str]:
     layout, time = Layout(found.config, world_size), found.time
-    tokens = found.config.train.global_batch_size * found.config.data.seq_length
     stages = found.config.parallel.local_stages
     schedule = "" if layout.pipeline == 1 else found.config.parallel.schedule
     return [
@@ -101,7 +99,7 @@ def _suggestion(found: Suggestion, world_size: int) -> list[str]:
         f"{found.memory / GIB:.1f}",
         *(f"{seconds:.3g}" for seconds in (time.step, time.computing, time.exposed, time.bubble)),
         f"{time.mfu:.1%}",
-        f"{tokens / time.step / world_size:,.0f}",
+        f"{layout.step_tokens / time.step / world_size:,.0f}",
     ]
 
 
@@ -113,9 +111,9 @@ def _facts(plan: Plan) -> Table:
         "model", f"{num_parameters(model):,} parameters: {model.family} {shape}, vocabulary {model.vocab_size:,}"
     )
     table.add_row("mesh", ", ".join(f"{name} {size}" for name, size in mesh_sizes(layout).items()))
-    tokens = train.global_batch_size * layout.config.data.seq_length
     parts = f"{layout.num_microbatches} microbatches of {layout.microbatch} per data rank"
-    table.add_row("batch", f"{train.global_batch_size} samples, {tokens:,} tokens; {parts}; {train.precision}")
+    samples = f"{train.global_batch_size} samples, {layout.step_tokens:,} tokens"
+    table.add_row("batch", f"{samples}; {parts}; {train.precision}")
     if layout.pipeline > 1:
         idle = f"the busiest rank idles {plan.walk.bubble:.1%} of a step, ranks in the mean {plan.walk.idle:.1%}"
         table.add_row("schedule", f"{layout.config.parallel.schedule}: {idle}")

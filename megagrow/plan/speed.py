@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 
 from megagrow import flops
-from megagrow.plan.communication import AxisName, all_gather, data_traffic, keys_and_values, layer_exchanges
-from megagrow.plan.layout import Layout
+from megagrow.plan.communication import all_gather, data_traffic, keys_and_values, layer_exchanges
+from megagrow.plan.layout import AxisName, Layout
 from megagrow.plan.schedule import StageTimes, Walk, walk
 
 BACKWARD_SHARE = 2  # a backward pass has twice the products of a forward pass
@@ -51,14 +51,7 @@ class Machine:
             "replicate": layout.tensor * layout.shard,
             "pipeline": layout.tensor * layout.context * layout.data,
         }[axis]
-        sizes = {
-            "tensor": layout.tensor,
-            "context": layout.context,
-            "shard": layout.shard,
-            "replicate": layout.replicate,
-            "pipeline": layout.pipeline,
-        }
-        return self.inside if inner * sizes[axis] <= self.ranks_per_node else self.between
+        return self.inside if inner * layout.axes[axis] <= self.ranks_per_node else self.between
 
 
 @dataclass(frozen=True)
@@ -90,11 +83,7 @@ def step_time(layout: Layout, machine: Machine) -> StepTime:
         data = max(0.0, data - computing)
     step = walked.seconds + data
     exposed = max(walked.busy) - _computing(layout, machine, busiest) + data
-    tokens, length = (
-        layout.config.train.global_batch_size * layout.config.data.seq_length,
-        layout.config.data.seq_length,
-    )
-    useful = flops.training_flops(layout.model, tokens, length)
+    useful = flops.training_flops(layout.model, layout.step_tokens, layout.config.data.seq_length)
     mfu = useful / (step * machine.peak_flops * layout.world_size)
     return StepTime(step, computing, exposed, walked.seconds - max(walked.busy), mfu)
 

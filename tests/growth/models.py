@@ -13,6 +13,7 @@ from megagrow.growth.grow import grow_into
 from megagrow.growth.methods import Recipe
 from megagrow.model import Transformer
 from megagrow.model.transformer import initialize
+from tests.models import as_gpt2
 
 LLAMA = ModelConfig(
     vocab_size=29,
@@ -24,16 +25,7 @@ LLAMA = ModelConfig(
     ffn_size=10,
     max_seq_length=8,
 )
-GPT2 = dataclasses.replace(
-    LLAMA,
-    family="gpt2",
-    num_kv_heads=4,
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-)
+GPT2 = as_gpt2(LLAMA)
 MHA = dataclasses.replace(LLAMA, num_kv_heads=4)
 MQA = dataclasses.replace(LLAMA, num_kv_heads=1)
 TIED = dataclasses.replace(LLAMA, tied_embeddings=True)

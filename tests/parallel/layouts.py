@@ -17,6 +17,7 @@ from megagrow.config import (
     microbatch_size,
     min_microbatches,
 )
+from tests.models import as_gpt2
 
 BATCH, SEQ = 16, 16
 
@@ -27,16 +28,7 @@ DEEP = replace(LLAMA, num_layers=6)  # enough for eight stages
 TIED = replace(LLAMA, tied_embeddings=True)
 QWEN = replace(LLAMA, family="qwen3", qk_norm=True, vocab_size=101)
 # Learned positions shift all keys of a query alike: the gradient of a key's bias is zero but for rounding.
-GPT2 = replace(
-    LLAMA,
-    family="gpt2",
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-    num_kv_heads=4,
-)
+GPT2 = as_gpt2(LLAMA)
 
 
 @dataclass(frozen=True)

@@ -20,24 +20,12 @@ from megagrow.plan import activations
 from megagrow.plan.dry_run import fake_ranks
 from megagrow.plan.layout import Layout
 from megagrow.plan.measure import kept_memory, peak_memory
+from tests.models import as_gpt2
 
 SAMPLES, LENGTH = 2, 64
 LLAMA = ModelConfig(hidden_size=96, num_heads=8, head_dim=16, num_kv_heads=4, ffn_size=160, num_layers=2, vocab_size=97)
 QWEN = replace(LLAMA, family="qwen3", qk_norm=True)
-GPT2 = ModelConfig(
-    family="gpt2",
-    vocab_size=96,
-    hidden_size=96,
-    num_layers=2,
-    num_heads=4,
-    ffn_size=128,
-    max_seq_length=LENGTH,
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-)
+GPT2 = as_gpt2(LLAMA, num_heads=4, num_kv_heads=4, head_dim=24, ffn_size=128, vocab_size=96, max_seq_length=LENGTH)
 MODELS = {"llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2}
 MESHES: dict[str, dict[str, Any]] = {
     "one": {},

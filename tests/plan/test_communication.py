@@ -17,23 +17,11 @@ from megagrow.plan.communication import all_gather, all_reduce, traffic
 from megagrow.plan.dry_run import fake_ranks
 from megagrow.plan.layout import Layout
 from megagrow.train.part import build_part, initialize_part
+from tests.models import as_gpt2
 from tests.ranks import run_ranks
 
 LLAMA = ModelConfig(vocab_size=96, hidden_size=48, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=64)
-GPT2 = ModelConfig(
-    family="gpt2",
-    vocab_size=96,
-    hidden_size=48,
-    num_layers=2,
-    num_heads=8,
-    ffn_size=64,
-    max_seq_length=64,
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-)
+GPT2 = as_gpt2(LLAMA, num_layers=2, num_kv_heads=8, head_dim=6, max_seq_length=64)
 SCALARS = 64  # bytes up to which a collective carries no more than sums of the loss
 
 

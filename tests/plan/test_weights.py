@@ -13,19 +13,10 @@ from megagrow.plan.dry_run import build_on_meta, built_stages, fake_ranks, first
 from megagrow.plan.layout import Layout
 from megagrow.plan.weights import rank_unit, stage_unit, tensor_elements, trained_elements
 from megagrow.roles import num_parameters
+from tests.models import as_gpt2
 
 LLAMA = ModelConfig(vocab_size=101, hidden_size=48, num_layers=7, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=72)
-GPT2 = replace(
-    LLAMA,
-    family="gpt2",
-    num_kv_heads=8,
-    max_seq_length=64,
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-)
+GPT2 = as_gpt2(LLAMA, max_seq_length=64)
 QWEN = replace(LLAMA, family="qwen3", qk_norm=True, tied_embeddings=True)
 
 

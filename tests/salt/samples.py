@@ -1,7 +1,6 @@
 """Small models, and corpora for them, that every rank can make for itself."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedWriter
 from megagrow.model.transformer import Transformer, initialize
 from megagrow.parallel.mesh import Mesh, make_mesh
+from tests.models import as_gpt2
 
 SMALL = ModelConfig(
     vocab_size=29,
@@ -24,16 +24,7 @@ SMALL = ModelConfig(
     ffn_size=10,
     max_seq_length=16,
 )
-TIED = replace(
-    SMALL,
-    family="gpt2",
-    num_kv_heads=4,
-    norm="layer_norm",
-    positions="learned",
-    activation="gelu",
-    bias=True,
-    tied_embeddings=True,
-)
+TIED = as_gpt2(SMALL)
 
 
 def make_model(model: ModelConfig, seed: int = 0) -> Transformer:

@@ -4,7 +4,6 @@ If you did not mean to change what a run computes, a failure here is a bug. If y
 the new numbers with `python -m tests.train.test_golden` (PYTHONPATH=.:kernels).
 """
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -13,12 +12,11 @@ import pytest
 
 from megagrow.config import Config, GrowthConfig, SaltConfig
 from megagrow.train import run
+from tests.models import as_gpt2
 from tests.train.runs import LARGE, SMALL, make_config, make_corpus, metrics
 
 GOLDEN = Path(__file__).with_name("golden.json")
-GPT2 = dataclasses.replace(
-    SMALL, family="gpt2", norm="layer_norm", positions="learned", activation="gelu", bias=True, tied_embeddings=True
-)
+GPT2 = as_gpt2(SMALL)
 
 
 def make_runs(folder: Path) -> dict[str, Config]:
