@@ -1,7 +1,7 @@
 """The one door to the kernels: Triton for tensors on a GPU, a PyTorch twin elsewhere.
 
-Everything here sees plain local tensors and no process group. `NAME_torch` is the twin of `NAME`,
-with the same signature. Attention and its back ends are in attention_ops.py.
+Everything here sees plain local tensors and no process group. The twins are in torch_ops.py, by the same names and with
+the same parameters. Attention and its back ends are in attention_ops.py.
 
 Legend: T = tokens, V = local vocabulary, H = hidden size, B = batch, S = sequence, N = heads, D = head dimension,
 F = FFN size, 3 = (max, sum_exp, label_logit).
@@ -10,7 +10,7 @@ F = FFN size, 3 = (max, sum_exp, label_logit).
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, overload
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow import cpu_ops
+from megagrow import cpu_ops, torch_ops
 from megagrow.attention_ops import DocumentMask, attention, check_attention_backend, document_mask
 
 __all__ = [
@@ -37,23 +37,14 @@ __all__ = [
     "linear",
     "product",
     "rms_norm",
-    "rms_norm_torch",
     "rope",
     "swiglu",
     "vocab_grad_",
-    "vocab_grad_torch_",
     "vocab_rank",
-    "vocab_rank_torch",
     "vocab_stats",
-    "vocab_stats_torch",
 ]
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-# Logits that a twin works on at a time. On a CPU they stay in its cache from pass to pass (measured
-# on 2048 x 8192 float32 logits: statistics in 15 ms instead of 41); on a GPU this bounds the copy.
-CHUNK_LOGITS_CPU = 2**18
-CHUNK_LOGITS_GPU = 2**26
 
 
 @functools.cache
@@ -103,17 +94,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     kernels = _kernels(x)
     if kernels is None:
-        return rms_norm_torch(x, weight, eps, residual)
+        return torch_ops.rms_norm(x, weight, eps, residual)
     return kernels.rms_norm(x, weight, eps, residual)
-
-
-def rms_norm_torch(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    total = x if residual is None else x + residual
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    y = F.rms_norm(total.to(dtype), weight.shape, weight.to(dtype), eps).to(x.dtype)
-    return y if residual is None else (y, total)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -143,29 +125,8 @@ def vocab_stats(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = Non
     """
     kernels = _kernels(logits_TV)
     if kernels is None:
-        return vocab_stats_torch(logits_TV, labels_T, num_valid)
+        return torch_ops.vocab_stats(logits_TV, labels_T, num_valid)
     return kernels.vocab_stats(logits_TV, labels_T, num_valid)
-
-
-@torch.no_grad()
-def vocab_stats_torch(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
-    valid_TV = logits_TV[:, :num_valid]
-    dtype = cpu_ops.wide_dtype(logits_TV)
-    stats_T3 = torch.zeros(len(logits_TV), 3, dtype=dtype, device=logits_TV.device)
-    stats_T3[:, 0] = -torch.inf
-    for rows in _row_chunks(valid_TV) if valid_TV.shape[1] else ():
-        stats_T3[rows] = _vocab_stats(valid_TV[rows], labels_T[rows])
-    return stats_T3
-
-
-def _vocab_stats(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    wide_TV = logits_TV.to(cpu_ops.wide_dtype(logits_TV))
-    max_T1 = wide_TV.amax(-1, keepdim=True)
-    # With nothing but -inf the reference point is 0, since -inf - -inf would be NaN.
-    sum_exp_T = (wide_TV - max_T1.masked_fill(max_T1 == -torch.inf, 0.0)).exp().sum(-1)
-    here_T, column_T1 = _local_columns(labels_T, wide_TV.shape[1])
-    label_logit_T = torch.where(here_T, wide_TV.gather(1, column_T1)[:, 0], 0.0)
-    return torch.stack((max_T1[:, 0], sum_exp_T, label_logit_T), dim=-1)
 
 
 def vocab_rank(logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
@@ -184,25 +145,8 @@ def vocab_rank(logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_
     """
     kernels = _kernels(logits_TV)
     if kernels is None:
-        return vocab_rank_torch(logits_TV, label_logits_T, labels_T, num_valid)
+        return torch_ops.vocab_rank(logits_TV, label_logits_T, labels_T, num_valid)
     return kernels.vocab_rank(logits_TV, label_logits_T, labels_T, num_valid)
-
-
-@torch.no_grad()
-def vocab_rank_torch(
-    logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None
-) -> Tensor:
-    valid_TV = logits_TV[:, :num_valid]
-    dtype = cpu_ops.wide_dtype(logits_TV)
-    label_T1 = label_logits_T[:, None].to(dtype)
-    rank_T = torch.zeros(len(logits_TV), dtype=torch.int32, device=logits_TV.device)
-    if valid_TV.shape[1] == 0:
-        return rank_T
-    for rows in _row_chunks(valid_TV):
-        rank_T[rows] = (valid_TV[rows].to(dtype) > label_T1[rows]).sum(-1, dtype=torch.int32)
-    here_T, column_T1 = _local_columns(labels_T, valid_TV.shape[1])
-    own_T1 = valid_TV.gather(1, column_T1).to(dtype) > label_T1
-    return rank_T - (own_T1[:, 0] & here_T).to(torch.int32)
 
 
 def vocab_grad_(
@@ -224,48 +168,22 @@ def vocab_grad_(
     """
     kernels = _kernels(logits_TV)
     if kernels is None:
-        return vocab_grad_torch_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
+        return torch_ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
     return kernels.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
-
-
-@torch.no_grad()
-def vocab_grad_torch_(
-    logits_TV: Tensor,
-    labels_T: Tensor,
-    logsumexp_T: Tensor,
-    scale_T: Tensor,
-    num_valid: int | None = None,
-) -> Tensor:
-    valid_TV = logits_TV[:, :num_valid]
-    logits_TV[:, valid_TV.shape[1] :] = 0
-    if valid_TV.shape[1] == 0:
-        return logits_TV
-    dtype = cpu_ops.wide_dtype(logits_TV)
-    here_T, column_T1 = _local_columns(labels_T, valid_TV.shape[1])
-    onehot_T1 = here_T[:, None].to(dtype)
-    for rows in _row_chunks(valid_TV):
-        # A copy for 16-bit logits, whose differences would lose most digits; else the logits.
-        wide_TV = valid_TV[rows].to(dtype)
-        wide_TV.sub_(logsumexp_T[rows, None]).exp_()
-        wide_TV.scatter_add_(1, column_T1[rows], -onehot_T1[rows])
-        wide_TV.mul_(scale_T[rows, None])
-        if wide_TV.dtype != logits_TV.dtype:
-            valid_TV[rows] = wide_TV
-    return logits_TV
 
 
 def compiled_vocab_stats(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """`vocab_stats`, in one pass that torch.compile makes where no kernel serves."""
     if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
         return vocab_stats(logits_TV, labels_T)
-    return compiled(_vocab_stats)(logits_TV, labels_T)
+    return compiled(torch_ops.stats_of_rows)(logits_TV, labels_T)
 
 
 def compiled_vocab_grad_(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor) -> Tensor:
     """`vocab_grad_`, likewise."""
     if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
         return vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T)
-    compiled(_write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
+    compiled(torch_ops.write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
     return logits_TV
 
 
@@ -273,26 +191,6 @@ def compiled_vocab_grad_(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tenso
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a function, one for all who ask: what calls it with equal shapes shares its code."""
     return torch.compile(function)
-
-
-def _write_vocab_grad(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor) -> None:
-    """In the form that a compiler makes one pass of: the twin's scatter would be a pass of its own."""
-    softmax_TV = (logits_TV.to(logsumexp_T.dtype) - logsumexp_T[:, None]).exp()
-    onehot_TV = torch.arange(logits_TV.shape[1], device=logits_TV.device) == labels_T[:, None]
-    logits_TV.copy_((softmax_TV - onehot_TV.to(softmax_TV.dtype)) * scale_T[:, None])
-
-
-def _row_chunks(logits_TV: Tensor) -> Iterator[slice]:
-    num_logits = CHUNK_LOGITS_CPU if logits_TV.device.type == "cpu" else CHUNK_LOGITS_GPU
-    T, V = logits_TV.shape
-    num_rows = max(1, num_logits // V)
-    return (slice(start, start + num_rows) for start in range(0, T, num_rows))
-
-
-def _local_columns(labels_T: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:
-    """Whether each label is on this shard, and a column that can be indexed in any case."""
-    here_T = (labels_T >= 0) & (labels_T < num_valid)
-    return here_T, torch.where(here_T, labels_T, 0)[:, None]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -333,7 +231,7 @@ def gate_up_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
         On a CPU, which reads every second column at a tenth of its speed, all of gate before all of up; elsewhere as
         they are.
     """
-    if _alternate(weight):
+    if torch_ops.alternates(weight):
         return weight.to(dtype)
     separate = weight.unflatten(0, (-1, 2)).transpose(0, 1)
     return separate.to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
@@ -350,43 +248,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         [..., F]
     """
-    if torch.compiler.is_compiling():  # which chooses by itself what to keep
-        gate, up = _gate_and_up(gate_up)
-        return F.silu(gate) * up
-    return _SwiGLU.apply(gate_up)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps its input only."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = _gate_and_up(gate_up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = _gate_and_up(gate_up)
-        dgate, dup = torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
-        if _alternate(gate_up):
-            return torch.stack((dgate, dup), dim=-1).flatten(-2)
-        return torch.cat((dgate, dup), dim=-1)
-
-
-def _gate_and_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    halves = gate_up.unflatten(-1, (-1, 2)).unbind(-1) if _alternate(gate_up) else gate_up.chunk(2, dim=-1)
-    return halves[0], halves[1]
-
-
-def _alternate(x: Tensor) -> bool:
-    return x.device.type != "cpu"
+    return torch_ops.swiglu(gate_up)
 
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh approximation, as in GPT-2."""
-    return F.gelu(x, approximate="tanh")
+    return torch_ops.gelu(x)
 
 
 def rope(x_BSND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
@@ -399,7 +266,4 @@ def rope(x_BSND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
         cos_SD, sin_SD: of the angles of every position, the D/2 of them twice over; float32 ones
             round the result to x's dtype once, ones of x's dtype give Hugging Face's bits.
     """
-    cos_S1D, sin_S1D = cos_SD[:, None], sin_SD[:, None]
-    first, second = x_BSND.chunk(2, dim=-1)
-    rotated_BSND = torch.cat((-second, first), dim=-1)
-    return (x_BSND * cos_S1D + rotated_BSND * sin_S1D).to(x_BSND.dtype)
+    return torch_ops.rope(x_BSND, cos_SD, sin_SD)

@@ -23,6 +23,7 @@ ORDER = [
     "roles",
     "cpu_ops",
     "attention_ops",
+    "torch_ops",
     "ops",
     "parallel",
     "model",

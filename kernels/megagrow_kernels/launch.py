@@ -1,10 +1,11 @@
-"""Launch configurations, pinned: the launchers and the compile gate of the tests read these.
+"""Launch configurations, pinned per GPU: the launchers and the compile gate of the tests read these.
 
-Every entry compiles without register spills for sm_80, sm_90a, sm_100a and gfx942; none has been
-chosen by timing on a GPU yet (kernels/README.md has the figures).
+Every entry compiles without register spills for sm_80, sm_90a, sm_100a and gfx942. Those of ANY were chosen by what the
+compilers report (docs/kernels.md); a GPU's own entries name the measurement that chose them, and replace those of ANY.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,31 +19,52 @@ class Launch:
     num_warps: int
 
 
-RMS_NORM_FORWARD = (
-    Launch(512, 1),
-    Launch(1024, 2),
-    Launch(4096, 4),
-    Launch(16384, 8),
-    Launch(32768, 16),
-)
-RMS_NORM_BACKWARD = (Launch(512, 1), Launch(1024, 2), Launch(4096, 8), Launch(8192, 8))
-VOCAB = (Launch(512, 1), Launch(1024, 2), Launch(2048, 4), Launch(4096, 8))
+Table = Mapping[str, tuple[Launch, ...]]
 
-# Enough programs to hide latency, and few: each writes a row of partial weight gradients.
-RMS_NORM_BACKWARD_PROGRAMS_PER_SM = 2
+ANY: dict[str, tuple[Launch, ...]] = {
+    "rms_norm_fwd": (Launch(512, 1), Launch(1024, 2), Launch(4096, 4), Launch(16384, 8), Launch(32768, 16)),
+    "rms_norm_bwd": (Launch(512, 1), Launch(1024, 2), Launch(4096, 8), Launch(8192, 8)),
+    "vocab": (Launch(512, 1), Launch(1024, 2), Launch(2048, 4), Launch(4096, 8)),
+}
+
+# By the name that torch gives the device.
+PINNED: dict[str, dict[str, tuple[Launch, ...]]] = {}
+
+# Programs per multiprocessor where programs stride over the rows: enough to hide latency, and few, since each writes a
+# row of partial sums.
+ROW_PROGRAMS_PER_SM = 2
 
 
-def pick(table: tuple[Launch, ...], num_columns: int) -> Launch:
-    """The first entry of `table` that holds `num_columns` in one block, no wider than they need;
-    else the widest, for a kernel that goes through the columns block by block."""
+def pick(kernel: str, num_columns: int, device: torch.device | None = None) -> Launch:
+    """The first pinned entry that holds `num_columns` in one block, no wider than they need.
+
+    Without one the widest, for a kernel that goes through the columns block by block.
+
+    Args:
+        kernel: a name in the table.
+        num_columns: of a row.
+        device: where it will run; None: any GPU.
+    """
+    table = PINNED.get(device_name(device), {}).get(kernel, ANY[kernel]) if device is not None else ANY[kernel]
     launch = next((launch for launch in table if launch.block >= num_columns), table[-1])
     power_of_two = 1 << max(num_columns - 1, 0).bit_length()
     return replace(launch, block=min(launch.block, power_of_two))
 
 
 @functools.cache
+def device_name(device: torch.device) -> str:
+    """As torch names a GPU; `cpu` for the CPU, where the interpreter runs."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for the CPU, where the interpreter runs programs in turn."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def row_programs(num_rows: int, device: torch.device) -> int:
+    """Programs that share the rows out among themselves."""
+    return min(num_rows, num_multiprocessors(device) * ROW_PROGRAMS_PER_SM)

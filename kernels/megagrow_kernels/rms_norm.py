@@ -12,15 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from megagrow_kernels.launch import (
-    RMS_NORM_BACKWARD,
-    RMS_NORM_BACKWARD_PROGRAMS_PER_SM,
-    RMS_NORM_FORWARD,
-    num_multiprocessors,
-    pick,
-)
+from megagrow_kernels.launch import ANY, pick, row_programs
 
-MAX_HIDDEN_SIZE = RMS_NORM_FORWARD[-1].block
+MAX_HIDDEN_SIZE = ANY["rms_norm_fwd"][-1].block
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -144,7 +138,7 @@ def _forward(
     y_TH = torch.empty_like(x_TH)
     sum_TH = x_TH if residual_TH is None else torch.empty_like(x_TH)
     rstd_T = torch.empty(T, dtype=torch.float32, device=x_TH.device)
-    launch = pick(RMS_NORM_FORWARD, H)
+    launch = pick("rms_norm_fwd", H, x_TH.device)
     if T > 0:
         rms_norm_fwd_kernel[(T,)](
             x_TH,
@@ -170,9 +164,9 @@ def _backward(
     dsum_TH: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     T, H = x_TH.shape
-    launch = pick(RMS_NORM_BACKWARD, H)
+    launch = pick("rms_norm_bwd", H, x_TH.device)
     num_blocks = triton.cdiv(H, launch.block)
-    G = min(T, num_multiprocessors(x_TH.device) * RMS_NORM_BACKWARD_PROGRAMS_PER_SM)
+    G = row_programs(T, x_TH.device)
     dx_TH = torch.empty_like(x_TH)
     dweight_GH = torch.empty(G, H, dtype=torch.float32, device=x_TH.device)
     dot_T = None

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megagrow_kernels.launch import VOCAB, pick
+from megagrow_kernels.launch import pick
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -176,7 +176,7 @@ def vocab_stats(logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int 
     num_valid = _check("vocab_stats", logits_TV, num_valid, labels=labels_T)
     T, V = logits_TV.shape
     stats_T3 = torch.empty(T, 3, dtype=torch.float32, device=logits_TV.device)
-    launch = pick(VOCAB, V)
+    launch = pick("vocab", V, logits_TV.device)
     if T > 0:
         vocab_stats_kernel[(T,)](
             logits_TV,
@@ -216,7 +216,7 @@ def vocab_rank(
     num_valid = _check("vocab_rank", logits_TV, num_valid, label_logits=label_logits_T, labels=labels_T)
     T, V = logits_TV.shape
     rank_T = torch.empty(T, dtype=torch.int32, device=logits_TV.device)
-    launch = pick(VOCAB, V)
+    launch = pick("vocab", V, logits_TV.device)
     if T > 0:
         vocab_rank_kernel[(T,)](
             logits_TV,
@@ -252,7 +252,7 @@ def vocab_grad_(
     """
     num_valid = _check("vocab_grad_", logits_TV, num_valid, labels=labels_T, logsumexp=logsumexp_T, scale=scale_T)
     T, V = logits_TV.shape
-    launch = pick(VOCAB, V)
+    launch = pick("vocab", V, logits_TV.device)
     if T > 0:
         vocab_grad_kernel[(T,)](
             logits_TV,

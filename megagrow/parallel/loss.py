@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow import ops
+from megagrow import ops, torch_ops
 from megagrow.parallel.collectives import max_over, sum_over
 from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
@@ -174,7 +174,7 @@ def _exact_nll(logits_CV: Tensor, label_logit_C: Tensor, vocab_size: int, tp: Ax
     max_C = max_over(max_C.masked_fill(max_C.isnan(), torch.inf), tp)
     units_C = torch.zeros(len(logits_CV), dtype=torch.int64, device=logits_CV.device)
     on_cpu = logits_CV.device.type == "cpu"
-    budget = ops.CHUNK_LOGITS_CPU if on_cpu else ops.CHUNK_LOGITS_GPU
+    budget = torch_ops.CHUNK_LOGITS_CPU if on_cpu else torch_ops.CHUNK_LOGITS_GPU
     for block_CV in logits_CV.split(max(budget // max(len(logits_CV), 1), 1), dim=1):
         shifted_CV = block_CV.to(wide) - max_C.unsqueeze(1)
         units_C += shifted_CV.exp_().mul_(2.0**bits).to(torch.int64).sum(-1)

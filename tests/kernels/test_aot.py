@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.aot import Report, bad, pinned
+from tests.kernels.aot import Report
+from tests.kernels.builds import bad, pinned
 
 ROOT = Path(__file__).resolve().parents[2]
 

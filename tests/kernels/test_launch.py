@@ -1,17 +1,18 @@
 """What the launchers choose."""
 
 import pytest
+import torch
 
-from megagrow_kernels import launch
-from megagrow_kernels.launch import Launch, pick
+from megagrow_kernels.launch import ANY, PINNED, Launch, pick
 
-TABLES = [launch.RMS_NORM_FORWARD, launch.RMS_NORM_BACKWARD, launch.VOCAB]
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("table", TABLES, ids=["forward", "backward", "vocab"])
-def test_a_block_is_the_smallest_that_holds_the_columns(table: tuple[Launch, ...]) -> None:
+@pytest.mark.parametrize("kernel", ANY)
+def test_a_block_is_the_smallest_that_holds_the_columns(kernel: str) -> None:
+    table = ANY[kernel]
     for num_columns in (1, 2, 3, 511, 512, 513, 1000, 4096, 8000, 8193, 50257, 128256):
-        block = pick(table, num_columns).block
+        block = pick(kernel, num_columns).block
         assert block & (block - 1) == 0
         if num_columns <= table[-1].block:
             assert block / 2 < num_columns <= block
@@ -19,11 +20,19 @@ def test_a_block_is_the_smallest_that_holds_the_columns(table: tuple[Launch, ...
             assert block == table[-1].block
 
 
-@pytest.mark.parametrize("table", TABLES, ids=["forward", "backward", "vocab"])
-def test_wider_blocks_never_have_fewer_warps(table: tuple[Launch, ...]) -> None:
+@pytest.mark.parametrize("kernel", ANY)
+def test_wider_blocks_never_have_fewer_warps(kernel: str) -> None:
+    table = ANY[kernel]
     assert list(table) == sorted(table, key=lambda entry: entry.block)
     assert [entry.num_warps for entry in table] == sorted(entry.num_warps for entry in table)
 
 
 def test_no_columns() -> None:
-    assert pick(launch.VOCAB, 0).block == 1
+    assert pick("vocab", 0).block == 1
+
+
+def test_a_gpu_has_its_own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PINNED, "cpu", {"vocab": (Launch(64, 2),)})
+    assert pick("vocab", 1000, CPU) == Launch(64, 2)
+    assert pick("vocab", 1000) == pick("vocab", 1000, torch.device("meta")) == Launch(1024, 2)
+    assert pick("rms_norm_fwd", 1000, CPU) == pick("rms_norm_fwd", 1000)

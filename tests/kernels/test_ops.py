@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import megagrow_kernels
-from megagrow import ops
+from megagrow import ops, torch_ops
 
 F64 = torch.float64
 DOORS = ["rms_norm", "vocab_stats", "vocab_rank", "vocab_grad_"]
-TWINS = {name: name.rstrip("_") + "_torch" + ("_" if name.endswith("_") else "") for name in DOORS}
 
 
 def normal(*shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -62,7 +61,7 @@ def test_layer_norm() -> None:
 
 @pytest.fixture(params=[8, 2**18], ids=["row by row", "whole"])
 def chunk_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "CHUNK_LOGITS_CPU", request.param)
+    monkeypatch.setattr(torch_ops, "CHUNK_LOGITS_CPU", request.param)
 
 
 @pytest.mark.usefixtures("chunk_logits")
@@ -120,7 +119,7 @@ def test_elsewhere_than_on_a_cpu_gate_and_up_alternate(monkeypatch: pytest.Monke
     weight = torch.empty(10, 4, device="meta")
     assert ops.gate_up_rows(weight, torch.float32) is weight
     gate_up = leaf(2, 3, 8)
-    monkeypatch.setattr(ops, "_alternate", lambda x: True)
+    monkeypatch.setattr(torch_ops, "alternates", lambda x: True)
     gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
     torch.testing.assert_close(ops.swiglu(gate_up), gate * torch.sigmoid(gate) * up)
     assert gradcheck(ops.swiglu, (gate_up,))
@@ -185,7 +184,7 @@ def test_door_twin_and_kernel_have_the_same_parameters(name: str) -> None:
         [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
         for function in (
             getattr(ops, name),
-            getattr(ops, TWINS[name]),
+            getattr(torch_ops, name),
             getattr(megagrow_kernels, name),
         )
     )
@@ -255,12 +254,12 @@ def test_a_broken_triton_is_named_once(fresh_ops: pytest.MonkeyPatch) -> None:
 def test_compiled_vocabulary_functions_give_what_the_twins_give(dtype: torch.dtype) -> None:
     logits_TV, labels_T = normal(5, 70, dtype=dtype) * 9, torch.tensor([0, 69, -1, 33, 70])
     logits_TV[0, 3], logits_TV[4] = -torch.inf, -torch.inf
-    stats_T3 = ops.vocab_stats_torch(logits_TV, labels_T)
+    stats_T3 = torch_ops.vocab_stats(logits_TV, labels_T)
     torch.testing.assert_close(ops.compiled_vocab_stats(logits_TV, labels_T), stats_T3)
     logsumexp_T = stats_T3[:, 0] + stats_T3[:, 1].log()
     scale_T = normal(5, dtype=stats_T3.dtype)
     rest = logits_TV[:4].clone(), labels_T[:4], logsumexp_T[:4], scale_T[:4]
-    expected = ops.vocab_grad_torch_(rest[0].clone(), *rest[1:])
+    expected = torch_ops.vocab_grad_(rest[0].clone(), *rest[1:])
     given = ops.compiled_vocab_grad_(*rest)
     assert given is rest[0]
     torch.testing.assert_close(given, expected)

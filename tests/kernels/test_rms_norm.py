@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrow import ops
+from megagrow import torch_ops
 from megagrow_kernels.rms_norm import MAX_HIDDEN_SIZE, rms_norm, rms_norm_ref
 from tests.kernels.accuracy import assert_as_good_as_twin
 
@@ -80,7 +80,7 @@ def truth(given: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_good_as_the_twin(case: Case) -> None:
     given = inputs(case)
-    actual, twin = (outputs_and_gradients(f, given) for f in (rms_norm, ops.rms_norm_torch))
+    actual, twin = (outputs_and_gradients(f, given) for f in (rms_norm, torch_ops.rms_norm))
     for name, exact in truth(given).items():
         assert_as_good_as_twin(actual[name], twin[name], exact, name)
 
@@ -91,7 +91,7 @@ def test_rows_of_any_scale() -> None:
     scale_T1 = torch.tensor([1e-6, 1e-3, 1.0, 1e3, 1e6])[:, None]
     given["x"], given["residual"] = given["x"] * scale_T1, given["residual"] * scale_T1
     del given["dsum"]  # it would drown the gradients of the large rows
-    actual, twin = (outputs_and_gradients(f, given) for f in (rms_norm, ops.rms_norm_torch))
+    actual, twin = (outputs_and_gradients(f, given) for f in (rms_norm, torch_ops.rms_norm))
     for name, exact in truth(given).items():
         assert_as_good_as_twin(actual[name], twin[name], exact, name)
 
@@ -100,10 +100,10 @@ def test_leading_dimensions_and_strides() -> None:
     base = torch.randn(6, 4, 40, generator=torch.Generator().manual_seed(0))
     x, weight = base.transpose(0, 1)[:, ::2, 8:], torch.linspace(0.5, 2, 32)
     assert not x.is_contiguous()
-    torch.testing.assert_close(rms_norm(x, weight, EPS), ops.rms_norm_torch(x, weight, EPS))
+    torch.testing.assert_close(rms_norm(x, weight, EPS), torch_ops.rms_norm(x, weight, EPS))
     y, total = rms_norm(x, weight, EPS, 2 * x)
     torch.testing.assert_close(total, 3 * x)
-    torch.testing.assert_close(y, ops.rms_norm_torch(3 * x, weight, EPS))
+    torch.testing.assert_close(y, torch_ops.rms_norm(3 * x, weight, EPS))
 
 
 def test_statistics_are_those_of_the_rounded_sum() -> None:
@@ -118,7 +118,7 @@ def test_statistics_are_those_of_the_rounded_sum() -> None:
 def test_gradient_through_either_output(used: str) -> None:
     given = inputs(Case(3, 48, F32, True))
     gradients = []
-    for norm in (rms_norm, ops.rms_norm_torch):
+    for norm in (rms_norm, torch_ops.rms_norm):
         leaves = [given[name].clone().requires_grad_() for name in ("x", "weight", "residual")]
         y, total = norm(leaves[0], leaves[1], EPS, leaves[2])
         loss = {"y": y.pow(3), "sum": total.pow(2), "both": y.pow(3) + total.pow(2)}[used].sum()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow import ops
+from megagrow import torch_ops
 from megagrow_kernels.vocab_loss import (
     vocab_grad_,
     vocab_grad_ref,
@@ -66,7 +66,7 @@ def logsumexp(logits_TV: Tensor, num_valid: int | None) -> Tensor:
 def test_stats_as_good_as_the_twin(case: Case) -> None:
     logits_TV, labels_T = logits_and_labels(case)
     actual_T3 = vocab_stats(logits_TV, labels_T, case.num_valid)
-    twin_T3 = ops.vocab_stats_torch(logits_TV, labels_T, case.num_valid)
+    twin_T3 = torch_ops.vocab_stats(logits_TV, labels_T, case.num_valid)
     exact_T3 = vocab_stats_ref(logits_TV.double(), labels_T, case.num_valid)
     assert torch.equal(actual_T3[:, [0, 2]].double(), exact_T3[:, [0, 2]])
     assert_as_good_as_twin(actual_T3[:, 1:2], twin_T3[:, 1:2], exact_T3[:, 1:2], "sum_exp")
@@ -79,7 +79,7 @@ def test_gradient_as_good_as_the_twin(case: Case) -> None:
     scale_T = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])[: case.T]
     exact_TV = vocab_grad_ref(logits_TV.double(), labels_T, logsumexp_T.double(), scale_T.double(), case.num_valid)
     twin_TV = logits_TV.clone()
-    ops.vocab_grad_torch_(twin_TV, labels_T, logsumexp_T, scale_T, case.num_valid)
+    torch_ops.vocab_grad_(twin_TV, labels_T, logsumexp_T, scale_T, case.num_valid)
     buffer = logits_TV._base
     actual_TV = vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, case.num_valid)
     assert actual_TV is logits_TV
@@ -102,10 +102,10 @@ def test_rank_is_exact_with_ties(case: Case) -> None:
     rank_T = vocab_rank(*arguments)
     assert rank_T.dtype == torch.int32
     assert torch.equal(rank_T, vocab_rank_ref(*arguments))
-    assert torch.equal(rank_T, ops.vocab_rank_torch(*arguments))
+    assert torch.equal(rank_T, torch_ops.vocab_rank(*arguments))
 
 
-@pytest.mark.parametrize("rank", [vocab_rank, ops.vocab_rank_torch], ids=["kernel", "twin"])
+@pytest.mark.parametrize("rank", [vocab_rank, torch_ops.vocab_rank], ids=["kernel", "twin"])
 def test_rank_skips_the_label_itself(rank) -> None:
     logits_TV = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     below_T = torch.nextafter(logits_TV[:, 2], torch.tensor(-1.0))  # not the stored bits
@@ -129,7 +129,7 @@ def test_infinities() -> None:
     stats_T3 = vocab_stats(logits_TV, torch.tensor([0, 4099, 0, 0]))
     assert stats_T3[:3].tolist() == [[-torch.inf, 0, -torch.inf], [5, 1, 5], [7, 1, 7]]
     assert stats_T3[3, 1].isnan()
-    assert torch.equal(stats_T3[:3], ops.vocab_stats_torch(logits_TV[:3], torch.tensor([0, 4099, 0])))
+    assert torch.equal(stats_T3[:3], torch_ops.vocab_stats(logits_TV[:3], torch.tensor([0, 4099, 0])))
 
 
 def test_shard_of_padding_only() -> None:
@@ -137,9 +137,9 @@ def test_shard_of_padding_only() -> None:
     label_logits_T = torch.zeros(2)
     stats_T3 = vocab_stats(logits_TV, labels_T, 0)
     assert stats_T3.tolist() == [[-torch.inf, 0.0, 0.0]] * 2
-    assert torch.equal(stats_T3, ops.vocab_stats_torch(logits_TV, labels_T, 0))
+    assert torch.equal(stats_T3, torch_ops.vocab_stats(logits_TV, labels_T, 0))
     assert vocab_rank(logits_TV, label_logits_T, labels_T, 0).tolist() == [0, 0]
-    assert ops.vocab_rank_torch(logits_TV, label_logits_T, labels_T, 0).tolist() == [0, 0]
+    assert torch_ops.vocab_rank(logits_TV, label_logits_T, labels_T, 0).tolist() == [0, 0]
     assert (vocab_grad_(logits_TV, labels_T, torch.ones(2), torch.ones(2), 0) == 0).all()
 
 
@@ -154,7 +154,7 @@ def test_no_tokens() -> None:
 def test_two_shards_make_the_whole(backend: str) -> None:
     stats, rank, grad_ = {
         "kernel": (vocab_stats, vocab_rank, vocab_grad_),
-        "twin": (ops.vocab_stats_torch, ops.vocab_rank_torch, ops.vocab_grad_torch_),
+        "twin": (torch_ops.vocab_stats, torch_ops.vocab_rank, torch_ops.vocab_grad_),
     }[backend]
     V, shard = 4163, 2096  # the second shard ends in padding
     logits_TV = 4 * torch.randn(5, V, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,37 @@
+"""The vocabulary kernels: the widest block everywhere, the others on Hopper.
+
+The rows are aligned, the number of valid columns is not: both are ordinary.
+"""
+
+from collections.abc import Iterator
+
+from megagrow_kernels.launch import ANY, pick
+from megagrow_kernels.vocab_loss import vocab_grad_kernel, vocab_rank_kernel, vocab_stats_kernel
+from tests.kernels.build import DTYPES, TARGETS, Build
+
+
+def pinned() -> Iterator[Build]:
+    for target in TARGETS:
+        for dtype in DTYPES:
+            yield from vocab(dtype, 128256, target)
+    for entry in ANY["vocab"][:-1]:
+        yield from vocab("bf16", entry.block, "sm_90a")
+
+
+def vocab(dtype: str, vocab_size: int, target: str) -> Iterator[Build]:
+    chosen = pick("vocab", vocab_size)
+    common = {"p_logits": f"*{dtype}", "p_labels": "*i64", "stride_t": "i32", "num_valid": "i32"}
+    for kernel, own in (
+        (vocab_stats_kernel, {"p_stats": "*fp32"}),
+        (vocab_rank_kernel, {"p_label_logits": "*fp32", "p_rank": "*i32"}),
+        (vocab_grad_kernel, {"p_logsumexp": "*fp32", "p_scale": "*fp32", "V": "i32"}),
+    ):
+        yield Build(
+            f"{kernel.__name__.removesuffix('_kernel')}-{dtype}-{vocab_size}",
+            kernel,
+            common | own,
+            {"BLOCK_V": chosen.block},
+            chosen.num_warps,
+            target,
+            aligned=("stride_t",),
+        )
