@@ -79,22 +79,23 @@ CASES = {
 TINY = {"tiny": Case(llama(64, 2, 4, 2, 172, 512, 64), 2)}
 
 
-def config_of(case: Case, compiled: bool) -> Config:
+def config_of(case: Case, compiled: bool, kernels: bool) -> Config:
     train = TrainConfig(
         global_batch_size=case.sequences,
         microbatch_size=case.sequences,
         precision="bf16",
         recompute=case.recompute,
         compile=compiled,
+        kernels="all" if kernels else "none",
     )
     return Config(model=case.model, data=DataConfig(seq_length=case.model.max_seq_length), train=train)
 
 
 def measure(case: Case, compiled: bool, kernels: bool) -> dict[str, Any]:
     """One process: seconds per step, loss, peak memory of a step as measured and as planned, the matrix peak."""
-    ops.let_kernels_serve(kernels)
     init_distributed()
-    config = config_of(case, compiled)
+    config = config_of(case, compiled, kernels)
+    ops.let_kernels_serve(config.train.kernels)
     mesh = make_mesh(config.parallel)
     on_gpu = mesh.device.type == "cuda"
     side, dtype = MATRIX[mesh.device.type], compute_dtype(config) or torch.float32

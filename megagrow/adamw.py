@@ -1,9 +1,10 @@
 """AdamW's update over plain local tensors: whose kernels compute it, and in which memory.
 
     TorchAdamW   torch's fused kernels            LocalWeights   where the parameters are
-    ApexAdamW    NVIDIA Apex' FusedAdam           HostWeights    in host memory, for parameters on a GPU
+    KernelAdamW  megagrow's own                   HostWeights    in host memory, for parameters on a GPU
+    ApexAdamW    NVIDIA Apex' FusedAdam
 
-Both kernels compute the same update from the same moments, so that a checkpoint of one is one of the other.
+All of them compute the same update from the same moments, so that a checkpoint of one is one of the other.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megagrow import ops
 from megagrow.config import OptimConfig
 from megagrow.errors import ConfigError
 from megagrow.parallel.shards import local
@@ -81,9 +83,42 @@ class TorchAdamW:
         """`exp_avg` or `exp_avg_sq` of one of the groups' tensors."""
         return self.optimizer.state[tensor][moment]
 
-    def step(self) -> None:
+    def step(self, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Updates every tensor that has a gradient."""
+        assert scale is None and skip is None, "only megagrow's own kernel takes them"
         self.optimizer.step()
+
+
+class KernelAdamW(TorchAdamW):
+    """megagrow's multi-tensor kernel: all groups in one launch, which scales gradients, or does nothing, if told to."""
+
+    def __init__(self, groups: list[Group], config: OptimConfig, step: int) -> None:
+        super().__init__(groups, config, step)
+        self.betas = config.beta1, config.beta2
+        self._table: Any = None
+        self._of: list[int] = []  # the tensors of the table
+
+    @property
+    def step_count(self) -> int:
+        """Updates that the moments have seen."""
+        return self._step
+
+    @step_count.setter
+    def step_count(self, step: int) -> None:
+        self._step = step
+
+    def step(self, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Updates every tensor that has a gradient, multiplied by `scale`, unless `skip` is set."""
+        self._step += 1
+        given = [(tensor, group) for group in self.groups for tensor in group["params"] if tensor.grad is not None]
+        if not given:
+            return
+        tensors, groups = [tensor for tensor, _ in given], [group for _, group in given]
+        if [id(tensor) for tensor in tensors] != self._of:
+            moments = ([self.moment(tensor, moment) for tensor in tensors] for moment in MOMENTS)
+            self._table, self._of = ops.adamw_table(tensors, *moments), [id(tensor) for tensor in tensors]
+        rates = ([group[rate] for group in groups] for rate in ("lr", "eps", "weight_decay"))
+        self._table.update([tensor.grad for tensor in tensors], *rates, *self.betas, self._step, scale, skip)
 
 
 class ApexAdamW(TorchAdamW):
@@ -104,8 +139,9 @@ class ApexAdamW(TorchAdamW):
         for group in self.groups:
             group["step"] = step
 
-    def step(self) -> None:
+    def step(self, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Updates every tensor that has a gradient."""
+        assert scale is None and skip is None, "only megagrow's own kernel takes them"
         for tensor in self._tensors():
             if tensor.numel() == 0:
                 # An empty shard that comes last in Apex' list keeps it from launching the kernel for those before it.

@@ -29,7 +29,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10_000.0
-    activation: Literal["swiglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, as in GPT-2
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, as in GPT-2
     bias: bool = False  # biases on every linear layer of the blocks
     qk_norm: bool = False  # RMSNorm over every query and key head, before rotation
     tied_embeddings: bool = False
@@ -55,6 +55,11 @@ class ModelConfig:
             self.positions != "rope" or self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions: make it even",
         )
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP multiplies by a gate, which is fused with the up projection."""
+        return self.activation != "gelu"
 
     @property
     def queries_per_kv(self) -> int:
@@ -144,6 +149,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # selective keeps the results of matrix products
     compile: bool = False  # torch.compile, block by block
     attention: Literal["sdpa", "flash_attn"] = "sdpa"  # sdpa: torch's own, and FlexAttention for document masks
+    kernels: Literal["measured", "all", "none"] = "measured"  # Triton's on a GPU; measured: those shown to be faster
     dropout: float = 0.0  # on embeddings and both residual branches; the mask depends on (seed, step, token) only
     loss_chunk: int = 1024  # tokens whose logits exist at a time
     seed: int = 1234  # initial weights depend on (seed, parameter name) only
@@ -156,7 +162,10 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         require_not_negative(self, "train", "microbatch_size", "eval_interval", "eval_batches", "threads")
         require(self.loss_chunk > 0, f"train.loss_chunk={self.loss_chunk} must be positive")
-        require(0 <= self.dropout < 1, f"train.dropout={self.dropout} must lie between 0 and 1")
+        require(
+            self.dropout == 0 or 2**-16 <= self.dropout <= 1 - 2**-16,  # the steps in which it acts
+            f"train.dropout={self.dropout} must be 0 or lie between 2^-16 and 1 - 2^-16",
+        )
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ F = FFN size, 3 = (max, sum_exp, label_logit).
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,30 +20,41 @@ from torch import Tensor
 
 from megagrow import cpu_ops, torch_ops
 from megagrow.attention_ops import DocumentMask, attention, check_attention_backend, document_mask
+from megagrow.errors import ConfigError
 
 __all__ = [
     "DocumentMask",
+    "adamw_table",
     "add_product_",
     "attention",
+    "bias_gelu",
     "check_attention_backend",
+    "check_kernels",
+    "chosen",
     "compiled",
-    "compiled_vocab_grad_",
-    "compiled_vocab_stats",
+    "distill_grad_",
+    "distill_stats",
     "document_mask",
+    "dropout_add",
     "gate_up_rows",
-    "gelu",
+    "geglu",
     "layer_norm",
     "let_kernels_serve",
     "linear",
     "product",
     "rms_norm",
-    "rope",
+    "rope_",
+    "serves",
     "swiglu",
     "vocab_grad_",
-    "vocab_rank",
+    "vocab_scores",
     "vocab_stats",
 ]
 
+# Files of kernels. On a GPU those of MEASURED serve by default: benchmarks/results/gpu_kernels.json shows that they
+# beat their twins, eager and compiled. The others are asked for by `train.kernels`.
+KERNELS = frozenset({"norm", "glu", "gelu", "dropout_add", "rope", "vocab_loss", "distill_loss", "adamw"})
+MEASURED: frozenset[str] = frozenset()
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -59,18 +70,47 @@ def _installed_kernels() -> ModuleType | None:
     return megagrow_kernels
 
 
-_kernels_serve = True
+Which = Literal["measured", "all", "none"]
+_serving: frozenset[str] = MEASURED
 
 
-def let_kernels_serve(serve: bool) -> None:
-    """Whether the kernels serve at all, as they do from the start; for measurements of what they bring."""
-    global _kernels_serve
-    _kernels_serve = serve
+def let_kernels_serve(which: Which) -> None:
+    """Which kernels serve from now on in this process: those of MEASURED do so from the start."""
+    global _serving
+    _serving = chosen(which)
 
 
-def _kernels(x: Tensor) -> ModuleType | None:
-    """`megagrow_kernels` if they can serve `x`; None where the twin has to."""
-    return _installed_kernels() if _kernels_serve and x.is_cuda and x.dtype in KERNEL_DTYPES else None
+def chosen(which: Which) -> frozenset[str]:
+    """The files of kernels that a choice means."""
+    return {"measured": MEASURED, "all": KERNELS, "none": frozenset[str]()}[which]
+
+
+def check_kernels(which: Which, device: torch.device) -> None:
+    """Makes sure that the kernels asked for can serve before anything is built.
+
+    Raises:
+        ConfigError: all are asked for, where there is no GPU or no Triton.
+    """
+    if which != "all":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"train.kernels=all runs on GPUs, not on the {device.type}; use train.kernels=measured")
+    if _installed_kernels() is None:
+        raise ConfigError(
+            "train.kernels=all needs Triton, which does not load here; pip install triton in the version that "
+            "constraints.txt names, or use train.kernels=measured"
+        )
+
+
+def _kernels(name: str, x: Tensor) -> ModuleType | None:
+    """`megagrow_kernels` if its kernels of that name are to serve `x`; None where the twin has to."""
+    wanted = name in _serving and x.is_cuda and x.dtype in KERNEL_DTYPES
+    return _installed_kernels() if wanted else None
+
+
+def serves(name: str, x: Tensor) -> bool:
+    """Whether the kernels of that name serve `x`."""
+    return _kernels(name, x) is not None
 
 
 @overload
@@ -92,24 +132,55 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Returns:
         y of x's shape; with a residual the pair (y, x + residual).
     """
-    kernels = _kernels(x)
+    kernels = _kernels("norm", x)
     if kernels is None:
         return torch_ops.rms_norm(x, weight, eps, residual)
     return kernels.rms_norm(x, weight, eps, residual)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm over the last dimension of x [..., H], times `weight` [H], plus `bias` [H]."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+@overload
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: None = None) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm over the last dimension, times `weight`, plus `bias`; float32 statistics at least.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization" (2016), equation 4.
+
+    Args:
+        x: [..., H]; the output has its dtype.
+        weight: [H], any floating dtype.
+        bias: [H], likewise, or None.
+        eps: added to the variance.
+        residual: like x in shape and dtype; added to it before the norm.
+
+    Returns:
+        y of x's shape; with a residual the pair (y, x + residual).
+    """
+    kernels = _kernels("norm", x)
+    if kernels is None:
+        return torch_ops.layer_norm(x, weight, bias, eps, residual)
+    return kernels.layer_norm(x, weight, bias, eps, residual)
 
 
-def vocab_stats(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
-    """Maximum, sum of exponentials and label logit of every token over one vocabulary shard.
+def vocab_stats(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    num_valid: int | None = None,
+    label_logits_T: Tensor | None = None,
+    *,
+    fused: bool = False,
+) -> Tensor:
+    """Maximum, sum of exponentials, label logit and perhaps rank of every token over one vocabulary shard.
 
     Not differentiable: `vocab_grad_` is the gradient. The statistics of shards r merge as
 
         max = max_r max_r                   sum_exp = sum_r sum_exp_r * exp(max_r - max)
-        label_logit = sum_r label_logit_r
+        label_logit = sum_r label_logit_r   rank = sum_r rank_r
 
     and then logsumexp = max + log(sum_exp), loss = logsumexp - label_logit.
 
@@ -118,35 +189,21 @@ def vocab_stats(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = Non
         labels_T: int64, local column of the label; any index outside 0..num_valid - 1 means that
             the label is on another shard, or ignored.
         num_valid: columns from here on are padding and count as -inf; default: all are valid.
+        label_logits_T: the label logit of every token over all shards, in the dtype of the statistics; asks for the
+            rank, the number of logits strictly greater. The label's own column is skipped: a label logit that went
+            through other arithmetic would otherwise count itself.
+        fused: let torch.compile make one pass of the twin, where no kernel serves.
 
     Returns:
-        stats_T3, float32 (float64 for float64 logits): (max, sum of exp(logit - max), label logit).
-        Without a label here the last is 0; without any valid column the first two are (-inf, 0).
+        stats_TK, float32 (float64 for float64 logits): (max, sum of exp(logit - max), label logit), rank if asked for.
+        Without a label here the label logit is 0; without any valid column the first two are (-inf, 0).
     """
-    kernels = _kernels(logits_TV)
-    if kernels is None:
-        return torch_ops.vocab_stats(logits_TV, labels_T, num_valid)
-    return kernels.vocab_stats(logits_TV, labels_T, num_valid)
-
-
-def vocab_rank(logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
-    """Number of local logits strictly greater than the label's; the sum over shards is its rank.
-
-    The label's own column is skipped: a label logit that went through other arithmetic would
-    otherwise count itself.
-
-    Args:
-        logits_TV, labels_T, num_valid: as in `vocab_stats`.
-        label_logits_T: the label logit of every token, summed over the shards; in the dtype of the
-            statistics.
-
-    Returns:
-        rank_T int32.
-    """
-    kernels = _kernels(logits_TV)
-    if kernels is None:
-        return torch_ops.vocab_rank(logits_TV, label_logits_T, labels_T, num_valid)
-    return kernels.vocab_rank(logits_TV, label_logits_T, labels_T, num_valid)
+    kernels = _kernels("vocab_loss", logits_TV)
+    if kernels is not None:
+        return kernels.vocab_stats(logits_TV, labels_T, num_valid, label_logits_T)
+    if fused and logits_TV[:, :num_valid].numel():
+        return compiled(torch_ops.stats_of_rows)(logits_TV[:, :num_valid], labels_T, label_logits_T)
+    return torch_ops.vocab_stats(logits_TV, labels_T, num_valid, label_logits_T)
 
 
 def vocab_grad_(
@@ -155,42 +212,146 @@ def vocab_grad_(
     logsumexp_T: Tensor,
     scale_T: Tensor,
     num_valid: int | None = None,
+    *,
+    fused: bool = False,
 ) -> Tensor:
     """Overwrites logits with the gradient of sum(scale * loss): scale * (softmax - onehot(label)).
 
     Args:
-        logits_TV, labels_T, num_valid: as in `vocab_stats`; padding columns become 0.
+        logits_TV, labels_T, num_valid, fused: as in `vocab_stats`; padding columns become 0.
         logsumexp_T: over the whole vocabulary, in the dtype of the statistics.
         scale_T: weight of every token's loss, in the dtype of the statistics; 0 for ignored ones.
 
     Returns:
         logits_TV itself.
     """
-    kernels = _kernels(logits_TV)
-    if kernels is None:
-        return torch_ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
-    return kernels.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
+    kernels = _kernels("vocab_loss", logits_TV)
+    if kernels is not None:
+        return kernels.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
+    if fused and num_valid is None and logits_TV.numel():
+        compiled(torch_ops.write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
+        return logits_TV
+    return torch_ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
 
 
-def compiled_vocab_stats(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """`vocab_stats`, in one pass that torch.compile makes where no kernel serves."""
-    if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
-        return vocab_stats(logits_TV, labels_T)
-    return compiled(torch_ops.stats_of_rows)(logits_TV, labels_T)
+def vocab_scores(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    label_logits_T: Tensor,
+    max_T: Tensor,
+    bits: int,
+    num_valid: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of exponentials in fixed point, which does not show how the vocabulary is cut, and the label's rank.
+
+    Args:
+        logits_TV, labels_T, num_valid: as in `vocab_stats`.
+        label_logits_T: the label logit of every token over all shards, in the dtype of the statistics.
+        max_T: the maximum of every token over all shards, likewise.
+        bits: exp(0) is 2^bits units; 2^bits times the vocabulary's size must stay below 2^63.
+
+    Returns:
+        units_T int64: the sum of exp(logit - max), each term cut down to whole units; rank_T int32: the number of
+        logits strictly greater than the label's, without the label's own column. Both add up over the shards.
+    """
+    kernels = _kernels("vocab_loss", logits_TV)
+    if kernels is not None:
+        return kernels.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
+    return torch_ops.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
 
 
-def compiled_vocab_grad_(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor) -> Tensor:
-    """`vocab_grad_`, likewise."""
-    if _kernels(logits_TV) is not None or logits_TV.numel() == 0:
-        return vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T)
-    compiled(torch_ops.write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
-    return logits_TV
+def distill_stats(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    temperature: float,
+    student_temperature: float,
+    num_valid: int | None = None,
+    label_logits_T: Tensor | None = None,
+    *,
+    fused: bool = False,
+) -> Tensor:
+    """What cross-entropy, KL divergence from a teacher, and the label's rank are made of, over one vocabulary shard.
+
+    With p = softmax(t / rho), q = softmax(s / sigma): KL = sum p (log p - log q) = cross / t_sum - lse_t + lse_s with
+    lse_t = t_max / rho + log t_sum, lse_s = max / sigma + log soft_sum; sums of shards shrink by
+    exp((max_r - max) / temperature) when they merge.
+
+    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2.
+
+    Args:
+        logits_TV: the student's.
+        teacher_TV: the teacher's, of the same shape.
+        temperature: rho, of the teacher.
+        student_temperature: sigma, of the student in the KL divergence.
+        labels_T, num_valid, label_logits_T, fused: as in `vocab_stats`.
+
+    Returns:
+        stats_TK: (max, sum of exp(s - max), label logit, soft_sum = sum of exp((s - max) / sigma), t_max,
+        t_sum = sum of exp((t - t_max) / rho), cross = the latter weighted with t / rho - s / sigma), rank if asked for.
+    """
+    kernels = _kernels("distill_loss", logits_TV)
+    temperatures = temperature, student_temperature
+    if kernels is not None:
+        return kernels.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, num_valid, label_logits_T)
+    if fused and logits_TV[:, :num_valid].numel():
+        rows = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
+        return compiled(torch_ops.distill_stats_of_rows)(*rows, labels_T, *temperatures, label_logits_T)
+    return torch_ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, num_valid, label_logits_T)
+
+
+def distill_grad_(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    logsumexps_T3: Tensor,
+    ce_scale_T: Tensor,
+    kd_scale_T: Tensor,
+    temperature: float,
+    student_temperature: float,
+    num_valid: int | None = None,
+    *,
+    fused: bool = False,
+) -> Tensor:
+    """Overwrites the student's logits with ce_scale * (softmax - onehot(label)) + kd_scale * (q - p).
+
+    Args:
+        logits_TV, teacher_TV, labels_T, temperature, student_temperature, num_valid, fused: as in `distill_stats`;
+            padding columns become 0.
+        logsumexps_T3: over the whole vocabulary: of s, of s / sigma, of t / rho.
+        ce_scale_T: weight of every token's cross-entropy.
+        kd_scale_T: weight of every token's KL divergence, divided by sigma.
+
+    Returns:
+        logits_TV itself.
+    """
+    kernels = _kernels("distill_loss", logits_TV)
+    per_token = labels_T, logsumexps_T3, ce_scale_T, kd_scale_T
+    temperatures = temperature, student_temperature
+    if kernels is not None:
+        return kernels.distill_grad_(logits_TV, teacher_TV, *per_token, *temperatures, num_valid)
+    if fused and num_valid is None and logits_TV.numel():
+        compiled(torch_ops.write_distill_grad)(logits_TV, teacher_TV, *per_token, *temperatures)
+        return logits_TV
+    return torch_ops.distill_grad_(logits_TV, teacher_TV, *per_token, *temperatures, num_valid)
 
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a function, one for all who ask: what calls it with equal shapes shares its code."""
     return torch.compile(function)
+
+
+def adamw_table(params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor]) -> Any:
+    """The kernels' `AdamWTable` of these tensors, whose `update` is a step; for tensors that its kernel `serves`.
+
+    Args:
+        params: plain float32 tensors of one device.
+        exp_avgs, exp_avg_sqs: averages of the gradients and of their squares, like params.
+    """
+    kernels = _kernels("adamw", params[0])
+    assert kernels is not None, "torch's fused AdamW has to do"
+    return kernels.AdamWTable(params, exp_avgs, exp_avg_sqs)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -248,22 +409,70 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         [..., F]
     """
-    return torch_ops.swiglu(gate_up)
+    kernels = _kernels("glu", gate_up)
+    return torch_ops.swiglu(gate_up) if kernels is None else kernels.swiglu(gate_up)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation, as in GPT-2."""
-    return torch_ops.gelu(x)
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up with GELU's tanh approximation; as `swiglu` otherwise."""
+    kernels = _kernels("glu", gate_up)
+    return torch_ops.geglu(gate_up) if kernels is None else kernels.geglu(gate_up)
 
 
-def rope(x_BSND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotary position embedding in Hugging Face's layout for Llama: columns i and i + D/2 pair.
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x + bias in its tanh approximation, as in GPT-2.
 
-    Source: Su et al., "RoFormer" (2021), equation 34, which pairs 2i and 2i + 1 instead.
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016), section 2.
 
     Args:
-        x_BSND: queries or keys, D even.
-        cos_SD, sin_SD: of the angles of every position, the D/2 of them twice over; float32 ones
-            round the result to x's dtype once, ones of x's dtype give Hugging Face's bits.
+        x: [..., F]; the result has its dtype.
+        bias: [F], any floating dtype, or None.
     """
-    return torch_ops.rope(x_BSND, cos_SD, sin_SD)
+    kernels = _kernels("gelu", x)
+    return torch_ops.bias_gelu(x, bias) if kernels is None else kernels.bias_gelu(x, bias)
+
+
+def dropout_add(x: Tensor, y: Tensor, bias: Tensor | None, rate: float, keys: Tensor, place: int) -> Tensor:
+    """x + dropout(y + bias), with a mask that depends on (token key, place, feature) only: see `torch_ops.kept`.
+
+    Args:
+        x: [..., H]; the result has its dtype.
+        y: like x in shape and dtype.
+        bias: [H], any floating dtype, or None.
+        rate: the share that is dropped; in effect its nearest multiple of 2^-16.
+        keys: [...] int64, one for each token.
+        place: a number of its own for each place in the model that drops.
+    """
+    kernels = _kernels("dropout_add", x)
+    if kernels is None:
+        return torch_ops.dropout_add(x, y, bias, rate, keys, place)
+    return kernels.dropout_add(x, y, bias, rate, keys, place)
+
+
+def rope_(
+    q_BSND: Tensor,
+    kv_BSKPD: Tensor,
+    cos_SR: Tensor,
+    sin_SR: Tensor,
+    interleaved: bool = False,
+    *,
+    in_place: bool = True,
+) -> tuple[Tensor, ...]:
+    """Turns queries and keys by the angles of their positions (rotary position embedding).
+
+    Source: Su et al., "RoFormer" (2021), equation 34, which pairs columns 2i and 2i + 1.
+
+    Args:
+        q_BSND: queries; overwritten where a kernel serves, not to be used afterwards.
+        kv_BSKPD: keys (P = 1), or keys and values (P = 2), of which the values stay as they are; likewise.
+        cos_SR, sin_SR: of R/2 angles of every position, twice over; the columns from R on stay as they are. Float32
+            ones round the result to x's dtype once; with ones of x's dtype the twin gives Hugging Face's bits.
+        interleaved: pairs columns 2i and 2i + 1; else i and i + R/2, as Hugging Face's Llama.
+        in_place: whether the arguments may be overwritten; not what something else has kept.
+
+    Returns:
+        (q, k) or (q, k, v).
+    """
+    kernels = _kernels("rope", q_BSND)
+    rotate = torch_ops.rope_ if kernels is None else kernels.rope_
+    return rotate(q_BSND, kv_BSKPD, cos_SR, sin_SR, interleaved, in_place=in_place)

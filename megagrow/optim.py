@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagrow.adamw import MOMENTS, ApexAdamW, Group, HostWeights, LocalWeights, TorchAdamW, Weights
+from megagrow import ops
+from megagrow.adamw import MOMENTS, ApexAdamW, Group, HostWeights, KernelAdamW, LocalWeights, TorchAdamW, Weights
 from megagrow.config import OptimConfig
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Mesh
@@ -46,7 +47,13 @@ class Optimizer:
         self.parameters, self.config = dict(parameters), config
         self.multipliers = {name: (multipliers or {}).get(name, Multipliers()) for name in self.parameters}
         self.weights: Weights = (HostWeights if config.offload else LocalWeights)(self.parameters)
-        self.adamw = (ApexAdamW if config.backend == "apex" else TorchAdamW)(self._groups(), config, step)
+        self.adamw = self._update_of(config)(self._groups(), config, step)
+
+    def _update_of(self, config: OptimConfig) -> type[TorchAdamW]:
+        if config.backend == "apex":
+            return ApexAdamW
+        tensors = self.weights.tensors.values()
+        return KernelAdamW if all(ops.serves("adamw", tensor) for tensor in tensors) else TorchAdamW
 
     def _groups(self) -> list[Group]:
         grouped: dict[tuple[Multipliers, bool], list[nn.Parameter]] = {}
@@ -71,12 +78,23 @@ class Optimizer:
     def step_count(self, step: int) -> None:
         self.adamw.step_count = step
 
-    def step(self, lr: float) -> None:
-        """Applies one update from the parameters' gradients, then drops the gradients."""
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether `step` takes a scale and a flag from the device, so that nobody has to wait for them."""
+        return isinstance(self.adamw, KernelAdamW)
+
+    def step(self, lr: float, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Applies one update from the parameters' gradients, then drops the gradients.
+
+        Args:
+            lr: the learning rate, before the tensors' own factors.
+            scale: one number that the gradients are multiplied by, where `decides_on_device`.
+            skip: one flag: nothing is updated where it is set, likewise; `step_count` counts the step all the same.
+        """
         for group in self.adamw.groups:
             group["lr"] = lr * group["lr_factor"]
         self.weights.fetch()
-        self.adamw.step()
+        self.adamw.step(scale, skip)
         self.weights.give_back()
         self.drop_gradients()
 
@@ -119,15 +137,26 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float, mesh
     Returns:
         The norm before clipping, the same number on every rank; not finite when any gradient is not.
     """
-    norm = gradient_norm(parameters, mesh)
-    if max_norm and math.isfinite(norm) and norm > max_norm:
-        gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, max_norm / norm)
+    norm = gradient_norm(parameters, mesh).item()
+    scale_gradients(parameters, norm, max_norm)
     return norm
 
 
-def gradient_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> float:
-    """The Euclidean norm of all gradients over the whole mesh, every element counted once."""
+def scale_gradients(parameters: Mapping[str, nn.Parameter], norm: float, max_norm: float) -> None:
+    """Scales all gradients, whose norm is given, so that it is at most `max_norm`; 0 sets no bound."""
+    if max_norm and math.isfinite(norm) and norm > max_norm:
+        gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, max_norm / norm)
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """The factor that makes gradients of this norm have at most `max_norm`, on the norm's device, in float32."""
+    bound = max_norm or math.inf
+    return torch.where(norm > bound, bound / norm, 1.0).float()
+
+
+def gradient_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> Tensor:
+    """The Euclidean norm of all gradients over the whole mesh, every element counted once; one float64."""
     second_copy = not mesh.pp.is_first
     counted = [
         local(p.grad)
@@ -137,7 +166,7 @@ def gradient_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> float:
     total = torch.zeros((), dtype=torch.double, device=mesh.device)
     if counted:
         total += torch.stack(torch._foreach_norm(counted)).double().square().sum()
-    return math.sqrt(sum_over(total, mesh.world).item())
+    return sum_over(total, mesh.world).sqrt()
 
 
 def lr_at(step: int, total: int, config: OptimConfig) -> float:
@@ -176,18 +205,23 @@ class StepGuard:
 
         The spike rule is OLMo's: more than mean + `spike_sigma` standard deviations of the last `spike_window` losses.
         """
-        good = math.isfinite(loss) and math.isfinite(grad_norm) and not self._is_spike(loss, config)
+        good = math.isfinite(loss) and math.isfinite(grad_norm) and not loss > self._limit(config)
         self.bad_steps = 0 if good else self.bad_steps + 1
         if good and config.spike_sigma:
             self.losses = [*self.losses, loss][-config.spike_window :]
         return good
 
+    def refuses(self, loss: Tensor, grad_norm: Tensor, config: OptimConfig) -> Tensor:
+        """The opposite of what `accepts` will say of these numbers, as a flag on their device; records nothing."""
+        return ~(loss.isfinite() & grad_norm.isfinite() & ~(loss.double() > self._limit(config)))
+
     def forget(self) -> None:
         """Empties the window: what follows is another loss, of another model or another objective."""
         self.losses = []
 
-    def _is_spike(self, loss: float, config: OptimConfig) -> bool:
+    def _limit(self, config: OptimConfig) -> float:
+        """The loss above which there is a spike."""
         if not config.spike_sigma or len(self.losses) < max(config.spike_window // 4, 2):
-            return False
+            return math.inf
         limit = statistics.fmean(self.losses) + config.spike_sigma * statistics.stdev(self.losses)
-        return loss > max(limit, self.losses[-1])
+        return max(limit, self.losses[-1])

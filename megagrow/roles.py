@@ -150,7 +150,7 @@ def shape_of(role: Role, model: ModelConfig) -> tuple[int, ...]:
 
 def leaves(model: ModelConfig) -> list[str]:
     """Names of one layer's parameters, without the `layers.N.` prefix, in their order in the block."""
-    absent = {"mlp.up"} if model.activation == "swiglu" else {"mlp.gate_up"}
+    absent = {"mlp.up"} if model.is_gated else {"mlp.gate_up"}
     if not model.qk_norm:
         absent |= {"attention.query_norm", "attention.key_norm"}
 

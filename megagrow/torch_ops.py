@@ -1,11 +1,11 @@
 """The kernels' PyTorch twins: same names and parameters, on any device, in any dtype. `ops` is the door to both.
 
 Legend: T = tokens, V = local vocabulary, H = hidden size, B = batch, S = sequence, N = heads, D = head dimension,
-F = FFN size, 3 = (max, sum_exp, label_logit).
+F = FFN size, K = statistics of the vocabulary.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,14 @@ from torch import Tensor
 from megagrow.cpu_ops import wide_dtype
 
 # Logits that a twin works on at a time. On a CPU they stay in its cache from pass to pass (measured
-# on 2048 x 8192 float32 logits: statistics in 15 ms instead of 41); on a GPU this bounds the copy.
+# on 2048 x 8192 float32 logits: statistics in 15 ms instead of 41); on a GPU this bounds the copies.
 CHUNK_LOGITS_CPU = 2**18
-CHUNK_LOGITS_GPU = 2**26
+CHUNK_LOGITS_GPU = 2**24
+
+FIELDS = 1 << 16  # values of the random number that decides whether an element is dropped
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
+MIX_1 = -0x40A7B892E31B1A47  # the multipliers of SplitMix64, signed
+MIX_2 = -0x6B2FB644ECCEEE15
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -38,39 +43,70 @@ def layer_norm(
 
 
 @torch.no_grad()
-def vocab_stats(logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
-    valid_TV = logits_TV[:, :num_valid]
-    dtype = wide_dtype(logits_TV)
-    stats_T3 = torch.zeros(len(logits_TV), 3, dtype=dtype, device=logits_TV.device)
-    stats_T3[:, 0] = -torch.inf
-    for rows in row_chunks(valid_TV) if valid_TV.shape[1] else ():
-        stats_T3[rows] = stats_of_rows(valid_TV[rows], labels_T[rows])
-    return stats_T3
+def vocab_stats(
+    logits_TV: Tensor, labels_T: Tensor, num_valid: int | None = None, label_logits_T: Tensor | None = None
+) -> Tensor:
+    valid_TV, wholes = logits_TV[:, :num_valid], () if label_logits_T is None else (label_logits_T,)
+    stats_TK = torch.zeros(len(logits_TV), 3 + len(wholes), dtype=wide_dtype(logits_TV), device=logits_TV.device)
+    stats_TK[:, 0] = -torch.inf
+    for rows in row_chunks(valid_TV):
+        stats_TK[rows] = stats_of_rows(valid_TV[rows], labels_T[rows], *(each[rows] for each in wholes))
+    return stats_TK
 
 
-def stats_of_rows(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+def stats_of_rows(logits_TV: Tensor, labels_T: Tensor, label_logits_T: Tensor | None = None) -> Tensor:
+    """`vocab_stats` of rows without padding, all at once."""
     wide_TV = logits_TV.to(wide_dtype(logits_TV))
+    max_T, sum_exp_T = _sum_exp(wide_TV)
+    stats = [max_T, sum_exp_T, _label_logits(wide_TV, labels_T)]
+    if label_logits_T is not None:
+        stats.append(_num_greater(wide_TV, labels_T, label_logits_T).to(wide_TV.dtype))
+    return torch.stack(stats, dim=-1)
+
+
+def _sum_exp(wide_TV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The maximum, and the sum of exp((x - maximum) / temperature)."""
     max_T1 = wide_TV.amax(-1, keepdim=True)
-    # With nothing but -inf the reference point is 0, since -inf - -inf would be NaN.
-    sum_exp_T = (wide_TV - max_T1.masked_fill(max_T1 == -torch.inf, 0.0)).exp().sum(-1)
+    return max_T1[:, 0], ((wide_TV - _finite(max_T1)) / temperature).exp().sum(-1)
+
+
+def _finite(max_T1: Tensor) -> Tensor:
+    """The reference point: 0 for nothing but -inf, since -inf - -inf would be NaN."""
+    return max_T1.masked_fill(max_T1 == -torch.inf, 0.0)
+
+
+def _label_logits(wide_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Those of the labels that are here; 0 for the others."""
     here_T, column_T1 = _local_columns(labels_T, wide_TV.shape[1])
-    label_logit_T = torch.where(here_T, wide_TV.gather(1, column_T1)[:, 0], 0.0)
-    return torch.stack((max_T1[:, 0], sum_exp_T, label_logit_T), dim=-1)
+    return torch.where(here_T, wide_TV.gather(1, column_T1)[:, 0], 0.0)
+
+
+def _num_greater(wide_TV: Tensor, labels_T: Tensor, label_logits_T: Tensor) -> Tensor:
+    """Logits strictly greater than the label's, without its own column."""
+    label_T1 = label_logits_T[:, None].to(wide_TV.dtype)
+    here_T, column_T1 = _local_columns(labels_T, wide_TV.shape[1])
+    own_T1 = wide_TV.gather(1, column_T1) > label_T1
+    return (wide_TV > label_T1).sum(-1, dtype=torch.int32) - (own_T1[:, 0] & here_T).to(torch.int32)
 
 
 @torch.no_grad()
-def vocab_rank(logits_TV: Tensor, label_logits_T: Tensor, labels_T: Tensor, num_valid: int | None = None) -> Tensor:
+def vocab_scores(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    label_logits_T: Tensor,
+    max_T: Tensor,
+    bits: int,
+    num_valid: int | None = None,
+) -> tuple[Tensor, Tensor]:
     valid_TV = logits_TV[:, :num_valid]
-    dtype = wide_dtype(logits_TV)
-    label_T1 = label_logits_T[:, None].to(dtype)
+    units_T = torch.zeros(len(logits_TV), dtype=torch.int64, device=logits_TV.device)
     rank_T = torch.zeros(len(logits_TV), dtype=torch.int32, device=logits_TV.device)
-    if valid_TV.shape[1] == 0:
-        return rank_T
     for rows in row_chunks(valid_TV):
-        rank_T[rows] = (valid_TV[rows].to(dtype) > label_T1[rows]).sum(-1, dtype=torch.int32)
-    here_T, column_T1 = _local_columns(labels_T, valid_TV.shape[1])
-    own_T1 = valid_TV.gather(1, column_T1).to(dtype) > label_T1
-    return rank_T - (own_T1[:, 0] & here_T).to(torch.int32)
+        wide_TV = valid_TV[rows].to(wide_dtype(logits_TV))
+        rank_T[rows] = _num_greater(wide_TV, labels_T[rows], label_logits_T[rows])
+        units_TV = (wide_TV - max_T[rows, None]).exp_().mul_(2.0**bits)
+        units_T[rows] = units_TV.to(torch.int64).sum(-1)
+    return units_T, rank_T
 
 
 @torch.no_grad()
@@ -83,8 +119,6 @@ def vocab_grad_(
 ) -> Tensor:
     valid_TV = logits_TV[:, :num_valid]
     logits_TV[:, valid_TV.shape[1] :] = 0
-    if valid_TV.shape[1] == 0:
-        return logits_TV
     dtype = wide_dtype(logits_TV)
     here_T, column_T1 = _local_columns(labels_T, valid_TV.shape[1])
     onehot_T1 = here_T[:, None].to(dtype)
@@ -106,12 +140,110 @@ def write_vocab_grad(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, s
     logits_TV.copy_((softmax_TV - onehot_TV.to(softmax_TV.dtype)) * scale_T[:, None])
 
 
+@torch.no_grad()
+def distill_stats(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    temperature: float,
+    student_temperature: float,
+    num_valid: int | None = None,
+    label_logits_T: Tensor | None = None,
+) -> Tensor:
+    s_TV, t_TV, wholes = (
+        logits_TV[:, :num_valid],
+        teacher_TV[:, :num_valid],
+        () if label_logits_T is None else (label_logits_T,),
+    )
+    dtype = torch.promote_types(wide_dtype(logits_TV), wide_dtype(teacher_TV))
+    stats_TK = torch.zeros(len(logits_TV), 7 + len(wholes), dtype=dtype, device=logits_TV.device)
+    stats_TK[:, 0] = stats_TK[:, 4] = -torch.inf
+    for rows in row_chunks(s_TV):
+        stats_TK[rows] = distill_stats_of_rows(
+            s_TV[rows], t_TV[rows], labels_T[rows], temperature, student_temperature, *(each[rows] for each in wholes)
+        )
+    return stats_TK
+
+
+def distill_stats_of_rows(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    temperature: float,
+    student_temperature: float,
+    label_logits_T: Tensor | None = None,
+) -> Tensor:
+    """`distill_stats` of rows without padding, all at once."""
+    dtype = torch.promote_types(wide_dtype(logits_TV), wide_dtype(teacher_TV))
+    s_TV, t_TV = logits_TV.to(dtype), teacher_TV.to(dtype)
+    max_T, sum_exp_T = _sum_exp(s_TV)
+    soft_sum_T = sum_exp_T if student_temperature == 1.0 else _sum_exp(s_TV, student_temperature)[1]
+    t_max_T1 = t_TV.amax(-1, keepdim=True)
+    weight_TV = ((t_TV - _finite(t_max_T1)) / temperature).exp()
+    # Where the teacher gives no probability at all the term is 0, whatever the student gives.
+    term_TV = torch.where(weight_TV > 0, weight_TV * (t_TV / temperature - s_TV / student_temperature), weight_TV)
+    stats = [max_T, sum_exp_T, _label_logits(s_TV, labels_T), soft_sum_T]
+    stats += [t_max_T1[:, 0], weight_TV.sum(-1), term_TV.sum(-1)]
+    if label_logits_T is not None:
+        stats.append(_num_greater(s_TV, labels_T, label_logits_T).to(dtype))
+    return torch.stack(stats, dim=-1)
+
+
+@torch.no_grad()
+def distill_grad_(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    logsumexps_T3: Tensor,
+    ce_scale_T: Tensor,
+    kd_scale_T: Tensor,
+    temperature: float,
+    student_temperature: float,
+    num_valid: int | None = None,
+) -> Tensor:
+    s_TV, t_TV = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
+    logits_TV[:, s_TV.shape[1] :] = 0
+    for rows in row_chunks(s_TV):
+        write_distill_grad(
+            s_TV[rows],
+            t_TV[rows],
+            labels_T[rows],
+            logsumexps_T3[rows],
+            ce_scale_T[rows],
+            kd_scale_T[rows],
+            temperature,
+            student_temperature,
+        )
+    return logits_TV
+
+
+def write_distill_grad(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    logsumexps_T3: Tensor,
+    ce_scale_T: Tensor,
+    kd_scale_T: Tensor,
+    temperature: float,
+    student_temperature: float,
+) -> None:
+    """`distill_grad_` of rows without padding, all at once."""
+    lse_T1, soft_lse_T1, teacher_lse_T1 = logsumexps_T3[..., None].unbind(1)
+    s_TV, t_TV = logits_TV.to(logsumexps_T3.dtype), teacher_TV.to(logsumexps_T3.dtype)
+    softmax_TV = (s_TV - lse_T1).exp()
+    q_TV = softmax_TV if student_temperature == 1.0 else (s_TV / student_temperature - soft_lse_T1).exp()
+    p_TV = (t_TV / temperature - teacher_lse_T1).exp()
+    onehot_TV = torch.arange(logits_TV.shape[1], device=logits_TV.device) == labels_T[:, None]
+    ce_TV = softmax_TV - onehot_TV.to(softmax_TV.dtype)
+    logits_TV.copy_(ce_scale_T[:, None] * ce_TV + kd_scale_T[:, None] * (q_TV - p_TV))
+
+
 def row_chunks(logits_TV: Tensor) -> Iterator[slice]:
-    """Rows that a twin works on at a time."""
+    """Rows that a twin works on at a time; none where there are no columns."""
     num_logits = CHUNK_LOGITS_CPU if logits_TV.device.type == "cpu" else CHUNK_LOGITS_GPU
     T, V = logits_TV.shape
-    num_rows = max(1, num_logits // V)
-    return (slice(start, start + num_rows) for start in range(0, T, num_rows))
+    num_rows = max(1, num_logits // max(V, 1))
+    return (slice(start, start + num_rows) for start in range(0, T if V else 0, num_rows))
 
 
 def _local_columns(labels_T: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:
@@ -121,35 +253,54 @@ def _local_columns(labels_T: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, of columns as `gate_and_up` finds them."""
+    """silu(gate) * up, of columns that alternate if `alternates` says so."""
+    return glu(gate_up, "silu", alternates(gate_up))
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up, likewise, with GELU in its tanh approximation."""
+    return glu(gate_up, "gelu", alternates(gate_up))
+
+
+def glu(gate_up: Tensor, activation: Literal["silu", "gelu"], alternating: bool) -> Tensor:
+    """activation(gate) * up [..., F], of columns [..., 2 F] that alternate or hold all of gate before all of up."""
     if torch.compiler.is_compiling():  # which chooses by itself what to keep
-        gate, up = gate_and_up(gate_up)
-        return F.silu(gate) * up
-    return _SwiGLU.apply(gate_up)
+        gate, up = gate_and_up(gate_up, alternating)
+        return _activate(gate, activation) * up
+    return _GLU.apply(gate_up, activation, alternating)
 
 
-class _SwiGLU(torch.autograd.Function):
+def _activate(x: Tensor, activation: str) -> Tensor:
+    return F.silu(x) if activation == "silu" else gelu(x)
+
+
+class _GLU(torch.autograd.Function):
     """Keeps its input only."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_and_up(gate_up)
-        return F.silu(gate) * up
+        ctx.activation, ctx.alternating = activation, alternating
+        gate, up = gate_and_up(gate_up, alternating)
+        return _activate(gate, activation) * up
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_and_up(gate_up)
-        dgate, dup = torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
-        if alternates(gate_up):
-            return torch.stack((dgate, dup), dim=-1).flatten(-2)
-        return torch.cat((dgate, dup), dim=-1)
+        gate, up = gate_and_up(gate_up, ctx.alternating)
+        if ctx.activation == "silu":
+            dgate = torch.ops.aten.silu_backward(dy * up, gate)
+        else:
+            dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
+        dup = dy * _activate(gate, ctx.activation)
+        if ctx.alternating:
+            return torch.stack((dgate, dup), dim=-1).flatten(-2), None, None
+        return torch.cat((dgate, dup), dim=-1), None, None
 
 
-def gate_and_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def gate_and_up(gate_up: Tensor, alternating: bool) -> tuple[Tensor, Tensor]:
     """The two halves [..., F] of the fused columns [..., 2 F]."""
-    halves = gate_up.unflatten(-1, (-1, 2)).unbind(-1) if alternates(gate_up) else gate_up.chunk(2, dim=-1)
+    halves = gate_up.unflatten(-1, (-1, 2)).unbind(-1) if alternating else gate_up.chunk(2, dim=-1)
     return halves[0], halves[1]
 
 
@@ -163,8 +314,137 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def rope(x_BSND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    cos_S1D, sin_S1D = cos_SD[:, None], sin_SD[:, None]
-    first, second = x_BSND.chunk(2, dim=-1)
-    rotated_BSND = torch.cat((-second, first), dim=-1)
-    return (x_BSND * cos_S1D + rotated_BSND * sin_S1D).to(x_BSND.dtype)
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x + bias."""
+    return gelu(x if bias is None else x + bias).to(x.dtype)
+
+
+def dropout_add(x: Tensor, y: Tensor, bias: Tensor | None, rate: float, keys: Tensor, place: int) -> Tensor:
+    """x + dropout(y + bias)."""
+    return (x + dropout(y if bias is None else y + bias, rate, keys, place)).to(x.dtype)
+
+
+def dropout(x: Tensor, rate: float, keys: Tensor, place: int) -> Tensor:
+    """Zeroes the elements that `kept` leaves out, and scales the others so that the mean stays as it was."""
+    if torch.compiler.is_compiling():  # which chooses by itself what to keep
+        return _drop(x, rate, keys, place)
+    return _Dropout.apply(x, rate, keys, place)
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps the tokens' keys only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float, keys: Tensor, place: int) -> Tensor:
+        ctx.save_for_backward(keys)
+        ctx.rate, ctx.place = rate, place
+        return _drop(x, rate, keys, place)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (keys,) = ctx.saved_tensors
+        return _drop(dy, ctx.rate, keys, ctx.place), None, None, None
+
+
+def _drop(x: Tensor, rate: float, keys: Tensor, place: int) -> Tensor:
+    num_dropped = round(rate * FIELDS)
+    scale = FIELDS / (FIELDS - num_dropped) if num_dropped < FIELDS else 0.0
+    return x * kept(keys, place, rate, x.shape[-1]) * scale
+
+
+def kept(keys: Tensor, place: int, rate: float, num_features: int) -> Tensor:
+    """Which elements [..., num_features] dropout keeps, by the tokens' keys [...]: True for a share of 1 - rate.
+
+    Four features share a hash: 4 i ... 4 i + 3 have the 16-bit fields, lowest first, of output i of SplitMix64 (Steele
+    et al., 2014) from the state mix(key + place). An element is dropped if its field is below round(rate 2^16).
+    """
+    quads_Q = torch.arange(-(-num_features // 4), device=keys.device)
+    hashes = mix(mix(keys + place)[..., None] + quads_Q * GOLDEN)
+    fields = hashes[..., None] >> torch.arange(0, 64, 16, device=keys.device) & FIELDS - 1
+    return fields.flatten(-2)[..., :num_features] >= round(rate * FIELDS)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's step and output; int64 arithmetic wraps, and shifts are made logical by masking."""
+    x = x + GOLDEN
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX_1
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX_2
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def rope_(
+    q_BSND: Tensor,
+    kv_BSKPD: Tensor,
+    cos_SR: Tensor,
+    sin_SR: Tensor,
+    interleaved: bool = False,
+    in_place: bool = True,
+) -> tuple[Tensor, ...]:
+    """(q, k) or (q, k, v). It may overwrite q and kv, hence its name, as the kernel does; the twin never does."""
+    k_BSKD, *v_BSKD = kv_BSKPD.unbind(-2)
+    turned = (rope(x_BSND, cos_SR, sin_SR, interleaved) for x_BSND in (q_BSND, k_BSKD))
+    return *turned, *v_BSKD
+
+
+def rope(x_BSND: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool = False) -> Tensor:
+    """Columns from R on stay as they are; in x's dtype, cos and sin give Hugging Face's bits."""
+    R = cos_SR.shape[-1]
+    num_rest = x_BSND.shape[-1] - R
+    if num_rest > 0:
+        turned_BSNR, rest_BSNE = x_BSND.split((R, num_rest), dim=-1)
+        return torch.cat((rope(turned_BSNR, cos_SR, sin_SR, interleaved), rest_BSNE), dim=-1)
+    cos_S1R, sin_S1R = cos_SR[:, None], sin_SR[:, None]
+    if interleaved:
+        cos_S1R, sin_S1R = (x[..., : R // 2].repeat_interleave(2, dim=-1) for x in (cos_S1R, sin_S1R))
+        first, second = x_BSND.unflatten(-1, (-1, 2)).unbind(-1)
+        rotated_BSNR = torch.stack((-second, first), dim=-1).flatten(-2)
+    else:
+        first, second = x_BSND.chunk(2, dim=-1)
+        rotated_BSNR = torch.cat((-second, first), dim=-1)
+    return (x_BSND * cos_S1R + rotated_BSNR * sin_S1R).to(x_BSND.dtype)
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    lrs: Sequence[float],
+    eps: Sequence[float],
+    weight_decays: Sequence[float],
+    beta1: float,
+    beta2: float,
+    step: int,
+    scale: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """By torch's fused kernels, a call for all tensors of the same rates; arithmetic in the dtype of params."""
+    scale, skip = (None if x is None else x.reshape(()) for x in (scale, skip))
+    grouped: dict[tuple[float, float, float], list[int]] = {}
+    for i, rates in enumerate(zip(lrs, eps, weight_decays, strict=True)):
+        if params[i].numel() > 0:
+            grouped.setdefault(rates, []).append(i)
+    for (lr, epsilon, weight_decay), chosen in grouped.items():
+        wide = [grads[i].to(params[i].dtype) for i in chosen]
+        torch._fused_adamw_(
+            [params[i] for i in chosen],
+            # Beforehand: the fused kernels would overwrite the gradients with the scaled ones.
+            wide if scale is None else [grad * scale for grad in wide],
+            [exp_avgs[i] for i in chosen],
+            [exp_avg_sqs[i] for i in chosen],
+            [],
+            [torch.full((), float(step), device=wide[0].device)] * len(chosen),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=epsilon,
+            amsgrad=False,
+            maximize=False,
+            found_inf=None if skip is None else (skip != 0).to(torch.float32),
+        )
+    for copy, param in zip(copies or (), params, strict=copies is not None):
+        rounded = param.to(copy.dtype)
+        copy.copy_(rounded if skip is None else torch.where(skip != 0, copy, rounded))

@@ -49,6 +49,8 @@ def test_a_dump_reads_back_equal(tmp_path: Path) -> None:
         ("model: [1, 2]", ["model must be a mapping"]),
         ("model: {", ["not valid YAML"]),
         ("train: {steps: 0}", ["train.steps=0", "positive"]),
+        ("train: {dropout: 0.000001}", ["train.dropout=1e-06", "2^-16"]),
+        ("train: {dropout: 1.0}", ["train.dropout=1.0", "2^-16"]),
         ("!!python/object/apply:os.system ['true']", ["not valid YAML"]),
     ],
 )

@@ -1,6 +1,27 @@
 """Triton kernels of megagrow: plain local tensors in and out, no collective, no sharding."""
 
-from megagrow_kernels.rms_norm import rms_norm
-from megagrow_kernels.vocab_loss import vocab_grad_, vocab_rank, vocab_stats
+from megagrow_kernels.adamw import AdamWTable, adamw_
+from megagrow_kernels.distill_loss import distill_grad_, distill_stats
+from megagrow_kernels.dropout_add import dropout_add
+from megagrow_kernels.gelu import bias_gelu
+from megagrow_kernels.glu import geglu, swiglu
+from megagrow_kernels.norm import layer_norm, rms_norm
+from megagrow_kernels.rope import rope_
+from megagrow_kernels.vocab_loss import vocab_grad_, vocab_scores, vocab_stats
 
-__all__ = ["rms_norm", "vocab_grad_", "vocab_rank", "vocab_stats"]
+__all__ = [
+    "AdamWTable",
+    "adamw_",
+    "bias_gelu",
+    "distill_grad_",
+    "distill_stats",
+    "dropout_add",
+    "geglu",
+    "layer_norm",
+    "rms_norm",
+    "rope_",
+    "swiglu",
+    "vocab_grad_",
+    "vocab_scores",
+    "vocab_stats",
+]

@@ -22,17 +22,26 @@ class Launch:
 Table = Mapping[str, tuple[Launch, ...]]
 
 ANY: dict[str, tuple[Launch, ...]] = {
-    "rms_norm_fwd": (Launch(512, 1), Launch(1024, 2), Launch(4096, 4), Launch(16384, 8), Launch(32768, 16)),
-    "rms_norm_bwd": (Launch(512, 1), Launch(1024, 2), Launch(4096, 8), Launch(8192, 8)),
+    "norm_fwd": (Launch(4096, 4), Launch(16384, 8), Launch(32768, 16)),
+    "norm_bwd": (Launch(1024, 2), Launch(2048, 4), Launch(4096, 8), Launch(8192, 16)),
+    "glu": (Launch(1024, 4),),
+    "bias_gelu": (Launch(512, 2), Launch(2048, 4)),
+    "dropout_add": (Launch(512, 1), Launch(1024, 2), Launch(2048, 4)),
+    # Heads of a token times their columns, each rounded up.
+    "rope": (Launch(512, 1), Launch(1024, 2), Launch(2048, 4), Launch(4096, 4)),
+    "adamw": (Launch(1024, 4), Launch(2048, 8)),
     "vocab": (Launch(512, 1), Launch(1024, 2), Launch(2048, 4), Launch(4096, 8)),
+    "distill": (Launch(512, 1), Launch(1024, 2), Launch(2048, 4), Launch(4096, 8)),
 }
 
 # By the name that torch gives the device.
 PINNED: dict[str, dict[str, tuple[Launch, ...]]] = {}
 
-# Programs per multiprocessor where programs stride over the rows: enough to hide latency, and few, since each writes a
-# row of partial sums.
-ROW_PROGRAMS_PER_SM = 2
+# Warps per multiprocessor where programs stride over the rows: as many as run at once with 128 registers a thread. More
+# would not hide more latency, and each program writes a row of partial sums.
+ROW_WARPS_PER_SM = 16
+ELEMENTS_PER_WARP = 512  # of narrow rows: two 128-bit loads of 16-bit elements for each thread
+BLOCK_WARPS_PER_SM = 20  # the same where each holds a part of a row only, with 96 registers
 
 
 def pick(kernel: str, num_columns: int, device: torch.device | None = None) -> Launch:
@@ -65,6 +74,17 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def row_programs(num_rows: int, device: torch.device) -> int:
-    """Programs that share the rows out among themselves."""
-    return min(num_rows, num_multiprocessors(device) * ROW_PROGRAMS_PER_SM)
+def rows_at_once(launch: Launch) -> int:
+    """Rows that a program holds at once where one would leave its warps with little to do."""
+    return max(1, launch.num_warps * ELEMENTS_PER_WARP // launch.block)
+
+
+def row_programs(num_rows: int, device: torch.device, num_warps: int) -> int:
+    """Programs of so many warps that share the rows, or blocks of them, out among themselves."""
+    return min(num_rows, num_multiprocessors(device) * max(1, ROW_WARPS_PER_SM // num_warps))
+
+
+def column_programs(num_rows: int, num_blocks: int, device: torch.device, num_warps: int) -> int:
+    """The same, for each of `num_blocks` blocks of a row's columns, where no program needs a whole row."""
+    num_at_once = num_multiprocessors(device) * BLOCK_WARPS_PER_SM // num_warps
+    return min(num_rows, max(1, num_at_once // max(num_blocks, 1)))

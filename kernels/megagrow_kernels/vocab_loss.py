@@ -1,4 +1,4 @@
-"""Cross-entropy over the local shard of a vocabulary: statistics, label rank, gradient in place.
+"""Cross-entropy over the local shard of a vocabulary: statistics, gradient in place, scores.
 
 The caller merges the statistics of the shards r, over ranks with whatever collective it likes:
 
@@ -8,10 +8,10 @@ The caller merges the statistics of the shards r, over ranks with whatever colle
 
 Running maximum and sum: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018),
 algorithm 3. Bytes per logit with 2-byte logits: statistics 2, gradient 4 (together 6, the floor for
-a loss whose logits are in memory), rank 2.
+a loss whose logits are in memory), scores 2.
 
 Legend: T = tokens, V = local vocabulary (columns of the shard; the last ones may be padding),
-3 = (max, sum_exp, label_logit).
+K = statistics: (max, sum_exp, label_logit) and perhaps rank.
 Prefixes: i_ index, o_ offsets, p_ pointer, b_ values of a block, m_ mask.
 """
 
@@ -24,25 +24,38 @@ from megagrow_kernels.launch import pick
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def vocab_stats_ref(logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int | None = None) -> torch.Tensor:
+def vocab_stats_ref(
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    num_valid: int | None = None,
+    label_logits_T: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The definition of `vocab_stats`, in the precision of its inputs, given a finite logit."""
     valid_TV = logits_TV[:, :num_valid]
     max_T1 = valid_TV.amax(-1, keepdim=True)
     onehot_TV = labels_T[:, None] == torch.arange(valid_TV.shape[1], device=labels_T.device)
     label_logit_T = torch.where(onehot_TV, valid_TV, 0).sum(-1)
-    return torch.stack((max_T1[:, 0], (valid_TV - max_T1).exp().sum(-1), label_logit_T), -1)
+    stats = [max_T1[:, 0], (valid_TV - max_T1).exp().sum(-1), label_logit_T]
+    if label_logits_T is not None:
+        greater_TV = valid_TV > label_logits_T[:, None]
+        stats.append((greater_TV & ~onehot_TV).sum(-1).to(valid_TV.dtype))
+    return torch.stack(stats, -1)
 
 
-def vocab_rank_ref(
+def vocab_scores_ref(
     logits_TV: torch.Tensor,
-    label_logits_T: torch.Tensor,
     labels_T: torch.Tensor,
+    label_logits_T: torch.Tensor,
+    max_T: torch.Tensor,
+    bits: int,
     num_valid: int | None = None,
-) -> torch.Tensor:
-    """The definition of `vocab_rank`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of `vocab_scores`, in the precision of its inputs."""
     valid_TV = logits_TV[:, :num_valid]
+    units_TV = ((valid_TV - max_T[:, None]).exp() * 2.0**bits).to(torch.int64)
     other_TV = labels_T[:, None] != torch.arange(valid_TV.shape[1], device=labels_T.device)
-    return ((valid_TV > label_logits_T[:, None]) & other_TV).sum(-1).to(torch.int32)
+    rank_T = ((valid_TV > label_logits_T[:, None]) & other_TV).sum(-1)
+    return units_TV.sum(-1), rank_T.to(torch.int32)
 
 
 def vocab_grad_ref(
@@ -60,61 +73,114 @@ def vocab_grad_ref(
 
 
 @triton.jit
-def _update_stats(b_max, b_sum, b_x):
-    """One more block: one maximum per row; the sums stay spread over the columns until the end."""
-    b_new = tl.maximum(b_max, tl.max(b_x, axis=0))
-    # As long as every logit is -inf the reference point is 0, since -inf - -inf would be NaN.
-    b_at = tl.where(b_new == float("-inf"), 0.0, b_new)
-    return b_new, b_sum * tl.exp(b_max - b_at) + tl.exp(b_x - b_at)
+def fold_of(p_x, BLOCK_V: tl.constexpr):
+    """Neighbours that one load of 128 bits brings to one thread, which adds them up in its registers."""
+    return tl.constexpr(min(128 // p_x.dtype.element_ty.primitive_bitwidth, BLOCK_V))
 
 
 @triton.jit
-def _local_column(i_label, num_valid):
+def finite(b_max):
+    """The reference point of exponentials: 0 as long as every logit is -inf, since -inf - -inf would be NaN."""
+    return tl.where(b_max == float("-inf"), 0.0, b_max)
+
+
+@triton.jit
+def _update_stats(b_max, b_sum, b_xf):
+    """One more block [columns / FOLD, FOLD]; every thread keeps its own maxima and sums: none waits for another."""
+    b_new = tl.maximum(b_max, tl.max(b_xf, axis=1))
+    b_at = finite(b_new)
+    return b_new, b_sum * tl.exp(b_max - b_at) + tl.sum(tl.exp(b_xf - b_at[:, None]), axis=1)
+
+
+@triton.jit
+def local_column(i_label, num_valid):
     """The label as a 32-bit column of this shard, or -1 where it is not here."""
     return tl.where((i_label >= 0) & (i_label < num_valid), i_label, -1).to(tl.int32)
 
 
+@triton.jit
+def count_greater(b_x, b_label, o_v, i_label):
+    """Logits strictly greater than the label's; its own column is skipped."""
+    return ((b_x > b_label) & (o_v != i_label)).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["num_valid"])
-def vocab_stats_kernel(p_logits, p_labels, p_stats, stride_t, num_valid, BLOCK_V: tl.constexpr):
+def vocab_stats_kernel(
+    p_logits,
+    p_labels,
+    p_label_logits,
+    p_stats,
+    stride_t,
+    num_valid,
+    BLOCK_V: tl.constexpr,
+    HAS_RANK: tl.constexpr,
+):
+    K: tl.constexpr = 4 if HAS_RANK else 3
     i_t = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_t * stride_t
     o_block = tl.arange(0, BLOCK_V)
-    b_max = tl.full([], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_V], dtype=tl.float32)
+    i_label = local_column(tl.load(p_labels + i_t), num_valid)
+    b_whole = tl.load(p_label_logits + i_t) if HAS_RANK else 0.0
+    FOLD: tl.constexpr = fold_of(p_logits, BLOCK_V)
+    F: tl.constexpr = BLOCK_V // FOLD
+    b_max = tl.full([F], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([F], dtype=tl.float32)
+    b_count = tl.zeros([F], dtype=tl.int32)
     # Full blocks load without a mask: a mask at an odd num_valid would cost the 128-bit loads.
     # With `//` and `*` for `%` the gradient kernel takes 100 registers instead of 40 (sm_90a, bf16).
     num_full = num_valid - num_valid % BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
-        b_x = tl.load(p_row + (i_v + o_block)).to(tl.float32)
-        b_max, b_sum = _update_stats(b_max, b_sum, b_x)
+        o_v = i_v + o_block
+        b_x = tl.load(p_row + o_v).to(tl.float32)
+        b_max, b_sum = _update_stats(b_max, b_sum, tl.reshape(b_x, [F, FOLD]))
+        if HAS_RANK:
+            b_count += tl.sum(tl.reshape(count_greater(b_x, b_whole, o_v, i_label), [F, FOLD]), axis=1)
     if num_full < num_valid:
         o_v = num_full + o_block
         b_x = tl.load(p_row + o_v, mask=o_v < num_valid, other=float("-inf")).to(tl.float32)
-        b_max, b_sum = _update_stats(b_max, b_sum, b_x)
-    i_label = _local_column(tl.load(p_labels + i_t), num_valid)
+        b_max, b_sum = _update_stats(b_max, b_sum, tl.reshape(b_x, [F, FOLD]))
+        if HAS_RANK:
+            b_count += tl.sum(tl.reshape(count_greater(b_x, b_whole, o_v, i_label), [F, FOLD]), axis=1)
+    b_top = tl.max(b_max, axis=0)
     b_label = tl.load(p_row + i_label, mask=i_label >= 0, other=0.0).to(tl.float32)
-    tl.store(p_stats + i_t * 3, b_max)
-    tl.store(p_stats + i_t * 3 + 1, tl.sum(b_sum, axis=0))
-    tl.store(p_stats + i_t * 3 + 2, b_label)
+    tl.store(p_stats + i_t * K, b_top)
+    tl.store(p_stats + i_t * K + 1, tl.sum(b_sum * tl.exp(b_max - finite(b_top)), axis=0))
+    tl.store(p_stats + i_t * K + 2, b_label)
+    if HAS_RANK:
+        tl.store(p_stats + i_t * K + 3, tl.sum(b_count, axis=0).to(tl.float32))
+
+
+@triton.jit
+def _units(b_xf, b_max, unit):
+    """exp(x - max) in whole units, which add up to the same in any order."""
+    return tl.sum((tl.exp(b_xf - b_max) * unit).to(tl.int64), axis=1)
 
 
 @triton.jit(do_not_specialize=["num_valid"])
-def vocab_rank_kernel(p_logits, p_label_logits, p_labels, p_rank, stride_t, num_valid, BLOCK_V: tl.constexpr):
+def vocab_scores_kernel(
+    p_logits, p_labels, p_label_logits, p_max, p_units, p_rank, stride_t, num_valid, unit, BLOCK_V: tl.constexpr
+):
     i_t = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_t * stride_t
     o_block = tl.arange(0, BLOCK_V)
-    i_label = _local_column(tl.load(p_labels + i_t), num_valid)
-    b_label = tl.load(p_label_logits + i_t)
-    b_count = tl.zeros([BLOCK_V], dtype=tl.int32)
+    i_label = local_column(tl.load(p_labels + i_t), num_valid)
+    b_label, b_max = tl.load(p_label_logits + i_t), tl.load(p_max + i_t)
+    FOLD: tl.constexpr = fold_of(p_logits, BLOCK_V)
+    F: tl.constexpr = BLOCK_V // FOLD
+    b_units = tl.zeros([F], dtype=tl.int64)
+    b_count = tl.zeros([F], dtype=tl.int32)
     num_full = num_valid - num_valid % BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         o_v = i_v + o_block
         b_x = tl.load(p_row + o_v).to(tl.float32)
-        b_count += ((b_x > b_label) & (o_v != i_label)).to(tl.int32)
+        b_units += _units(tl.reshape(b_x, [F, FOLD]), b_max, unit)
+        b_count += tl.sum(tl.reshape(count_greater(b_x, b_label, o_v, i_label), [F, FOLD]), axis=1)
     if num_full < num_valid:
         o_v = num_full + o_block
         b_x = tl.load(p_row + o_v, mask=o_v < num_valid, other=float("-inf")).to(tl.float32)
-        b_count += ((b_x > b_label) & (o_v != i_label)).to(tl.int32)
+        b_units += _units(tl.reshape(b_x, [F, FOLD]), b_max, unit)
+        b_count += tl.sum(tl.reshape(count_greater(b_x, b_label, o_v, i_label), [F, FOLD]), axis=1)
+    tl.store(p_units + i_t, tl.sum(b_units, axis=0))
     tl.store(p_rank + i_t, tl.sum(b_count, axis=0))
 
 
@@ -123,7 +189,7 @@ def vocab_grad_kernel(p_logits, p_labels, p_logsumexp, p_scale, stride_t, V, num
     i_t = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_t * stride_t
     o_block = tl.arange(0, BLOCK_V)
-    i_label = _local_column(tl.load(p_labels + i_t), num_valid)
+    i_label = local_column(tl.load(p_labels + i_t), num_valid)
     b_logsumexp = tl.load(p_logsumexp + i_t)
     b_scale = tl.load(p_scale + i_t)
     num_full = num_valid - num_valid % BLOCK_V
@@ -140,7 +206,7 @@ def vocab_grad_kernel(p_logits, p_labels, p_logsumexp, p_scale, stride_t, V, num
         tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < V)
 
 
-def _check(name: str, logits_TV: torch.Tensor, num_valid: int | None, **per_token: torch.Tensor) -> int:
+def check_logits(name: str, logits_TV: torch.Tensor, num_valid: int | None, **per_token: torch.Tensor) -> int:
     """The number of valid columns, once every argument fits."""
     T, V = logits_TV.shape
     if logits_TV.dtype not in DTYPES:
@@ -157,78 +223,156 @@ def _check(name: str, logits_TV: torch.Tensor, num_valid: int | None, **per_toke
     return num_valid
 
 
-def vocab_stats(logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int | None = None) -> torch.Tensor:
-    """Maximum, sum of exponentials and label logit of every token, in one read of the logits.
+@torch.library.custom_op("megagrow_kernels::vocab_stats", mutates_args=())
+def _stats(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int, label_logits_T: torch.Tensor | None
+) -> torch.Tensor:
+    T, V = logits_TV.shape
+    has_rank = label_logits_T is not None
+    stats_TK = torch.empty(T, 4 if has_rank else 3, dtype=torch.float32, device=logits_TV.device)
+    launch = pick("vocab", V, logits_TV.device)
+    if T > 0:
+        vocab_stats_kernel[(T,)](
+            logits_TV,
+            labels_T,
+            label_logits_T,
+            stats_TK,
+            logits_TV.stride(0),
+            num_valid,
+            BLOCK_V=launch.block,
+            HAS_RANK=has_rank,
+            num_warps=launch.num_warps,
+        )
+    return stats_TK
+
+
+@_stats.register_fake
+def _(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, num_valid: int, label_logits_T: torch.Tensor | None
+) -> torch.Tensor:
+    return logits_TV.new_empty(logits_TV.shape[0], 3 if label_logits_T is None else 4, dtype=torch.float32)
+
+
+@torch.library.custom_op("megagrow_kernels::vocab_scores", mutates_args=())
+def _scores(
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    label_logits_T: torch.Tensor,
+    max_T: torch.Tensor,
+    bits: int,
+    num_valid: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    T, V = logits_TV.shape
+    units_T = torch.empty(T, dtype=torch.int64, device=logits_TV.device)
+    rank_T = torch.empty(T, dtype=torch.int32, device=logits_TV.device)
+    launch = pick("vocab", V, logits_TV.device)
+    if T > 0:
+        vocab_scores_kernel[(T,)](
+            logits_TV,
+            labels_T,
+            label_logits_T,
+            max_T,
+            units_T,
+            rank_T,
+            logits_TV.stride(0),
+            num_valid,
+            2.0**bits,
+            BLOCK_V=launch.block,
+            num_warps=launch.num_warps,
+        )
+    return units_T, rank_T
+
+
+@_scores.register_fake
+def _(
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    label_logits_T: torch.Tensor,
+    max_T: torch.Tensor,
+    bits: int,
+    num_valid: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(labels_T), torch.empty_like(labels_T, dtype=torch.int32)
+
+
+@torch.library.custom_op("megagrow_kernels::vocab_grad_", mutates_args=("logits_TV",))
+def _grad_(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, logsumexp_T: torch.Tensor, scale_T: torch.Tensor, num_valid: int
+) -> None:
+    T, V = logits_TV.shape
+    launch = pick("vocab", V, logits_TV.device)
+    if T > 0:
+        vocab_grad_kernel[(T,)](
+            logits_TV,
+            labels_T,
+            logsumexp_T,
+            scale_T,
+            logits_TV.stride(0),
+            V,
+            num_valid,
+            BLOCK_V=launch.block,
+            num_warps=launch.num_warps,
+        )
+
+
+def vocab_stats(
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    num_valid: int | None = None,
+    label_logits_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Maximum, sum of exponentials, label logit and perhaps rank of every token, in one read of the logits.
 
     Args:
         logits_TV: float16, bfloat16 or float32; rows may be strided.
         labels_T: int64, local column of the label; any index outside 0..num_valid - 1 means that
             the label is on another shard, or ignored.
         num_valid: columns from here on are padding and count as -inf; default: all are valid.
+        label_logits_T: float32, the label logit of every token over all shards; asks for the rank, the number of
+            logits strictly greater. The label's own column is skipped: a label logit that went through other
+            arithmetic would otherwise count itself.
 
     Returns:
-        stats_T3 float32: (max, sum of exp(logit - max), label logit). Without a label here the
-        last is 0; without any valid column the first two are (-inf, 0).
+        stats_TK float32: (max, sum of exp(logit - max), label logit) and the rank if asked for. Without a label here
+        the label logit is 0; without any valid column the first two are (-inf, 0).
 
     Raises:
         ValueError: a shape, dtype or stride does not fit, in one line.
     """
-    num_valid = _check("vocab_stats", logits_TV, num_valid, labels=labels_T)
-    T, V = logits_TV.shape
-    stats_T3 = torch.empty(T, 3, dtype=torch.float32, device=logits_TV.device)
-    launch = pick("vocab", V, logits_TV.device)
-    if T > 0:
-        vocab_stats_kernel[(T,)](
-            logits_TV,
-            labels_T.contiguous(),
-            stats_T3,
-            logits_TV.stride(0),
-            num_valid,
-            BLOCK_V=launch.block,
-            num_warps=launch.num_warps,
-        )
-    return stats_T3
+    wholes = {} if label_logits_T is None else {"label_logits": label_logits_T}
+    num_valid = check_logits("vocab_stats", logits_TV, num_valid, labels=labels_T, **wholes)
+    wanted_T = None if label_logits_T is None else label_logits_T.float().contiguous()
+    return _stats(logits_TV, labels_T.contiguous(), num_valid, wanted_T)
 
 
-def vocab_rank(
+def vocab_scores(
     logits_TV: torch.Tensor,
-    label_logits_T: torch.Tensor,
     labels_T: torch.Tensor,
+    label_logits_T: torch.Tensor,
+    max_T: torch.Tensor,
+    bits: int,
     num_valid: int | None = None,
-) -> torch.Tensor:
-    """Number of local logits strictly greater than the label's; the sum over shards is its rank.
-
-    The label's own column is skipped: a label logit that went through other arithmetic would
-    otherwise count itself.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of exponentials in fixed point, which does not show how the vocabulary is cut, and the label's rank.
 
     Args:
-        logits_TV: as in `vocab_stats`.
-        label_logits_T: float32, the label logit of every token, summed over the shards.
-        labels_T: int64, local column of the label, as in `vocab_stats`.
-        num_valid: as in `vocab_stats`.
+        logits_TV, labels_T, num_valid: as in `vocab_stats`.
+        label_logits_T: float32, the label logit of every token over all shards.
+        max_T: float32, the maximum of every token over all shards.
+        bits: exp(0) is 2^bits units; 2^bits times the vocabulary's size must stay below 2^63.
 
     Returns:
-        rank_T int32.
+        units_T int64: the sum of exp(logit - max), each term cut down to whole units; rank_T int32: the number of
+        logits strictly greater than the label's, without the label's own column. Both add up over the shards.
 
     Raises:
         ValueError: a shape, dtype or stride does not fit, in one line.
     """
-    num_valid = _check("vocab_rank", logits_TV, num_valid, label_logits=label_logits_T, labels=labels_T)
-    T, V = logits_TV.shape
-    rank_T = torch.empty(T, dtype=torch.int32, device=logits_TV.device)
-    launch = pick("vocab", V, logits_TV.device)
-    if T > 0:
-        vocab_rank_kernel[(T,)](
-            logits_TV,
-            label_logits_T.float().contiguous(),
-            labels_T.contiguous(),
-            rank_T,
-            logits_TV.stride(0),
-            num_valid,
-            BLOCK_V=launch.block,
-            num_warps=launch.num_warps,
-        )
-    return rank_T
+    num_valid = check_logits(
+        "vocab_scores", logits_TV, num_valid, label_logits=label_logits_T, max=max_T, labels=labels_T
+    )
+    label_logits_T, max_T = label_logits_T.float().contiguous(), max_T.float().contiguous()
+    return _scores(logits_TV, labels_T.contiguous(), label_logits_T, max_T, bits, num_valid)
 
 
 def vocab_grad_(
@@ -250,19 +394,6 @@ def vocab_grad_(
     Raises:
         ValueError: a shape, dtype or stride does not fit, in one line.
     """
-    num_valid = _check("vocab_grad_", logits_TV, num_valid, labels=labels_T, logsumexp=logsumexp_T, scale=scale_T)
-    T, V = logits_TV.shape
-    launch = pick("vocab", V, logits_TV.device)
-    if T > 0:
-        vocab_grad_kernel[(T,)](
-            logits_TV,
-            labels_T.contiguous(),
-            logsumexp_T.float().contiguous(),
-            scale_T.float().contiguous(),
-            logits_TV.stride(0),
-            V,
-            num_valid,
-            BLOCK_V=launch.block,
-            num_warps=launch.num_warps,
-        )
+    num_valid = check_logits("vocab_grad_", logits_TV, num_valid, labels=labels_T, logsumexp=logsumexp_T, scale=scale_T)
+    _grad_(logits_TV, labels_T.contiguous(), logsumexp_T.float().contiguous(), scale_T.float().contiguous(), num_valid)
     return logits_TV

@@ -66,6 +66,7 @@ def model_config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
     fields: dict[str, Any] = {name: value for name, value in family.kind.items() if not callable(value)}
     for name, entry in family.entries.items():
         fields[name] = _read(entries, name, entry, fields, where)
+    fields["activation"] = _activation(entries, family, where)
     if family.bias_switches:
         fields["bias"] = _bias(entries, family, where)
     if fields["positions"] == "rope":
@@ -94,12 +95,14 @@ def hf_config_from_model(
     """
     check_exportable(model)
     family = FAMILIES[model.family]
+    activation_key, activations = family.activation
     entries = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": str(dtype).removeprefix("torch."),
         **{key: value(model) if callable(value) else value for key, value in family.constants.items()},
         **{key: allowed[0] for key, allowed in family.only.items()},
+        activation_key: activations[model.activation][0],
         **{entry.key: getattr(model, name) for name, entry in family.entries.items()},
         **dict.fromkeys(family.bias_switches, model.bias),
         **{name: (token_ids or {}).get(name) for name in TOKEN_IDS},
@@ -119,6 +122,12 @@ def check_exportable(model: ModelConfig) -> None:
             f"model.hidden_size={model.hidden_size} is not a multiple of "
             f"num_heads={model.num_heads}, which transformers demands of every "
             f"{family.architecture}; change one of them"
+        )
+    _, activations = family.activation
+    if model.activation not in activations:
+        raise ConfigError(
+            f"model.activation={model.activation} cannot be exported: {family.architecture} has "
+            f"{' or '.join(activations)}; use that, or another model.family"
         )
     for name, value in fixed_fields(family, model).items():
         if getattr(model, name) != value:
@@ -180,6 +189,21 @@ def _switch(value: Any, key: str, where: str) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"{where}: {key}={value!r} must be true or false; correct it")
     return value
+
+
+def _activation(entries: Mapping[str, Any], family: Family, where: str) -> str:
+    """Ours, by the name that the file has for it."""
+    key, activations = family.activation
+    value = entries.get(key)
+    if value is None:
+        return next(iter(activations))
+    for ours, theirs in activations.items():
+        if value in theirs:
+            return ours
+    allowed = " or ".join(f"{key}={one!r}" for theirs in activations.values() for one in theirs)
+    raise CheckpointError(
+        f"{where}: {key}={value!r} is not supported, and without it the logits would change; use a model with {allowed}"
+    )
 
 
 def _bias(entries: Mapping[str, Any], family: Family, where: str) -> bool:

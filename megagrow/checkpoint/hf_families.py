@@ -45,6 +45,8 @@ class Family:
         kind: fields of `ModelConfig` that the family fixes, functions of the model where they
             follow from other fields.
         bias_switches: entries that make up `ModelConfig.bias`; empty: `kind` fixes it.
+        activation: the entry that names the MLP's activation, and its values for each of ours; the first is written,
+            and that of the first activation assumed where the key is absent or null.
         only: entries of which no other values are understood. The first is written, and assumed
             where the key is absent or null.
         constants: entries that are written and not read, because they leave the logits alone;
@@ -63,6 +65,7 @@ class Family:
     entries: Mapping[str, Entry]
     kind: Mapping[str, Any]
     bias_switches: tuple[str, ...]
+    activation: tuple[str, Mapping[str, tuple[str, ...]]]
     only: Mapping[str, tuple[Any, ...]]
     constants: Mapping[str, Any]
     body: str
@@ -100,9 +103,10 @@ LLAMA = Family(
         "norm_eps": Entry("rms_norm_eps", 1e-6),
         "tied_embeddings": Entry("tie_word_embeddings", False),
     },
-    kind={"norm": "rms_norm", "positions": "rope", "activation": "swiglu", "qk_norm": False},
+    kind={"norm": "rms_norm", "positions": "rope", "qk_norm": False},
     bias_switches=("attention_bias", "mlp_bias"),
-    only={"hidden_act": ("silu", "swish")},
+    activation=("hidden_act", {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh", "gelu_new")}),
+    only={},
     constants={
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -172,15 +176,14 @@ GPT2 = Family(
     kind={
         "norm": "layer_norm",
         "positions": "learned",
-        "activation": "gelu",
         "bias": True,
         "qk_norm": False,
         "num_kv_heads": lambda model: model.num_heads,
         "head_dim": lambda model: model.hidden_size // model.num_heads,
     },
     bias_switches=(),
+    activation=("activation_function", {"gelu": ("gelu_new", "gelu_pytorch_tanh")}),
     only={
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False,),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow import ops
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, TrainConfig
 from megagrow.model.tokens import Tokens
 from megagrow.parallel import context
 from megagrow.parallel.layers import ColumnParallelLinear, RowParallelLinear, TensorParallel, column_parallel
@@ -18,9 +18,12 @@ from megagrow.parallel.shards import kv_rows, local
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / √head_dim) v over earlier positions, for every head."""
+    """softmax(q kᵀ / √head_dim) v over earlier positions, for every head.
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, backend: str = "sdpa") -> None:
+    The bias of the last projection is left to the residual addition, which follows.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, train: TrainConfig) -> None:
         super().__init__()
         self.tp, self.cp = TensorParallel.of(mesh), mesh.cp
         query_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -30,19 +33,27 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(model) if model.qk_norm else None
         self.key_norm = HeadNorm(model) if model.qk_norm else None
         self.output = RowParallelLinear(query_size, model.hidden_size, model.bias, self.tp)
-        self.head_dim, self.backend = model.head_dim, backend
+        self.head_dim, self.backend = model.head_dim, train.attention
+        self.overwrites = train.recompute != "selective"  # which keeps the projections' results
 
     def forward(self, x_BSH: Tensor, tokens: Tokens) -> Tensor:
         q, kv = column_parallel(x_BSH, self.tp, self.query, self.key_value)
-        q_BSND = q.unflatten(-1, (-1, self.head_dim))
-        k_BSKD, v_BSKD = kv.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
+        q_BSND, kv_BSK2D = q.unflatten(-1, (-1, self.head_dim)), kv.unflatten(-1, (-1, 2, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:
-            q_BSND, k_BSKD = self.query_norm(q_BSND), self.key_norm(k_BSKD)
-        if tokens.rotary is not None:
-            q_BSND, k_BSKD = ops.rope(q_BSND, *tokens.rotary), ops.rope(k_BSKD, *tokens.rotary)
+            k_BSKD, v_BSKD = kv_BSK2D.unbind(-2)
+            k_BSK1D = self.key_norm(k_BSKD).unsqueeze(-2)
+            q_BSND, k_BSKD = self._placed(self.query_norm(q_BSND), k_BSK1D, tokens)
+        else:
+            q_BSND, k_BSKD, v_BSKD = self._placed(q_BSND, kv_BSK2D, tokens)
         q_BNSD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BSND, k_BSKD, v_BSKD))
         y_BNSD = context.attention(q_BNSD, k_BKSD, v_BKSD, self.cp, tokens.document_masks, self.backend)
         return self.output(y_BNSD.transpose(1, 2).flatten(-2))
+
+    def _placed(self, q_BSND: Tensor, kv_BSKPD: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
+        """Queries, keys and the other parts of kv, where positions are rotations turned by theirs."""
+        if tokens.rotary is None:
+            return q_BSND, *kv_BSKPD.unbind(-2)
+        return ops.rope_(q_BSND, kv_BSKPD, *tokens.rotary, in_place=self.overwrites)
 
 
 class HeadNorm(nn.Module):

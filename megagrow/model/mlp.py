@@ -1,4 +1,7 @@
-"""The feed-forward half of a block: SwiGLU or GELU, neurons sharded over the tensor axis."""
+"""The feed-forward half of a block: gated or GELU, neurons sharded over the tensor axis.
+
+The bias of the last projection is left to the residual addition, which follows.
+"""
 
 from torch import Tensor, nn
 
@@ -8,8 +11,8 @@ from megagrow.parallel.layers import ColumnParallelLinear, RowParallelLinear, Te
 from megagrow.parallel.mesh import Mesh
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)), gate and up fused neuron by neuron. Source: Shazeer, 2020 (arXiv 2002.05202)."""
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x)), gate and up fused neuron by neuron. Source: Shazeer, 2020 (arXiv 2002.05202)."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
@@ -17,10 +20,11 @@ class SwiGLU(nn.Module):
         sizes = model.hidden_size, 2 * model.ffn_size
         self.gate_up = ColumnParallelLinear(*sizes, model.bias, self.tp, operand=ops.gate_up_rows)
         self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.bias, self.tp)
+        self.activate = {"swiglu": ops.swiglu, "geglu": ops.geglu}[model.activation]
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         (gate_up,) = column_parallel(x_BSH, self.tp, self.gate_up)
-        return self.down(ops.swiglu(gate_up))
+        return self.down(self.activate(gate_up))
 
 
 class GELU(nn.Module):
@@ -29,14 +33,14 @@ class GELU(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         self.tp = TensorParallel.of(mesh)
-        self.up = ColumnParallelLinear(model.hidden_size, model.ffn_size, model.bias, self.tp)
+        self.up = ColumnParallelLinear(model.hidden_size, model.ffn_size, model.bias, self.tp, adds_bias=False)
         self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.bias, self.tp)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         (up,) = column_parallel(x_BSH, self.tp, self.up)
-        return self.down(ops.gelu(up))
+        return self.down(ops.bias_gelu(up, self.up.bias_operand(up.dtype)))
 
 
-def make_mlp(model: ModelConfig, mesh: Mesh) -> nn.Module:
+def make_mlp(model: ModelConfig, mesh: Mesh) -> GatedMLP | GELU:
     """The MLP that the configuration's activation names."""
-    return SwiGLU(model, mesh) if model.activation == "swiglu" else GELU(model, mesh)
+    return GatedMLP(model, mesh) if model.is_gated else GELU(model, mesh)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megagrow import ops
 from megagrow.config import ModelConfig, TrainConfig
 from megagrow.model.attention import Attention, rotary_table
-from megagrow.model.dropout import dropout
+from megagrow.model.dropout import add_dropped, dropout
 from megagrow.model.mlp import make_mlp
 from megagrow.model.norm import Norm
 from megagrow.model.recompute import recompute
@@ -45,10 +45,11 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh, train: TrainConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = Norm(model)
-        self.attention = Attention(model, mesh, train.attention)
+        self.attention = Attention(model, mesh, train)
         self.mlp_norm = Norm(model)
         self.mlp = make_mlp(model, mesh)
         self.dropout, self.index = train.dropout, index
+        self.adds_only = train.dropout == 0 and not model.bias  # what a norm can do on the way
         self.recompute, self.compiled = train.recompute, train.compile
 
     def forward(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
@@ -61,10 +62,15 @@ class Block(nn.Module):
         return recompute(ops.compiled(Block.compute), self.recompute, self, x_BLH, tokens)
 
     def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
-        keys_BL = tokens.dropout_keys_BL
+        keys_BL, dtype = tokens.dropout_keys_BL, x_BLH.dtype
         y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
-        y_BLH, x_BLH = self.mlp_norm.add(dropout(y_BLH, self.dropout, keys_BL, 1), x_BLH)
-        return x_BLH + dropout(self.mlp(y_BLH), self.dropout, keys_BL, 2)
+        if self.adds_only:
+            y_BLH, x_BLH = self.mlp_norm.add(y_BLH, x_BLH)
+        else:
+            bias_H = self.attention.output.bias_operand(dtype)
+            x_BLH = add_dropped(x_BLH, y_BLH, bias_H, self.dropout, keys_BL, 1)
+            y_BLH = self.mlp_norm(x_BLH)
+        return add_dropped(x_BLH, self.mlp(y_BLH), self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
 
 
 @dataclass

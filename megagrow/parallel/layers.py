@@ -85,6 +85,7 @@ class ColumnParallelLinear(Linear):
     Args:
         rows: of a weight that every tensor rank holds whole, the rows that this rank computes; None: all it holds.
         operand: what makes of weight and bias what is multiplied by, in the dtype of compute.
+        adds_bias: False where the next operation does.
     """
 
     def __init__(
@@ -95,14 +96,18 @@ class ColumnParallelLinear(Linear):
         tp: TensorParallel,
         rows: slice | None = None,
         operand: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+        adds_bias: bool = True,
     ) -> None:
         super().__init__(in_size, out_size, bias, tp)
-        self.rows, self.operand = rows, operand
+        self.rows, self.operand, self.adds_bias = rows, operand, adds_bias
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """This rank's weight and bias in the dtype of compute."""
-        weight = self.operand(self._own(self.weight), dtype)
-        return weight, None if self.bias is None else self.operand(self._own(self.bias), dtype)
+        """This rank's weight, and the bias that it adds, in the dtype of compute."""
+        return self.operand(self._own(self.weight), dtype), self.bias_operand(dtype) if self.adds_bias else None
+
+    def bias_operand(self, dtype: torch.dtype) -> Tensor | None:
+        """This rank's bias in the dtype of compute."""
+        return None if self.bias is None else self.operand(self._own(self.bias), dtype)
 
     def _own(self, parameter: Tensor) -> Tensor:
         piece = local(parameter)
@@ -160,11 +165,17 @@ class _ColumnParallel(torch.autograd.Function):
 
 
 class RowParallelLinear(Linear):
-    """Input features are sharded: [..., in / tp] -> [..., out], summed over the tensor axis; bias added once."""
+    """Input features are sharded: [..., in / tp] -> [..., out], summed over the tensor axis, without the bias.
+
+    The bias, which has to be added once, is left to the residual addition.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tp.leave(self.tp.linear(x, local(self.weight).to(x.dtype)))
-        return y if self.bias is None else y + local(self.bias).to(x.dtype)
+        return self.tp.leave(self.tp.linear(x, local(self.weight).to(x.dtype)))
+
+    def bias_operand(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in the dtype of compute."""
+        return None if self.bias is None else local(self.bias).to(dtype)
 
 
 class Embedding(nn.Module):

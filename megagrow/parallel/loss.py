@@ -6,16 +6,17 @@
     p = softmax(teacher / ρ), q = softmax(student [/ ρ])
 
 The gradients of the local logits are written while the logits of a chunk are at hand, so that no
-logits survive the chunk. Denominators are summed over the tensor axis inside the function, where
-autograd does not see them; the gradient is written by hand. (Summing the final scalar with a
-differentiable all-reduce instead would make every gradient `tp` times too large while the loss
-looks right.)
+logits survive the chunk. Each rank reads its logits once for statistics that merge, which one
+all-gather brings together, and once for the gradient, which is written by hand, where autograd does
+not see the collective. (Summing the final scalar with a differentiable all-reduce instead would make
+every gradient `tp` times too large while the loss looks right.)
 
 Source of the mixture: SALT (Rawat et al., 2024, arXiv 2410.18779); knowledge distillation: Hinton
 et al., 2015.
 """
 
-# Shape suffix legend: T = tokens, C = tokens of a chunk, H = hidden, V = local vocabulary rows.
+# Shape suffix legend: T = tokens, C = tokens of a chunk, H = hidden, V = local vocabulary rows, R = tensor ranks,
+# K = statistics of a token.
 
 import math
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow import ops, torch_ops
-from megagrow.parallel.collectives import max_over, sum_over
+from megagrow import ops
+from megagrow.parallel.collectives import max_over, start_all_gather, sum_over
 from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
 
@@ -53,28 +54,19 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Where this rank's rows stand in the vocabulary, and the passes over their logits."""
+    """Where this rank's rows stand in the vocabulary, and how the passes over their logits are made."""
 
     tp: Axis
     vocab: slice
-    compiled: bool = False
+    fused: bool = False
 
     def local_labels(self, labels_T: Tensor) -> Tensor:
         inside = (labels_T >= self.vocab.start) & (labels_T < self.vocab.stop)
         return torch.where(inside, labels_T - self.vocab.start, -1)
 
-    def stats(self, logits_CV: Tensor, local_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp over the whole vocabulary and the label's logit, from this rank's logits."""
-        stats_C3 = (ops.compiled_vocab_stats if self.compiled else ops.vocab_stats)(logits_CV, local_C)
-        local_max_C, sum_exp_C, label_logit_C = stats_C3.unbind(-1)
-        max_C = max_over(local_max_C.clone(), self.tp)
-        merged_2C = sum_over(torch.stack([sum_exp_C * (local_max_C - max_C).exp(), label_logit_C]), self.tp)
-        return merged_2C[0].log() + max_C, merged_2C[1]
-
-    def write_gradient(self, logits_CV: Tensor, local_C: Tensor, lse_C: Tensor, weights_C: Tensor) -> None:
-        """Over the logits, the gradient of the weighted cross-entropy."""
-        write = ops.compiled_vocab_grad_ if self.compiled else ops.vocab_grad_
-        write(logits_CV, local_C, lse_C, weights_C)
+    def of_all_ranks(self, stats_CK: Tensor) -> Tensor:
+        """[R, C, K]: what every tensor rank has found in its columns."""
+        return stats_CK[None] if self.tp.size == 1 else start_all_gather(stats_CK[None], 0, self.tp).wait()
 
 
 def vocab_parallel_loss(
@@ -144,8 +136,9 @@ def token_scores(
         for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
             logits_CV, local_C = ops.product(hidden_CH, head), shard.local_labels(labels_C)
             label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
-            nlls.append(_exact_nll(logits_CV, label_logit_C, vocab_size, tp))
-            ranks.append(sum_over(ops.vocab_rank(logits_CV, label_logit_C, local_C), tp))
+            nll_C, rank_C = _exact_scores(logits_CV, local_C, label_logit_C, vocab_size, tp)
+            nlls.append(nll_C)
+            ranks.append(rank_C)
     return torch.cat(nlls), torch.cat(ranks)
 
 
@@ -158,8 +151,10 @@ def _label_logits(logits_CV: Tensor, local_C: Tensor) -> Tensor:
     return torch.where(local_C >= 0, own_C, 0.0)
 
 
-def _exact_nll(logits_CV: Tensor, label_logit_C: Tensor, vocab_size: int, tp: Axis) -> Tensor:
-    """lse − label logit, with the exponentials summed in fixed point.
+def _exact_scores(
+    logits_CV: Tensor, local_C: Tensor, label_logit_C: Tensor, vocab_size: int, tp: Axis
+) -> tuple[Tensor, Tensor]:
+    """lse − label logit, with the exponentials summed in fixed point; the label's rank.
 
     Integers add up to the same in any order, so the result does not show how the vocabulary is
     split. exp(0) is 2^k units with vocab_size·2^k ≤ 2^62: truncation loses less than vocab_size /
@@ -172,14 +167,10 @@ def _exact_nll(logits_CV: Tensor, label_logit_C: Tensor, vocab_size: int, tp: Ax
         max_C = logits_CV.amax(-1).to(wide)
     # Not every backend's maximum keeps NaN: as infinity it reaches the result of every rank.
     max_C = max_over(max_C.masked_fill(max_C.isnan(), torch.inf), tp)
-    units_C = torch.zeros(len(logits_CV), dtype=torch.int64, device=logits_CV.device)
-    on_cpu = logits_CV.device.type == "cpu"
-    budget = torch_ops.CHUNK_LOGITS_CPU if on_cpu else torch_ops.CHUNK_LOGITS_GPU
-    for block_CV in logits_CV.split(max(budget // max(len(logits_CV), 1), 1), dim=1):
-        shifted_CV = block_CV.to(wide) - max_C.unsqueeze(1)
-        units_C += shifted_CV.exp_().mul_(2.0**bits).to(torch.int64).sum(-1)
+    units_C, rank_C = ops.vocab_scores(logits_CV, local_C, label_logit_C, max_C, bits)
     log_sum_C = sum_over(units_C, tp).double().log() - bits * math.log(2)
-    return (log_sum_C + (max_C.double() - label_logit_C.double())).clamp(min=0).to(wide)
+    nll_C = (log_sum_C + (max_C.double() - label_logit_C.double())).clamp(min=0).to(wide)
+    return nll_C, sum_over(rank_C, tp)
 
 
 class _Loss(torch.autograd.Function):
@@ -252,10 +243,12 @@ def _cross_entropy(
     logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, shard: _Shard, write_gradient: bool
 ) -> Tensor:
     """Returns the sums [loss, CE, 0]; turns the logits into their gradient when asked to."""
-    lse_C, label_logit_C = shard.stats(logits_CV, local_C)
-    ce = ((lse_C - label_logit_C) * weights_C).sum()
+    stats_CK = ops.vocab_stats(logits_CV, local_C, fused=shard.fused)
+    max_RC, sum_RC, label_logit_RC = shard.of_all_ranks(stats_CK).unbind(-1)
+    lse_C = _logsumexp(max_RC, sum_RC)
+    ce = ((lse_C - label_logit_RC.sum(0)) * weights_C).sum()
     if write_gradient:
-        shard.write_gradient(logits_CV, local_C, lse_C, weights_C)
+        ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C, fused=shard.fused)
     return torch.stack([ce, ce, torch.zeros_like(ce)])
 
 
@@ -269,23 +262,27 @@ def _distillation(
     write_gradient: bool,
 ) -> Tensor:
     """Returns the sums [loss, CE, KD]; turns the logits into their gradient when asked to."""
-    omega, rho, scale = options.weight, options.temperature, options.scale
-    student_rho = rho if options.both else 1.0
-    lse_C, label_logit_C = shard.stats(logits_CV, local_C)
-    teacher_CV = teacher_CV.to(lse_C.dtype).div_(rho)
-    teacher_lse_C, _ = shard.stats(teacher_CV, torch.full_like(local_C, -1))
-    if student_rho == 1.0:
-        soft_CV, soft_lse_C = logits_CV.to(lse_C.dtype), lse_C
-    else:
-        soft_CV = logits_CV.to(lse_C.dtype) / student_rho
-        soft_lse_C, _ = shard.stats(soft_CV, torch.full_like(local_C, -1))
-    p_CV = (teacher_CV - teacher_lse_C.unsqueeze(-1)).exp_()
-    cross_C = sum_over((p_CV * (teacher_CV - soft_CV)).sum(-1), shard.tp)
-    kd = ((cross_C - teacher_lse_C + soft_lse_C) * weights_C).sum() * scale
-    ce = ((lse_C - label_logit_C) * weights_C).sum()
+    omega, rho = options.weight, options.temperature
+    sigma = rho if options.both else 1.0
+    stats_CK = ops.distill_stats(logits_CV, teacher_CV, local_C, rho, sigma, fused=shard.fused)
+    max_RC, sum_RC, label_logit_RC, soft_sum_RC, teacher_max_RC, teacher_sum_RC, cross_RC = shard.of_all_ranks(
+        stats_CK
+    ).unbind(-1)
+    lse_C, soft_lse_C = _logsumexp(max_RC, sum_RC), _logsumexp(max_RC, soft_sum_RC, sigma)
+    teacher_lse_C = _logsumexp(teacher_max_RC, teacher_sum_RC, rho)
+    cross_C = (cross_RC * (teacher_max_RC / rho - teacher_lse_C).exp()).sum(0)
+    kd = ((cross_C - teacher_lse_C + soft_lse_C) * weights_C).sum() * options.scale
+    ce = ((lse_C - label_logit_RC.sum(0)) * weights_C).sum()
     if write_gradient:
-        kd_weight_C = weights_C * (omega * scale / student_rho)
-        kd_grad_CV = (soft_CV - soft_lse_C.unsqueeze(-1)).exp_().sub_(p_CV).mul_(kd_weight_C.unsqueeze(-1))
-        shard.write_gradient(logits_CV, local_C, lse_C, weights_C * (1 - omega))
-        logits_CV.add_(kd_grad_CV.to(logits_CV.dtype))
+        logsumexps_C3 = torch.stack((lse_C, soft_lse_C, teacher_lse_C), dim=-1)
+        ce_scale_C, kd_scale_C = weights_C * (1 - omega), weights_C * (omega * options.scale / sigma)
+        ops.distill_grad_(
+            logits_CV, teacher_CV, local_C, logsumexps_C3, ce_scale_C, kd_scale_C, rho, sigma, fused=shard.fused
+        )
     return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])
+
+
+def _logsumexp(max_RC: Tensor, sum_exp_RC: Tensor, temperature: float = 1.0) -> Tensor:
+    """log Σ exp(x / temperature) over all ranks, from each one's maximum and Σ exp((x - maximum) / temperature)."""
+    max_C = max_RC.amax(0)
+    return max_C / temperature + (sum_exp_RC * ((max_RC - max_C) / temperature).exp()).sum(0).log()

@@ -7,6 +7,7 @@ autograd really saves. All figures are bytes of one microbatch on one rank.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megagrow import ops, torch_ops
 from megagrow.config import ModelConfig
 from megagrow.cpu_ops import PIECE_ROWS
 from megagrow.parallel.stages import Stage
@@ -57,9 +58,9 @@ def kept_by_block(layout: Layout, device: DeviceType) -> dict[str, int]:
     """What one block keeps of a microbatch from its forward pass to its backward pass, by name."""
     size, how = sizes(layout), layout.config.train.recompute
     if how == "full":
-        return {"input": size.cut}
+        return {"input": size.cut, **_kept_keys(layout)}
     if how == "selective":
-        return {"input": size.cut, **_kept_results(layout, size, device)}
+        return {"input": size.cut, **_kept_results(layout, size, device), **_kept_keys(layout)}
     return kept_without_recompute(layout, device)
 
 
@@ -73,11 +74,16 @@ def kept_without_recompute(layout: Layout, device: DeviceType) -> dict[str, int]
         "inputs of the blocks' halves": 2 * column_input,
         "queries, keys and values": _kept_queries(layout, size, device),
         "attention": _kept_attention(layout, size, device),
-        "mlp": (3 if model.activation == "swiglu" else 2) * size.ffn,
-        "dropout": 2 * size.cut if layout.config.train.dropout else 0,
+        "mlp": (3 if model.is_gated else 2) * size.ffn,
         "copies of weights": weight_copies(layout, device),
+        **_kept_keys(layout),
     }
     return {name: num_bytes for name, num_bytes in kept.items() if num_bytes}
+
+
+def _kept_keys(layout: Layout) -> dict[str, int]:
+    """Dropout's keys, of which each layer has its own; the masks are computed again."""
+    return {"keys": 8 * layout.cut_tokens} if layout.config.train.dropout else {}
 
 
 def weight_copies(layout: Layout, device: DeviceType) -> int:
@@ -86,7 +92,7 @@ def weight_copies(layout: Layout, device: DeviceType) -> int:
     A CPU copies those of gate and up in any case, to have them one after the other.
     """
     if not layout.casts_at_use:
-        copied = device == "cpu" and layout.model.activation == "swiglu"
+        copied = device == "cpu" and layout.model.is_gated
         return layout.width * _gate_up_elements(layout) if copied else 0
     names = layer_names(layout.model)
     shard = layout.shard if layout.uses_fsdp else 1
@@ -167,7 +173,7 @@ def _log_sums(layout: Layout, size: Sizes, device: DeviceType) -> int:
 
 def _kept_results(layout: Layout, size: Sizes, device: DeviceType) -> dict[str, int]:
     """Results of matrix products, attention and sums over the tensor ranks."""
-    up = 2 * size.ffn if layout.model.activation == "swiglu" else size.ffn
+    up = 2 * size.ffn if layout.model.is_gated else size.ffn
     summed = 2 * size.cut if layout.tensor > 1 else 0
     return {
         "products": size.query + 2 * size.key + up + 2 * size.whole,
@@ -203,13 +209,13 @@ def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
     again = 0 if how == "none" else sum(kept_without_recompute(layout, device).values()) - kept
     if how == "selective":
         again += size.whole  # the last product, which nobody asks for again
-    up = 2 * size.ffn if model.activation == "swiglu" else size.ffn
+    up = 2 * size.ffn if model.is_gated else size.ffn
     working = size.cut + _working_of_mlp(layout, size, device) + again
     return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut)
 
 
 def _working_of_mlp(layout: Layout, size: Sizes, device: DeviceType) -> int:
-    if layout.model.activation != "swiglu":
+    if not layout.model.is_gated:
         return 2 * size.ffn
     if device == "cuda":
         return 5 * size.ffn
@@ -266,8 +272,19 @@ def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None)
     added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
     working = copy + width * logits + max(added, size.whole)
     if teacher is not None:
-        working += (width + 4 * 5) * logits
+        working += width * logits
+    working += _twin_rows(layout, logits, device, with_teacher=teacher is not None)
     return Loss(kept, kept + working, kept + (size.whole * size.wide if width == 2 and device == "cpu" else 0))
+
+
+def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bool) -> int:
+    """What the loss's twins take for the rows that they work on at a time; a kernel, or a compiler, takes nothing."""
+    train = layout.config.train
+    serving = ops.chosen(train.kernels) if device == "cuda" else ()
+    if train.compile or ("distill_loss" if with_teacher else "vocab_loss") in serving:
+        return 0
+    most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
+    return 4 * (8 if with_teacher else 2) * min(logits, most)
 
 
 def embedding_gradient(layout: Layout) -> int:

@@ -58,7 +58,7 @@ def _tensor(layout: Layout, rank: int) -> Iterator[Traffic]:
         yield Traffic("tensor", "embedding", count * all_reduce(rows, ranks))  # or a scatter, and a gather backward
     if stages[-1].is_last:
         yield Traffic("tensor", "hidden states of the loss", count * all_reduce(whole * layout.width, ranks))
-        yield Traffic("tensor", "statistics of the loss", count * 3 * all_reduce(layout.tokens * 4, ranks))
+        yield Traffic("tensor", "statistics of the loss", count * all_gather(3 * layout.tokens * 4 * ranks, ranks))
     shared = sum(partial_elements(layout, stage) for stage in stages)
     yield Traffic("tensor", "gradients of parameters that all tensor ranks hold", all_reduce(shared * REDUCED, ranks))
 

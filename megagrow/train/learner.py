@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megagrow.config import Config
 from megagrow.growth.ligo import Ligo
-from megagrow.optim import MOMENTS, Optimizer, StepGuard, clip_gradients
+from megagrow.optim import MOMENTS, Optimizer, StepGuard, clip_scale, gradient_norm, scale_gradients
 from megagrow.parallel import heartbeat
 from megagrow.parallel.pipeline import Batch
 from megagrow.train.part import Part, gradients
@@ -54,15 +54,21 @@ class ModelLearner:
 
     def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
         """Forward, backward, clip, update; a step that the guard refuses leaves everything as it was."""
-        loss, ce, kd = self.part.engine.train_step(batch).tolist()
+        sums_3 = self.part.engine.train_step(batch)
         heartbeat.enter("optimizer")
-        norm = clip_gradients(self.part.parameters, self.config.optim.clip_norm, self.part.mesh)
-        accepted = guard.accepts(loss, norm, self.config.optim)
-        if accepted:
-            self.optimizer.step(lr)
-        else:
-            self.optimizer.drop_gradients()
-        return StepResult(loss, ce, kd, norm, lr, accepted)
+        norm = gradient_norm(self.part.parameters, self.part.mesh)
+        numbers, optim, optimizer = torch.cat((sums_3.double(), norm.view(1))), self.config.optim, self.optimizer
+        if optimizer.decides_on_device:  # the host waits afterwards
+            optimizer.step(lr, clip_scale(norm, optim.clip_norm), guard.refuses(sums_3[0], norm, optim))
+        loss, ce, kd, grad_norm = numbers.tolist()
+        accepted = guard.accepts(loss, grad_norm, optim)
+        if optimizer.decides_on_device:
+            optimizer.step_count -= not accepted
+        elif accepted:
+            scale_gradients(self.part.parameters, grad_norm, optim.clip_norm)
+            optimizer.step(lr)
+        optimizer.drop_gradients()
+        return StepResult(loss, ce, kd, grad_norm, lr, accepted)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint stores: weights and moments."""

@@ -56,6 +56,7 @@ class Trainer:
         self.dir = Path(config.run.dir)
         hf.check_exportable(config.model)
         check_device(config, mesh.device)
+        ops.let_kernels_serve(config.train.kernels)
         self.dataset = open_dataset(config.data.train, config.model, config)
         self.stream = Stream(self.dataset, SampleOrder(self.dataset.num_samples, config.data.seed))
         self.evaluator = make_evaluator(config)
@@ -342,6 +343,7 @@ def dropout_keys(config: Config, step: int, mesh: Mesh) -> Tensor | None:
 def check_device(config: Config, device: torch.device) -> None:
     """Raises ConfigError when this machine lacks what the configuration asks for."""
     ops.check_attention_backend(config.train.attention, compute_dtype(config) or torch.get_default_dtype(), device)
+    ops.check_kernels(config.train.kernels, device)
     check_optimizer_backend(config.optim.backend, device)
     check_profiling(config.run, device)
 

@@ -193,6 +193,7 @@ NOT_EXPORTED = [
     (OWN_LLAMA, {"num_heads": 10}, "model.hidden_size=24 is not a multiple of num_heads=10"),
     (OWN_LLAMA, {"qk_norm": True}, "model.qk_norm=True"),
     (OWN_QWEN3, {"qk_norm": False}, "model.qk_norm=False"),
+    (OWN_GPT2, {"activation": "geglu"}, "model.activation=geglu cannot be exported: GPT2LMHeadModel has gelu"),
     (OWN_GPT2, {"bias": False}, "model.bias=False"),
     (OWN_GPT2, {"num_kv_heads": 2}, "model.num_kv_heads=2"),
     (OWN_GPT2, {"head_dim": 8}, "model.head_dim=8"),

@@ -29,6 +29,7 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("llama", {"head_dim": 10, **BIASES}),
     ("llama", {"rope_theta": 100.0, "rms_norm_eps": 0.1}),
+    ("llama", {"hidden_act": "gelu_pytorch_tanh", **BIASES}),
     ("qwen3", {}),
     ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("gpt2", {}),
@@ -38,6 +39,7 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
 OURS = [
     OWN_LLAMA,
     replace(OWN_LLAMA, num_kv_heads=4, bias=True, tied_embeddings=True),
+    replace(OWN_LLAMA, activation="geglu"),
     OWN_QWEN3,
     OWN_GPT2,
     replace(OWN_GPT2, tied_embeddings=False),

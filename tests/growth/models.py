@@ -33,7 +33,7 @@ EVERYTHING = dataclasses.replace(  # GQA, biases, fused gate/up, learned positio
     GPT2, family="llama", num_kv_heads=2, activation="swiglu"
 )
 QK_NORM = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True)
-UNTIED_BIAS = dataclasses.replace(EVERYTHING, tied_embeddings=False, norm="rms_norm")
+UNTIED_BIAS = dataclasses.replace(EVERYTHING, tied_embeddings=False, norm="rms_norm", activation="geglu")
 
 
 def widened(

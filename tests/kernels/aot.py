@@ -20,7 +20,7 @@ from tests.kernels.build import TARGETS, Build
 from tests.kernels.builds import bad, pinned
 
 VECTOR_LOAD = {
-    "cuda": r"ld\.global[.\w:]*\.v4\.b32",
+    "cuda": r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], 0x10\b",
     "hip": r"(?:global|buffer)_load_dwordx4",
 }
 

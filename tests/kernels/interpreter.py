@@ -13,9 +13,10 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 
-def start() -> ProcessPoolExecutor:
+def start(more: Callable[[], None] | None = None) -> ProcessPoolExecutor:
+    """The process; `more` is called in it once the interpreter is ready."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_prepare)
+    return ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=_prepare, initargs=(more,))
 
 
 def run(module: str, name: str, arguments: dict[str, Any]) -> None:
@@ -24,7 +25,7 @@ def run(module: str, name: str, arguments: dict[str, Any]) -> None:
     test(**arguments)
 
 
-def _prepare() -> None:
+def _prepare(more: Callable[[], None] | None) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
@@ -35,6 +36,8 @@ def _prepare() -> None:
     torch.empty = _filled_with_nan(torch.empty)
     torch.empty_like = _filled_with_nan(torch.empty_like)
     warnings.simplefilter("error")
+    if more is not None:
+        more()
 
 
 def _filled_with_nan(allocate: Callable[..., Any]) -> Callable[..., Any]:

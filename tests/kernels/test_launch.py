@@ -35,4 +35,4 @@ def test_a_gpu_has_its_own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PINNED, "cpu", {"vocab": (Launch(64, 2),)})
     assert pick("vocab", 1000, CPU) == Launch(64, 2)
     assert pick("vocab", 1000) == pick("vocab", 1000, torch.device("meta")) == Launch(1024, 2)
-    assert pick("rms_norm_fwd", 1000, CPU) == pick("rms_norm_fwd", 1000)
+    assert pick("norm_fwd", 1000, CPU) == pick("norm_fwd", 1000)

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,9 +14,23 @@ from torch.autograd import gradcheck
 
 import megagrow_kernels
 from megagrow import ops, torch_ops
+from megagrow.errors import ConfigError
 
 F64 = torch.float64
-DOORS = ["rms_norm", "vocab_stats", "vocab_rank", "vocab_grad_"]
+DOORS = {
+    "rms_norm": "norm",
+    "vocab_stats": "vocab_loss",
+    "vocab_grad_": "vocab_loss",
+    "vocab_scores": "vocab_loss",
+    "distill_stats": "distill_loss",
+    "distill_grad_": "distill_loss",
+    "layer_norm": "norm",
+    "swiglu": "glu",
+    "geglu": "glu",
+    "bias_gelu": "gelu",
+    "dropout_add": "dropout_add",
+    "rope_": "rope",
+}
 
 
 def normal(*shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -81,7 +96,7 @@ def test_vocab_loss_is_cross_entropy(dtype: torch.dtype) -> None:
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(found_T.double(), loss_T.detach(), **tolerance)
 
-    rank_T = ops.vocab_rank(logits_TV, stats_T3[:, 2], labels_T, num_valid)
+    rank_T = ops.vocab_stats(logits_TV, labels_T, num_valid, stats_T3[:, 2])[:, 3]
     for t in (0, 1, 3, 4):
         row_V = logits_TV[t, :num_valid]
         assert rank_T[t] == (row_V > row_V[labels_T[t]]).sum()
@@ -128,7 +143,7 @@ def test_elsewhere_than_on_a_cpu_gate_and_up_alternate(monkeypatch: pytest.Monke
 def test_gelu_is_the_tanh_approximation() -> None:
     x = torch.linspace(-4, 4, 33, dtype=F64)
     inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
-    torch.testing.assert_close(ops.gelu(x), 0.5 * x * (1 + torch.tanh(inner)))
+    torch.testing.assert_close(ops.bias_gelu(x), 0.5 * x * (1 + torch.tanh(inner)))
 
 
 def angles(S: int, D: int) -> Tensor:
@@ -136,24 +151,25 @@ def angles(S: int, D: int) -> Tensor:
 
 
 def test_rope_rotates_columns_half_the_width_apart() -> None:
-    x_BSND, angles_SE = leaf(2, 5, 3, 8), angles(5, 8)
+    q_BSND, kv_BSK2D, angles_SE = leaf(2, 5, 3, 8), leaf(2, 5, 1, 2, 8), angles(5, 8)
     cos_SD, sin_SD = angles_SE.cos().repeat(1, 2), angles_SE.sin().repeat(1, 2)
-    y_BSND = ops.rope(x_BSND, cos_SD, sin_SD)
-    turned = torch.complex(x_BSND[..., :4], x_BSND[..., 4:]) * torch.polar(
-        torch.ones_like(angles_SE), angles_SE
-    ).unsqueeze(1)
-    torch.testing.assert_close(y_BSND, torch.cat((turned.real, turned.imag), dim=-1))
-    assert gradcheck(lambda x: ops.rope(x, cos_SD, sin_SD), (x_BSND,))
+    turns_S1E = torch.polar(torch.ones_like(angles_SE), angles_SE).unsqueeze(1)
+    *turned, v_BSKD = ops.rope_(q_BSND, kv_BSK2D, cos_SD, sin_SD)
+    for x_BSND, y_BSND in zip((q_BSND, kv_BSK2D[..., 0, :]), turned, strict=True):
+        expected = torch.complex(x_BSND[..., :4], x_BSND[..., 4:]) * turns_S1E
+        torch.testing.assert_close(y_BSND, torch.cat((expected.real, expected.imag), dim=-1))
+    assert torch.equal(v_BSKD, kv_BSK2D[..., 1, :])
+    assert gradcheck(lambda q, kv: ops.rope_(q, kv, cos_SD, sin_SD), (q_BSND, kv_BSK2D))
 
 
 def test_rope_keeps_the_dtype_of_x() -> None:
     angles_SE = angles(4, 8)
     cos_SD, sin_SD = (t.repeat(1, 2).float() for t in (angles_SE.cos(), angles_SE.sin()))
-    x_BSND = normal(1, 4, 2, 8, dtype=torch.bfloat16)
-    y_BSND = ops.rope(x_BSND, cos_SD, sin_SD)
-    exact = ops.rope(x_BSND.double(), cos_SD.double(), sin_SD.double())
-    assert y_BSND.dtype == torch.bfloat16
-    torch.testing.assert_close(y_BSND.double(), exact, rtol=2**-8, atol=1e-6)
+    q_BSND, k_BSK1D = normal(1, 4, 2, 8, dtype=torch.bfloat16), normal(1, 4, 2, 1, 8, dtype=torch.bfloat16)
+    exact = ops.rope_(q_BSND.double(), k_BSK1D.double(), cos_SD.double(), sin_SD.double())
+    for y_BSND, exact_BSND in zip(ops.rope_(q_BSND, k_BSK1D, cos_SD, sin_SD), exact, strict=True):
+        assert y_BSND.dtype == torch.bfloat16
+        torch.testing.assert_close(y_BSND.double(), exact_BSND, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -181,12 +197,8 @@ def test_attention(causal: bool, num_kv_heads: int) -> None:
 @pytest.mark.parametrize("name", DOORS)
 def test_door_twin_and_kernel_have_the_same_parameters(name: str) -> None:
     door, twin, kernel = (
-        [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
-        for function in (
-            getattr(ops, name),
-            getattr(torch_ops, name),
-            getattr(megagrow_kernels, name),
-        )
+        [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.name != "fused"]
+        for function in (getattr(ops, name), getattr(torch_ops, name), getattr(megagrow_kernels, name))
     )
     assert door == twin == kernel
 
@@ -195,20 +207,46 @@ def fake(device: str, dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)
 
 
-def test_kernels_serve_what_they_can_on_a_gpu() -> None:
+@pytest.fixture
+def all_serve() -> Iterator[None]:
+    ops.let_kernels_serve("all")
+    yield
+    ops.let_kernels_serve("measured")
+
+
+@pytest.mark.usefixtures("all_serve")
+@pytest.mark.parametrize("name", ops.KERNELS)
+def test_kernels_serve_what_they_can_on_a_gpu(name: str) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert ops._kernels(fake("cuda", dtype)) is megagrow_kernels
-        assert ops._kernels(fake("cpu", dtype)) is None
-    assert ops._kernels(fake("cuda", F64)) is None
+        assert ops._kernels(name, fake("cuda", dtype)) is megagrow_kernels
+        assert ops._kernels(name, fake("cpu", dtype)) is None
+    assert ops._kernels(name, fake("cuda", F64)) is None
+
+
+def test_only_what_is_measured_serves_by_default() -> None:
+    x = fake("cuda", torch.float32)
+    assert ops.MEASURED <= ops.KERNELS
+    assert {name for name in ops.KERNELS if ops._kernels(name, x)} == ops.MEASURED
+    ops.let_kernels_serve("none")
+    assert not any(ops._kernels(name, x) for name in ops.KERNELS)
+    ops.let_kernels_serve("measured")
+
+
+def test_kernels_that_are_not_there_are_refused() -> None:
+    ops.check_kernels("measured", torch.device("cpu"))
+    ops.check_kernels("all", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="train.kernels=all runs on GPUs, not on the cpu"):
+        ops.check_kernels("all", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", DOORS)
 def test_door_hands_everything_to_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    num_parameters = len(inspect.signature(getattr(ops, name)).parameters)
-    arguments = [object() for _ in range(num_parameters)]
+    parameters = inspect.signature(getattr(ops, name)).parameters.values()
+    arguments = [object() for p in parameters if p.kind != p.KEYWORD_ONLY]
     calls: list[tuple[object, ...]] = []
-    kernels = SimpleNamespace(**{name: lambda *given: calls.append(given) or "result"})
-    monkeypatch.setattr(ops, "_kernels", lambda x: kernels if x is arguments[0] else None)
+    kernels = SimpleNamespace(**{name: lambda *given, **named: calls.append(given) or "result"})
+    serves = DOORS[name], arguments[0]
+    monkeypatch.setattr(ops, "_kernels", lambda *asked: kernels if asked == serves else None)
     assert getattr(ops, name)(*arguments) == "result"
     assert calls == [tuple(arguments)]
 
@@ -232,7 +270,10 @@ def test_without_triton_the_twins_serve(fresh_ops: pytest.MonkeyPatch) -> None:
     fresh_ops.setitem(sys.modules, "triton", None)  # `import triton` fails
     fresh_ops.setitem(sys.modules, "megagrow_kernels", None)
     module = load_ops()
-    assert module._kernels(fake("cuda", torch.float32)) is None
+    module.let_kernels_serve("all")
+    assert module._kernels("norm", fake("cuda", torch.float32)) is None
+    with pytest.raises(ConfigError, match="train.kernels=all needs Triton"):
+        module.check_kernels("all", torch.device("cuda"))
     assert module.rms_norm(torch.ones(2, 4), torch.ones(4), 0.0).tolist() == [[1.0] * 4] * 2
 
 
@@ -244,29 +285,52 @@ def test_a_broken_triton_is_named_once(fresh_ops: pytest.MonkeyPatch) -> None:
 
     fresh_ops.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     module = load_ops()
+    module.let_kernels_serve("all")
     with pytest.warns(UserWarning, match="no such driver") as caught:
-        assert module._kernels(fake("cuda", torch.float32)) is None
-        assert module._kernels(fake("cuda", torch.float32)) is None
+        assert module._kernels("norm", fake("cuda", torch.float32)) is None
+        assert module._kernels("norm", fake("cuda", torch.float32)) is None
     assert len(caught) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
-def test_compiled_vocabulary_functions_give_what_the_twins_give(dtype: torch.dtype) -> None:
+def test_fused_vocabulary_functions_give_what_the_twins_give(dtype: torch.dtype) -> None:
     logits_TV, labels_T = normal(5, 70, dtype=dtype) * 9, torch.tensor([0, 69, -1, 33, 70])
     logits_TV[0, 3], logits_TV[4] = -torch.inf, -torch.inf
     stats_T3 = torch_ops.vocab_stats(logits_TV, labels_T)
-    torch.testing.assert_close(ops.compiled_vocab_stats(logits_TV, labels_T), stats_T3)
+    torch.testing.assert_close(ops.vocab_stats(logits_TV, labels_T, fused=True), stats_T3)
     logsumexp_T = stats_T3[:, 0] + stats_T3[:, 1].log()
     scale_T = normal(5, dtype=stats_T3.dtype)
     rest = logits_TV[:4].clone(), labels_T[:4], logsumexp_T[:4], scale_T[:4]
     expected = torch_ops.vocab_grad_(rest[0].clone(), *rest[1:])
-    given = ops.compiled_vocab_grad_(*rest)
+    given = ops.vocab_grad_(*rest, fused=True)
     assert given is rest[0]
     torch.testing.assert_close(given, expected)
 
 
-def test_compiled_vocabulary_functions_take_empty_shards() -> None:
-    stats_T3 = ops.compiled_vocab_stats(torch.empty(3, 0), torch.tensor([-1, -1, -1]))
-    assert stats_T3[:, 0].eq(-torch.inf).all() and stats_T3[:, 1:].eq(0).all()
-    empty = torch.empty(3, 0)
-    assert ops.compiled_vocab_grad_(empty, torch.tensor([-1, -1, -1]), torch.zeros(3), torch.zeros(3)) is empty
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_fused_distillation_functions_give_what_the_twins_give(dtype: torch.dtype) -> None:
+    logits_TV, teacher_TV = normal(4, 70, dtype=dtype) * 9, normal(5, 70, dtype=dtype)[:4] * 9
+    labels_T, temperatures = torch.tensor([0, 69, -1, 33]), (2.0, 3.0)
+    stats_TK = torch_ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures)
+    fused_TK = ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, fused=True)
+    torch.testing.assert_close(fused_TK, stats_TK)
+    logsumexps_T3 = torch.stack((stats_TK[:, 0], stats_TK[:, 0] / 3, stats_TK[:, 4] / 2), -1) + 4
+    scales = normal(4, dtype=stats_TK.dtype), normal(5, dtype=stats_TK.dtype)[:4]
+    rest = teacher_TV, labels_T, logsumexps_T3, *scales, *temperatures
+    expected = torch_ops.distill_grad_(logits_TV.clone(), *rest)
+    given = ops.distill_grad_(logits_TV, *rest, fused=True)
+    assert given is logits_TV
+    torch.testing.assert_close(given, expected)
+
+
+def test_fused_functions_take_empty_shards() -> None:
+    empty, labels_T = torch.empty(3, 0), torch.tensor([-1, -1, -1])
+    for stats_TK in (
+        ops.vocab_stats(empty, labels_T, fused=True),
+        ops.distill_stats(empty, empty, labels_T, 2.0, 1.0, fused=True)[:, [0, 1, 2, 3, 5, 6]],
+    ):
+        assert stats_TK[:, 0].eq(-torch.inf).all() and stats_TK[:, 1:].eq(0).all()
+    zeros_T = torch.zeros(3)
+    assert ops.vocab_grad_(empty, labels_T, zeros_T, zeros_T, fused=True) is empty
+    zeros_T3 = torch.zeros(3, 3)
+    assert ops.distill_grad_(empty, empty, labels_T, zeros_T3, zeros_T, zeros_T, 2.0, 1.0, fused=True) is empty

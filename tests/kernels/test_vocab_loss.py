@@ -1,5 +1,6 @@
 """The vocabulary kernels, interpreted, against float64, PyTorch's cross-entropy and each other."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -11,8 +12,8 @@ from megagrow import torch_ops
 from megagrow_kernels.vocab_loss import (
     vocab_grad_,
     vocab_grad_ref,
-    vocab_rank,
-    vocab_rank_ref,
+    vocab_scores,
+    vocab_scores_ref,
     vocab_stats,
     vocab_stats_ref,
 )
@@ -98,19 +99,51 @@ def test_rank_is_exact_with_ties(case: Case) -> None:
     logits_TV.copy_(logits_TV.float().round())  # about 20 different values
     labels_T[-1] = 0
     label_logits_T = vocab_stats(logits_TV, labels_T, case.num_valid)[:, 2]
-    arguments = (logits_TV, label_logits_T, labels_T, case.num_valid)
-    rank_T = vocab_rank(*arguments)
-    assert rank_T.dtype == torch.int32
-    assert torch.equal(rank_T, vocab_rank_ref(*arguments))
-    assert torch.equal(rank_T, torch_ops.vocab_rank(*arguments))
+    arguments = (logits_TV, labels_T, case.num_valid, label_logits_T)
+    stats_T4 = vocab_stats(*arguments)
+    exact_T4 = vocab_stats_ref(logits_TV.double(), *arguments[1:])
+    assert torch.equal(stats_T4[:, 3].double(), exact_T4[:, 3])
+    assert torch.equal(stats_T4[:, 3], torch_ops.vocab_stats(*arguments)[:, 3])
+    assert torch.equal(stats_T4[:, :3], vocab_stats(*arguments[:3]))
+    if (stats_T4[:, 0] > -torch.inf).all():
+        rank_T = vocab_scores(logits_TV, labels_T, label_logits_T, stats_T4[:, 0], 40, case.num_valid)[1]
+        assert rank_T.dtype == torch.int32
+        assert torch.equal(rank_T.float(), stats_T4[:, 3])
 
 
-@pytest.mark.parametrize("rank", [vocab_rank, torch_ops.vocab_rank], ids=["kernel", "twin"])
-def test_rank_skips_the_label_itself(rank) -> None:
+@pytest.mark.parametrize("stats", [vocab_stats, torch_ops.vocab_stats], ids=["kernel", "twin"])
+def test_rank_skips_the_label_itself(stats: Callable[..., Tensor]) -> None:
     logits_TV = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     below_T = torch.nextafter(logits_TV[:, 2], torch.tensor(-1.0))  # not the stored bits
-    assert rank(logits_TV, below_T, torch.tensor([2])).item() == 2
-    assert rank(logits_TV, below_T, torch.tensor([-1])).item() == 3
+    assert stats(logits_TV, torch.tensor([2]), None, below_T)[0, 3] == 2
+    assert stats(logits_TV, torch.tensor([-1]), None, below_T)[0, 3] == 3
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.num_valid != 0], ids=str)
+def test_scores_as_good_as_the_twin(case: Case) -> None:
+    logits_TV, labels_T = logits_and_labels(case)
+    stats_T3, bits = vocab_stats(logits_TV, labels_T, case.num_valid), 48
+    arguments = (labels_T, stats_T3[:, 2], stats_T3[:, 0], bits, case.num_valid)
+    units_T, rank_T = vocab_scores(logits_TV, *arguments)
+    twin_T, twin_rank_T = torch_ops.vocab_scores(logits_TV, *arguments)
+    exact_T, exact_rank_T = vocab_scores_ref(logits_TV.double(), *arguments)
+    assert torch.equal(rank_T, exact_rank_T) and torch.equal(twin_rank_T, exact_rank_T)
+    sums = [(each.double() / 2**bits).float()[:, None] for each in (units_T, twin_T)]
+    assert_as_good_as_twin(*sums, (exact_T.double() / 2**bits)[:, None], "sum of exponentials")
+
+
+def test_scores_do_not_show_how_the_vocabulary_is_cut() -> None:
+    logits_TV = 4 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+    max_T, labels_T = logits_TV.amax(-1), torch.tensor([0, 1, 2])
+    label_logits_T = logits_TV[torch.arange(3), labels_T]
+    whole_T, rank_T = vocab_scores(logits_TV, labels_T, label_logits_T, max_T, 49)
+    for at in (1, 1234, 4097):
+        parts = [
+            vocab_scores(part, labels_T - start, label_logits_T, max_T, 49)
+            for start, part in ((0, logits_TV[:, :at]), (at, logits_TV[:, at:]))
+        ]
+        assert torch.equal(parts[0][0] + parts[1][0], whole_T)
+        assert torch.equal(parts[0][1] + parts[1][1], rank_T)
 
 
 @pytest.mark.parametrize("descending", [False, True])
@@ -138,23 +171,24 @@ def test_shard_of_padding_only() -> None:
     stats_T3 = vocab_stats(logits_TV, labels_T, 0)
     assert stats_T3.tolist() == [[-torch.inf, 0.0, 0.0]] * 2
     assert torch.equal(stats_T3, torch_ops.vocab_stats(logits_TV, labels_T, 0))
-    assert vocab_rank(logits_TV, label_logits_T, labels_T, 0).tolist() == [0, 0]
-    assert torch_ops.vocab_rank(logits_TV, label_logits_T, labels_T, 0).tolist() == [0, 0]
+    for scores in (vocab_scores, torch_ops.vocab_scores):
+        found = scores(logits_TV, labels_T, label_logits_T, label_logits_T, 40, 0)
+        assert [each.tolist() for each in found] == [[0, 0], [0, 0]]
     assert (vocab_grad_(logits_TV, labels_T, torch.ones(2), torch.ones(2), 0) == 0).all()
 
 
 def test_no_tokens() -> None:
     logits_TV, labels_T = torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64)
     assert vocab_stats(logits_TV, labels_T).shape == (0, 3)
-    assert vocab_rank(logits_TV, torch.zeros(0), labels_T).shape == (0,)
+    assert vocab_scores(logits_TV, labels_T, torch.zeros(0), torch.zeros(0), 9)[0].shape == (0,)
     assert vocab_grad_(logits_TV, labels_T, torch.zeros(0), torch.zeros(0)).shape == (0, 16)
 
 
 @pytest.mark.parametrize("backend", ["kernel", "twin"])
 def test_two_shards_make_the_whole(backend: str) -> None:
-    stats, rank, grad_ = {
-        "kernel": (vocab_stats, vocab_rank, vocab_grad_),
-        "twin": (torch_ops.vocab_stats, torch_ops.vocab_rank, torch_ops.vocab_grad_),
+    stats, grad_ = {
+        "kernel": (vocab_stats, vocab_grad_),
+        "twin": (torch_ops.vocab_stats, torch_ops.vocab_grad_),
     }[backend]
     V, shard = 4163, 2096  # the second shard ends in padding
     logits_TV = 4 * torch.randn(5, V, generator=torch.Generator().manual_seed(0))
@@ -174,7 +208,7 @@ def test_two_shards_make_the_whole(backend: str) -> None:
     sum_exp_T = (parts_RT3[..., 1] * (parts_RT3[..., 0] - max_T).exp()).sum(0)
     label_logit_T, logsumexp_T = parts_RT3[..., 2].sum(0), max_T + sum_exp_T.log()
     ranks_R = [
-        rank(shard_TV, label_logit_T, local_T, num)
+        stats(shard_TV, local_T, num, label_logit_T)[:, 3]
         for shard_TV, local_T, num in zip(shards, locals_T, valid, strict=True)
     ]
     for shard_TV, local_T, num in zip(shards, locals_T, valid, strict=True):
@@ -207,3 +241,28 @@ def test_refusals(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         vocab_stats(**arguments)
     assert "\n" not in str(refusal.value)
+
+
+def test_registered_operations() -> None:
+    """Fakes, schemas and mutations as `torch.compile` relies on them."""
+    logits_TV, labels_T = torch.randn(3, 40), torch.tensor([0, 39, -1])
+    own = torch.ops.megagrow_kernels
+    for label_logits_T in (None, torch.zeros(3)):
+        torch.library.opcheck(own.vocab_stats.default, (logits_TV, labels_T, 39, label_logits_T))
+    torch.library.opcheck(
+        own.vocab_scores.default, (logits_TV, labels_T, torch.zeros(3), torch.full((3,), 9.0), 30, 40)
+    )
+    torch.library.opcheck(own.vocab_grad_.default, (logits_TV, labels_T, torch.ones(3), torch.ones(3), 40))
+
+
+def test_torch_compile_takes_them_whole() -> None:
+    def loss_and_gradient(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        max_T, sum_exp_T, label_logit_T = vocab_stats(logits_TV, labels_T).unbind(-1)
+        logsumexp_T = max_T + sum_exp_T.log()
+        return logsumexp_T - label_logit_T, vocab_grad_(logits_TV, labels_T, logsumexp_T, torch.ones(3))
+
+    logits_TV, labels_T = torch.randn(3, 40), torch.tensor([0, 39, 5])
+    expected = loss_and_gradient(logits_TV.clone(), labels_T)
+    compiled = torch.compile(loss_and_gradient, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(compiled(logits_TV.clone(), labels_T), expected, strict=True):
+        assert torch.equal(actual, wanted)

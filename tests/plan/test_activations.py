@@ -113,11 +113,11 @@ def test_in_bf16_a_block_keeps_copies_of_its_weights(model: str, recompute: Any)
     assert activations.weight_copies(given, "cpu") >= copies
 
 
-def test_dropout_keeps_its_masks() -> None:
-    given = layout(train=TrainConfig(dropout=0.1))
-    scalars = 2 * 8  # the divisors
-    assert kept_by_real_block(given) == kept(given) + scalars
-    assert kept(given) == kept(layout()) + 2 * given.activation
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_dropout_keeps_no_mask(recompute: Any) -> None:
+    given = layout(train=TrainConfig(dropout=0.1, recompute=recompute))
+    assert kept_by_real_block(given) == kept(given)
+    assert kept(given) == kept(layout(train=TrainConfig(recompute=recompute))) + 8 * given.tokens
 
 
 @pytest.mark.parametrize("context", [1, 2])
@@ -138,24 +138,40 @@ def test_kernels_keep_less_than_their_twins() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("chunk", [32, 1024])
-def test_the_loss_takes_what_the_plan_says(precision: Any, chunk: int) -> None:
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_loss_takes_what_the_plan_says(precision: Any, chunk: int, taught: bool) -> None:
     model = replace(LLAMA, vocab_size=32_001)
     given = layout(model, TrainConfig(precision=precision, loss_chunk=chunk))
     dtype = torch.bfloat16 if given.width == 2 else torch.float32
     head_VH = torch.randn(model.vocab_size, model.hidden_size, requires_grad=True)
     labels_T, weights_T = torch.randint(model.vocab_size, (given.tokens,)), torch.rand(given.tokens)
     hidden_TH = torch.randn(given.tokens, model.hidden_size, dtype=dtype, requires_grad=True)
+    teacher = (hidden_TH.detach(), head_VH.detach().to(dtype)) if taught else ()
+    options = LossOptions(chunk_tokens=chunk, weight=0.5, temperature=2.0, both=True)
 
     def forward() -> Tensor:
         return vocab_parallel_loss(
-            hidden_TH, head_VH, labels_T, weights_T, model.vocab_size, Axis(), options=LossOptions(chunk_tokens=chunk)
+            hidden_TH, head_VH, labels_T, weights_T, model.vocab_size, Axis(), *teacher, options=options
         )[0]
 
-    planned, states = activations.loss(given, "cpu"), given.tokens * model.hidden_size * given.width
+    planned = activations.loss(given, "cpu", model if taught else None)
+    states = given.tokens * model.hidden_size * given.width
     assert kept_memory(forward) == pytest.approx(planned.kept, abs=64)
-    twin = 4 * 4 * 2**18 + 64 * given.tokens  # a CPU's rows of logits at work, and statistics
-    assert peak_memory(forward) == pytest.approx(planned.forward - states, abs=twin)
+    rest = 4 * 2 * 2**18 + 64 * given.tokens  # what is left of a CPU's rows of logits at work, and statistics
+    assert peak_memory(forward) == pytest.approx(planned.forward - states, abs=rest)
     assert peak_memory(lambda: forward().backward()) >= planned.backward
+
+
+def test_what_serves_the_loss_on_a_gpu_decides_what_it_takes() -> None:
+    teacher = replace(LLAMA, hidden_size=32)
+    twins = layout(train=TrainConfig(kernels="none"))
+    for other in (TrainConfig(kernels="all"), TrainConfig(kernels="none", compile=True)):
+        saved = [
+            activations.loss(twins, "cuda", each).forward - activations.loss(layout(train=other), "cuda", each).forward
+            for each in (None, teacher)
+        ]
+        logits = twins.tokens * LLAMA.vocab_size
+        assert saved == [8 * logits, 32 * logits]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -327,14 +327,14 @@ def test_exit_json_names_the_first_cause_not_the_rank_that_was_left_waiting(corp
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
     """Turns the gradients of some calls into NaN on the way to the optimizer."""
-    clip, calls = learner.clip_gradients, iter(range(1000))
+    norm, calls = learner.gradient_norm, iter(range(1000))
 
-    def poisoned(parameters: dict[str, torch.nn.Parameter], *args: object) -> float:
+    def poisoned(parameters: dict[str, torch.nn.Parameter], *args: object) -> torch.Tensor:
         if next(calls) in bad_calls:
             next(iter(parameters.values())).grad[0, 0] = float("nan")
-        return clip(parameters, *args)
+        return norm(parameters, *args)
 
-    monkeypatch.setattr(learner, "clip_gradients", poisoned)
+    monkeypatch.setattr(learner, "gradient_norm", poisoned)
 
 
 def test_a_non_finite_gradient_never_reaches_the_weights(

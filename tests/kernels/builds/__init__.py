@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from tests.kernels.build import Build
-from tests.kernels.builds import narrow, rms_norm, vocab_loss
+from tests.kernels.builds import adamw, distill_loss, dropout_add, gelu, glu, narrow, norm, rope, vocab_loss
 
-FILES = (rms_norm, vocab_loss)
+FILES = (norm, vocab_loss, distill_loss, glu, gelu, dropout_add, rope, adamw)
 
 
 def pinned() -> Iterator[Build]:
@@ -16,5 +16,5 @@ def pinned() -> Iterator[Build]:
 
 def bad() -> Iterator[Build]:
     """What the gate must catch: a spill, scalar loads, 32-bit offsets."""
-    yield from rms_norm.bad()
+    yield from norm.bad()
     yield from narrow.bad()

@@ -1,0 +1,40 @@
+"""AdamW: the widest block everywhere, the other on Hopper, with and without a copy."""
+
+from collections.abc import Iterator
+
+import triton.language as tl
+
+from megagrow_kernels.adamw import adamw_kernel
+from megagrow_kernels.launch import ANY, Launch
+from tests.kernels.build import TARGETS, Build, pointers
+
+GRADIENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+def pinned() -> Iterator[Build]:
+    widest = ANY["adamw"][-1]
+    for target in TARGETS:
+        for grad in ("bf16", "fp32"):
+            yield adamw(grad, tl.bfloat16, widest, target)
+    for entry in ANY["adamw"][:-1]:
+        yield adamw("bf16", tl.bfloat16, entry, "sm_90a")
+    yield adamw("fp16", tl.float16, widest, "sm_90a", {"p_scale": "*fp32", "p_skip": "*i1"})
+    yield adamw("fp32", None, widest, "sm_90a", {})
+
+
+def adamw(
+    grad: str, copy: tl.dtype | None, chosen: Launch, target: str, scalars: dict[str, str] | None = None
+) -> Build:
+    if scalars is None:
+        scalars = {"p_scale": "*fp32", "p_skip": "*i32"}
+    integers = pointers("i64", "p_blocks", "p_table", "p_grads")
+    floats = {"p_rates": "*fp32"} | dict.fromkeys(("weight1", "weight2", "correction"), "fp32")
+    absent = dict.fromkeys({"p_scale", "p_skip"} - scalars.keys())
+    return Build(
+        f"adamw-{grad}-{'alone' if copy is None else 'copy'}-{chosen.block}",
+        adamw_kernel,
+        integers | floats | scalars,
+        {"BLOCK": chosen.block, "GRAD": GRADIENTS[grad], "COPY": copy} | absent,
+        chosen.num_warps,
+        target,
+    )

@@ -1,0 +1,36 @@
+"""The distillation kernels: the widest block everywhere, with a temperature for the student; the others on Hopper."""
+
+from collections.abc import Iterator
+
+from megagrow_kernels.distill_loss import distill_grad_kernel, distill_stats_kernel
+from megagrow_kernels.launch import ANY, pick
+from tests.kernels.build import DTYPES, TARGETS, Build, pointers
+
+
+def pinned() -> Iterator[Build]:
+    for target in TARGETS:
+        for dtype in DTYPES:
+            yield from distill(dtype, 128256, target, soft=True)
+    yield from distill("bf16", 128257, "sm_90a", soft=False)
+    for entry in ANY["distill"][:-1]:
+        yield from distill("bf16", entry.block, "sm_90a", soft=False)
+
+
+def distill(dtype: str, vocab_size: int, target: str, soft: bool) -> Iterator[Build]:
+    chosen = pick("distill", vocab_size)
+    numbers = {"stride_t": "i32", "stride_teacher_t": "i32", "num_valid": "i32", "r_rho": "fp32", "r_sigma": "fp32"}
+    common = pointers(dtype, "p_logits", "p_teacher") | {"p_labels": "*i64"} | numbers
+    constants = {"BLOCK_V": chosen.block, "SOFT": soft}
+    for kernel, own, more in (
+        (distill_stats_kernel, pointers("fp32", "p_label_logits", "p_stats"), {"HAS_RANK": True}),
+        (distill_grad_kernel, pointers("fp32", "p_logsumexps", "p_ce_scale", "p_kd_scale") | {"V": "i32"}, {}),
+    ):
+        yield Build(
+            f"{kernel.__name__.removesuffix('_kernel')}-{dtype}-{vocab_size}",
+            kernel,
+            common | own,
+            constants | more,
+            chosen.num_warps,
+            target,
+            aligned=("stride_t", "stride_teacher_t"),
+        )

@@ -1,0 +1,27 @@
+"""GELU with a bias: the widest block everywhere, the others on Hopper."""
+
+from collections.abc import Iterator
+
+from megagrow_kernels.gelu import bias_gelu_bwd_kernel, bias_gelu_fwd_kernel
+from megagrow_kernels.launch import ANY, pick
+from tests.kernels.build import DTYPES, TARGETS, Build, pointers
+
+
+def pinned() -> Iterator[Build]:
+    for target in TARGETS:
+        for dtype in DTYPES:
+            yield from bias_gelu(dtype, 16384, target)
+    for entry in ANY["bias_gelu"][:-1]:
+        yield from bias_gelu("bf16", entry.block, "sm_90a")
+
+
+def bias_gelu(dtype: str, num_features: int, target: str) -> Iterator[Build]:
+    chosen = pick("bias_gelu", num_features)
+    backward = pointers(dtype, "p_x", "p_bias", "p_dy", "p_dx") | {"p_dbias": "*fp32", "T": "i32"}
+    for kernel, signature in (
+        (bias_gelu_fwd_kernel, pointers(dtype, "p_x", "p_bias", "p_y")),
+        (bias_gelu_bwd_kernel, backward),
+    ):
+        name = f"{kernel.__name__.removesuffix('_kernel')}-{dtype}-{num_features}"
+        constants = {"F": num_features, "BLOCK_F": chosen.block, "HAS_BIAS": True}
+        yield Build(name, kernel, signature, constants, chosen.num_warps, target)

@@ -1,0 +1,68 @@
+"""Counts the bytes that kernels read and write in memory, in the interpreter.
+
+Of each launch every address counts once in each direction: what a program reads again, or another one reads too (a
+weight), comes from a cache. Two launches share nothing.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+
+class Traffic(AbstractContextManager["Traffic"]):
+    """While entered, adds up what all launches move.
+
+    Attributes:
+        read, written: bytes.
+    """
+
+    def __init__(self) -> None:
+        self.read = self.written = 0
+        self._loads: list[np.ndarray] = []
+        self._stores: list[np.ndarray] = []
+        self._patches = [
+            mock.patch.object(InterpreterBuilder, "create_masked_load", self._watched("create_masked_load")),
+            mock.patch.object(InterpreterBuilder, "create_masked_store", self._watched("create_masked_store")),
+            mock.patch.object(GridExecutor, "__call__", self._launching(GridExecutor.__call__)),
+        ]
+
+    def __enter__(self) -> "Traffic":
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def _watched(self, name: str) -> Callable[..., Any]:
+        original = getattr(InterpreterBuilder, name)
+        seen, at = (self._loads, 1) if name.endswith("load") else (self._stores, 2)
+
+        def watched(builder: InterpreterBuilder, ptrs: Any, *rest: Any) -> Any:
+            mask = rest[at - 1]
+            size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
+            addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data]
+            seen.append((addresses[:, None] + np.arange(size, dtype=np.uint64)).ravel())
+            return original(builder, ptrs, *rest)
+
+        return watched
+
+    def _launching(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def launch(executor: GridExecutor, *args: Any, **kwargs: Any) -> Any:
+            result = original(executor, *args, **kwargs)
+            self.read += _num_different(self._loads)
+            self.written += _num_different(self._stores)
+            return result
+
+        return launch
+
+
+def _num_different(addresses: list[np.ndarray]) -> int:
+    found = len(np.unique(np.concatenate(addresses))) if addresses else 0
+    addresses.clear()
+    return found
