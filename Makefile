@@ -11,7 +11,7 @@ pip := $(bin)/python -m pip install --quiet -c $(CONSTRAINTS)
 installed := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check parity faults bench kernels gpu clean
+.PHONY: help setup quickstart test check parity faults bench kernels peers gpu clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
@@ -45,13 +45,23 @@ faults: setup ## kill the quickstart at random moments, stop nodes and launchers
 	$(bin)/python -m pytest --timeout 3600 -s tests/faults/liveness.py tests/faults/kill_quickstart.py
 
 bench: setup ## the benchmarks; results in benchmarks/results
-	set -e; for file in $(filter-out benchmarks/results_file.py,$(wildcard benchmarks/*.py)); do $(bin)/python $$file; done
+	set -e; for file in $(filter-out benchmarks/results_file.py benchmarks/kernel_%.py,$(wildcard benchmarks/*.py)); do $(bin)/python $$file; done
 
 kernels: setup ## the tests of the kernels, interpreted on the CPU and compiled without a GPU
 	$(bin)/python -m pytest tests/kernels
 
+peers: setup .peers/.installed ## the kernels against liger-kernel, megatron-core and cut-cross-entropy (two minutes)
+	PYTHONPATH=$(abspath .peers) $(bin)/python -m pytest -o python_files='against_*.py' tests/peers
+
+# Apart from all else: their dependencies are not ours.
+.peers/.installed: tests/peers/requirements.txt | $(installed)
+	rm -rf .peers
+	$(pip) --no-deps --target .peers --requirement $<
+	touch $@
+
 # With the python that is there, from the source tree: torch has to be one that sees the GPU.
-gpu: ## training steps on one GPU (eight minutes); results in benchmarks/results
+gpu: ## kernels and training steps on one GPU (ten minutes); results in benchmarks/results
+	PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) benchmarks/gpu_kernels.py --seconds 240
 	PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) benchmarks/gpu_train.py
 
 clean: ## remove what was built and cached, not .venv and runs

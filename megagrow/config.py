@@ -151,7 +151,7 @@ class TrainConfig:
     attention: Literal["sdpa", "flash_attn"] = "sdpa"  # sdpa: torch's own, and FlexAttention for document masks
     kernels: Literal["measured", "all", "none"] = "measured"  # Triton's on a GPU; measured: those shown to be faster
     dropout: float = 0.0  # on embeddings and both residual branches; the mask depends on (seed, step, token) only
-    loss_chunk: int = 1024  # tokens whose logits exist at a time
+    loss_chunk: int = 1024  # tokens whose logits exist at a time; 0: as many as half of a GPU's L2 cache holds
     seed: int = 1234  # initial weights depend on (seed, parameter name) only
     eval_interval: int = 100  # steps; 0: only at the end
     eval_batches: int = 4  # fixed batches of global_batch_size held-out samples
@@ -160,8 +160,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        require_not_negative(self, "train", "microbatch_size", "eval_interval", "eval_batches", "threads")
-        require(self.loss_chunk > 0, f"train.loss_chunk={self.loss_chunk} must be positive")
+        require_not_negative(self, "train", "microbatch_size", "loss_chunk", "eval_interval", "eval_batches", "threads")
         require(
             self.dropout == 0 or 2**-16 <= self.dropout <= 1 - 2**-16,  # the steps in which it acts
             f"train.dropout={self.dropout} must be 0 or lie between 2^-16 and 1 - 2^-16",

@@ -27,6 +27,7 @@ __all__ = [
     "adamw_table",
     "add_product_",
     "attention",
+    "bias_add",
     "bias_gelu",
     "check_attention_backend",
     "check_kernels",
@@ -72,12 +73,14 @@ def _installed_kernels() -> ModuleType | None:
 
 Which = Literal["measured", "all", "none"]
 _serving: frozenset[str] = MEASURED
+_module: ModuleType | None = None  # found once: torch.compile warns of a cached function that it traces
 
 
 def let_kernels_serve(which: Which) -> None:
     """Which kernels serve from now on in this process: those of MEASURED do so from the start."""
-    global _serving
+    global _serving, _module
     _serving = chosen(which)
+    _module = _installed_kernels() if _serving else None
 
 
 def chosen(which: Which) -> frozenset[str]:
@@ -105,12 +108,21 @@ def check_kernels(which: Which, device: torch.device) -> None:
 def _kernels(name: str, x: Tensor) -> ModuleType | None:
     """`megagrow_kernels` if its kernels of that name are to serve `x`; None where the twin has to."""
     wanted = name in _serving and x.is_cuda and x.dtype in KERNEL_DTYPES
-    return _installed_kernels() if wanted else None
+    return _module or _installed_kernels() if wanted else None
 
 
 def serves(name: str, x: Tensor) -> bool:
     """Whether the kernels of that name serve `x`."""
     return _kernels(name, x) is not None
+
+
+def bias_add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """x + (y + bias); x and y [..., H], bias [H]. The kernel is `dropout_add`'s, which drops nothing."""
+    kernels = _kernels("dropout_add", x)
+    if kernels is None:
+        return x + (y + bias)
+    keys = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+    return kernels.dropout_add(x, y, bias, 0.0, keys, 0)
 
 
 @overload

@@ -20,6 +20,7 @@ CHUNK_LOGITS_GPU = 2**24
 
 FIELDS = 1 << 16  # values of the random number that decides whether an element is dropped
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
+INVERSE = -0xE217C1E66C88CC3  # of GOLDEN, modulo 2^64
 MIX_1 = -0x40A7B892E31B1A47  # the multipliers of SplitMix64, signed
 MIX_2 = -0x6B2FB644ECCEEE15
 
@@ -67,7 +68,8 @@ def stats_of_rows(logits_TV: Tensor, labels_T: Tensor, label_logits_T: Tensor | 
 def _sum_exp(wide_TV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """The maximum, and the sum of exp((x - maximum) / temperature)."""
     max_T1 = wide_TV.amax(-1, keepdim=True)
-    return max_T1[:, 0], ((wide_TV - _finite(max_T1)) / temperature).exp().sum(-1)
+    shifted_TV = wide_TV - _finite(max_T1)
+    return max_T1[:, 0], (shifted_TV if temperature == 1.0 else shifted_TV.div_(temperature)).exp_().sum(-1)
 
 
 def _finite(max_T1: Tensor) -> Tensor:
@@ -359,7 +361,9 @@ def kept(keys: Tensor, place: int, rate: float, num_features: int) -> Tensor:
     et al., 2014) from the state mix(key + place). An element is dropped if its field is below round(rate 2^16).
     """
     quads_Q = torch.arange(-(-num_features // 4), device=keys.device)
-    hashes = mix(mix(keys + place)[..., None] + quads_Q * GOLDEN)
+    # state + quad GOLDEN, multiplied out of what is read: a compiler would take the product with an index for an index
+    # too, whose overflow it does not expect, and draw other bits (torch 2.13 did).
+    hashes = mix(((mix(keys + place) * INVERSE)[..., None] + quads_Q) * GOLDEN)
     fields = hashes[..., None] >> torch.arange(0, 64, 16, device=keys.device) & FIELDS - 1
     return fields.flatten(-2)[..., :num_features] >= round(rate * FIELDS)
 

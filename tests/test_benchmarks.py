@@ -1,12 +1,19 @@
 """The benchmarks that need another machine, or minutes, run here on what is small."""
 
 import importlib.util
+import json
+import subprocess
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from megagrow import ops
+from megagrow_kernels.launch import ANY
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -88,3 +95,262 @@ def test_the_reason_of_a_failed_arm_is_its_error(monkeypatch: pytest.MonkeyPatch
     )
     assert reason("killed\n") == "killed"
     assert reason("") == ""
+
+
+def run_tiny(*flags: str) -> str:
+    command = [sys.executable, str(FOLDER / "gpu_kernels.py"), "--tiny", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_gpu_kernels_measures_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line that a GPU will see runs, but for the events; right results, and no provider fails but Liger's."""
+    gpu_kernels = load("gpu_kernels", monkeypatch)
+    rows = {case.name for case in gpu_kernels.cases(tiny=True)}
+    output = run_tiny()
+    assert f" of {len(rows)}, " in output and all(case.kernel in output for case in gpu_kernels.cases(tiny=True))
+    assert len(rows) == len(gpu_kernels.cases(tiny=True))
+    assert {case.file for case in gpu_kernels.cases(tiny=False)} == ops.KERNELS == gpu_kernels.AIMS.keys()
+
+
+def test_gpu_kernels_tries_other_launches_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_kernels = load("gpu_kernels", monkeypatch)
+    items = gpu_kernels.tunings(gpu_kernels.cases(tiny=False))
+    assert {item.launch for item in items} == ANY.keys()
+    tune = sys.modules["kernel_tune"]
+    for item in items:
+        tried = list(tune.candidates(item))
+        assert tried[0] == tune.pick(item.launch, item.columns) and len(tried) == len(set(tried)) > 1
+        assert item.launch != "norm_fwd" or {entry.block for entry in tried} == {item.columns}
+    output = run_tiny("--tune", "--only", "rms_norm", "swiglu", "adamw_")
+    assert all(f'"{name}": (Launch(' in output for name in ("norm_fwd", "norm_bwd", "glu", "adamw"))
+
+
+def test_a_launch_is_pinned_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    load("gpu_kernels", monkeypatch)
+    tune = sys.modules["kernel_tune"]
+    entry, usual = tune.Launch(64, 2), tune.pick("glu", 4096, tune.DEVICE)
+    with tune._pinned("glu", entry):
+        assert tune.pick("glu", 4096, tune.DEVICE) == entry
+    assert tune.pick("glu", 4096, tune.DEVICE) == usual
+
+
+@pytest.mark.parametrize(
+    ("block", "num_warps", "spills", "failed", "best"),
+    [
+        (2048, 4, 0, None, (2048, 4)),
+        (2048, 4, 8, None, (1024, 4)),  # what spills registers is not chosen
+        (2048, 4, 0, "out of shared memory", (1024, 4)),
+    ],
+)
+def test_tuning_takes_the_fastest_that_can_serve(
+    block: int, num_warps: int, spills: int, failed: str | None, best: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load("gpu_kernels", monkeypatch)
+    tune = sys.modules["kernel_tune"]
+    pinned = {"block": 1024, "num_warps": 4, "seconds": [2.0, 2.0], "spills": 0}
+    other = {"block": block, "num_warps": num_warps, "seconds": [1.0, 2.0], "spills": spills}
+    found = iter([pinned, {"block": block, "num_warps": num_warps, "failed": failed} if failed else other])
+    monkeypatch.setattr(tune, "_timed", lambda *_: next(found))
+    item = tune.Tuning("glu", 2**20, ())
+    row = tune.tune(item, None, None, None, 2)
+    assert (row["best"]["block"], row["best"]["num_warps"]) == best
+    assert f"Launch({best[0]}, {best[1]}),)" in tune.launch_table("GPU", [row])
+    assert "<- best" in "".join(tune.tuning_lines([row]))
+
+
+def fabricated(case: Any, seconds: dict[str, float], correct: bool = True) -> dict[str, Any]:
+    """A row as gpu_kernels.py would write it."""
+    row = sys.modules["gpu_kernels"].describe(case) | {"correct": correct, "errors": {"y": 0.5}}
+    totals = {name: {"total": seconds.get(name, 2.0)} for name in case.providers}
+    return json.loads(json.dumps(row | {"providers": totals}))
+
+
+def test_gpu_kernels_judges_by_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_kernels = load("gpu_kernels", monkeypatch)
+    judged = [case for case in gpu_kernels.cases(tiny=False) if case.judged]
+
+    def unproven(change: Any = None, **facts: str) -> list[str]:
+        rows = [fabricated(case, {"ours": 1.0}) for case in judged]
+        if change:
+            rows = [changed for row in rows if (changed := change(row))]
+        return gpu_kernels.unproven(ops.KERNELS, {"device_type": "cuda", "rows": rows} | facts)
+
+    assert unproven() == []
+    assert gpu_kernels.unproven(["norm", "no such file"], {"device_type": "cuda", "rows": []}) == [
+        "no such file",
+        "norm",
+    ]
+    assert unproven(device_type="cpu") == sorted(ops.KERNELS)
+
+    def one(kernel: str, change: Any) -> Any:
+        return lambda row: change(row) if row["kernel"] == kernel and "over 2^31" not in row["name"] else row
+
+    slower = {"ours": {"total": 2.1}, "eager": {"total": 3.0}, "compiled": {"total": 2.0}}
+    assert unproven(one("swiglu", lambda row: row | {"providers": slower})) == ["glu"]
+    assert unproven(one("swiglu", lambda row: row | {"correct": False})) == ["glu"]
+    assert unproven(one("swiglu", lambda row: row | {"failed": "the time was up"})) == ["glu"]
+    assert unproven(one("swiglu", lambda row: None)) == ["glu"]  # a size that was not measured
+    no_rival = {"ours": {"total": 1.0}, "eager": {"total": 3.0}, "compiled": {"failed": "no compiler"}}
+    assert unproven(one("rope_", lambda row: row | {"providers": no_rival})) == ["rope"]
+    assert unproven(lambda row: row | {"correct": "over 2^31" not in row["name"]}) == ["norm", "vocab_loss"]
+    rows = [fabricated(case, {"ours": 1.0 if case.kernel != "rank" else 9.0}) for case in judged]
+    assert gpu_kernels.verdicts(rows)["vocab_loss"] == {"beats": False, "not": ["rank 8192 x 131072"]}
+
+
+def test_rows_are_written_as_they_come_and_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_kernels = load("gpu_kernels", monkeypatch)
+    monkeypatch.setattr(gpu_kernels.results_file, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(gpu_kernels, "warm_up", lambda *_: None)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    written = list[int]()
+
+    def run(seconds: float, **options: Any) -> dict[str, Any]:
+        """With a process that finds the same figures for every case, but cannot do layer_norm."""
+
+        def supervise(command: list[str], content: dict[str, Any], changed: Any, longest: float) -> dict[str, Any]:
+            found = content | {"rows": [], "facts": {"device": "GPU", "device_type": "cuda"}}
+            for case in gpu_kernels.cases(tiny=False):
+                if case.name in content["jobs"]:
+                    row = fabricated(case, {"ours": seconds})
+                    failed = {"name": case.name, "failed": "Triton Error [CUDA]: no [/reason]"}
+                    found["rows"].append(failed if case.kernel == "layer_norm" else row)
+                    changed(found)
+                    written.append(len(json.loads((copy / "gpu_kernels.json").read_text())["rows"]))
+            return found
+
+        monkeypatch.setattr(gpu_kernels, "supervise", supervise)
+        given = {"only": None, "tiny": False, "tune": False, "seconds": None, "output": copy} | options
+        monkeypatch.setattr(gpu_kernels, "cells", lambda row, peers: [row["name"]])
+        gpu_kernels.run(SimpleNamespace(**given))
+        return json.loads((copy / "gpu_kernels.json").read_text())
+
+    num_cases = len(gpu_kernels.cases(tiny=False))
+    first = run(1.0)
+    assert written == [*range(1, num_cases + 1)]
+    assert gpu_kernels.unproven(ops.KERNELS, first) == ["norm"]
+    assert first["verdicts"]["glu"]["beats"] and not first["verdicts"]["norm"]["beats"]
+    second = run(3.0, only=["rope_", "glu"])
+    assert len(second["rows"]) == num_cases
+    assert gpu_kernels.unproven(ops.KERNELS, second) == ["glu", "norm", "rope"]
+    assert all(("commit" in row) == (row["file"] not in ("rope", "glu")) for row in second["rows"])
+    with pytest.raises(SystemExit, match="no kernel and no file"):
+        run(1.0, only=["rmsnorm"])
+
+
+def test_kernels_that_serve_by_default_have_been_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = FOLDER / "results" / "gpu_kernels.json"
+    content = json.loads(results.read_text()) if results.exists() else {"rows": []}
+    assert load("gpu_kernels", monkeypatch).unproven(ops.MEASURED, content) == []
+
+
+def test_an_error_is_measured_by_that_of_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    load("gpu_kernels", monkeypatch)
+    measure = sys.modules["kernel_measure"]
+    truth = torch.ones(2, 4, dtype=torch.float64)
+
+    def worst(error: float, twin_error: float) -> float:
+        accuracy = measure.Accuracy()
+        accuracy.add("y", torch.full((2, 4), 1 + error), torch.full((2, 4), 1 + twin_error), truth)
+        assert accuracy.holds(["y"]) == (accuracy.worst["y"] <= 1)
+        assert not accuracy.holds(["y", "dx"])
+        return accuracy.worst["y"]
+
+    assert worst(0.0, 0.0) == 0
+    assert worst(2**-22, 0.0) == pytest.approx(1)
+    assert worst(2**-20, 2**-20) == pytest.approx(4 / 7)
+    assert worst(2**-10, 2**-10) > 1  # a twin that is wrong excuses nothing
+    assert worst(torch.nan, torch.nan) > 1
+    accuracy = measure.Accuracy()
+    accuracy.add("y", torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(2, 4), truth)
+    assert not accuracy.holds(["y"])
+
+
+def test_the_timer_takes_what_lies_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is none: the order is flush, wait, event, run, event."""
+    load("gpu_kernels", monkeypatch)
+    measure, seen = sys.modules["kernel_measure"], list[str]()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            seen.append("event")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0  # ms
+
+    gpu = SimpleNamespace(
+        Event=Event,
+        _sleep=lambda cycles: seen.append("wait") if cycles >= 2e5 else None,
+        synchronize=lambda: seen.append("synchronize"),
+        reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: 100,
+        max_memory_allocated=lambda: 150,
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=10),
+    )
+    timer = measure.Timer()
+    timer._other = SimpleNamespace(zero_=lambda: seen.append("flush"))
+    monkeypatch.setattr(measure, "ON_GPU", True)
+    monkeypatch.setattr(measure, "REPETITIONS", 20)
+    monkeypatch.setattr(measure.torch, "cuda", gpu)
+    work = measure.Work(lambda: seen.append("run"), lambda: None, lambda: seen.append("before"))
+    found = measure.measure(work, timer)
+    assert found["forward"]["median"] == found["forward"]["low"] == found["backward"]["high"] == 0.002
+    assert found["total"] == 0.004 and found["forward"]["peak"] == 50
+    once = ["before", "flush", "wait", "event", "run", "event"]
+    first = len(["before", "synchronize", "run", "synchronize"]) * measure.WARM_UP
+    assert seen[first : first + 20 * len(once)] == once * 20
+
+
+WORKER = """
+import json, os, sys, time
+path = sys.argv[1]
+content = json.loads(open(path).read())
+def write():
+    open(path + "new", "w").write(json.dumps(content))
+    os.replace(path + "new", path)
+while content["jobs"] and content["jobs"][0] != "late":
+    content["current"] = name = content["jobs"][0]
+    write()
+    if name == "crashes":
+        raise RuntimeError("of no use")
+    if name == "hangs":
+        time.sleep(60)
+    content["rows"].append({"name": name, "figure": 1})
+    content["jobs"].remove(name)
+    content["current"] = None
+    write()
+    if name == "breaks":
+        os._exit(3)
+"""
+
+
+def test_a_crash_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    load("gpu_kernels", monkeypatch)
+    process, seen = sys.modules["kernel_process"], list[int]()
+    names = ["first", "crashes", "breaks", "hangs", "last", "late"]
+    command, content = [sys.executable, "-c", WORKER], {"jobs": names}
+    began = time.monotonic()
+    rows = process.supervise(command, content, lambda content: seen.append(len(content["rows"])), 1.0)["rows"]
+    assert time.monotonic() - began < 30
+    failed = {row["name"]: row["failed"] for row in rows if "failed" in row}
+    assert [row["name"] for row in rows] == names
+    assert failed == {
+        "crashes": "RuntimeError: of no use (exit code 1)",
+        "hangs": "not done in 1 s",
+        "late": "the time was up",
+    }
+    assert seen[-1] == len(names)
+    assert process.is_broken({"providers": {"liger": {"failed": "RuntimeError: CUDA error: illegal access"}}})
+    assert not process.is_broken({"failed": "OutOfMemoryError: CUDA out of memory"})
+
+
+def test_without_a_first_row_no_process_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    load("gpu_kernels", monkeypatch)
+    command = [sys.executable, "-c", "raise ImportError('gone')"]
+    content = sys.modules["kernel_process"].supervise(command, {"jobs": ["a", "b"]}, lambda content: None, 9.0)
+    assert [row["failed"] for row in content["rows"]] == ["ImportError: gone (exit code 1)"] * 2

@@ -69,7 +69,7 @@ def glu_fwd_kernel(p_gate_up, p_y, N, ACTIVATION: tl.constexpr, BLOCK: tl.conste
     if i_n + BLOCK <= N:
         _forward_block(p_gate_up + 2 * i_n, p_y + i_n, None, None, ACTIVATION, BLOCK)
     else:
-        m_pairs = i_n * 2 + tl.arange(0, 2 * BLOCK) < 2 * N
+        m_pairs = tl.arange(0, 2 * BLOCK) < 2 * (N - i_n)  # in 64 bits: there are twice as many columns as N
         m_y = i_n + tl.arange(0, BLOCK) < N
         _forward_block(p_gate_up + 2 * i_n, p_y + i_n, m_pairs, m_y, ACTIVATION, BLOCK)
 
@@ -80,7 +80,7 @@ def glu_bwd_kernel(p_gate_up, p_dy, p_dgate_up, N, ACTIVATION: tl.constexpr, BLO
     if i_n + BLOCK <= N:
         _backward_block(p_gate_up + 2 * i_n, p_dy + i_n, p_dgate_up + 2 * i_n, None, None, ACTIVATION, BLOCK)
     else:
-        m_pairs = i_n * 2 + tl.arange(0, 2 * BLOCK) < 2 * N
+        m_pairs = tl.arange(0, 2 * BLOCK) < 2 * (N - i_n)  # in 64 bits: there are twice as many columns as N
         m_y = i_n + tl.arange(0, BLOCK) < N
         _backward_block(p_gate_up + 2 * i_n, p_dy + i_n, p_dgate_up + 2 * i_n, m_pairs, m_y, ACTIVATION, BLOCK)
 

@@ -57,7 +57,13 @@ def pick(kernel: str, num_columns: int, device: torch.device | None = None) -> L
     table = PINNED.get(device_name(device), {}).get(kernel, ANY[kernel]) if device is not None else ANY[kernel]
     launch = next((launch for launch in table if launch.block >= num_columns), table[-1])
     power_of_two = 1 << max(num_columns - 1, 0).bit_length()
-    return replace(launch, block=min(launch.block, power_of_two))
+    chosen = replace(launch, block=min(launch.block, power_of_two))
+    return wide_warps(chosen) if torch.version.hip else chosen
+
+
+def wide_warps(launch: Launch) -> Launch:
+    """The same for AMD's GPUs, whose warps are twice as wide."""
+    return replace(launch, num_warps=max(launch.num_warps // 2, 1))
 
 
 @functools.cache
@@ -76,15 +82,19 @@ def num_multiprocessors(device: torch.device) -> int:
 
 def rows_at_once(launch: Launch) -> int:
     """Rows that a program holds at once where one would leave its warps with little to do."""
-    return max(1, launch.num_warps * ELEMENTS_PER_WARP // launch.block)
+    return max(1, _warps_of_32(launch.num_warps) * ELEMENTS_PER_WARP // launch.block)
 
 
 def row_programs(num_rows: int, device: torch.device, num_warps: int) -> int:
     """Programs of so many warps that share the rows, or blocks of them, out among themselves."""
-    return min(num_rows, num_multiprocessors(device) * max(1, ROW_WARPS_PER_SM // num_warps))
+    return min(num_rows, num_multiprocessors(device) * max(1, ROW_WARPS_PER_SM // _warps_of_32(num_warps)))
 
 
 def column_programs(num_rows: int, num_blocks: int, device: torch.device, num_warps: int) -> int:
     """The same, for each of `num_blocks` blocks of a row's columns, where no program needs a whole row."""
-    num_at_once = num_multiprocessors(device) * BLOCK_WARPS_PER_SM // num_warps
+    num_at_once = num_multiprocessors(device) * BLOCK_WARPS_PER_SM // _warps_of_32(num_warps)
     return min(num_rows, max(1, num_at_once // max(num_blocks, 1)))
+
+
+def _warps_of_32(num_warps: int) -> int:
+    return 2 * num_warps if torch.version.hip else num_warps

@@ -72,10 +72,10 @@ def vocab_grad_ref(
     return grad_TV if num_valid is None else torch.where(columns_V < num_valid, grad_TV, 0)
 
 
-@triton.jit
-def fold_of(p_x, BLOCK_V: tl.constexpr):
+@triton.constexpr_function
+def fold_of(p_x, BLOCK_V):
     """Neighbours that one load of 128 bits brings to one thread, which adds them up in its registers."""
-    return tl.constexpr(min(128 // p_x.dtype.element_ty.primitive_bitwidth, BLOCK_V))
+    return min(128 // p_x.dtype.element_ty.primitive_bitwidth, BLOCK_V)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import time
 
 import torch.distributed as dist
 
+from megagrow import ops
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.checks import check
 from megagrow.cluster.compute import check_compute
@@ -36,7 +37,7 @@ def check_cluster(config: Config, limit: float = LIMIT_SECONDS) -> list[Row]:
         The findings, the same on every rank.
 
     Raises:
-        ConfigError: the configuration does not fit the number of ranks.
+        ConfigError: the configuration does not fit the number of ranks, or asks for kernels that are not here.
         HangError: ranks do not come together, or a link failed.
     """
     began = time.perf_counter()
@@ -50,6 +51,8 @@ def check_cluster(config: Config, limit: float = LIMIT_SECONDS) -> list[Row]:
         return rows
     with watch.step("meeting of the groups of all axes", MEETING_SECONDS):
         mesh = make_mesh(config.parallel)
+    ops.check_kernels(config.train.kernels, mesh.device)
+    ops.let_kernels_serve(config.train.kernels)
     rows += check_links(Layout(config, mesh.world.size), mesh, watch)
     rows += check_compute(config, mesh, watch)
     rows += check_gradients(config, mesh, watch)

@@ -46,5 +46,5 @@ def add_dropped(
         rate, keys_BS, place: as in `dropout`.
     """
     if keys_BS is None or rate == 0:
-        return x_BSH + (y_BSH if bias_H is None else y_BSH + bias_H)
+        return x_BSH + y_BSH if bias_H is None else ops.bias_add(x_BSH, y_BSH, bias_H)
     return ops.dropout_add(x_BSH, y_BSH, bias_H, rate, keys_BS, place)

@@ -25,7 +25,7 @@ from megagrow.model.recompute import recompute
 from megagrow.model.tokens import Tokens
 from megagrow.parallel.context import document_masks, local_positions
 from megagrow.parallel.layers import Embedding, Head, TensorParallel
-from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
+from megagrow.parallel.loss import LossOptions, cache_size, tokens_at_once, vocab_parallel_loss
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, local
 from megagrow.parallel.stages import Stage, pipeline_stages
@@ -181,6 +181,8 @@ class Transformer(nn.Module):
         teacher = self.teacher if teacher_hidden is not None else None
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         options = teacher.options if teacher else LossOptions()
+        cache = cache_size(x_BSH.device)
+        chunk = tokens_at_once(self.train_config.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache)
         loss, sums = vocab_parallel_loss(
             x_BSH.flatten(0, 1),
             self.head_VH,
@@ -190,7 +192,7 @@ class Transformer(nn.Module):
             self.tp.axis,
             teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
             teacher_head=teacher.head_VH if teacher else None,
-            options=replace(options, chunk_tokens=self.train_config.loss_chunk, compiled=self.train_config.compile),
+            options=replace(options, chunk_tokens=chunk, compiled=self.train_config.compile),
         )
         self.loss_sums.append(sums)
         return loss

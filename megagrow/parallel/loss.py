@@ -30,6 +30,8 @@ from megagrow.parallel.collectives import max_over, start_all_gather, sum_over
 from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
 
+L2_CACHE = 50 * 2**20  # of an H100
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -111,6 +113,24 @@ def vocab_parallel_loss(
         options,
         needs_gradient,
     )
+
+
+def tokens_at_once(wanted: int, num_rows: int, width: int, cache: int) -> int:
+    """Tokens whose logits exist at a time: as many as wanted, or as half of a cache holds.
+
+    Args:
+        wanted: `train.loss_chunk`; 0: what the cache says, in multiples of 128, at least 256, fewer of which would make
+            the products read the output matrix more often than they compute with it.
+        num_rows: of this rank's output matrix.
+        width: bytes of a logit.
+        cache: bytes.
+    """
+    return wanted or max(cache // 2 // (max(num_rows, 1) * width) // 128 * 128, 256)
+
+
+def cache_size(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache; that of an H100 for anything else."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_CACHE
 
 
 def token_scores(

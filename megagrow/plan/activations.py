@@ -10,6 +10,7 @@ from typing import Literal
 from megagrow import ops, torch_ops
 from megagrow.config import ModelConfig
 from megagrow.cpu_ops import PIECE_ROWS
+from megagrow.parallel.loss import L2_CACHE, tokens_at_once
 from megagrow.parallel.stages import Stage
 from megagrow.plan.layout import Layout
 from megagrow.plan.weights import layer_names, stored_elements
@@ -265,7 +266,8 @@ def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None)
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
     matrix = rows * model.hidden_size
-    logits = min(layout.config.train.loss_chunk, layout.tokens) * rows
+    chunk = tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE)
+    logits = min(chunk, layout.tokens) * rows
     kept = size.whole + 4 * matrix
     copy = width * matrix if layout.casts_at_use else 0
     piece = min(rows, PIECE_ROWS) if device == "cpu" else rows
@@ -284,7 +286,7 @@ def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bo
     if train.compile or ("distill_loss" if with_teacher else "vocab_loss") in serving:
         return 0
     most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
-    return 4 * (8 if with_teacher else 2) * min(logits, most)
+    return 4 * (10 if with_teacher else 3) * min(logits, most)
 
 
 def embedding_gradient(layout: Layout) -> int:

@@ -9,8 +9,9 @@ import json
 import re
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from io import StringIO
 
 import triton
@@ -18,23 +19,12 @@ from triton.compiler import ASTSource
 
 from tests.kernels.build import TARGETS, Build
 from tests.kernels.builds import bad, pinned
+from tests.kernels.report import Report
 
 VECTOR_LOAD = {
     "cuda": r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global \[.*?\], \[.*?\], 0x10\b",
     "hip": r"(?:global|buffer)_load_dwordx4",
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one build came to; bytes of shared memory, 128-bit loads."""
-
-    id: str
-    registers: int
-    spills: int
-    shared: int
-    vector_loads: int
-    narrow_offsets: list[str] = field(default_factory=list)
 
 
 def compiled(build: Build) -> Report:
@@ -59,26 +49,31 @@ def compiled(build: Build) -> Report:
         )
         spills = sum(spilled)
     vector_loads = len(re.findall(VECTOR_LOAD[target.backend], code))
-    offsets = narrow_offsets(result.asm["ttir"])
-    return Report(build.id, registers, spills, result.metadata.shared, vector_loads, offsets)
+    num_dots, num_wgmma = result.asm["ttir"].count("tt.dot "), code.count("wgmma.mma_async")
+    offsets = narrow_offsets(result.asm["ttir"], build.row_axes)
+    return Report(build.id, registers, spills, result.metadata.shared, vector_loads, num_dots, num_wgmma, offsets)
 
 
 def _numbers(text: str, *patterns: str) -> list[int]:
     return [int(re.search(pattern, text)[1]) for pattern in patterns]
 
 
-def narrow_offsets(ttir: str) -> list[str]:
-    """Lines that compute with the row index, the program's first id, in less than 64 bits.
+def narrow_offsets(ttir: str, row_axes: str) -> list[str]:
+    """Lines that compute with the row index, the program's ids along `row_axes`, in less than 64 bits.
 
-    Column offsets may be 32 bits wide: a row is shorter than 2^31.
+    So is a multiple of an integer argument, a number of elements or a stride. Column offsets may be 32 bits wide: a row
+    is shorter than 2^31.
     """
     rows, narrow = set(), []
+    scalars = set(re.findall(r"(%\w+): i32", ttir))
     for line in ttir.splitlines():
         line = line.split(" loc(")[0].strip()
         result, _, operation = line.rpartition(" = ") if "scf.for" not in line else ("", "", line)
         operands = set(re.findall(r"%\w+", operation))
-        if "tt.get_program_id x" in operation:
+        if re.search(rf"tt\.get_program_id [{row_axes}]", operation):
             rows.add(result)
+        elif operation.startswith("arith.muli") and operation.endswith(" i32") and operands & scalars:
+            narrow.append(line)
         elif not operands & rows:
             continue
         elif loop := re.search(r"scf\.for (%\w+) = (%\w+) to .* : (i\d+) \{", operation):
@@ -92,10 +87,26 @@ def narrow_offsets(ttir: str) -> list[str]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        triton.knobs.cache.dir = folder  # what is cached is not compiled, and has no log
-        triton.knobs.nvidia.dump_ptxas_log = True  # printed: registers and spills
-        json.dump([asdict(compiled(build)) for build in (*pinned(), *bad())], sys.stdout)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(2, initializer=_prepare, initargs=(folder,)) as pool,
+    ):
+        num_builds = len(_all_builds())
+        json.dump([asdict(report) for report in pool.map(_report, range(num_builds), chunksize=8)], sys.stdout)
+
+
+def _prepare(folder: str) -> None:
+    triton.knobs.cache.dir = folder  # what is cached is not compiled, and has no log
+    triton.knobs.nvidia.dump_ptxas_log = True  # printed: registers and spills
+
+
+def _all_builds() -> list[Build]:
+    return [*pinned(), *bad()]
+
+
+def _report(index: int) -> Report:
+    """By number: a kernel cannot be sent to another process."""
+    return compiled(_all_builds()[index])
 
 
 if __name__ == "__main__":

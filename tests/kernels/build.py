@@ -16,7 +16,10 @@ DTYPES = ("bf16", "fp32")
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel in one configuration; `aligned` are the integers that 16 divides."""
+    """One kernel in one configuration; `aligned` are the integers that 16 divides.
+
+    The program's ids along `row_axes` number rows, which may start beyond 2^31 elements; others number columns.
+    """
 
     name: str
     kernel: triton.JITFunction
@@ -25,6 +28,7 @@ class Build:
     num_warps: int
     target: str
     aligned: tuple[str, ...] = ()
+    row_axes: str = "x"
 
     @property
     def id(self) -> str:

@@ -10,7 +10,10 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+from tests.kernels.floor import FLOOR
 
 
 class Traffic(AbstractContextManager["Traffic"]):
@@ -60,6 +63,18 @@ class Traffic(AbstractContextManager["Traffic"]):
             return result
 
         return launch
+
+
+def measured(name: str) -> tuple[float, float]:
+    """Bytes per element of an operation's forward and backward pass."""
+    floor = FLOOR[name]
+    with Traffic() as traffic:
+        outputs = floor.run()
+        forward = traffic.read + traffic.written
+        if outputs:
+            torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
+        backward = traffic.read + traffic.written - forward
+    return forward / floor.elements, backward / floor.elements
 
 
 def _num_different(addresses: list[np.ndarray]) -> int:

@@ -102,3 +102,10 @@ def test_all_or_nothing_is_dropped_at_the_ends() -> None:
 def test_without_keys_nothing_is_dropped() -> None:
     x_BSH = torch.randn(2, 3, 4)
     assert dropout(x_BSH, 0.5, None, place=0) is x_BSH
+
+
+@pytest.mark.parametrize("num_features", [48, 1024])
+def test_compiled_dropout_drops_the_same(num_features: int) -> None:
+    """By the compiler that training uses: torch 2.13's took a product of the features' numbers for an index."""
+    found = torch.compile(kept, fullgraph=True)(keys(), 2, 0.3, num_features)
+    assert torch.equal(found, kept(keys(), 2, 0.3, num_features))

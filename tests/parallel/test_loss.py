@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow.parallel.collectives import copy_to, reduce_from
-from megagrow.parallel.loss import LossOptions, token_scores, vocab_parallel_loss
+from megagrow.parallel.loss import LossOptions, token_scores, tokens_at_once, vocab_parallel_loss
 from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
 from tests.ranks import run_ranks
@@ -371,3 +371,19 @@ def test_a_damaged_row_of_the_head_shows_on_every_rank(world: int, row: int) -> 
     p.head_VH[row] = torch.nan
     for loss, nll_T in run_ranks(loss_and_nll, world, p):
         assert loss.isnan() and not nll_T.isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows", "width", "expected"),
+    [
+        (1024, 32_000, 2, 1024),
+        (0, 8_000, 2, 1536),
+        (0, 32_000, 2, 384),
+        (0, 128_256, 2, 256),
+        (0, 0, 4, 2**20 * 25 // 4),
+    ],
+)
+def test_logits_of_a_chunk_fit_in_half_of_the_cache(wanted: int, rows: int, width: int, expected: int) -> None:
+    found = tokens_at_once(wanted, rows, width, cache=50 * 2**20)
+    assert found == expected
+    assert wanted or found == 256 or found * rows * width <= 25 * 2**20

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megagrow import ops
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import open_source
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, OptimConfig, SaltConfig
@@ -394,3 +395,17 @@ def test_a_run_can_be_prolonged_and_says_so(corpus: Path, tmp_path: Path, capfd:
     assert run(make_config(corpus, tmp_path, steps=5)) == 0
     assert "train.steps was 3 when step-3 was saved and is 5 now" in capfd.readouterr().err
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("which", "serving"), [("none", frozenset()), ("measured", ops.MEASURED)])
+def test_a_run_chooses_its_kernels(which: str, serving: frozenset[str], corpus: Path, tmp_path: Path) -> None:
+    ops.let_kernels_serve("all")
+    config = make_config(corpus, tmp_path, steps=1)
+    assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=which))) == 0
+    assert ops._serving == serving
+
+
+def test_kernels_that_cannot_serve_are_refused(corpus: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path)
+    assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, kernels="all"))) == 2
+    assert "train.kernels=all runs on GPUs, not on the cpu" in (tmp_path / "exit.json").read_text()

@@ -1,25 +1,27 @@
-"""AdamW: the widest block everywhere, the other on Hopper, with and without a copy."""
+"""AdamW: every block, with and without a copy."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import triton.language as tl
 
 from megagrow_kernels.adamw import adamw_kernel
 from megagrow_kernels.launch import ANY, Launch
-from tests.kernels.build import TARGETS, Build, pointers
+from tests.kernels.build import Build, pointers
 
 GRADIENTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 
-def pinned() -> Iterator[Build]:
+def pinned(target: str) -> Iterator[Build]:
     widest = ANY["adamw"][-1]
-    for target in TARGETS:
-        for grad in ("bf16", "fp32"):
-            yield adamw(grad, tl.bfloat16, widest, target)
+    for grad in ("bf16", "fp32"):
+        yield adamw(grad, tl.bfloat16, widest, target)
     for entry in ANY["adamw"][:-1]:
-        yield adamw("bf16", tl.bfloat16, entry, "sm_90a")
-    yield adamw("fp16", tl.float16, widest, "sm_90a", {"p_scale": "*fp32", "p_skip": "*i1"})
-    yield adamw("fp32", None, widest, "sm_90a", {})
+        yield adamw("bf16", tl.bfloat16, entry, target)
+    yield adamw("fp16", tl.float16, widest, target, {"p_scale": "*fp32", "p_skip": "*i1"})
+    yield adamw("fp32", None, widest, target, {})
+    step = adamw("fp32", None, widest, target, {"p_scale": "*fp32", "p_skip": "*i1"})  # as a training step calls it
+    yield replace(step, name=f"{step.name}-step")
 
 
 def adamw(
