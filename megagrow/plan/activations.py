@@ -211,7 +211,7 @@ def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
     if how == "selective":
         again += size.whole  # the last product, which nobody asks for again
     up = 2 * size.ffn if model.is_gated else size.ffn
-    working = size.cut + _working_of_mlp(layout, size, device) + again
+    working = size.cut + max(_working_of_mlp(layout, size, device), _working_of_dropout(layout, size, device)) + again
     return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut)
 
 
@@ -222,6 +222,14 @@ def _working_of_mlp(layout: Layout, size: Sizes, device: DeviceType) -> int:
         return 5 * size.ffn
     copies = 2 * 4 + (layout.width if layout.width == 2 else 0)  # in float32 as computed and in order, and before that
     return max(4 * size.ffn, copies * _gate_up_elements(layout) + 2 * size.whole - size.ffn)
+
+
+def _working_of_dropout(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    """The twin draws 64-bit numbers for every element, and masks; a kernel, or a compiler, keeps them in registers."""
+    train = layout.config.train
+    if train.dropout == 0 or train.compile or (device == "cuda" and "dropout_add" in ops.chosen(train.kernels)):
+        return 0
+    return 18 * size.cut // layout.width
 
 
 def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType) -> int:
@@ -286,7 +294,7 @@ def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bo
     if train.compile or ("distill_loss" if with_teacher else "vocab_loss") in serving:
         return 0
     most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
-    return 4 * (10 if with_teacher else 3) * min(logits, most)
+    return 4 * (8 if with_teacher else 2) * min(logits, most)
 
 
 def embedding_gradient(layout: Layout) -> int:

@@ -6,6 +6,7 @@ weight), comes from a cache. Two launches share nothing.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -21,10 +22,11 @@ class Traffic(AbstractContextManager["Traffic"]):
 
     Attributes:
         read, written: bytes.
+        asked: bytes that programs have asked for, whether memory or a cache gave them.
     """
 
     def __init__(self) -> None:
-        self.read = self.written = 0
+        self.read = self.written = self.asked = 0
         self._loads: list[np.ndarray] = []
         self._stores: list[np.ndarray] = []
         self._patches = [
@@ -50,6 +52,7 @@ class Traffic(AbstractContextManager["Traffic"]):
             mask = rest[at - 1]
             size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
             addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data]
+            self.asked += size * len(addresses) if seen is self._loads else 0
             seen.append((addresses[:, None] + np.arange(size, dtype=np.uint64)).ravel())
             return original(builder, ptrs, *rest)
 
@@ -65,16 +68,26 @@ class Traffic(AbstractContextManager["Traffic"]):
         return launch
 
 
-def measured(name: str) -> tuple[float, float]:
-    """Bytes per element of an operation's forward and backward pass."""
-    floor = FLOOR[name]
+@dataclass(frozen=True)
+class Measured:
+    """Bytes per element of an operation's forward and backward pass: moved, and asked of caches."""
+
+    moved: tuple[float, float]
+    cached: tuple[float, float]
+
+
+def measured(name: str) -> Measured:
+    """Runs the case of `floor.FLOOR`."""
+    floor, at = FLOOR[name], []
     with Traffic() as traffic:
         outputs = floor.run()
-        forward = traffic.read + traffic.written
+        at.append((traffic.read + traffic.written, traffic.asked - traffic.read))
         if outputs:
             torch.autograd.backward(outputs, [torch.randn_like(y) for y in outputs])
-        backward = traffic.read + traffic.written - forward
-    return forward / floor.elements, backward / floor.elements
+        at.append((traffic.read + traffic.written, traffic.asked - traffic.read))
+    (moved, cached), (moved_after, cached_after) = at
+    per = floor.elements
+    return Measured((moved / per, (moved_after - moved) / per), (cached / per, (cached_after - cached) / per))
 
 
 def _num_different(addresses: list[np.ndarray]) -> int:

@@ -176,9 +176,10 @@ def test_what_serves_the_loss_on_a_gpu_decides_what_it_takes() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_backward_pass_of_a_block_needs_what_the_plan_says(recompute: Any, precision: Any) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_backward_pass_of_a_block_needs_what_the_plan_says(recompute: Any, precision: Any, dropout: float) -> None:
     """Measured from the end of two blocks' forward passes to the fullest moment of their backward passes."""
-    given = layout(replace(LLAMA, ffn_size=264), TrainConfig(recompute=recompute, precision=precision))
+    given = layout(replace(LLAMA, ffn_size=264), TrainConfig(recompute=recompute, precision=precision, dropout=dropout))
     with fake_ranks(1, 0):
         run = blocks_of(given)
     gradient = torch.ones_like(run(2))
