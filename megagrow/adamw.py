@@ -4,7 +4,8 @@
     KernelAdamW  megagrow's own                   HostWeights    in host memory, for parameters on a GPU
     ApexAdamW    NVIDIA Apex' FusedAdam
 
-All of them compute the same update from the same moments, so that a checkpoint of one is one of the other.
+Torch's counts the steps of each tensor by itself, the others those of all together, which differ only after a missing
+gradient. All of them compute the same update from the same moments, so that a checkpoint of one is one of the other.
 """
 
 from collections.abc import Iterator, Mapping

@@ -25,6 +25,21 @@ def run(module: str, name: str, arguments: dict[str, Any]) -> None:
     test(**arguments)
 
 
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `ranks.run_ranks` gives, with ranks that interpret too, since they are started by the process that does.
+
+    That process ends without a word to ranks and without removing their files: here it is done.
+    """
+    from tests import ranks
+
+    try:
+        return ranks.run_ranks(function, world_size, *arguments, timeout=300.0)
+    finally:
+        ranks.shutdown()
+        ranks._all_folders().cleanup()
+        ranks._all_folders.cache_clear()
+
+
 def _prepare(more: Callable[[], None] | None) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -45,6 +60,7 @@ def _filled_with_nan(allocate: Callable[..., Any]) -> Callable[..., Any]:
 
     def allocate_filled(*args: Any, **kwargs: Any) -> Any:
         tensor = allocate(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**31) + 1)
+        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else -(2**31) + 1)
+        return tensor
 
     return allocate_filled

@@ -1,5 +1,6 @@
 """A training step with every kernel, interpreted, against one with the twins: gradients, loss and updated weights."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -103,6 +104,18 @@ def test_a_step_with_every_kernel(name: str, recompute: Any, taught: bool) -> No
         assert ((found[key] - tensor).abs().max() / scale) < 1e-4, key
     changed = [key for key in expected if not key.startswith(("gradient", "loss"))]
     assert len(changed) == len(dict(Transformer(model).named_parameters()))
+
+
+def test_a_compiled_step_with_every_kernel() -> None:
+    with serving(None):
+        expected = step(LLAMA, TrainConfig(), taught=False)
+    calls: set[str] = set()
+    with serving(calls), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the compiler meets in its own modules, and in what it traces
+        found = step(LLAMA, TrainConfig(compile=True), taught=False)
+    assert calls == USED["llama"] | STEP
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_scores_with_kernels_are_those_of_the_twins() -> None:

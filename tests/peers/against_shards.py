@@ -7,15 +7,14 @@ Less exact there: Megatron's fused one gives its gradient in bfloat16 whatever t
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests import ranks
 from tests.kernels import interpreter_fix
+from tests.kernels.interpreter import on_ranks
 from tests.peers.agreement import BF16, DTYPES, Tensors, assert_agree, normal
 from tests.peers.losses import IGNORED, Tokens, cross_entropy, exact_cross_entropy, of_logits, tokens, weighted
 
@@ -27,7 +26,7 @@ FUSED = "megatron fused"
 def test_vocab_parallel_cross_entropy_on_two_ranks(dtype: torch.dtype) -> None:
     logits_TV, given = 3 * normal(0, T, V, dtype=dtype), tokens(T, V)
     ours, truth = cross_entropy(logits_TV, given, num_shards=2), exact_cross_entropy(logits_TV, given)
-    first, second = on_two_ranks(their_cross_entropies, logits_TV, given)
+    first, second = on_ranks(2, their_cross_entropies, logits_TV, given)
     for name in first:
         assert torch.equal(first[name]["loss"], second[name]["loss"])
         dlogits_TV = torch.cat((first[name]["dlogits"], second[name]["dlogits"]), dim=1)
@@ -37,16 +36,6 @@ def test_vocab_parallel_cross_entropy_on_two_ranks(dtype: torch.dtype) -> None:
             dlogits_TV = narrow_TV
         peer = {"loss": first[name]["loss"], "dlogits": dlogits_TV}
         assert_agree(f"{name} vocab_parallel_ce on two ranks", dtype, ours, peer, truth)
-
-
-def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The process that interprets ends without a word to ranks and without removing their files: here it is done."""
-    try:
-        return ranks.run_ranks(function, 2, *arguments)
-    finally:
-        ranks.shutdown()
-        ranks._all_folders().cleanup()
-        ranks._all_folders.cache_clear()
 
 
 def their_cross_entropies(logits_TV: Tensor, given: Tokens) -> dict[str, Tensors]:
