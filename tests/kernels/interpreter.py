@@ -50,6 +50,7 @@ def _prepare(more: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     torch.empty = _filled_with_nan(torch.empty)
     torch.empty_like = _filled_with_nan(torch.empty_like)
+    torch.Tensor.new_empty = _filled_with_nan(torch.Tensor.new_empty)
     warnings.simplefilter("error")
     if more is not None:
         more()
