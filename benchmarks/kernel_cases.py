@@ -5,6 +5,7 @@ results by which it is judged.
 """
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Case:
+class Case(ABC):
     """One kernel at one size.
 
     Attributes:
@@ -85,17 +86,17 @@ class Case:
     def name(self) -> str:
         return f"{self.kernel} {self.size}"
 
+    @abstractmethod
     def make(self) -> Inputs:
         """The same inputs each time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self, provider: str) -> Work:
         """With inputs of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def results(self, provider: str, inputs: Inputs) -> Inputs:
         """All that is to be right, by name; the inputs stay as they are."""
-        raise NotImplementedError
 
     def truths(self, inputs: Inputs) -> Iterator[tuple[slice, Inputs, Inputs]]:
         """Results in float64 and which rows of them, and the twin's where it is `huge`; what sums over rows is last."""

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from megagrow_kernels.launch import pick
-from megagrow_kernels.vocab_loss import check_logits, count_greater, finite, fold_of, local_column
+from megagrow_kernels.vocab_loss import as_float32, check_logits, count_greater, finite, fold_of, local_column
 
 
 def distill_stats_ref(
@@ -329,10 +329,9 @@ def distill_stats(
         ValueError: a shape, dtype, stride or temperature does not fit, in one line.
     """
     _check_pair("distill_stats", logits_TV, teacher_TV, (temperature, student_temperature))
-    wholes = {} if label_logits_T is None else {"label_logits": label_logits_T}
-    num_valid = check_logits("distill_stats", logits_TV, num_valid, labels=labels_T, **wholes)
-    wanted_T = None if label_logits_T is None else label_logits_T.float().contiguous()
-    return _stats(logits_TV, teacher_TV, labels_T.contiguous(), temperature, student_temperature, num_valid, wanted_T)
+    num_valid = check_logits("distill_stats", logits_TV, num_valid, labels=labels_T, label_logits=label_logits_T)
+    whole_T = as_float32(label_logits_T)
+    return _stats(logits_TV, teacher_TV, labels_T.contiguous(), temperature, student_temperature, num_valid, whole_T)
 
 
 def distill_grad_(

@@ -206,7 +206,7 @@ def vocab_grad_kernel(p_logits, p_labels, p_logsumexp, p_scale, stride_t, V, num
         tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < V)
 
 
-def check_logits(name: str, logits_TV: torch.Tensor, num_valid: int | None, **per_token: torch.Tensor) -> int:
+def check_logits(name: str, logits_TV: torch.Tensor, num_valid: int | None, **per_token: torch.Tensor | None) -> int:
     """The number of valid columns, once every argument fits."""
     T, V = logits_TV.shape
     if logits_TV.dtype not in DTYPES:
@@ -214,13 +214,18 @@ def check_logits(name: str, logits_TV: torch.Tensor, num_valid: int | None, **pe
     if V > 1 and logits_TV.stride(1) != 1:
         raise ValueError(f"{name}: logits of one token are {logits_TV.stride(1)} elements apart, must touch")
     for argument, tensor in per_token.items():
-        if tensor.shape != (T,):
+        if tensor is not None and tensor.shape != (T,):
             raise ValueError(f"{name}: {argument} has shape {tuple(tensor.shape)}, {T} tokens need ({T},)")
     if num_valid is None:
         return V
     if not 0 <= num_valid <= V:
         raise ValueError(f"{name}: num_valid={num_valid} lies outside 0..{V}")
     return num_valid
+
+
+def as_float32(x_T: torch.Tensor | None) -> torch.Tensor | None:
+    """As the kernels read statistics: float32, one after the other."""
+    return None if x_T is None else x_T.float().contiguous()
 
 
 @torch.library.custom_op("megagrow_kernels::vocab_stats", mutates_args=())
@@ -339,10 +344,8 @@ def vocab_stats(
     Raises:
         ValueError: a shape, dtype or stride does not fit, in one line.
     """
-    wholes = {} if label_logits_T is None else {"label_logits": label_logits_T}
-    num_valid = check_logits("vocab_stats", logits_TV, num_valid, labels=labels_T, **wholes)
-    wanted_T = None if label_logits_T is None else label_logits_T.float().contiguous()
-    return _stats(logits_TV, labels_T.contiguous(), num_valid, wanted_T)
+    num_valid = check_logits("vocab_stats", logits_TV, num_valid, labels=labels_T, label_logits=label_logits_T)
+    return _stats(logits_TV, labels_T.contiguous(), num_valid, as_float32(label_logits_T))
 
 
 def vocab_scores(
