@@ -50,7 +50,7 @@ bench: setup ## the benchmarks; results in benchmarks/results
 kernels: setup ## the tests of the kernels, interpreted on the CPU and compiled without a GPU
 	$(bin)/python -m pytest tests/kernels
 
-peers: setup .peers/.installed ## the kernels against liger-kernel, megatron-core and cut-cross-entropy (two minutes)
+peers: setup .peers/.installed ## kernels, data and exchange against liger-kernel, megatron-core, transformers … (minutes)
 	PYTHONPATH=$(abspath .peers) $(bin)/python -m pytest -o python_files='against_*.py' tests/peers
 
 # Apart from all else: their dependencies are not ours.

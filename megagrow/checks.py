@@ -17,6 +17,32 @@ from megagrow.config import (
 )
 from megagrow.errors import ConfigError
 
+# Fields of a model that growth keeps: what kind of model it is, and sizes that nothing can stretch.
+KIND_FIELDS = (
+    "family",
+    "objective",
+    "norm",
+    "norm_place",
+    "parallel_residual",
+    "positions",
+    "activation",
+    "attention_bias",
+    "mlp_bias",
+    "qk_norm",
+    "tied_embeddings",
+)
+FIXED_FIELDS = (
+    "vocab_size",
+    "head_dim",
+    "max_seq_length",
+    "position_offset",
+    "rope_theta",
+    "rope_fraction",
+    "rope_scaling",
+    "num_token_types",
+    "norm_eps",
+)
+
 
 def check(config: Config, world_size: int) -> None:
     """Raises ConfigError (value, rule, remedy) when parts of the configuration do not fit together."""
@@ -230,7 +256,7 @@ def check_growth(config: Config, world_size: int) -> None:
 
 def check_growable(source: ModelConfig, target: ModelConfig) -> None:
     """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis."""
-    for name in ("family", "norm", "positions", "activation", "bias", "qk_norm", "tied_embeddings"):
+    for name in KIND_FIELDS:
         old, new = getattr(source, name), getattr(target, name)
         require(
             old == new,
@@ -242,7 +268,7 @@ def check_growable(source: ModelConfig, target: ModelConfig) -> None:
             new >= old,
             f"the target's {name}={new} is smaller than the source's {old}: growth only adds; use at least {old}",
         )
-    for name in ("vocab_size", "head_dim", "max_seq_length", "rope_theta", "norm_eps"):
+    for name in FIXED_FIELDS:
         old, new = getattr(source, name), getattr(target, name)
         require(
             old == new,

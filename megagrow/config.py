@@ -13,10 +13,47 @@ from megagrow.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """One decoder-only transformer; the fields that differ between families are switches, not subclasses."""
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than those that a model was first trained on.
 
-    family: Literal["llama", "gpt2", "qwen3"] = "llama"  # Hugging Face model type that it is exported as
+    `linear` divides all of them by `factor` (Chen et al., 2023, arXiv 2306.15595), `llama3` the low ones only (Llama 3,
+    2024, arXiv 2407.21783), `yarn` by parts (Peng et al., 2023, arXiv 2309.00071); the names are those of config.json.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_positions: int = 0  # context before the change; llama3 and yarn need it
+    low_freq_factor: float = 1.0  # llama3: periods longer than original / this are divided
+    high_freq_factor: float = 4.0  # llama3: periods shorter than original / this are kept
+    beta_fast: float = 32.0  # yarn: turns over the original context from which on a frequency is kept
+    beta_slow: float = 1.0  # yarn: turns below which it is divided
+    attention_factor: float = 0.0  # yarn: scale of cosines and sines; 0: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the range between the two is rounded to whole dimensions
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1")
+        require_not_negative(self, "rope_scaling", "original_max_positions", "attention_factor")
+        require(
+            self.kind == "linear" or self.original_max_positions > 0,
+            f"rope_scaling.kind={self.kind} needs rope_scaling.original_max_positions, the context before scaling",
+        )
+        require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            f"rope_scaling.high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor},"
+            " and both must be positive",
+        )
+        require(
+            self.beta_fast >= self.beta_slow > 0,
+            f"rope_scaling.beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}, which is positive",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One transformer; the fields that differ between families are switches, not subclasses."""
+
+    # Hugging Face model type that it is exported as
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "bert", "roberta"] = "llama"
     vocab_size: int = 32_000
     hidden_size: int = 512
     num_layers: int = 8
@@ -24,13 +61,25 @@ class ModelConfig:
     num_kv_heads: int = 0  # 0: as many as query heads
     head_dim: int = 0  # 0: hidden_size / num_heads
     ffn_size: int = 1376
-    max_seq_length: int = 1024  # rows of the learned position table; context stated in the export
+    max_seq_length: int = 1024  # positions that the learned table serves; context stated in the export
+    # clm: each token sees those before it and predicts the next one. mlm (encoders): each sees all, masked ones are
+    # predicted, through a dense layer, a norm and a bias per token of the vocabulary before the output matrix.
+    objective: Literal["clm", "mlm"] = "clm"
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
     norm_eps: float = 1e-5
+    # after: each residual sum is normalised, and so are the embeddings; there is no final norm
+    norm_place: Literal["before", "after"] = "before"
+    parallel_residual: bool = False  # attention and MLP read the same residual stream, each through a norm of its own
     positions: Literal["rope", "learned"] = "rope"
+    position_offset: int = 0  # rows of the position table before that of the first token
     rope_theta: float = 10_000.0
-    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gelu: the tanh approximation, as in GPT-2
-    bias: bool = False  # biases on every linear layer of the blocks
+    rope_fraction: float = 1.0  # share of each head's dimensions, from the first on, that is rotated
+    rope_scaling: RopeScaling | None = None
+    num_token_types: int = 0  # rows of the table of token types (segments); packed text is of type 0
+    # gelu, geglu: the tanh approximation, as in GPT-2; gelu_erf: the exact function, as in BERT
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = "swiglu"
+    attention_bias: Literal["none", "qkv", "all"] = "none"  # which linear layers of attention have biases
+    mlp_bias: bool = False  # biases on the MLP's linear layers
     qk_norm: bool = False  # RMSNorm over every query and key head, before rotation
     tied_embeddings: bool = False
 
@@ -52,14 +101,34 @@ class ModelConfig:
             f"use {divisors(self.num_heads)}",
         )
         require(
-            self.positions != "rope" or self.head_dim % 2 == 0,
-            f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions: make it even",
+            0 < self.rope_fraction <= 1,
+            f"model.rope_fraction={self.rope_fraction} must be greater than 0 and at most 1",
+        )
+        require(
+            self.positions != "rope" or (self.rotary_dim > 0 and self.rotary_dim % 2 == 0),
+            f"model.head_dim={self.head_dim} is odd, or so is the share of it that rope_fraction={self.rope_fraction} "
+            f"rotates ({self.rotary_dim}); rotary positions turn pairs of dimensions: make it even",
+        )
+        require_not_negative(self, "model", "position_offset", "num_token_types")
+        require(
+            not (self.parallel_residual and self.norm_place == "after"),
+            "model.parallel_residual needs norms before attention and MLP; use model.norm_place=before",
         )
 
     @property
     def is_gated(self) -> bool:
         """Whether the MLP multiplies by a gate, which is fused with the up projection."""
-        return self.activation != "gelu"
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees no later ones."""
+        return self.objective == "clm"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that are rotated, from the first on."""
+        return int(self.head_dim * self.rope_fraction)
 
     @property
     def queries_per_kv(self) -> int:

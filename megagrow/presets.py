@@ -74,7 +74,8 @@ def gpt2_model(layers: int, hidden: int) -> ModelConfig:
         norm="layer_norm",
         positions="learned",
         activation="gelu",
-        bias=True,
+        attention_bias="all",
+        mlp_bias=True,
         tied_embeddings=True,
     )
 

@@ -17,8 +17,8 @@ from typing import Literal
 
 from megagrow.config import ModelConfig
 
-Axis = Literal["vocab", "positions", "hidden", "q_heads", "kv_heads", "head_dim", "ffn"]
-Kind = Literal["embedding", "positions", "norm_gain", "norm_bias", "matrix", "bias", "head"]
+Axis = Literal["vocab", "positions", "token_types", "hidden", "q_heads", "kv_heads", "head_dim", "ffn"]
+Kind = Literal["embedding", "positions", "token_types", "norm_gain", "norm_bias", "matrix", "bias", "head"]
 
 TIED_EMBEDDING = "embedding.tokens"  # the one parameter that two pipeline stages can hold
 SHARDED_AXES = ("vocab", "q_heads", "kv_heads", "ffn")  # what the tensor-parallel axis cuts
@@ -62,7 +62,7 @@ class Role:
     @property
     def writes_residual(self) -> bool:
         """Whether the output is added to the residual stream; such matrices start smaller with depth."""
-        return self.kind == "matrix" and self.out == "hidden"
+        return self.kind == "matrix" and self.out == "hidden" and self.in_ != "hidden"
 
 
 _KEY_VALUE = ("key", "value")
@@ -72,9 +72,17 @@ _HIDDEN = ("hidden",)
 OUTSIDE_LAYERS: dict[str, Role] = {
     "embedding.tokens": Role("embedding", "vocab", "hidden", in_map="hidden"),
     "embedding.positions": Role("positions", "positions", "hidden", in_map="hidden"),
+    "embedding.token_types": Role("token_types", "token_types", "hidden", in_map="hidden"),
+    "embedding_norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
+    "embedding_norm.bias": Role("norm_bias", "hidden", out_maps=_HIDDEN),
     "final_norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
     "final_norm.bias": Role("norm_bias", "hidden", out_maps=_HIDDEN),
+    "mlm_head.dense.weight": Role("matrix", "hidden", "hidden", out_maps=_HIDDEN, in_map="hidden"),
+    "mlm_head.dense.bias": Role("bias", "hidden", out_maps=_HIDDEN),
+    "mlm_head.norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
+    "mlm_head.norm.bias": Role("norm_bias", "hidden", out_maps=_HIDDEN),
     "head.weight": Role("head", "vocab", "hidden", in_map="hidden"),
+    "head.bias": Role("bias", "vocab"),
 }
 
 INSIDE_LAYER: dict[str, Role] = {
@@ -126,7 +134,8 @@ def axis_size(axis: Axis, model: ModelConfig) -> int:
     """Number of units along an axis: heads for the head axes, elements for the others."""
     return {
         "vocab": model.vocab_size,
-        "positions": model.max_seq_length,
+        "positions": model.position_offset + model.max_seq_length,
+        "token_types": model.num_token_types,
         "hidden": model.hidden_size,
         "q_heads": model.num_heads,
         "kv_heads": model.num_kv_heads,
@@ -156,20 +165,45 @@ def leaves(model: ModelConfig) -> list[str]:
 
     def present(leaf: str) -> bool:
         module, _, part = leaf.rpartition(".")
-        if module in absent:
-            return False
-        has_bias = model.norm == "layer_norm" if module.endswith("norm") else model.bias
-        return part != "bias" or has_bias
+        return module not in absent and (part != "bias" or _has_bias(module, model))
 
     return [leaf for leaf in INSIDE_LAYER if present(leaf)]
 
 
+def first_names(model: ModelConfig) -> list[str]:
+    """Names of the parameters before the layers, in the order of the forward pass."""
+    names = [TIED_EMBEDDING]
+    names += ["embedding.positions"] * (model.positions == "learned")
+    names += ["embedding.token_types"] * (model.num_token_types > 0)
+    return names + _norm_names("embedding_norm", model) * (model.norm_place == "after")
+
+
+def last_names(model: ModelConfig) -> list[str]:
+    """Names of the parameters after the layers, in the order of the forward pass, without a tied output matrix."""
+    names = _norm_names("final_norm", model) * (model.norm_place == "before")
+    if model.objective == "mlm":
+        names += ["mlm_head.dense.weight", "mlm_head.dense.bias", *_norm_names("mlm_head.norm", model)]
+    names += ["head.weight"] * (not model.tied_embeddings)
+    return names + ["head.bias"] * (model.objective == "mlm")
+
+
 def parameter_names(model: ModelConfig) -> list[str]:
     """Names of all parameters of a model, in the order of the forward pass."""
-    names = ["embedding.tokens"] + ["embedding.positions"] * (model.positions == "learned")
-    names += [layer_name(i, leaf) for i in range(model.num_layers) for leaf in leaves(model)]
-    names += ["final_norm.weight"] + ["final_norm.bias"] * (model.norm == "layer_norm")
-    return names + ["head.weight"] * (not model.tied_embeddings)
+    inside = [layer_name(i, leaf) for i in range(model.num_layers) for leaf in leaves(model)]
+    return [*first_names(model), *inside, *last_names(model)]
+
+
+def _norm_names(module: str, model: ModelConfig) -> list[str]:
+    return [f"{module}.weight"] + [f"{module}.bias"] * (model.norm == "layer_norm")
+
+
+def _has_bias(module: str, model: ModelConfig) -> bool:
+    """Whether a module of a layer has a bias."""
+    if module.endswith("norm"):
+        return model.norm == "layer_norm" and module in ("attention_norm", "mlp_norm")
+    if module.startswith("mlp."):
+        return model.mlp_bias
+    return model.attention_bias == "all" or (model.attention_bias == "qkv" and module != "attention.output")
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

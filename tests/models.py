@@ -14,7 +14,8 @@ def as_gpt2(llama: ModelConfig, **sizes: Any) -> ModelConfig:
         "norm": "layer_norm",
         "positions": "learned",
         "activation": "gelu",
-        "bias": True,
+        "attention_bias": "all",
+        "mlp_bias": True,
         "tied_embeddings": True,
     }
     return replace(llama, **(kind | sizes))

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from megagrow.checks import KIND_FIELDS
 from megagrow.cluster import Row, check, check_cluster, compute, exit_code, first_error, links, problems, table
 from megagrow.cluster.environment import compare, own_facts
 from megagrow.cluster.reduced import reduce
@@ -300,7 +301,7 @@ def test_the_reduced_model_is_cut_like_the_real_one(
     assert small.model.vocab_size <= 256 and small.model.hidden_size <= 264 and small.data.seq_length <= 64
     assert small.train.global_batch_size <= 2048
     assert small.train.global_batch_size // layout.data // small.train.microbatch_size > 1
-    for field in ("family", "norm", "positions", "activation", "bias", "qk_norm", "tied_embeddings"):
+    for field in KIND_FIELDS:
         assert getattr(small.model, field) == getattr(real, field)
 
 

@@ -67,8 +67,8 @@ def model_config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
     for name, entry in family.entries.items():
         fields[name] = _read(entries, name, entry, fields, where)
     fields["activation"] = _activation(entries, family, where)
-    if family.bias_switches:
-        fields["bias"] = _bias(entries, family, where)
+    for key, (name, *values) in family.switches.items():
+        fields[name] = values[_switch(False if entries.get(key) is None else entries[key], key, where)]
     if fields["positions"] == "rope":
         fields["rope_theta"] = _rope_theta(entries, where)
     try:
@@ -104,7 +104,7 @@ def hf_config_from_model(
         **{key: allowed[0] for key, allowed in family.only.items()},
         activation_key: activations[model.activation][0],
         **{entry.key: getattr(model, name) for name, entry in family.entries.items()},
-        **dict.fromkeys(family.bias_switches, model.bias),
+        **{key: getattr(model, name) == on for key, (name, _, on) in family.switches.items()},
         **{name: (token_ids or {}).get(name) for name in TOKEN_IDS},
     }
     if model.positions == "rope":
@@ -204,21 +204,6 @@ def _activation(entries: Mapping[str, Any], family: Family, where: str) -> str:
     raise CheckpointError(
         f"{where}: {key}={value!r} is not supported, and without it the logits would change; use a model with {allowed}"
     )
-
-
-def _bias(entries: Mapping[str, Any], family: Family, where: str) -> bool:
-    """The one bias switch; families that have several must set them alike."""
-    values = {}
-    for key in family.bias_switches:
-        value = entries.get(key)
-        values[key] = False if value is None else _switch(value, key, where)
-    if len(set(values.values())) > 1:
-        stated = ", ".join(f"{key}={value}" for key, value in values.items())
-        raise CheckpointError(
-            f"{where}: {stated} is not supported: megagrow has biases on all linear layers of a "
-            "block or on none; use a model with equal values"
-        )
-    return all(values.values())
 
 
 def _rope_theta(entries: Mapping[str, Any], where: str) -> float:

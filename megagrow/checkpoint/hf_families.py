@@ -44,7 +44,8 @@ class Family:
         entries: field of `ModelConfig` -> entry of config.json.
         kind: fields of `ModelConfig` that the family fixes, functions of the model where they
             follow from other fields.
-        bias_switches: entries that make up `ModelConfig.bias`; empty: `kind` fixes it.
+        switches: entries that are true or false -> field of `ModelConfig` and its value for each; empty: `kind` fixes
+            the field.
         activation: the entry that names the MLP's activation, and its values for each of ours; the first is written,
             and that of the first activation assumed where the key is absent or null.
         only: entries of which no other values are understood. The first is written, and assumed
@@ -64,7 +65,7 @@ class Family:
     architecture: str
     entries: Mapping[str, Entry]
     kind: Mapping[str, Any]
-    bias_switches: tuple[str, ...]
+    switches: Mapping[str, tuple[str, Any, Any]]
     activation: tuple[str, Mapping[str, tuple[str, ...]]]
     only: Mapping[str, tuple[Any, ...]]
     constants: Mapping[str, Any]
@@ -88,6 +89,17 @@ ONLY_ANYWHERE: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
 }
 
+# What decoders have in common, unless their table says otherwise.
+DECODER: dict[str, Any] = {
+    "objective": "clm",
+    "norm_place": "before",
+    "parallel_residual": False,
+    "position_offset": 0,
+    "rope_fraction": 1.0,
+    "rope_scaling": None,
+    "num_token_types": 0,
+}
+
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -103,8 +115,8 @@ LLAMA = Family(
         "norm_eps": Entry("rms_norm_eps", 1e-6),
         "tied_embeddings": Entry("tie_word_embeddings", False),
     },
-    kind={"norm": "rms_norm", "positions": "rope", "qk_norm": False},
-    bias_switches=("attention_bias", "mlp_bias"),
+    kind={**DECODER, "norm": "rms_norm", "positions": "rope", "qk_norm": False},
+    switches={"attention_bias": ("attention_bias", "none", "all"), "mlp_bias": ("mlp_bias", False, True)},
     activation=("hidden_act", {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh", "gelu_new")}),
     only={},
     constants={
@@ -143,8 +155,8 @@ QWEN3 = replace(
         "head_dim": Entry("head_dim", 128),
         "max_seq_length": Entry("max_position_embeddings", 32_768),
     },
-    kind={**LLAMA.kind, "bias": False, "qk_norm": True},
-    bias_switches=(),
+    kind={**LLAMA.kind, "attention_bias": "none", "mlp_bias": False, "qk_norm": True},
+    switches={},
     only={**LLAMA.only, "attention_bias": (False,), "use_sliding_window": (False,), "sliding_window": (None,)},
     constants={
         "attention_dropout": 0.0,
@@ -174,14 +186,16 @@ GPT2 = Family(
         "tied_embeddings": Entry("tie_word_embeddings", True),
     },
     kind={
+        **DECODER,
         "norm": "layer_norm",
         "positions": "learned",
-        "bias": True,
+        "attention_bias": "all",
+        "mlp_bias": True,
         "qk_norm": False,
         "num_kv_heads": lambda model: model.num_heads,
         "head_dim": lambda model: model.hidden_size // model.num_heads,
     },
-    bias_switches=(),
+    switches={},
     activation=("activation_function", {"gelu": ("gelu_new", "gelu_pytorch_tanh")}),
     only={
         "scale_attn_weights": (True,),

@@ -123,7 +123,7 @@ def _dims(recipe: Recipe, name: str, quantity: Quantity) -> list[_Dim]:
 def _forms(name: str, model: ModelConfig) -> tuple[Form, ...]:
     """The form that acts on each dim of a parameter's value."""
     role = role_of(name)
-    if role.kind in ("embedding", "positions"):
+    if role.kind in ("embedding", "positions", "token_types"):
         return "out", "out"
     feeds_tied_head = model.tied_embeddings and name.startswith("final_norm.")
     return "in" if feeds_tied_head else "out", "in"

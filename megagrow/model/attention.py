@@ -27,12 +27,13 @@ class Attention(nn.Module):
         super().__init__()
         self.tp, self.cp = TensorParallel.of(mesh), mesh.cp
         query_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        bias = model.attention_bias
         rows = kv_rows(model, mesh.tp)
-        self.query = ColumnParallelLinear(model.hidden_size, query_size, model.bias, self.tp)
-        self.key_value = ColumnParallelLinear(model.hidden_size, 2 * kv_size, model.bias, self.tp, rows)
+        self.query = ColumnParallelLinear(model.hidden_size, query_size, bias != "none", self.tp)
+        self.key_value = ColumnParallelLinear(model.hidden_size, 2 * kv_size, bias != "none", self.tp, rows)
         self.query_norm = HeadNorm(model) if model.qk_norm else None
         self.key_norm = HeadNorm(model) if model.qk_norm else None
-        self.output = RowParallelLinear(query_size, model.hidden_size, model.bias, self.tp)
+        self.output = RowParallelLinear(query_size, model.hidden_size, bias == "all", self.tp)
         self.head_dim, self.backend = model.head_dim, train.attention
         self.overwrites = train.recompute != "selective"  # which keeps the projections' results
 

@@ -18,8 +18,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.tp = TensorParallel.of(mesh)
         sizes = model.hidden_size, 2 * model.ffn_size
-        self.gate_up = ColumnParallelLinear(*sizes, model.bias, self.tp, operand=ops.gate_up_rows)
-        self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.bias, self.tp)
+        self.gate_up = ColumnParallelLinear(*sizes, model.mlp_bias, self.tp, operand=ops.gate_up_rows)
+        self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.mlp_bias, self.tp)
         self.activate = {"swiglu": ops.swiglu, "geglu": ops.geglu}[model.activation]
 
     def forward(self, x_BSH: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ class GELU(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         self.tp = TensorParallel.of(mesh)
-        self.up = ColumnParallelLinear(model.hidden_size, model.ffn_size, model.bias, self.tp, adds_bias=False)
-        self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.bias, self.tp)
+        self.up = ColumnParallelLinear(model.hidden_size, model.ffn_size, model.mlp_bias, self.tp, adds_bias=False)
+        self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.mlp_bias, self.tp)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         (up,) = column_parallel(x_BSH, self.tp, self.up)

@@ -11,7 +11,7 @@ from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.parallel.shards import chunk, tensor_dim
 from megagrow.parallel.stages import Stage
 from megagrow.plan.layout import Layout
-from megagrow.roles import TIED_EMBEDDING, layer_name, leaves, parameter_shapes
+from megagrow.roles import TIED_EMBEDDING, first_names, last_names, layer_name, leaves, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ def other_names(model: ModelConfig, stage: Stage) -> list[str]:
     """Names of a stage's parameters outside of its layers; a tied embedding is on both ends of a pipeline."""
     names = []
     if stage.is_first:
-        names += ["embedding.tokens"] + ["embedding.positions"] * (model.positions == "learned")
+        names += first_names(model)
     if stage.is_last:
-        names += ["final_norm.weight"] + ["final_norm.bias"] * (model.norm == "layer_norm")
-        names += ["head.weight"] * (not model.tied_embeddings)
-        names += ["embedding.tokens"] * (model.tied_embeddings and not stage.is_first)
+        names += last_names(model)
+        names += [TIED_EMBEDDING] * (model.tied_embeddings and not stage.is_first)
     return names
 
 

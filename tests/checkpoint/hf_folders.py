@@ -68,7 +68,8 @@ OWN_GPT2 = ModelConfig(
     norm_eps=1e-4,
     positions="learned",
     activation="gelu",
-    bias=True,
+    attention_bias="all",
+    mlp_bias=True,
     tied_embeddings=True,
 )
 

@@ -43,7 +43,8 @@ def test_every_field_of_llama_is_read() -> None:
         positions="rope",
         rope_theta=5e5,
         activation="swiglu",
-        bias=True,
+        attention_bias="all",
+        mlp_bias=True,
         tied_embeddings=True,
     )
     assert type(model.rope_theta) is float
@@ -102,8 +103,6 @@ REFUSED = [
         "rope_parameters.rope_theta=1000000.0, rope_theta=10000.0 contradict",
     ),
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-    ("llama", {"attention_bias": True}, "attention_bias=True, mlp_bias=False is not supported"),
-    ("llama", {"mlp_bias": True, "attention_bias": False}, "attention_bias=False, mlp_bias=True"),
     ("llama", {"attention_bias": 1}, "attention_bias=1 must be true or false"),
     ("llama", {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -154,7 +153,7 @@ def test_a_missing_file_is_named(tmp_path) -> None:
 
 EXPORTED = [
     OWN_LLAMA,
-    replace(OWN_LLAMA, bias=True, tied_embeddings=True, num_kv_heads=4),
+    replace(OWN_LLAMA, attention_bias="all", mlp_bias=True, tied_embeddings=True, num_kv_heads=4),
     OWN_QWEN3,
     OWN_GPT2,
     replace(OWN_GPT2, tied_embeddings=False),
@@ -194,7 +193,10 @@ NOT_EXPORTED = [
     (OWN_LLAMA, {"qk_norm": True}, "model.qk_norm=True"),
     (OWN_QWEN3, {"qk_norm": False}, "model.qk_norm=False"),
     (OWN_GPT2, {"activation": "geglu"}, "model.activation=geglu cannot be exported: GPT2LMHeadModel has gelu"),
-    (OWN_GPT2, {"bias": False}, "model.bias=False"),
+    (OWN_GPT2, {"mlp_bias": False}, "model.mlp_bias=False"),
+    (OWN_GPT2, {"attention_bias": "qkv"}, "model.attention_bias=qkv"),
+    (OWN_LLAMA, {"norm_place": "after"}, "model.norm_place=after"),
+    (OWN_LLAMA, {"objective": "mlm"}, "model.objective=mlm"),
     (OWN_GPT2, {"num_kv_heads": 2}, "model.num_kv_heads=2"),
     (OWN_GPT2, {"head_dim": 8}, "model.head_dim=8"),
     (OWN_GPT2, {"norm": "rms_norm"}, "model.norm=rms_norm"),

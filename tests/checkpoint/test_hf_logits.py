@@ -38,7 +38,7 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
 ]
 OURS = [
     OWN_LLAMA,
-    replace(OWN_LLAMA, num_kv_heads=4, bias=True, tied_embeddings=True),
+    replace(OWN_LLAMA, num_kv_heads=4, attention_bias="all", mlp_bias=True, tied_embeddings=True),
     replace(OWN_LLAMA, activation="geglu"),
     OWN_QWEN3,
     OWN_GPT2,

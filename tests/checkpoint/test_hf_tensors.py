@@ -21,7 +21,7 @@ from megagrow.roles import parameter_names, parameter_shapes, role_of
 from tests.checkpoint.hf_folders import OWN_GPT2, OWN_LLAMA, OWN_QWEN3
 
 MODELS = {
-    "llama": replace(OWN_LLAMA, bias=True),
+    "llama": replace(OWN_LLAMA, attention_bias="all", mlp_bias=True),
     "qwen3": OWN_QWEN3,
     "gpt2": replace(OWN_GPT2, tied_embeddings=False),
 }

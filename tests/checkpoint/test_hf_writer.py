@@ -179,8 +179,8 @@ def test_what_is_no_hugging_face_folder_is_never_replaced(tmp_path) -> None:
 
 
 def test_what_cannot_be_expressed_is_refused_before_the_first_fetch(tmp_path) -> None:
-    model = replace(OWN_GPT2, bias=False)
-    with pytest.raises(ConfigError, match="model.bias=False"):
+    model = replace(OWN_GPT2, mlp_bias=False)
+    with pytest.raises(ConfigError, match="model.mlp_bias=False"):
         write_hf_folder(tmp_path / "out", model, lambda name: pytest.fail(name))
     assert os.listdir(tmp_path) == []
 

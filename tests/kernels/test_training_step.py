@@ -93,7 +93,7 @@ def step(model: ModelConfig, train: TrainConfig, taught: bool) -> dict[str, Tens
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_with_every_kernel(name: str, recompute: Any, taught: bool) -> None:
     model, calls = MODELS[name], set()
-    train = TrainConfig(recompute=recompute, dropout=0.2 if model.bias and not taught else 0.0)
+    train = TrainConfig(recompute=recompute, dropout=0.2 if model.mlp_bias and not taught else 0.0)
     with serving(None):
         expected = step(model, train, taught)
     with serving(calls):

@@ -114,7 +114,14 @@ def test_source_and_target_of_different_families(
     corpus: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     target = dataclasses.replace(
-        LARGE, family="gpt2", norm="layer_norm", positions="learned", activation="gelu", bias=True, tied_embeddings=True
+        LARGE,
+        family="gpt2",
+        norm="layer_norm",
+        positions="learned",
+        activation="gelu",
+        attention_bias="all",
+        mlp_bias=True,
+        tied_embeddings=True,
     )
     expect(grow_from(trained, corpus, tmp_path / "run", target), 2, ["family=llama", "gpt2"], capfd, tmp_path)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tests.kernels import interpreter_fix
 from tests.kernels.interpreter import on_ranks
-from tests.peers.agreement import BF16, DTYPES, Tensors, assert_agree, normal
-from tests.peers.losses import IGNORED, Tokens, cross_entropy, exact_cross_entropy, of_logits, tokens, weighted
+from tests.peers.kernels.agreement import BF16, DTYPES, Tensors, assert_agree, normal
+from tests.peers.kernels.losses import IGNORED, Tokens, cross_entropy, exact_cross_entropy, of_logits, tokens, weighted
 
 T, V = 13, 206
 FUSED = "megatron fused"
@@ -41,7 +41,7 @@ def test_vocab_parallel_cross_entropy_on_two_ranks(dtype: torch.dtype) -> None:
 def their_cross_entropies(logits_TV: Tensor, given: Tokens) -> dict[str, Tensors]:
     """On one of the ranks. Megatron's is not compiled, which would take each of them most of the suite's time."""
     install()
-    from tests.peers import theirs
+    from tests.peers.kernels import theirs
 
     shard_TV, labels_T1 = logits_TV.chunk(2, dim=1)[dist.get_rank()], given.labels_T[:, None]
     world = dist.group.WORLD
@@ -71,7 +71,7 @@ def losses_and_gradients(function: Callable[[Tensor], Tensor], shard_TV: Tensor,
 @functools.cache
 def install() -> None:
     """In a rank: Triton interprets there, since it does in the process that started it."""
-    from tests.peers import lenient
+    from tests.peers.kernels import lenient
 
     interpreter_fix.install()
     lenient.install()

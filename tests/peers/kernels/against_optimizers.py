@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megagrow_kernels.adamw import adamw_
-from tests.peers import theirs
-from tests.peers.agreement import BF16, DTYPES, F32, Tensors, assert_agree, normal
+from tests.peers.kernels import theirs
+from tests.peers.kernels.agreement import BF16, DTYPES, F32, Tensors, assert_agree, normal
 
 SHAPES = [(7, 33), (1,), (1500,), (4, 3, 5)]
 LRS, DECAYS = (1e-3, 1e-2, 3e-3, 1e-2), (0.1, 0.0, 0.1, 0.5)

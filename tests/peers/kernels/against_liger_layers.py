@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megagrow_kernels import geglu, layer_norm, rms_norm, swiglu
 from megagrow_kernels.rope import rope_, rope_ref
-from tests.peers import theirs
-from tests.peers.agreement import (
+from tests.peers.kernels import theirs
+from tests.peers.kernels.agreement import (
     BF16,
     DTYPES,
     F32,

@@ -14,7 +14,17 @@ import megagrow_kernels
 from megagrow import ops
 from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
 from megagrow.parallel.mesh import Axis
-from tests.peers.agreement import F32, ONCE, Bound, Bounds, Tensors, assert_agree, coarse, double, outputs_and_gradients
+from tests.peers.kernels.agreement import (
+    F32,
+    ONCE,
+    Bound,
+    Bounds,
+    Tensors,
+    assert_agree,
+    coarse,
+    double,
+    outputs_and_gradients,
+)
 
 IGNORED = -100
 

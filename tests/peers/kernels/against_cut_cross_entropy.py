@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megagrow.parallel.loss import LossOptions
-from tests.peers import theirs
-from tests.peers.agreement import BF16, F32
-from tests.peers.losses import assert_agree_on_hidden, heads, tokens, weighted
+from tests.peers.kernels import theirs
+from tests.peers.kernels.agreement import BF16, F32
+from tests.peers.kernels.losses import assert_agree_on_hidden, heads, tokens, weighted
 
 T, V, H = 13, 203, 24
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from megagrow.torch_ops import kept
 from megagrow_kernels import bias_gelu, dropout_add, geglu, layer_norm, rms_norm, swiglu
 from megagrow_kernels.rope import rope_, rope_ref
-from tests.peers import theirs
-from tests.peers.agreement import (
+from tests.peers.kernels import theirs
+from tests.peers.kernels.agreement import (
     DTYPES,
     ONCE,
     Bound,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megagrow.parallel.loss import LossOptions
-from tests.peers import theirs
-from tests.peers.agreement import (
+from tests.peers.kernels import theirs
+from tests.peers.kernels.agreement import (
     DTYPES,
     ONCE,
     Bound,
@@ -27,7 +27,7 @@ from tests.peers.agreement import (
     normal,
     outputs_and_gradients,
 )
-from tests.peers.losses import (
+from tests.peers.kernels.losses import (
     IGNORED,
     Tokens,
     assert_agree_on_hidden,
