@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "bias_add",
     "bias_gelu",
+    "bias_gelu_erf",
     "check_attention_backend",
     "check_kernels",
     "chosen",
@@ -442,6 +443,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     kernels = _kernels("gelu", x)
     return torch_ops.bias_gelu(x, bias) if kernels is None else kernels.bias_gelu(x, bias)
+
+
+def bias_gelu_erf(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The exact GELU, by the error function, of x + bias; as `bias_gelu` otherwise. There is no kernel of it."""
+    return torch_ops.bias_gelu_erf(x, bias)
 
 
 def dropout_add(x: Tensor, y: Tensor, bias: Tensor | None, rate: float, keys: Tensor, place: int) -> Tensor:
