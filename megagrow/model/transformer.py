@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from megagrow import ops
 from megagrow.config import ModelConfig, TrainConfig
-from megagrow.model.attention import Attention, rotary_table
+from megagrow.model.attention import Attention
 from megagrow.model.dropout import add_dropped, dropout
 from megagrow.model.mlp import make_mlp
 from megagrow.model.norm import Norm
 from megagrow.model.recompute import recompute
+from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
 from megagrow.parallel.context import document_masks, local_positions
 from megagrow.parallel.layers import Embedding, Head, TensorParallel
@@ -33,7 +34,7 @@ from megagrow.roles import Role, role_of
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then MLP, each added to the residual stream.
+    """One pre-norm layer: attention, then MLP, each added to the residual stream; or both of the same stream.
 
     Args:
         model: the whole model's configuration.
@@ -49,6 +50,7 @@ class Block(nn.Module):
         self.mlp_norm = Norm(model)
         self.mlp = make_mlp(model, mesh)
         self.dropout, self.index = train.dropout, index
+        self.parallel_residual = model.parallel_residual
         self.adds_only = train.dropout == 0 and self.attention.output.bias is None  # what a norm can do on the way
         self.recompute, self.compiled = train.recompute, train.compile
 
@@ -62,6 +64,8 @@ class Block(nn.Module):
         return recompute(ops.compiled(Block.compute), self.recompute, self, x_BLH, tokens)
 
     def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+        if self.parallel_residual:
+            return self.compute_parallel(x_BLH, tokens)
         keys_BL, dtype = tokens.dropout_keys_BL, x_BLH.dtype
         y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
         if self.adds_only:
@@ -71,6 +75,14 @@ class Block(nn.Module):
             x_BLH = add_dropped(x_BLH, y_BLH, bias_H, self.dropout, keys_BL, 1)
             y_BLH = self.mlp_norm(x_BLH)
         return add_dropped(x_BLH, self.mlp(y_BLH), self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
+
+    def compute_parallel(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+        """x + attention(norm(x)) + mlp(norm'(x)). Source: Wang & Komatsuzaki, 2021 (GPT-J); GPT-NeoX, 2022."""
+        keys_BL, dtype = tokens.dropout_keys_BL, x_BLH.dtype
+        y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
+        z_BLH = self.mlp(self.mlp_norm(x_BLH))
+        x_BLH = add_dropped(x_BLH, y_BLH, self.attention.output.bias_operand(dtype), self.dropout, keys_BL, 1)
+        return add_dropped(x_BLH, z_BLH, self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
 
 
 @dataclass
@@ -175,7 +187,7 @@ class Transformer(nn.Module):
         if model.positions != "rope":
             return None
         length = x_BLH.shape[1] * cp.size * (self.tp.axis.size if self.tp.sequence else 1)
-        return rotary_table(length, cp.rank, cp.size, model.head_dim, model.rope_theta, x_BLH.dtype, x_BLH.device)
+        return rotary_table(model, length, cp.rank, cp.size, x_BLH.dtype, x_BLH.device)
 
     def _loss(self, x_BSH: Tensor, labels: Tensor, weights: Tensor | None, teacher_hidden: Tensor | None) -> Tensor:
         teacher = self.teacher if teacher_hidden is not None else None
