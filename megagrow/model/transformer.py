@@ -34,7 +34,7 @@ from megagrow.roles import Role, role_of
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then MLP, each added to the residual stream; or both of the same stream.
+    """One pre-norm layer: attention, then MLP, each added to the residual stream.
 
     Args:
         model: the whole model's configuration.
@@ -50,7 +50,6 @@ class Block(nn.Module):
         self.mlp_norm = Norm(model)
         self.mlp = make_mlp(model, mesh)
         self.dropout, self.index = train.dropout, index
-        self.parallel_residual = model.parallel_residual
         self.adds_only = train.dropout == 0 and self.attention.output.bias is None  # what a norm can do on the way
         self.recompute, self.compiled = train.recompute, train.compile
 
@@ -61,11 +60,9 @@ class Block(nn.Module):
         if self.recompute == "selective":  # has to see the single operations
             return ops.compiled(recompute)(self.compute, self.recompute, x_BLH, tokens)
         # Outside: inside, torch 2.13 would keep the mesh of a DTensor among the tensors, and fail.
-        return recompute(ops.compiled(Block.compute), self.recompute, self, x_BLH, tokens)
+        return recompute(ops.compiled(type(self).compute), self.recompute, self, x_BLH, tokens)
 
     def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
-        if self.parallel_residual:
-            return self.compute_parallel(x_BLH, tokens)
         keys_BL, dtype = tokens.dropout_keys_BL, x_BLH.dtype
         y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
         if self.adds_only:
@@ -76,12 +73,18 @@ class Block(nn.Module):
             y_BLH = self.mlp_norm(x_BLH)
         return add_dropped(x_BLH, self.mlp(y_BLH), self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
 
-    def compute_parallel(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
-        """x + attention(norm(x)) + mlp(norm'(x)). Source: Wang & Komatsuzaki, 2021 (GPT-J); GPT-NeoX, 2022."""
+
+class ParallelBlock(Block):
+    """One layer whose attention and MLP read the same residual stream, each through a norm of its own.
+
+    Source: Wang & Komatsuzaki, 2021 (GPT-J), with one norm; Black et al., 2022 (GPT-NeoX, arXiv 2204.06745), with two.
+    """
+
+    def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
         keys_BL, dtype = tokens.dropout_keys_BL, x_BLH.dtype
-        y_BLH = self.attention(self.attention_norm(x_BLH), tokens)
+        y_BLH, bias_H = self.attention(self.attention_norm(x_BLH), tokens), self.attention.output.bias_operand(dtype)
         z_BLH = self.mlp(self.mlp_norm(x_BLH))
-        x_BLH = add_dropped(x_BLH, y_BLH, self.attention.output.bias_operand(dtype), self.dropout, keys_BL, 1)
+        x_BLH = add_dropped(x_BLH, y_BLH, bias_H, self.dropout, keys_BL, 1)
         return add_dropped(x_BLH, z_BLH, self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
 
 
@@ -123,7 +126,8 @@ class Transformer(nn.Module):
         if self.is_first:
             positions = model.max_seq_length if model.positions == "learned" else 0
             self.embedding = Embedding(model.vocab_size, positions, model.hidden_size, self.tp)
-        self.layers = nn.ModuleDict({str(i): Block(model, mesh, train, i) for i in stage.layers})
+        block = ParallelBlock if model.parallel_residual else Block
+        self.layers = nn.ModuleDict({str(i): block(model, mesh, train, i) for i in stage.layers})
         if self.is_last:
             self.final_norm = Norm(model)
             if not model.tied_embeddings:

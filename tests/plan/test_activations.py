@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
-from megagrow.model.transformer import Block
+from megagrow.model.transformer import Block, ParallelBlock
 from megagrow.parallel.context import document_masks
 from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
 from megagrow.parallel.mesh import Axis, Mesh, make_mesh
@@ -51,8 +51,9 @@ def blocks_of(given: Layout) -> Callable[[int], Tensor]:
     config, mesh = given.config, make_mesh(given.config.parallel)
     dtype = torch.bfloat16 if given.width == 2 else torch.float32
     holder = nn.Module()
+    block = ParallelBlock if given.model.parallel_residual else Block
     with torch.device("meta"):
-        holder.layers = nn.ModuleDict({str(i): Block(given.model, mesh, config.train, i) for i in range(2)})
+        holder.layers = nn.ModuleDict({str(i): block(given.model, mesh, config.train, i) for i in range(2)})
     shard_parameters(holder, given.model, mesh)
     holder.to_empty(device="cpu")
     for parameter in holder.parameters():
