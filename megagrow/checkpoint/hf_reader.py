@@ -20,9 +20,11 @@ from megagrow.checkpoint.hf_config import (
     read_json,
     special_token_ids,
 )
-from megagrow.checkpoint.hf_families import FAMILIES, Family
+from megagrow.checkpoint.hf_families import FAMILIES
+from megagrow.checkpoint.hf_family import Family
 from megagrow.checkpoint.hf_tensors import (
     Place,
+    block_of_heads,
     expected_tensors,
     fuse,
     places,
@@ -99,6 +101,8 @@ class HFReader:
             if place.of == 1:
                 whole: Tensor = file.get_tensor(stored.key)
                 return whole.T if place.transposed else whole
+            if place.by_head:
+                return block_of_heads(file.get_tensor(stored.key), place, self.model.head_dim)
             size = stored.shape[place.out_dim] // place.of
             block = slice(place.index * size, (place.index + 1) * size)
             view = file.get_slice(stored.key)

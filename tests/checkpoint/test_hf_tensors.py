@@ -18,11 +18,14 @@ from megagrow.checkpoint.hf_tensors import (
 )
 from megagrow.config import ModelConfig
 from megagrow.roles import parameter_names, parameter_shapes, role_of
-from tests.checkpoint.hf_folders import OWN_GPT2, OWN_LLAMA, OWN_QWEN3
+from tests.checkpoint.hf_folders import OWN_GPT2, OWN_GPT_NEOX, OWN_LLAMA, OWN_MISTRAL, OWN_QWEN2, OWN_QWEN3
 
 MODELS = {
     "llama": replace(OWN_LLAMA, attention_bias="all", mlp_bias=True),
+    "mistral": OWN_MISTRAL,
+    "qwen2": OWN_QWEN2,
     "qwen3": OWN_QWEN3,
+    "gpt_neox": OWN_GPT_NEOX,
     "gpt2": replace(OWN_GPT2, tied_embeddings=False),
 }
 
