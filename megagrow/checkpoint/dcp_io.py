@@ -117,6 +117,8 @@ class ItemWriter(dcp.FileSystemWriter):
         self.transforms = cast(Any, hashing)
         try:
             results = super().write_data(plan, planner).value()
+        except CheckpointError:  # a tensor that could not be fetched
+            raise
         except Exception as error:
             file = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
             raise CheckpointError(f"{file}: {cause_of(error)}") from error
@@ -255,7 +257,7 @@ class _ShardSavePlanner(dcp.DefaultSavePlanner):
         return super().create_global_plan(all_plans)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.shards[index.fqn].data
+        return self.shards[index.fqn].values()
 
 
 class _ShardLoadPlanner(dcp.DefaultLoadPlanner):
