@@ -120,12 +120,13 @@ def _rounding(fetch: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[s
 
     def fetch_rounded(name: str) -> Tensor:
         stored = fetch(name)
-        rounded = stored.to(dtype)
-        if stored.abs().max() > torch.finfo(dtype).max and not stored.isinf().any():
+        largest = stored.abs().max()
+        if torch.finfo(dtype).max < largest < torch.inf:
             raise CheckpointError(
-                f"{name} holds {stored.abs().max():.4g}, more than {dtype} can: use --dtype bfloat16 or float32"
+                f"{name} holds {largest:.4g}, more than {str(dtype).removeprefix('torch.')} can: "
+                "use --dtype bfloat16 or float32"
             )
-        return rounded
+        return stored.to(dtype)
 
     return fetch_rounded
 

@@ -40,21 +40,13 @@ class Deferred:
 class LocalShard:
     """A plain tensor that shares its memory with one box of a global tensor; it may be empty.
 
-    One that is fetched later stands on the meta device until then.
+    One that is fetched later stands on the meta device.
     """
 
     data: Tensor
     offsets: tuple[int, ...]
     shape: tuple[int, ...]  # of the whole tensor
     fetch: Callable[[], Tensor] | None = None
-
-    def values(self) -> Tensor:
-        """The numbers, fetched if they are not there."""
-        if self.fetch is None:
-            return self.data
-        fetched = self.fetch()
-        assert (fetched.shape, fetched.dtype) == (self.data.shape, self.data.dtype), f"{fetched.shape}, {fetched.dtype}"
-        return fetched
 
 
 def local_shards(tensors: Mapping[str, Tensor | Deferred]) -> dict[str, LocalShard]:
