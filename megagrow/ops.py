@@ -29,6 +29,7 @@ __all__ = [
     "attention",
     "bias_add",
     "bias_gelu",
+    "bias_gelu_erf",
     "check_attention_backend",
     "check_kernels",
     "chosen",
@@ -442,6 +443,14 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     kernels = _kernels("gelu", x)
     return torch_ops.bias_gelu(x, bias) if kernels is None else kernels.bias_gelu(x, bias)
+
+
+def bias_gelu_erf(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x + bias by its definition, x / 2 (1 + erf(x / √2)), as in BERT; as `bias_gelu` otherwise.
+
+    It has no kernel of its own: torch's, and a compiler's, serve everywhere.
+    """
+    return torch_ops.bias_gelu_erf(x, bias)
 
 
 def dropout_add(x: Tensor, y: Tensor, bias: Tensor | None, rate: float, keys: Tensor, place: int) -> Tensor:

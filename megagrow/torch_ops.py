@@ -321,6 +321,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return gelu(x if bias is None else x + bias).to(x.dtype)
 
 
+def bias_gelu_erf(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x + bias, exact."""
+    return F.gelu(x if bias is None else x + bias).to(x.dtype)
+
+
 def dropout_add(x: Tensor, y: Tensor, bias: Tensor | None, rate: float, keys: Tensor, place: int) -> Tensor:
     """x + dropout(y + bias)."""
     return (x + dropout(y if bias is None else y + bias, rate, keys, place)).to(x.dtype)

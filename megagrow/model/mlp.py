@@ -28,17 +28,18 @@ class GatedMLP(nn.Module):
 
 
 class GELU(nn.Module):
-    """down(gelu(up(x))) with the tanh approximation, as in GPT-2."""
+    """down(gelu(up(x))) with the tanh approximation, as in GPT-2, or the exact function, as in BERT."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         self.tp = TensorParallel.of(mesh)
         self.up = ColumnParallelLinear(model.hidden_size, model.ffn_size, model.mlp_bias, self.tp, adds_bias=False)
         self.down = RowParallelLinear(model.ffn_size, model.hidden_size, model.mlp_bias, self.tp)
+        self.activate = {"gelu": ops.bias_gelu, "gelu_erf": ops.bias_gelu_erf}[model.activation]
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         (up,) = column_parallel(x_BSH, self.tp, self.up)
-        return self.down(ops.bias_gelu(up, self.up.bias_operand(up.dtype)))
+        return self.down(self.activate(up, self.up.bias_operand(up.dtype)))
 
 
 def make_mlp(model: ModelConfig, mesh: Mesh) -> GatedMLP | GELU:
