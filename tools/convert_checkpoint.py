@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     src, dst = arguments.src, arguments.dst
     os.environ["HF_HUB_OFFLINE"] = "1"
-    has_tokenizer = convert.convert(src, dst, arguments.to)
+    has_tokenizer = convert.convert(src, dst, arguments.to, tell=print)
     print(f"wrote {dst}" + ("" if has_tokenizer else ", without a tokenizer: none found with SRC"))
     compared = convert.compare(src, dst)
     print(

@@ -1,6 +1,7 @@
 """Own checkpoint <-> Hugging Face folder, and the proof that both compute the same logits."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.source import Source, load_model, open_source
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
-from megagrow.config import Config, DataConfig
+from megagrow.config import Config, DataConfig, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
 from megagrow.errors import CheckpointError
@@ -35,13 +36,14 @@ class Comparison:
     libraries: tuple[str, str]  # that computed the logits of the first and of the second folder
 
 
-def convert(source: Path, target: Path, to: Format) -> bool:
+def convert(source: Path, target: Path, to: Format, tell: Callable[[str], None] = lambda _: None) -> bool:
     """Writes the model at `source` to the new folder `target`, every tensor in its stored dtype.
 
     Args:
         source: own checkpoint, run directory or Hugging Face folder.
         target: must not exist or be empty. An own checkpoint becomes `target/step-0`, with the
             tokenizer beside it in `target/tokenizer`.
+        tell: takes what the user has to know: tensors of the source that are left out.
 
     Returns:
         Whether the model's tokenizer was found and came along.
@@ -52,6 +54,8 @@ def convert(source: Path, target: Path, to: Format) -> bool:
     """
     check_free(target)
     opened = open_source(source)
+    if opened.note:
+        tell(opened.note)
     tokenizer = tokenizer_of(opened)
     if to == "hf":
         token_ids = token_ids_of(opened)
@@ -69,8 +73,7 @@ def compare(first: Path, second: Path) -> Comparison:
     """
     model = open_source(first).model
     shape = (COMPARED_TOKENS[0], min(COMPARED_TOKENS[1], model.max_seq_length))
-    generator = torch.Generator().manual_seed(0)
-    ids_BS = torch.randint(model.vocab_size, shape, generator=generator)
+    ids_BS = _random_tokens(model, shape)
     libraries = ["megagrow", "megagrow"]
     foreign = [index for index, path in enumerate((first, second)) if hf.is_hf_folder(path)]
     if foreign and importlib.util.find_spec("transformers") is not None:
@@ -138,6 +141,15 @@ def token_ids_of(source: Source) -> dict[str, Any] | None:
     return stated if isinstance(stated, dict) else None
 
 
+def _random_tokens(model: ModelConfig, shape: tuple[int, int]) -> Tensor:
+    """Without padding tokens where the table of positions has a row for them: transformers would not count these."""
+    generator = torch.Generator().manual_seed(0)
+    if model.position_offset == 0:
+        return torch.randint(model.vocab_size, shape, generator=generator)
+    ids_BS = torch.randint(model.vocab_size - 1, shape, generator=generator)
+    return ids_BS + (ids_BS >= model.position_offset - 1)
+
+
 def _own_logits(path: Path, ids_BS: Tensor) -> Tensor:
     with torch.no_grad():
         return load_model(open_source(path), Mesh.single()).logits(ids_BS)
@@ -148,9 +160,9 @@ def _transformers_logits(path: Path, ids_BS: Tensor) -> Tensor:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, local_files_only=True, use_safetensors=True
-    )
+    is_causal = hf.model_config_from_hf(path).is_causal
+    auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
+    model = auto.from_pretrained(path, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     with torch.no_grad():
         logits: Tensor = model.eval()(ids_BS).logits
     return logits

@@ -11,13 +11,8 @@ from typing import Any
 
 import torch
 
-from megagrow.checkpoint.hf_families import (
-    FAMILIES,
-    ONLY_ANYWHERE,
-    Entry,
-    Family,
-    fixed_fields,
-)
+from megagrow.checkpoint.hf_families import ONLY_ANYWHERE, Entry, Family, fixed_fields
+from megagrow.checkpoint.hf_known import FAMILIES
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
 
@@ -103,9 +98,9 @@ def hf_config_from_model(
         **{key: value(model) if callable(value) else value for key, value in family.constants.items()},
         **{key: allowed[0] for key, allowed in family.only.items()},
         activation_key: activations[model.activation][0],
-        **{entry.key: getattr(model, name) for name, entry in family.entries.items()},
-        **{key: getattr(model, name) == on for key, (name, _, on) in family.switches.items()},
         **{name: (token_ids or {}).get(name) for name in TOKEN_IDS},
+        **{entry.key: _written(name, entry, model) for name, entry in family.entries.items()},
+        **{key: getattr(model, name) == on for key, (name, _, on) in family.switches.items()},
     }
     if model.positions == "rope":
         # transformers 5 reads the first, every earlier version and most other tools the second.
@@ -129,6 +124,12 @@ def check_exportable(model: ModelConfig) -> None:
             f"model.activation={model.activation} cannot be exported: {family.architecture} has "
             f"{' or '.join(activations)}; use that, or another model.family"
         )
+    for name, entry in family.entries.items():
+        if getattr(model, name) == 0 and not isinstance(getattr(model, name), bool):
+            raise ConfigError(
+                f"model.{name}=0 cannot be exported: {family.architecture} has {entry.key}, which needs at least 1; use "
+                "that, or another model.family"
+            )
     for name, value in fixed_fields(family, model).items():
         if getattr(model, name) != value:
             raise ConfigError(
@@ -169,19 +170,27 @@ def _read(entries: Mapping[str, Any], name: str, entry: Entry, fields: Mapping[s
     if value is None:
         if entry.default is None:
             raise CheckpointError(f"{where}: {entry.key} is missing; add it to the file")
-        return entry.default(fields) if callable(entry.default) else entry.default
+        value = entry.default(fields) if callable(entry.default) else entry.default
     wanted = type(getattr(ModelConfig, name))
     if wanted is bool:
         return _switch(value, entry.key, where)
-    return _positive(value, wanted, entry.key, where)
+    difference = entry.difference(fields)
+    return _positive(value, wanted, entry.key, where, above=difference) - difference
 
 
-def _positive(value: Any, wanted: type, key: str, where: str) -> Any:
-    """A positive number of the wanted type, small enough for a float to hold exactly."""
+def _written(name: str, entry: Entry, model: ModelConfig) -> Any:
+    """What config.json holds for a field."""
+    value = getattr(model, name)
+    return value if entry.added is None else value + entry.added(vars(model))
+
+
+def _positive(value: Any, wanted: type, key: str, where: str, above: int = 0) -> Any:
+    """A number of the wanted type that is larger than `above`, small enough for a float to hold exactly."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 2**53 or wanted(value) != value:
+    if not is_number or not above < value < 2**53 or wanted(value) != value:
         kind = "whole number" if wanted is int else "number"
-        raise CheckpointError(f"{where}: {key}={value!r} must be a positive {kind}; correct it")
+        rule = f"a {kind} greater than {above}" if above else f"a positive {kind}"
+        raise CheckpointError(f"{where}: {key}={value!r} must be {rule}; correct it")
     return wanted(value)
 
 

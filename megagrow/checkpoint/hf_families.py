@@ -5,7 +5,7 @@ in both directions.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megagrow.config import ModelConfig
@@ -19,10 +19,16 @@ class Entry:
         key: name in config.json.
         default: what transformers assumes when the key is absent or null; a function of the fields
             above it where it depends on them; None: the key is required.
+        added: what config.json's number is larger by than ours, a function of the fields above it; None: they are equal.
     """
 
     key: str
     default: int | float | Callable[[Mapping[str, Any]], int] | None = None
+    added: Callable[[Mapping[str, Any]], int] | None = None
+
+    def difference(self, fields: Mapping[str, Any]) -> int:
+        """What config.json's number is larger by than ours."""
+        return self.added(fields) if self.added else 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class Family:
         inside: module of ours -> where its parts (`Role.parts`) lie in theirs, in every layer.
         transposed: whether the matrices inside the layers are stored in x out.
         ignored: pattern of tensor names that hold no parameters.
+        names: parameter of ours -> full name of their tensor, where it does not follow from the module's.
+        copies: tensor -> the one that it repeats. It is written with a head of its own, which transformers then computes
+            with, and may be left out of a tied model.
+        extras: pattern of parameters that the logits do not depend on; they are dropped, and named.
+        renamed: ends of tensor names in old folders -> what they are now.
     """
 
     model_type: str
@@ -75,6 +86,10 @@ class Family:
     inside: Mapping[str, tuple[Block, ...]]
     transposed: bool
     ignored: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    extras: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 # Entries that change the logits in some family and have no counterpart here, with what they may be.

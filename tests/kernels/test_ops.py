@@ -146,6 +146,13 @@ def test_gelu_is_the_tanh_approximation() -> None:
     torch.testing.assert_close(ops.bias_gelu(x), 0.5 * x * (1 + torch.tanh(inner)))
 
 
+def test_exact_gelu_is_the_normal_distribution_function_times_x() -> None:
+    x, bias = torch.linspace(-4, 4, 33, dtype=F64)[:, None], normal(3)
+    shifted = x + bias
+    torch.testing.assert_close(ops.bias_gelu_erf(x, bias), shifted * torch.special.ndtr(shifted))
+    torch.testing.assert_close(ops.bias_gelu_erf(x), x * torch.special.ndtr(x))
+
+
 def angles(S: int, D: int) -> Tensor:
     return torch.outer(torch.arange(S, dtype=F64), 10.0 ** -torch.arange(0, D, 2, dtype=F64))
 
