@@ -85,6 +85,12 @@ class PostNormBlock(Block):
         return self.mlp_norm(add_dropped(x_BLH, y_BLH, bias_H, self.dropout, keys_BL, 2))
 
 
+def make_block(model: ModelConfig, mesh: Mesh, train: TrainConfig, index: int) -> Block:
+    """The layer that the configuration's place of norms names."""
+    kind = PostNormBlock if model.norm_place == "after" else Block
+    return kind(model, mesh, train, index)
+
+
 @dataclass
 class Teacher:
     """What the last stage holds of a distillation teacher: its output matrix, and how it is mixed into the loss."""
@@ -127,8 +133,7 @@ class Transformer(nn.Module):
             self.embedding = Embedding(*sizes, self.tp, positions, model.num_token_types)
             if self.is_post_norm:
                 self.embedding_norm = Norm(model)
-        block = PostNormBlock if self.is_post_norm else Block
-        self.layers = nn.ModuleDict({str(i): block(model, mesh, train, i) for i in stage.layers})
+        self.layers = nn.ModuleDict({str(i): make_block(model, mesh, train, i) for i in stage.layers})
         if self.is_last:
             self._add_end(model)
 
