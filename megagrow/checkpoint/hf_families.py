@@ -19,7 +19,7 @@ class Entry:
         key: name in config.json.
         default: what transformers assumes when the key is absent or null; a function of the fields
             above it where it depends on them; None: the key is required.
-        added: what config.json's number is larger by than ours, a function of the fields above it; None: they are equal.
+        added: what config.json's number is larger by than ours, a function of the fields above it; None: nothing.
     """
 
     key: str
@@ -66,8 +66,8 @@ class Family:
         transposed: whether the matrices inside the layers are stored in x out.
         ignored: pattern of tensor names that hold no parameters.
         names: parameter of ours -> full name of their tensor, where it does not follow from the module's.
-        copies: tensor -> the one that it repeats. It is written with a head of its own, which transformers then computes
-            with, and may be left out of a tied model.
+        copies: tensor -> the one that it repeats. It is written where the head is untied: transformers then computes
+            with it.
         extras: pattern of parameters that the logits do not depend on; they are dropped, and named.
         renamed: ends of tensor names in old folders -> what they are now.
     """

@@ -26,5 +26,5 @@ class MLMHead(nn.Module):
         self.norm = Norm(model)
 
     def forward(self, x_BLH: Tensor) -> Tensor:
-        weight, bias = local(self.dense.weight).to(x_BLH.dtype), local(self.dense.bias).to(x_BLH.dtype)
-        return self.norm(self.activate(self.dense.tp.linear(x_BLH, weight), bias))
+        y_BLH = self.dense.tp.linear(x_BLH, local(self.dense.weight).to(x_BLH.dtype))
+        return self.norm(self.activate(y_BLH, self.dense.bias_operand(x_BLH.dtype)))

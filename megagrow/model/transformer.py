@@ -187,7 +187,7 @@ class Transformer(nn.Module):
     @property
     def head_VH(self) -> Tensor:
         """This rank's rows of the output matrix: the head, or the tied embedding."""
-        return local(self.embedding.tokens if self.config.tied_embeddings else self.head.weight)
+        return local(self.embedding.tokens if self.head.weight is None else self.head.weight)
 
     @property
     def head_bias_V(self) -> Tensor | None:

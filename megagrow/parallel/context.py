@@ -1,8 +1,9 @@
 """Context parallelism: several ranks share each sequence, and attention sees all of it.
 
 Every sequence is cut into 2·cp chunks, and rank r holds chunks r and 2·cp − 1 − r: under a causal mask an early chunk
-has little to look at and a late one much, so that all ranks have the same work. (Without one any cut would do.) Queries stay where they are; keys and
-values are gathered (with grouped heads they are the smaller part), and their gradients summed back to their owners.
+has little to look at and a late one much, so that all ranks have the same work. (Without one any cut would do.)
+Queries stay where they are; keys and values are gathered (with grouped heads they are the smaller part), and their
+gradients summed back to their owners.
 
 Source: Llama 3 (2024, arXiv 2407.21783), section 3.3.2, all-gather based context parallelism.
 """

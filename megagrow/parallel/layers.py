@@ -78,6 +78,10 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
         self.tp = tp
 
+    def bias_operand(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in the dtype of compute."""
+        return None if self.bias is None else local(self.bias).to(dtype)
+
 
 class ColumnParallelLinear(Linear):
     """Output features are sharded: [..., in] -> [..., out / tp]. The input must have entered the sharded region.
@@ -172,10 +176,6 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tp.leave(self.tp.linear(x, local(self.weight).to(x.dtype)))
-
-    def bias_operand(self, dtype: torch.dtype) -> Tensor | None:
-        """The bias in the dtype of compute."""
-        return None if self.bias is None else local(self.bias).to(dtype)
 
 
 class Embedding(nn.Module):

@@ -109,16 +109,16 @@ def test_learned_maps_grow_an_encoder(corpus: Path, tmp_path: Path) -> None:
     assert [line["phase"] for line in metrics(tmp_path)] == ["small"] * 3 + ["ligo"] * 3 + ["train"] * 3
 
 
-def test_a_source_is_tried_on_masked_samples(
-    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_is_tried_on_masked_samples(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = encoder_config(corpus, tmp_path / "small", steps=60)
     assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=16))) == 0
     source, config = open_source(tmp_path / "small"), encoder_config(corpus, tmp_path / "next", steps=2)
     part = build_part(BERT, config, Mesh.single())
     load_part(part, source.fetch)
     tokens = torch.from_numpy(PackedDataset(config.data.train, 16).batch(range(8)))
-    losses = [mean_loss(part.engine, tokens, 4, Mesh.single(), masking=m) for m in (make_masking(config.data, BERT), None)]
+    losses = [
+        mean_loss(part.engine, tokens, 4, Mesh.single(), masking=m) for m in (make_masking(config.data, BERT), None)
+    ]
     capfd.readouterr()
     assert run(dataclasses.replace(config, init=InitConfig(from_=str(tmp_path / "small")))) == 0
     printed = capfd.readouterr().err
