@@ -127,7 +127,7 @@ def check_exportable(model: ModelConfig) -> None:
     for name, entry in family.entries.items():
         if getattr(model, name) == 0 and not isinstance(getattr(model, name), bool):
             raise ConfigError(
-                f"model.{name}=0 cannot be exported: {family.architecture} has {entry.key}, and needs at least 1; use that, "
+                f"model.{name}=0 cannot be exported: {family.architecture} needs at least 1 ({entry.key}); use that, "
                 "or another model.family"
             )
     for name, value in fixed_fields(family, model).items():

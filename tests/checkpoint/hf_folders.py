@@ -126,14 +126,15 @@ def random_ids(num_tokens: int = 19, first: int = 0) -> Tensor:
     return torch.randint(first, VOCAB_SIZE, (2, num_tokens), generator=torch.Generator().manual_seed(1))
 
 
-def save_tokenizer(folder: Path) -> Path:
-    """A byte-pair tokenizer.json of less than `VOCAB_SIZE` tokens, with an end of document."""
+def save_tokenizer(folder: Path, *special: str) -> Path:
+    """A byte-pair tokenizer.json of less than `VOCAB_SIZE` tokens, with an end of document and these special tokens."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 4, special_tokens=["<|endoftext|>"], show_progress=False
+        vocab_size=VOCAB_SIZE - 8, special_tokens=["<|endoftext|>"], show_progress=False
     )
     tokenizer.train_from_iterator(["grow the small model, train the large model"] * 3, trainer)
+    tokenizer.add_special_tokens(list(special))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

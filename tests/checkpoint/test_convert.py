@@ -47,7 +47,7 @@ def save_own(folder: Path, model: ModelConfig) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_equal(tmp_path, tool, family, dtype) -> None:
     before = save_tokenizer(save_folder(tmp_path / "before", family, dtype))
