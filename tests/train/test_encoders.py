@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megagrow.checkpoint.source import open_source
+from megagrow.checkpoint.source import Source, open_source
 from megagrow.config import Config, DataConfig, GrowthConfig, InitConfig, SaltConfig, TrainConfig
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.mlm import Masking, make_masking
@@ -19,7 +19,10 @@ from megagrow.generate import generate
 from megagrow.model import Transformer
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch
+from megagrow.salt.score import ScoreSettings, score_corpus
+from megagrow.salt.teacher import check_teacher
 from megagrow.train import run
+from megagrow.train.map_learning import MapLearning, learn_maps
 from megagrow.train.part import build_part, initialize_part, load_part
 from tests.models import as_bert, as_roberta
 from tests.ranks import run_ranks
@@ -176,6 +179,18 @@ def test_distillation_is_refused(corpus: Path, tmp_path: Path, capfd: pytest.Cap
     config = encoder_config(corpus, tmp_path, salt=SaltConfig(teacher="anything", steps=2))
     assert run(config) == 2
     assert "model is an encoder" in capfd.readouterr().err
+
+
+def test_encoders_neither_teach_nor_score(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the teacher is an encoder"):
+        check_teacher(BERT, SMALL, 16)
+    source = Source(tmp_path, BERT, dict[str, torch.Tensor]().__getitem__, "", None, "", {}.__getitem__)
+    dataset = PackedDataset(corpus / "train", 16)
+    with pytest.raises(ConfigError, match="is an encoder .* to score samples"):
+        score_corpus(source, dataset, tmp_path / "scores", Mesh.single(), ScoreSettings())
+    with pytest.raises(ConfigError, match="is an encoder .* to learn maps"):
+        learn_maps(source, LARGE_BERT, MapLearning(str(corpus / "train")), Mesh.single(), print)
+    assert not (tmp_path / "scores").exists()
 
 
 def test_generation_is_refused() -> None:
