@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from megagrow import torch_ops
 from megagrow.config import DataConfig, ModelConfig
 from megagrow.data.mlm import Masking, make_masking
 from megagrow.errors import ConfigError
 from megagrow.model.dropout import token_keys
-from megagrow.torch_ops import mix
 
 VOCAB = 40
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 … 4
@@ -90,18 +90,15 @@ def test_masks_depend_on_seed_visit_and_position_only() -> None:
         assert 0 < both < one / 2, "masked alike"
 
 
-def test_choices_are_not_those_of_dropout() -> None:
-    """Both are hashes of seed, a number and a position, and their seeds are the same unless somebody changes one."""
-    _, chosen_BS = MASKING(torch.full((64, 512), 9), torch.arange(64))
-    keys_BS = token_keys(MASKING.seed, 0, torch.arange(64), torch.arange(512))
-    for place in range(4):
-        low_BS = torch.quantile(_uniform_of(keys_BS, place).flatten(), 0.15) > _uniform_of(keys_BS, place)
-        agreed = float((chosen_BS & low_BS).double().mean())
-        assert agreed == pytest.approx(0.15**2, abs=0.005), place
-
-
-def _uniform_of(keys_BS: Tensor, place: int) -> Tensor:
-    return (mix(keys_BS + place) & 0xFFFF).double()
+@pytest.mark.parametrize("place", range(4))
+def test_masks_are_not_those_of_dropout(place: int) -> None:
+    """Both are hashes of a seed, a number and a position, and the seeds are the same unless somebody changes one."""
+    tokens_BS, visits_B = torch.full((64, 512), 9), torch.arange(64)
+    seen_BS, _ = replace(MASKING, rate=1.0)(tokens_BS, visits_B)
+    keys_BS = token_keys(MASKING.seed, 0, visits_B, torch.arange(512))
+    dropped_BSH = ~torch_ops.kept(keys_BS, place, 0.15, 8)
+    for dropped_BS in dropped_BSH.unbind(-1):
+        assert float((seen_BS[dropped_BS] == 4).double().mean()) == pytest.approx(0.8, abs=0.04)
 
 
 def test_the_rate_is_an_option() -> None:
