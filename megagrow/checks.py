@@ -112,6 +112,15 @@ def check_model(model: ModelConfig, parallel: ParallelConfig, name: str) -> None
     )
 
 
+def check_causal(model: ModelConfig, name: str, purpose: str) -> None:
+    """Raises ConfigError when a model that has to predict next tokens is an encoder."""
+    require(
+        model.is_causal,
+        f"{name} is an encoder (objective=mlm), which predicts no next tokens: it cannot be used {purpose}; "
+        "use a decoder (objective=clm)",
+    )
+
+
 def check_stages(config: Config, world_size: int) -> None:
     """Raises ConfigError when an explicit split into stages does not match the model or the schedule."""
     split, parallel = config.parallel.layers_per_stage, config.parallel
@@ -277,8 +286,10 @@ def check_growable(source: ModelConfig, target: ModelConfig) -> None:
 
 
 def check_salt(config: Config, world_size: int) -> None:
-    """Raises ConfigError when the SALT section contradicts itself."""
+    """Raises ConfigError when the SALT section contradicts itself, or is not for this kind of model."""
     salt = config.salt
+    if salt.steps > 0:
+        check_causal(config.model, "model", "with SALT (salt.steps)")
     require(
         not salt.teacher or salt.steps > 0,
         "salt.teacher is set but salt.steps=0, so that it would never teach; set salt.steps",

@@ -146,9 +146,19 @@ class DataConfig:
     seq_length: int = 128  # inputs per sample; a sample is seq_length + 1 tokens
     seed: int = 1234  # order of samples depends on (seed, epoch) only
     mask_documents: bool = False  # training's attention stays inside a document; that of scores does not
+    # Of encoders (model.objective=mlm), which see `seq_length` tokens of a sample and predict those that are chosen:
+    mask_rate: float = 0.15  # share that is chosen; of these 80 % are masked, 10 % random, 10 % as they were
+    mask_token: int = -1  # id; -1: the tokenizer's
+    special_tokens: tuple[int, ...] = ()  # ids that are never chosen, beside those of the tokenizer
 
     def __post_init__(self) -> None:
         require(self.seq_length > 0, f"data.seq_length={self.seq_length} must be positive")
+        require(0 < self.mask_rate <= 1, f"data.mask_rate={self.mask_rate} must be greater than 0 and at most 1")
+        require(self.mask_token >= -1, f"data.mask_token={self.mask_token} must be an id, or -1 for the tokenizer's")
+        require(
+            all(token >= 0 for token in self.special_tokens),
+            f"data.special_tokens={list(self.special_tokens)} must be ids, which are not negative",
+        )
 
 
 Schedule = Literal["1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]

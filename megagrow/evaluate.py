@@ -1,4 +1,4 @@
-"""Validation loss on fixed batches of held-out samples."""
+"""Batches of packed samples, and the validation loss on fixed ones of them that are held out."""
 
 # Shape suffix legend: B = this data rank's samples, S = this context rank's tokens, T = tokens of a sample.
 
@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from megagrow.data.dataset import PackedDataset
+from megagrow.data.mlm import Masking
 from megagrow.parallel import heartbeat
+from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.context import cut
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch, Engine
+
+EVALUATION_SEED = 0  # of masks, whatever that of the run is: losses of different runs can be compared
 
 
 @dataclass(frozen=True)
@@ -24,22 +28,25 @@ class Evaluator:
         batch_size: samples per batch, over all data ranks.
         num_batches: batches; a small dataset is repeated.
         mask_documents: attention stays inside a document.
+        masking: of an encoder's samples; None: next tokens are predicted.
     """
 
     dataset: PackedDataset
     batch_size: int
     num_batches: int
     mask_documents: bool = False
+    masking: Masking | None = None
 
     def loss(self, engine: Engine, mesh: Mesh) -> float:
-        """Mean cross-entropy in nats per token, the same number on every rank."""
+        """Mean cross-entropy in nats per token that is predicted, the same number on every rank."""
         ids = self._ids()
         documents = torch.from_numpy(self.dataset.documents(ids)) if self.mask_documents else None
-        return mean_loss(engine, torch.from_numpy(self.dataset.batch(ids)), self.batch_size, mesh, documents)
+        tokens = torch.from_numpy(self.dataset.batch(ids))
+        return mean_loss(engine, tokens, self.batch_size, mesh, documents, self.masking)
 
     @property
     def num_tokens(self) -> int:
-        """Labels that one call of `loss` scores."""
+        """Tokens that one call of `loss` reads."""
         return self.num_batches * self.batch_size * self.dataset.seq_length
 
     def _ids(self) -> np.ndarray:
@@ -48,8 +55,15 @@ class Evaluator:
         return np.linspace(0, self.dataset.num_samples, count, endpoint=False).astype(np.int64)
 
 
-def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh, documents: Tensor | None = None) -> float:
-    """Mean cross-entropy of packed samples in nats per token, the same number on every rank.
+def mean_loss(
+    engine: Engine,
+    tokens: Tensor,
+    batch_size: int,
+    mesh: Mesh,
+    documents: Tensor | None = None,
+    masking: Masking | None = None,
+) -> float:
+    """Mean cross-entropy of packed samples in nats per token that is predicted, the same number on every rank.
 
     Args:
         engine: of the model.
@@ -57,14 +71,24 @@ def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh, docum
         batch_size: samples that the engine takes at a time, over all data ranks.
         mesh: where the rank stands.
         documents: [N, S] the document of every input, or None: attention crosses documents.
+        masking: of an encoder's samples, the same masks at every call; None: next tokens are predicted.
     """
     total, share = 0.0, batch_size // mesh.dp.size
-    for places in torch.arange(len(tokens)).split(batch_size):
+    samples = torch.arange(len(tokens))
+    if masking is not None:
+        masking = replace(masking, seed=EVALUATION_SEED)
+        num_chosen = masking(tokens[:, :-1], samples)[1].sum().to(mesh.device)
+    for places in samples.split(batch_size):
         padded = torch.arange(batch_size).clamp(max=len(places) - 1)  # the last sample fills up, unweighted
-        counts = (torch.arange(batch_size) < len(places)).to(torch.float32) * (batch_size / len(tokens))
+        counts = (torch.arange(batch_size) < len(places)).to(torch.float32)
         mine = slice(mesh.dp.rank * share, (mesh.dp.rank + 1) * share)
         rows = places[padded][mine]
-        batch = make_batch(tokens[rows], batch_size, mesh, None if documents is None else documents[rows])
+        held = None if documents is None else documents[rows]
+        if masking is None:
+            counts *= batch_size / len(tokens)
+            batch = make_batch(tokens[rows], batch_size, mesh, held)
+        else:
+            batch = make_masked_batch(tokens[rows], rows, masking, mesh, held, num_chosen)
         weights = batch.weights * counts[mine, None].to(mesh.device)
         total += engine.evaluate(replace(batch, weights=weights))[1].item()
         heartbeat.progress()
@@ -84,4 +108,32 @@ def make_batch(tokens: Tensor, global_batch_size: int, mesh: Mesh, documents: Te
     weight = 1.0 / (global_batch_size * (tokens.shape[1] - 1))
     ids_BS, labels_BS = (cut(part, mesh.cp).contiguous() for part in (tokens[:, :-1], tokens[:, 1:]))
     weights_BS = torch.full(labels_BS.shape, weight, device=mesh.device)
+    return Batch(ids_BS, labels_BS, weights_BS, documents=None if documents is None else documents.to(mesh.device))
+
+
+def make_masked_batch(
+    tokens: Tensor,
+    visits: Tensor,
+    masking: Masking,
+    mesh: Mesh,
+    documents: Tensor | None = None,
+    num_chosen: Tensor | None = None,
+) -> Batch:
+    """This rank's batch for an encoder: tokens are hidden and predicted where they stand.
+
+    Every chosen token weighs 1 / (chosen tokens of the global batch), whichever rank and microbatch it falls to.
+
+    Args:
+        tokens: [B, T + 1] of this data rank; the last one of a sample is the first of the next, and left out.
+        visits: [B] see `Masking`.
+        masking: how.
+        mesh, documents: as in `make_batch`.
+        num_chosen: what to divide by instead, a whole number.
+    """
+    tokens_BT = tokens[:, :-1].to(mesh.device, non_blocking=True)
+    seen_BT, chosen_BT = masking(tokens_BT, visits)
+    if num_chosen is None:
+        num_chosen = sum_over(chosen_BT.sum(), mesh.dp)
+    weights_BT = chosen_BT.to(torch.float32) / num_chosen.clamp(min=1)
+    ids_BS, labels_BS, weights_BS = (cut(part, mesh.cp).contiguous() for part in (seen_BT, tokens_BT, weights_BT))
     return Batch(ids_BS, labels_BS, weights_BS, documents=None if documents is None else documents.to(mesh.device))

@@ -3,7 +3,7 @@
 Two conventions for attention, by name, because published figures differ by them:
 
     full    scores and values over all S x S pairs, as in torch's flop counter and most papers
-    causal  half of that, since a causal mask needs only half of the pairs, as in Megatron
+    causal  half of that, since a causal mask needs only half of the pairs, as in Megatron; an encoder needs all
 
 Norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What
 an implementation adds (recompute, padded vocabulary rows, work repeated on several ranks) is left
@@ -58,14 +58,19 @@ def layer_flops_per_token(model: ModelConfig, seq_length: int, convention: Conve
     """FLOPs of one token's forward pass through one layer."""
     roles = [role_of(layer_name(0, leaf)) for leaf in leaves(model)]
     shapes = [_matrix_shape(role, model) for role in roles if role.kind == "matrix"]
-    pairs = seq_length if convention == "full" else seq_length / 2
+    pairs = seq_length if convention == "full" or not model.is_causal else seq_length / 2
     attention = 2 * model.num_heads * model.head_dim * pairs  # scores, and values
     return 2.0 * (sum(rows * columns for rows, columns in shapes) + attention)
 
 
 def head_flops_per_token(model: ModelConfig) -> float:
-    """FLOPs of one token's logits, whether the head has weights of its own or the embedding's."""
-    return 2.0 * model.vocab_size * model.hidden_size
+    """FLOPs of one token's logits, whether the head has weights of its own or the embedding's.
+
+    An encoder's head has a dense layer before. All tokens count, though its loss reads the chosen ones only: the logits
+    of all are computed.
+    """
+    dense = 0 if model.is_causal else model.hidden_size
+    return 2.0 * (model.vocab_size + dense) * model.hidden_size
 
 
 def forward_flops(

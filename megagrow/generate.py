@@ -4,6 +4,7 @@
 
 import torch
 
+from megagrow.checks import check_causal
 from megagrow.data.tokenizer import Tokenizer
 from megagrow.errors import DataError
 from megagrow.model import Transformer
@@ -26,8 +27,10 @@ def generate(
         Prompt and continuation.
 
     Raises:
+        ConfigError: the model is an encoder.
         DataError: the tokenizer has more tokens than the model.
     """
+    check_causal(model.config, "the model", "to generate text")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size="

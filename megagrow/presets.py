@@ -80,6 +80,41 @@ def gpt2_model(layers: int, hidden: int) -> ModelConfig:
     )
 
 
+def bert_model(layers: int, hidden: int) -> ModelConfig:
+    """A BERT shape (Devlin et al., 2018): heads of 64, FFN of 4 x width, 512 positions, two types of tokens."""
+    return ModelConfig(
+        family="bert",
+        vocab_size=30_522,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=hidden // 64,
+        ffn_size=4 * hidden,
+        max_seq_length=512,
+        objective="mlm",
+        norm="layer_norm",
+        norm_eps=1e-12,
+        norm_place="after",
+        positions="learned",
+        num_token_types=2,
+        activation="gelu_erf",
+        attention_bias="all",
+        mlp_bias=True,
+        tied_embeddings=True,
+    )
+
+
+def roberta_model(layers: int, hidden: int) -> ModelConfig:
+    """A RoBERTa shape (Liu et al., 2019): BERT's without token types that differ, positions counted from 2 on."""
+    return dataclasses.replace(
+        bert_model(layers, hidden),
+        family="roberta",
+        vocab_size=50_265,
+        norm_eps=1e-5,
+        num_token_types=1,
+        position_offset=2,
+    )
+
+
 # Training from scratch
 
 
@@ -114,6 +149,53 @@ def gpt2_124m() -> Config:
         optim=OptimConfig(lr=6e-4, warmup_steps=500, schedule="cosine", min_lr_ratio=0.1),
         checkpoint=CheckpointConfig(interval=500, keep_last=3),
         run=RunConfig(dir="runs/gpt2_124m"),
+    )
+
+
+@_preset
+def bert_base() -> Config:
+    """BERT base (110M parameters) by masked language modelling alone, with the paper's batch, steps and optimizer.
+
+    Its sequences are packed text of 512 tokens all along, without next-sentence prediction. Cost: 9.3e19 FLOPs for
+    131B tokens. Not yet run to its end here.
+    torchrun --nproc-per-node 8 -m megagrow bert_base --data.train PREFIX --data.validation PREFIX --data.tokenizer T
+    """
+    return Config(
+        model=bert_model(12, 768),
+        data=DataConfig(seq_length=512),
+        train=TrainConfig(
+            steps=1_000_000, global_batch_size=256, precision="bf16", dropout=0.1, eval_interval=10_000, eval_batches=16
+        ),
+        optim=OptimConfig(lr=1e-4, beta2=0.999, eps=1e-6, weight_decay=0.01, warmup_steps=10_000, decay_fraction=0.99),
+        checkpoint=CheckpointConfig(interval=10_000, keep_last=3),
+        run=RunConfig(dir="runs/bert_base"),
+    )
+
+
+@_preset
+def roberta_base() -> Config:
+    """RoBERTa base (125M parameters) with the paper's batch, steps and optimizer.
+
+    Cost: 1.7e21 FLOPs for 2.0T tokens. Not yet run to its end here.
+    torchrun --nproc-per-node 8 -m megagrow roberta_base --data.train PREFIX --data.validation PREFIX --data.tokenizer T
+    """
+    return Config(
+        model=roberta_model(12, 768),
+        data=DataConfig(seq_length=512),
+        train=TrainConfig(
+            steps=500_000, global_batch_size=8_192, precision="bf16", dropout=0.1, eval_interval=5_000, eval_batches=1
+        ),
+        optim=OptimConfig(
+            lr=6e-4,
+            beta2=0.98,
+            eps=1e-6,
+            weight_decay=0.01,
+            clip_norm=0.0,
+            warmup_steps=24_000,
+            decay_fraction=0.952,
+        ),
+        checkpoint=CheckpointConfig(interval=5_000, keep_last=3),
+        run=RunConfig(dir="runs/roberta_base"),
     )
 
 

@@ -322,7 +322,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def bias_gelu_erf(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """GELU of x + bias, exact."""
+    """GELU of x + bias by the error function, as in BERT and GPT-NeoX."""
     return F.gelu(x if bias is None else x + bias).to(x.dtype)
 
 

@@ -13,13 +13,14 @@ from megagrow.growth.ligo import Ligo
 from megagrow.growth.methods import make_recipe
 from megagrow.model.transformer import Transformer
 from megagrow.roles import parameter_shapes
-from tests.models import as_gpt2
+from tests.models import as_bert, as_gpt2
 
 LLAMA_3_8B = ModelConfig(
     vocab_size=128_256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_size=14_336
 )
 SMALL = ModelConfig(vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_size=56)
 GPT2 = as_gpt2(SMALL, num_layers=3, head_dim=8, ffn_size=128, max_seq_length=64)
+BERT = as_bert(GPT2)
 
 
 @pytest.mark.parametrize(("convention", "published"), [("full", 5.791e10), ("causal", 5.147e10)])
@@ -28,7 +29,7 @@ def test_llama_3_8b_costs_what_torchtitan_and_megatron_say(convention: flops.Con
     assert counted == pytest.approx(published, rel=1e-4)
 
 
-@pytest.mark.parametrize("model", [SMALL, GPT2, dataclasses.replace(SMALL, tied_embeddings=True)])
+@pytest.mark.parametrize("model", [SMALL, GPT2, BERT, dataclasses.replace(SMALL, tied_embeddings=True)])
 def test_the_count_is_that_of_torchs_counter(model: ModelConfig) -> None:
     batch, seq_length = 2, 48
     transformer = Transformer(model)
@@ -48,6 +49,11 @@ def test_training_is_three_times_a_forward_pass() -> None:
 def test_causal_halves_attention_and_nothing_else() -> None:
     full, causal = (flops.forward_flops_per_token(SMALL, 64, c) for c in ("full", "causal"))
     assert full - causal == 2 * 64 * SMALL.num_heads * SMALL.head_dim * SMALL.num_layers
+
+
+def test_an_encoder_attends_to_all_pairs_under_either_convention() -> None:
+    full, causal = (flops.forward_flops_per_token(BERT, 64, c) for c in ("full", "causal"))
+    assert full == causal == flops.forward_flops_per_token(GPT2, 64) + 2 * BERT.hidden_size**2
 
 
 @pytest.mark.parametrize("wider", [{}, {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 80}])

@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     src, dst, dtype = arguments.src, arguments.dst, convert.DTYPES.get(arguments.dtype)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    has_tokenizer = convert.convert(src, dst, arguments.to, dtype)
+    has_tokenizer = convert.convert(src, dst, arguments.to, dtype, tell=print)
     print(f"wrote {dst}" + ("" if has_tokenizer else ", without a tokenizer: none found with SRC"))
     if not arguments.verify:
         return

@@ -38,14 +38,15 @@ def main() -> None:
         recipe = learned_recipe(source, target, options, mesh, ledger or Ledger())
     grow_folder(source, options.dst, recipe, mesh, options.optimizer, ledger.to_dict() if ledger else None)
     if mesh.is_main:
-        show(options.dst, recipe)
+        show(source, options.dst, recipe)
     leave_distributed()
 
 
-def show(path: Path, recipe: Recipe) -> None:
+def show(source: Source, path: Path, recipe: Recipe) -> None:
     small, large = (num_parameters(model) / 1e6 for model in (recipe.source, recipe.target))
     kept = "keeps the function" if recipe.keeps_function else "does not keep the function"
-    print(f"wrote {path}: {small:.2f}M -> {large:.2f}M parameters; {recipe.method} {kept}")
+    wrote = f"wrote {path}: {small:.2f}M -> {large:.2f}M parameters; {recipe.method} {kept}"
+    print(*filter(None, (source.note, wrote)), sep="\n")
 
 
 def parser() -> Arguments:

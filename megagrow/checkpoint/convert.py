@@ -14,7 +14,7 @@ from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.shards import Deferred
 from megagrow.checkpoint.source import Source, load_model, open_source
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
-from megagrow.config import Config, DataConfig
+from megagrow.config import Config, DataConfig, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
 from megagrow.errors import CheckpointError
@@ -39,7 +39,13 @@ class Comparison:
     libraries: tuple[str, str]  # that computed the logits of the first and of the second folder
 
 
-def convert(source: Path, target: Path, to: Format, dtype: torch.dtype | None = None) -> bool:
+def convert(
+    source: Path,
+    target: Path,
+    to: Format,
+    dtype: torch.dtype | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> bool:
     """Writes the model at `source` to the new folder `target`, one tensor after the other.
 
     Args:
@@ -47,6 +53,7 @@ def convert(source: Path, target: Path, to: Format, dtype: torch.dtype | None = 
         target: must not exist or be empty. An own checkpoint becomes `target/step-0`, with the
             tokenizer beside it in `target/tokenizer`.
         dtype: of all tensors; None: each keeps that in which it is stored.
+        tell: takes what the user has to know: tensors of the source that are left out.
 
     Returns:
         Whether the model's tokenizer was found and came along.
@@ -57,6 +64,8 @@ def convert(source: Path, target: Path, to: Format, dtype: torch.dtype | None = 
     """
     check_free(target)
     opened = open_source(source)
+    if opened.note:
+        tell(opened.note)
     tokenizer = tokenizer_of(opened)
     fetch = opened.fetch if dtype is None else _rounding(opened.fetch, dtype)
     if to == "hf":
@@ -77,8 +86,7 @@ def compare(first: Path, second: Path, dtype: torch.dtype | None = None) -> Comp
     """
     model = open_source(first).model
     shape = (COMPARED_TOKENS[0], min(COMPARED_TOKENS[1], model.max_seq_length))
-    generator = torch.Generator().manual_seed(0)
-    ids_BS = torch.randint(model.vocab_size, shape, generator=generator)
+    ids_BS = _random_tokens(model, shape)
     libraries = ["megagrow", "megagrow"]
     foreign = [index for index, path in enumerate((first, second)) if hf.is_hf_folder(path)]
     if foreign and importlib.util.find_spec("transformers") is not None:
@@ -175,6 +183,15 @@ def token_ids_of(source: Source) -> dict[str, Any] | None:
     return stated if isinstance(stated, dict) else None
 
 
+def _random_tokens(model: ModelConfig, shape: tuple[int, int]) -> Tensor:
+    """Without padding tokens where the table of positions has a row for them: transformers would not count these."""
+    generator = torch.Generator().manual_seed(0)
+    if model.position_offset == 0:
+        return torch.randint(model.vocab_size, shape, generator=generator)
+    ids_BS = torch.randint(model.vocab_size - 1, shape, generator=generator)
+    return ids_BS + (ids_BS >= model.position_offset - 1)
+
+
 def _own_logits(path: Path, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
         return load_model(open_source(path), Mesh.single(), dtype).float().logits(ids_BS)
@@ -185,9 +202,9 @@ def _transformers_logits(path: Path, ids_BS: Tensor, dtype: torch.dtype) -> Tens
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    is_causal = hf.model_config_from_hf(path).is_causal
+    auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
+    model = auto.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     with torch.no_grad():
         logits: Tensor = model.float().eval()(ids_BS).logits
     return logits

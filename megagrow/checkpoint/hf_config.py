@@ -109,10 +109,10 @@ def hf_config_from_model(
         **{key: value(model) if callable(value) else value for key, value in family.constants.items()},
         **{key: allowed[0] for key, allowed in family.only.items()},
         activation_key: activations[model.activation][0],
-        **{entry.key: getattr(model, name) for name, entry in family.entries.items()},
+        **{name: (token_ids or {}).get(name) for name in TOKEN_IDS},
+        **{entry.key: _written(name, entry, model) for name, entry in family.entries.items()},
         **{key: getattr(model, says.field) == says.on for key, says in family.switches.items()},
         **({} if family.rope is None else write_rope(model, family.rope)),
-        **{name: (token_ids or {}).get(name) for name in TOKEN_IDS},
     }
     return dict(sorted(entries.items()))
 
@@ -132,6 +132,12 @@ def check_exportable(model: ModelConfig) -> None:
             f"model.activation={model.activation} cannot be exported: {family.architecture} has "
             f"{' or '.join(activations)}; use that, or another model.family"
         )
+    for name, entry in family.entries.items():
+        if getattr(model, name) == 0 and not isinstance(getattr(model, name), bool):
+            raise ConfigError(
+                f"model.{name}=0 cannot be exported: {family.architecture} needs at least 1 ({entry.key}); use that, "
+                "or another model.family"
+            )
     for name, value in fixed_fields(family, model).items():
         if getattr(model, name) != value:
             raise ConfigError(
@@ -177,11 +183,18 @@ def _read(entries: Mapping[str, Any], name: str, entry: Entry, fields: Mapping[s
     if value is None:
         if entry.default is None:
             raise CheckpointError(f"{where}: {entry.key} is missing; add it to the file")
-        return entry.default(fields) if callable(entry.default) else entry.default
+        value = entry.default(fields) if callable(entry.default) else entry.default
     wanted = type(getattr(ModelConfig, name))
     if wanted is bool:
         return switch(value, entry.key, where)
-    return positive(value, wanted, entry.key, where)
+    difference = entry.difference(fields)
+    return positive(value, wanted, entry.key, where, above=difference) - difference
+
+
+def _written(name: str, entry: Entry, model: ModelConfig) -> Any:
+    """What config.json holds for a field."""
+    value = getattr(model, name)
+    return value if entry.added is None else value + entry.added(vars(model))
 
 
 def _activation(entries: Mapping[str, Any], family: Family, where: str) -> str:

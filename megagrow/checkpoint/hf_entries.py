@@ -6,12 +6,13 @@ from typing import Any
 from megagrow.errors import CheckpointError
 
 
-def positive(value: Any, wanted: type, key: str, where: str) -> Any:
-    """A positive number of the wanted type, small enough for a float to hold exactly."""
+def positive(value: Any, wanted: type, key: str, where: str, above: int = 0) -> Any:
+    """A number of the wanted type that is larger than `above`, small enough for a float to hold exactly."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 2**53 or wanted(value) != value:
+    if not is_number or not above < value < 2**53 or wanted(value) != value:
         kind = "whole number" if wanted is int else "number"
-        raise CheckpointError(f"{where}: {key}={value!r} must be a positive {kind}; correct it")
+        rule = f"a {kind} greater than {above}" if above else f"a positive {kind}"
+        raise CheckpointError(f"{where}: {key}={value!r} must be {rule}; correct it")
     return wanted(value)
 
 

@@ -4,7 +4,7 @@ hf_config.py, hf_rope.py and hf_tensors.py read the tables in both directions.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megagrow.config import ModelConfig
@@ -18,10 +18,16 @@ class Entry:
         key: name in config.json.
         default: what transformers assumes when the key is absent or null; a function of the fields
             above it where it depends on them; None: the key is required.
+        added: what config.json's number is larger by than ours, a function of the fields above it; None: nothing.
     """
 
     key: str
     default: int | float | Callable[[Mapping[str, Any]], int] | None = None
+    added: Callable[[Mapping[str, Any]], int] | None = None
+
+    def difference(self, fields: Mapping[str, Any]) -> int:
+        """What config.json's number is larger by than ours."""
+        return self.added(fields) if self.added else 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,11 @@ class Family:
         rope: where the rotary settings are; None: positions are not rotations.
         window: whether attention may be bounded to the last tokens: never; in all layers, by the entry
             `sliding_window`; or in the layers that further entries choose, as in Qwen2.
+        names: parameter of ours -> full name of their tensor, where it does not follow from the module's.
+        copies: tensor -> the one that it repeats. It is written where the head is untied: transformers then computes
+            with it.
+        extras: pattern of parameters that the logits do not depend on; they are dropped, and named.
+        renamed: ends of tensor names in old folders -> what they are now.
     """
 
     model_type: str
@@ -113,6 +124,10 @@ class Family:
     ignored: str
     rope: Rope | None = None
     window: Literal["never", "all_layers", "some_layers"] = "never"
+    names: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    extras: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def fixed_fields(family: Family, model: ModelConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Nothing in the folder is trusted: every name, shape and dtype is checked before 
 read, files outside the folder cannot be named, and nothing is executed or unpickled.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class HFReader:
         folder: the folder.
         model: its configuration.
         token_ids: the special token ids that config.json states.
+        dropped: tensors that the model has no place for, and that its logits do not depend on.
 
     Raises:
         CheckpointError: a file or tensor is missing, malformed, unexpected or of the wrong shape or
@@ -70,7 +72,8 @@ class HFReader:
         self.model = model_config_from_hf(self.folder)
         self.token_ids = special_token_ids(entries)
         self._family = FAMILIES[self.model.family]
-        self._stored = _with_body(_catalog(self.folder), self._family)
+        self._stored = _with_body(_renamed(_catalog(self.folder), self._family), self._family)
+        self.dropped = self._take_extras() + self._take_copies()
         self._tied_head = self._take_tied_head()
         _check_tensors(self._stored, self._family, self.model, self.folder)
 
@@ -119,6 +122,34 @@ class HFReader:
             view = file.get_slice(stored.key)
             return view[:, block].T if place.transposed else view[block]
 
+    def _take_extras(self) -> list[str]:
+        """Takes known parameters that the model does without off the catalog; returns their names."""
+        extras = [name for name in self._stored if re.fullmatch(self._family.extras, name)]
+        for name in extras:
+            del self._stored[name]
+        return extras
+
+    def _take_copies(self) -> list[str]:
+        """Takes repeated tensors off the catalog; returns the names of those that nothing reads.
+
+        With a head of its own transformers computes with the copy, whatever the original holds. (Its folders of version
+        5 hold both, and they may differ.)
+        """
+        unread = []
+        for copy, original in self._family.copies.items():
+            first, second = self._stored.get(original), self._stored.pop(copy, None)
+            if second is None:
+                continue
+            if first is not None and not _are_equal(first, second):
+                if self.model.tied_embeddings:
+                    raise CheckpointError(
+                        f"{self.folder}: tie_word_embeddings=true, but {second.key} differs from {first.key}; set "
+                        f"tie_word_embeddings=false in {CONFIG_FILE}"
+                    )
+                unread.append(original)
+            self._stored[original] = second
+        return unread
+
     def _take_tied_head(self) -> Stored | None:
         """Takes the head of a tied model off the catalog, or into the embedding's empty place."""
         if not self.model.tied_embeddings:
@@ -133,14 +164,7 @@ class HFReader:
 
     def _compare_tied_head(self, head: Stored) -> None:
         tokens = self._stored[f"{self._family.outside['embedding.tokens']}.weight"]
-        equal = (head.shape, head.dtype) == (tokens.shape, tokens.dtype)
-        with _open(head.file) as head_file, _open(tokens.file) as tokens_file:
-            head_rows, token_rows = head_file.get_slice(head.key), tokens_file.get_slice(tokens.key)
-            for start in range(0, tokens.shape[0], _COMPARED_ROWS) if equal else ():
-                rows = slice(start, start + _COMPARED_ROWS)
-                if not torch.equal(head_rows[rows], token_rows[rows]):
-                    equal = False
-        if not equal:
+        if not _are_equal(head, tokens):
             raise CheckpointError(
                 f"{self.folder}: tie_word_embeddings=true, but {head.key} differs from "
                 f"{tokens.key}; set tie_word_embeddings=false in {CONFIG_FILE}"
@@ -160,6 +184,18 @@ def is_hf_folder(path: Path | str) -> bool:
         return "model_type" in read_json(path / CONFIG_FILE)
     except CheckpointError:
         return any((path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def _are_equal(one: Stored, other: Stored) -> bool:
+    """Whether two tensors hold the same, compared some rows at a time."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with _open(one.file) as one_file, _open(other.file) as other_file:
+        one_rows, other_rows = one_file.get_slice(one.key), other_file.get_slice(other.key)
+        return all(
+            torch.equal(one_rows[start : start + _COMPARED_ROWS], other_rows[start : start + _COMPARED_ROWS])
+            for start in range(0, one.shape[0], _COMPARED_ROWS)
+        )
 
 
 @contextmanager
@@ -224,6 +260,18 @@ def _index(folder: Path) -> dict[str, str]:
 def _is_plain_name(name: str) -> bool:
     has_separator = any(sign in name for sign in ("/", "\\", "\0"))
     return name.endswith(".safetensors") and not has_separator
+
+
+def _renamed(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """The catalog with the names of today where an old version wrote others."""
+    renamed: dict[str, Stored] = {}
+    for key, entry in stored.items():
+        old = next((end for end in family.renamed if key.endswith(end)), "")
+        name = key.removesuffix(old) + family.renamed[old] if old else key
+        if name in renamed:
+            raise CheckpointError(f"{entry.file}: {renamed[name].key} and {key} are the same tensor; remove one")
+        renamed[name] = entry
+    return renamed
 
 
 def _with_body(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:

@@ -54,7 +54,7 @@ def places(family: Family, name: str) -> tuple[Place, ...]:
     layer, leaf = split_name(name)
     module, suffix = _module_of(leaf)
     if layer is None:
-        return (Place(f"{family.outside[module]}.{suffix}", 0, 1, False),)
+        return (Place(family.names.get(name) or f"{family.outside[module]}.{suffix}", 0, 1, False),)
     transposed = family.transposed and role_of(name).in_ is not None
     return tuple(
         Place(_tensor_in_layer(family, layer, block, suffix), block.index, block.of, transposed, block.by_head)
@@ -78,6 +78,18 @@ def expected_tensors(family: Family, model: ModelConfig) -> Iterator[tuple[str, 
             if place.tensor not in seen:
                 seen.add(place.tensor)
                 yield place.tensor, place_shape(place, name, model)
+
+
+def written_tensors(family: Family, model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields name and shape of every tensor of an export: those of `expected_tensors` and copies of some."""
+    for name, shape in expected_tensors(family, model):
+        for written in (name, *copies_of(family, model, name)):
+            yield written, shape
+
+
+def copies_of(family: Family, model: ModelConfig, tensor: str) -> list[str]:
+    """The tensors that repeat this one in an export."""
+    return [] if model.tied_embeddings else [copy for copy, of in family.copies.items() if of == tensor]
 
 
 def unexpected_tensors(names: Iterable[str], family: Family, model: ModelConfig) -> list[str]:
@@ -135,7 +147,8 @@ class FamilyTensors:
             if len(blocks) == place.of:
                 del self._waiting[place.tensor]
                 whole = self._joined([blocks[index] for index in range(place.of)], place)
-                yield place.tensor, whole.T if place.transposed else whole
+                for written in (place.tensor, *copies_of(self._family, self._model, place.tensor)):
+                    yield written, whole.T if place.transposed else whole
 
     def _joined(self, blocks: Sequence[Tensor], place: Place) -> Tensor:
         if len(blocks) == 1:

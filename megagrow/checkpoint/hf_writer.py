@@ -11,7 +11,7 @@ from torch import Tensor
 from megagrow.checkpoint.hf_config import CONFIG_FILE, check_exportable, hf_config_from_model
 from megagrow.checkpoint.hf_families import FAMILIES
 from megagrow.checkpoint.hf_reader import INDEX_FILE, WEIGHTS_FILE, is_hf_folder
-from megagrow.checkpoint.hf_tensors import FamilyTensors, expected_tensors
+from megagrow.checkpoint.hf_tensors import FamilyTensors, written_tensors
 from megagrow.checkpoint.safetensors_file import SafetensorsFile
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
 from megagrow.config import ModelConfig
@@ -124,7 +124,7 @@ class _Folder:
         self._folder.start()
         if tokenizer is not None:
             tokenizer.save(self._folder.temporary)
-            self._token_ids = {"eos_token_id": tokenizer.eod_id}
+            self._token_ids = {"eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
         if token_ids is not None:
             self._token_ids = dict(token_ids)
 
@@ -144,7 +144,8 @@ class _Folder:
         """Completes the folder and gives it its name."""
         config = hf_config_from_model(self._model, dtype=_common_dtype(self._dtypes), token_ids=self._token_ids)
         _write_json(self._folder.temporary / CONFIG_FILE, config)
-        _write_json(self._folder.temporary / GENERATION_FILE, self._generation_config())
+        if self._model.is_causal:
+            _write_json(self._folder.temporary / GENERATION_FILE, self._generation_config())
         if len(self._files) > 1:
             _write_json(self._folder.temporary / INDEX_FILE, self._index())
         self._folder.publish()
@@ -171,7 +172,7 @@ def _plan_files(model: ModelConfig, limit: int) -> dict[str, dict[str, tuple[int
     """File name -> shapes of its tensors; a file has at most `limit` elements, or one tensor."""
     files: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
-    for name, shape in expected_tensors(FAMILIES[model.family], model):
+    for name, shape in written_tensors(FAMILIES[model.family], model):
         size = torch.Size(shape).numel()
         if files[-1] and held + size > limit:
             files.append({})

@@ -47,6 +47,7 @@ class Source:
         tokenizer: the tokenizer that it was trained with ("" when unknown).
         read: reads any stored tensor by its name in the checkpoint (own checkpoints; Adam's moments are there).
         optimizer: Adam's step and multipliers, when the moments are stored too.
+        dropped: parameters on disk that the model does without.
     """
 
     path: Path
@@ -58,6 +59,13 @@ class Source:
     tokenizer: str
     read: Callable[[str], Tensor]
     optimizer: dict[str, Any] | None = None
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """One line that names what was dropped; "" when nothing was."""
+        names = ", ".join(self.dropped)
+        return f"{self.path}: dropped, as the model's logits do not depend on it: {names}" if names else ""
 
 
 def open_source(path: Path | str) -> Source:
@@ -152,8 +160,10 @@ def check_fits(source: Source, dataset: PackedDataset, mesh: Mesh, skip: bool = 
 
 def _open_hf(path: Path) -> Source:
     reader = hf.HFReader(path)
-    identity = _folder_identity(path)
-    return Source(path, reader.model, reader.fetch, reader.dtype_of, identity, None, str(path), reader.fetch)
+    identity, dropped = _folder_identity(path), tuple(reader.dropped)
+    return Source(
+        path, reader.model, reader.fetch, reader.dtype_of, identity, None, str(path), reader.fetch, dropped=dropped
+    )
 
 
 def _open_own(path: Path) -> Source:

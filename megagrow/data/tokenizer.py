@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,15 @@ from megagrow.errors import ConfigError, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<eod>", "[SEP]")
+_MASK_NAMES, _PAD_NAMES = ("[MASK]", "<mask>"), ("[PAD]", "<pad>")
+# What BERT's and RoBERTa's tokenizers call the rest of their special tokens, for tokenizer_config.json.
+_ROLES = {
+    "unk_token": ("[UNK]", "<unk>"),
+    "cls_token": ("[CLS]", "<s>"),
+    "sep_token": ("[SEP]", "</s>"),
+    "pad_token": _PAD_NAMES,
+    "mask_token": _MASK_NAMES,
+}
 _HUGGING_FACE_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -36,6 +45,9 @@ class Tokenizer(Protocol):
     name: str  # "sentencepiece", "huggingface" or "byte"
     vocab_size: int  # one more than the largest id
     eod_id: int | None  # the id that ends a document; None: the tokenizer has none
+    mask_id: int | None  # the id that hides a token from an encoder, likewise
+    pad_id: int | None  # the id that fills up, likewise
+    special_ids: tuple[int, ...]  # ids that stand for no text, in order
     fingerprint: str  # sha256 over (id, piece): what an id means, whatever file says it
 
     def encode(self, text: str) -> list[int]:
@@ -89,9 +101,12 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise DataError(f"{path}: not a sentencepiece model") from error
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
-        self.eod_id: int | None = _end_of_document(
-            {piece: i for i, piece in enumerate(pieces)}, self._processor.eos_id()
-        )
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        self.eod_id: int | None = _named(vocab, _END_NAMES, self._processor.eos_id())
+        self.mask_id: int | None = _named(vocab, _MASK_NAMES)
+        self.pad_id: int | None = _named(vocab, (), self._processor.pad_id())
+        marks = (i for i in range(self.vocab_size) if self._processor.is_control(i) or self._processor.is_unknown(i))
+        self.special_ids: tuple[int, ...] = _sorted_ids(*marks, self.eod_id, self.mask_id)
         self.fingerprint = _fingerprint(enumerate(pieces))
 
     def encode(self, text: str) -> list[int]:
@@ -129,8 +144,12 @@ class HuggingFaceTokenizer:
         if not vocab:
             raise DataError(f"{path}: the vocabulary is empty")
         self.vocab_size = max(vocab.values()) + 1
-        declared = vocab.get(self._declared_end() or "", -1)
-        self.eod_id: int | None = _end_of_document(vocab, declared)
+        self.eod_id: int | None = _named(vocab, _END_NAMES, vocab.get(self._declared("eos_token") or "", -1))
+        self.mask_id: int | None = _named(vocab, _MASK_NAMES, vocab.get(self._declared("mask_token") or "", -1))
+        self.pad_id: int | None = _named(vocab, _PAD_NAMES, vocab.get(self._declared("pad_token") or "", -1))
+        added = self._tokenizer.get_added_tokens_decoder()
+        marks = (i for i, token in added.items() if token.special)
+        self.special_ids: tuple[int, ...] = _sorted_ids(*marks, self.eod_id, self.mask_id)
         self.fingerprint = _fingerprint((i, piece) for piece, i in vocab.items())
 
     def encode(self, text: str) -> list[int]:
@@ -151,15 +170,24 @@ class HuggingFaceTokenizer:
             write_atomically(folder / "tokenizer.json", self._path.read_bytes())
         if not (folder / "tokenizer_config.json").exists():
             end = None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)
-            write_atomically(folder / "tokenizer_config.json", _tokenizer_config(end))
+            write_atomically(folder / "tokenizer_config.json", _tokenizer_config(end, self._roles()))
 
-    def _declared_end(self) -> str | None:
+    def _roles(self) -> dict[str, str]:
+        """Special tokens by what they are for, of an encoder's tokenizer."""
+        if self.mask_id is None:
+            return {}
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        found = {role: next((name for name in names if name in vocab), None) for role, names in _ROLES.items()}
+        found["mask_token"] = self._tokenizer.id_to_token(self.mask_id)
+        return {role: name for role, name in found.items() if name is not None}
+
+    def _declared(self, role: str) -> str | None:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             path = self._path.with_name(name)
             if not path.is_file():
                 continue
             try:
-                token = json.loads(path.read_bytes().decode("utf-8")).get("eos_token")
+                token = json.loads(path.read_bytes().decode("utf-8")).get(role)
             except (ValueError, AttributeError, RecursionError, OSError) as error:
                 raise DataError(f"{path}: not a JSON object ({_one_line(error)})") from error
             if isinstance(token, dict):
@@ -175,6 +203,9 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = 257
     eod_id: int | None = 256
+    mask_id: int | None = None
+    pad_id: int | None = None
+    special_ids: tuple[int, ...] = (256,)
 
     def __init__(self) -> None:
         self.fingerprint = _fingerprint(enumerate([*_byte_characters(), END_OF_DOCUMENT]))
@@ -267,11 +298,15 @@ def _chunks(text: str) -> Iterator[str]:
         start = end
 
 
-def _end_of_document(vocab: dict[str, int], declared: int) -> int | None:
-    """The declared id, else that of the first usual name in the vocabulary, else None."""
+def _named(vocab: dict[str, int], names: Sequence[str], declared: int = -1) -> int | None:
+    """The declared id, else that of the first of these usual names in the vocabulary, else None."""
     if declared >= 0:
         return declared
-    return next((vocab[name] for name in _END_NAMES if name in vocab), None)
+    return next((vocab[name] for name in names if name in vocab), None)
+
+
+def _sorted_ids(*ids: int | None) -> tuple[int, ...]:
+    return tuple(sorted({i for i in ids if i is not None}))
 
 
 def _fingerprint(pieces: Iterable[tuple[int, str]]) -> str:
@@ -291,8 +326,9 @@ def _save_hugging_face(folder: Path, fast: tokenizers.Tokenizer, end: str | None
     write_atomically(folder / "tokenizer_config.json", _tokenizer_config(end))
 
 
-def _tokenizer_config(end: str | None) -> bytes:
+def _tokenizer_config(end: str | None, roles: Mapping[str, str] | None = None) -> bytes:
     fields: dict[str, Any] = {
+        **(roles or {}),
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }

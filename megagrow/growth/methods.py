@@ -68,6 +68,13 @@ def make_recipe(method: str, source: ModelConfig, target: ModelConfig) -> Recipe
     if method not in METHODS:
         raise ConfigError(f"growth.method={method} does not exist; use one of {', '.join(METHODS)}")
     check_growable(source, target)
+    has_last_norm = not target.is_causal or target.norm_place == "before"
+    require(
+        has_last_norm or not target.tied_embeddings or source.hidden_size == target.hidden_size,
+        f"growth.method={method} widens the embedding, which is the output matrix too: its scale goes into the norm "
+        "before the output, and with model.norm_place=after and objective=clm there is none; grow other axes, or use a "
+        "model with an untied head",
+    )
     return METHODS[method](source, target)
 
 

@@ -6,7 +6,7 @@ Which map acts on a dim, and in which form, follows from the parameter's role:
     rows of matrices; biases; norm gains       O    (they write to the axis)
     columns of matrices and of an untied head  I    (they read from it)
     columns of embeddings                      O    (stored vocab x hidden, but they write the residual stream)
-    final norm of a tied model                 I    (the shared matrix cannot both write and read: the norm before the
+    last norm of a tied model                  I    (the shared matrix cannot both write and read: the norm before the
                                                      head takes the head's scale)
 
 For gradients the two forms change places: a gradient is shared among the n copies of what writes an axis, because
@@ -125,7 +125,8 @@ def _forms(name: str, model: ModelConfig) -> tuple[Form, ...]:
     role = role_of(name)
     if role.kind in ("embedding", "positions", "token_types"):
         return "out", "out"
-    feeds_tied_head = model.tied_embeddings and name.startswith("final_norm.")
+    last_norm = "final_norm." if model.is_causal else "mlm_head.norm."
+    feeds_tied_head = model.tied_embeddings and name.startswith(last_norm)
     return "in" if feeds_tied_head else "out", "in"
 
 

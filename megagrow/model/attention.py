@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key/value heads, heads sharded over the tensor axis."""
+"""Self-attention with grouped key/value heads, heads sharded over the tensor axis."""
 
 # Shape suffix legend: B = batch, S = this context rank's tokens, H = hidden, N = local query heads,
 # K = local key/value heads, D = head_dim.
@@ -16,7 +16,7 @@ from megagrow.parallel.shards import kv_rows, local
 
 
 class Attention(nn.Module):
-    """softmax(q kᵀ / √head_dim) v over earlier positions, for every head.
+    """softmax(q kᵀ / √head_dim) v over earlier positions, or over all (encoders), for every head.
 
     The bias of the last projection is left to the residual addition, which follows.
     """
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(model) if model.qk_norm else None
         self.key_norm = HeadNorm(model) if model.qk_norm else None
         self.output = RowParallelLinear(query_size, model.hidden_size, bias == "all", self.tp)
-        self.head_dim, self.backend = model.head_dim, train.attention
+        self.head_dim, self.backend, self.causal = model.head_dim, train.attention, model.is_causal
         self.overwrites = train.recompute != "selective"  # which keeps the projections' results
 
     def forward(self, x_BSH: Tensor, tokens: Tokens) -> Tensor:
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         else:
             q_BSND, k_BSKD, v_BSKD = self._placed(q_BSND, kv_BSK2D, tokens)
         q_BNSD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BSND, k_BSKD, v_BSKD))
-        y_BNSD = context.attention(q_BNSD, k_BKSD, v_BKSD, self.cp, tokens.document_masks, self.backend)
+        y_BNSD = context.attention(q_BNSD, k_BKSD, v_BKSD, self.cp, tokens.document_masks, self.backend, self.causal)
         return self.output(y_BNSD.transpose(1, 2).flatten(-2))
 
     def _placed(self, q_BSND: Tensor, kv_BSKPD: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ class GatedMLP(nn.Module):
 
 
 class GELU(nn.Module):
-    """down(gelu(up(x))) with the tanh approximation, as in GPT-2, or the exact function, as in BERT."""
+    """down(gelu(up(x))), with the tanh approximation, as in GPT-2, or exactly, as in BERT and GPT-NeoX."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from megagrow import ops
 from megagrow.config import ModelConfig, TrainConfig
 from megagrow.model.attention import Attention
 from megagrow.model.dropout import add_dropped, dropout
+from megagrow.model.mlm_head import MLMHead
 from megagrow.model.mlp import make_mlp
 from megagrow.model.norm import Norm
 from megagrow.model.recompute import recompute
@@ -30,7 +31,7 @@ from megagrow.parallel.loss import LossOptions, cache_size, tokens_at_once, voca
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, local
 from megagrow.parallel.stages import Stage, pipeline_stages
-from megagrow.roles import Role, role_of
+from megagrow.roles import Role, axis_size, role_of
 
 
 class Block(nn.Module):
@@ -88,6 +89,25 @@ class ParallelBlock(Block):
         return add_dropped(x_BLH, z_BLH, self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
 
 
+class PostNormBlock(Block):
+    """One post-norm layer: the sums of the residual stream with attention, then with MLP, are normalised (BERT)."""
+
+    def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+        keys_BL, dtype = tokens.dropout_keys_BL, x_BLH.dtype
+        y_BLH, bias_H = self.attention(x_BLH, tokens), self.attention.output.bias_operand(dtype)
+        x_BLH = self.attention_norm(add_dropped(x_BLH, y_BLH, bias_H, self.dropout, keys_BL, 1))
+        y_BLH, bias_H = self.mlp(x_BLH), self.mlp.down.bias_operand(dtype)
+        return self.mlp_norm(add_dropped(x_BLH, y_BLH, bias_H, self.dropout, keys_BL, 2))
+
+
+def make_block(model: ModelConfig, mesh: Mesh, train: TrainConfig, index: int) -> Block:
+    """The kind of layer that the configuration names."""
+    if model.parallel_residual:
+        return ParallelBlock(model, mesh, train, index)
+    kind = PostNormBlock if model.norm_place == "after" else Block
+    return kind(model, mesh, train, index)
+
+
 @dataclass
 class Teacher:
     """What the last stage holds of a distillation teacher: its output matrix, and how it is mixed into the loss."""
@@ -97,7 +117,7 @@ class Teacher:
 
 
 class Transformer(nn.Module):
-    """The layers of one stage of a model; the first stage embeds, the last one normalises and computes the loss.
+    """The layers of one stage of a model; the first stage embeds, the last one computes the loss.
 
     Args:
         model: the whole model's configuration.
@@ -121,19 +141,26 @@ class Transformer(nn.Module):
         self.config, self.dtype, self.train_config = model, dtype, train
         self.tp, self.cp = TensorParallel.of(mesh), mesh.cp
         self.is_first, self.is_last = stage.is_first, stage.is_last
+        self.is_post_norm = model.norm_place == "after"
         self.teacher: Teacher | None = None
         self.loss_sums: list[Tensor] = []  # one [loss, ce, kd] per microbatch, detached; emptied by the reader
         if self.is_first:
-            positions = model.max_seq_length if model.positions == "learned" else 0
-            self.embedding = Embedding(model.vocab_size, positions, model.hidden_size, self.tp)
-        block = ParallelBlock if model.parallel_residual else Block
-        self.layers = nn.ModuleDict({str(i): block(model, mesh, train, i) for i in stage.layers})
+            positions = axis_size("positions", model) if model.positions == "learned" else 0
+            sizes = model.vocab_size, model.hidden_size
+            self.embedding = Embedding(*sizes, self.tp, positions, model.num_token_types)
+            if self.is_post_norm:
+                self.embedding_norm = Norm(model)
+        self.layers = nn.ModuleDict({str(i): make_block(model, mesh, train, i) for i in stage.layers})
         if self.is_last:
-            self.final_norm = Norm(model)
-            if not model.tied_embeddings:
-                self.head = Head(model.vocab_size, model.hidden_size)
-            elif not self.is_first:
-                self.embedding = Embedding(model.vocab_size, 0, model.hidden_size, self.tp)
+            self._add_end(model)
+
+    def _add_end(self, model: ModelConfig) -> None:
+        """What follows the layers."""
+        self.final_norm = None if self.is_post_norm else Norm(model)
+        self.mlm_head = None if model.is_causal else MLMHead(model, self.tp)
+        if model.tied_embeddings and not self.is_first:
+            self.embedding = Embedding(model.vocab_size, model.hidden_size, self.tp)
+        self.head = Head(model.vocab_size, model.hidden_size, not model.tied_embeddings, not model.is_causal)
 
     def forward(
         self,
@@ -143,6 +170,7 @@ class Transformer(nn.Module):
         teacher_hidden: Tensor | None = None,
         documents: Tensor | None = None,
         dropout_keys: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage.
 
@@ -153,37 +181,47 @@ class Transformer(nn.Module):
             teacher_hidden: [B, S, H_teacher] the teacher's states after its final norm, for distillation.
             documents: [B, T] the document of every token of the whole sequences; None: attention crosses documents.
             dropout_keys: [B, S] from `dropout.token_keys`; None: nothing is dropped.
+            token_types: [B, S] rows of the table of token types; None: all tokens are of type 0.
 
         Returns:
-            Activations [B, L, H]; on the last stage the states [B, S, H] after the final norm or, with labels, the
-            weighted sum of the token losses (one element).
+            Activations [B, L, H]; on the last stage the states [B, S, H] that the output matrix takes or, with labels,
+            the weighted sum of the token losses (one element).
         """
         keys_BL = None if dropout_keys is None else self.tp.cut(dropout_keys)
         if self.is_first:
-            x = self._embed(x, keys_BL)
-        masks = None if documents is None else document_masks(documents, self.cp)
+            x = self._embed(x, token_types, keys_BL)
+        masks = None if documents is None else document_masks(documents, self.cp, self.config.is_causal)
         tokens = Tokens(self._rotary(x), masks, keys_BL)
         for layer in self.layers.values():
             x = layer(x, tokens)
         if not self.is_last:
             return x
-        x = self.tp.enter(self.final_norm(x))
+        for module in (self.final_norm, self.mlm_head):  # on this rank's own tokens
+            x = x if module is None else module(x)
+        x = self.tp.enter(x)
         return x if labels is None else self._loss(x, labels, weights, teacher_hidden)
 
     @property
     def head_VH(self) -> Tensor:
         """This rank's rows of the output matrix: the head, or the tied embedding."""
-        return local(self.embedding.tokens if self.config.tied_embeddings else self.head.weight)
+        return local(self.embedding.tokens if self.head.weight is None else self.head.weight)
 
-    def logits(self, ids_BS: Tensor) -> Tensor:
+    @property
+    def head_bias_V(self) -> Tensor | None:
+        """The bias of this rank's rows of the output matrix, or None."""
+        return None if self.head.bias is None else local(self.head.bias)
+
+    def logits(self, ids_BS: Tensor, token_types_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, local vocabulary], for one pipeline stage (tests, generation, conversion)."""
-        x_BSH = self(ids_BS)
-        return ops.linear(x_BSH, self.head_VH.to(x_BSH.dtype))
+        x_BSH = self(ids_BS, token_types=token_types_BS)
+        bias_V = self.head_bias_V
+        return ops.linear(x_BSH, self.head_VH.to(x_BSH.dtype), None if bias_V is None else bias_V.to(x_BSH.dtype))
 
-    def _embed(self, ids_BS: Tensor, keys_BL: Tensor | None) -> Tensor:
+    def _embed(self, ids_BS: Tensor, types_BS: Tensor | None, keys_BL: Tensor | None) -> Tensor:
         positions_S = local_positions(ids_BS.shape[1] * self.cp.size, self.cp.rank, self.cp.size, ids_BS.device)
-        x_BLH = self.embedding(ids_BS, positions_S)
+        x_BLH = self.embedding(ids_BS, positions_S + self.config.position_offset, types_BS)
         x_BLH = x_BLH if self.dtype is None else x_BLH.to(self.dtype)
+        x_BLH = self.embedding_norm(x_BLH) if self.is_post_norm else x_BLH
         return dropout(x_BLH, self.train_config.dropout, keys_BL, 0)
 
     def _rotary(self, x_BLH: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -209,6 +247,7 @@ class Transformer(nn.Module):
             teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
             teacher_head=teacher.head_VH if teacher else None,
             options=replace(options, chunk_tokens=chunk, compiled=self.train_config.compile),
+            head_bias=self.head_bias_V,
         )
         self.loss_sums.append(sums)
         return loss

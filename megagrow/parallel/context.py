@@ -1,8 +1,9 @@
 """Context parallelism: several ranks share each sequence, and attention sees all of it.
 
 Every sequence is cut into 2·cp chunks, and rank r holds chunks r and 2·cp − 1 − r: under a causal mask an early chunk
-has little to look at and a late one much, so that all ranks have the same work. Queries stay where they are; keys and
-values are gathered (with grouped heads they are the smaller part), and their gradients summed back to their owners.
+has little to look at and a late one much, so that all ranks have the same work. (Without one any cut would do.)
+Queries stay where they are; keys and values are gathered (with grouped heads they are the smaller part), and their
+gradients summed back to their owners.
 
 Source: Llama 3 (2024, arXiv 2407.21783), section 3.3.2, all-gather based context parallelism.
 """
@@ -37,13 +38,16 @@ def cut(x: Tensor, cp: Axis) -> Tensor:
     return x[:, local_positions(x.shape[1], cp.rank, cp.size, x.device)]
 
 
-def document_masks(documents_BT: Tensor, cp: Axis) -> list[ops.DocumentMask]:
-    """For each run of this rank's queries, which keys of the sequence they see: earlier ones of their own document.
+def document_masks(documents_BT: Tensor, cp: Axis, causal: bool = True) -> list[ops.DocumentMask]:
+    """For each run of this rank's queries, which keys of the sequence they see: those of their own document.
 
     Args:
         documents_BT: the document of every token of the whole sequences.
         cp: the context axis.
+        causal: earlier ones only, as `attention` will be told; else all of this rank's queries are one run.
     """
+    if not causal:
+        return [ops.document_mask(cut(documents_BT, cp), documents_BT, causal=False)]
     return [
         ops.document_mask(documents_BT[:, own], documents_BT[:, seen]) for own, seen in _runs(documents_BT.shape[1], cp)
     ]
@@ -56,21 +60,23 @@ def attention(
     cp: Axis,
     masks: Sequence[ops.DocumentMask] | None = None,
     backend: str = "sdpa",
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention of this rank's queries to the whole sequence.
+    """Attention of this rank's queries to the whole sequence, or to what comes before them.
 
     Args:
         q_BNSD, k_BKSD, v_BKSD: of this rank's tokens, rotated.
         cp: the context axis.
         masks: from `document_masks`; None: attention crosses documents.
         backend: see `ops.attention`.
+        causal: whether a query sees no later positions.
 
     Returns:
         [B, N, S, D]
     """
-    if cp.size == 1:
-        return ops.attention(q_BNSD, k_BKSD, v_BKSD, documents=masks[0] if masks else None, backend=backend)
-    k_BKTD, v_BKTD = _gather(torch.stack((k_BKSD, v_BKSD)), cp).unbind()
+    k_BKTD, v_BKTD = (k_BKSD, v_BKSD) if cp.size == 1 else _gather(torch.stack((k_BKSD, v_BKSD)), cp).unbind()
+    if cp.size == 1 or not causal:
+        return ops.attention(q_BNSD, k_BKTD, v_BKTD, causal, masks[0] if masks else None, backend)
     parts = []
     for i, (part_BNSD, (_, seen)) in enumerate(zip(q_BNSD.chunk(2, dim=2), _runs(k_BKTD.shape[2], cp), strict=True)):
         documents = masks[i] if masks else None

@@ -78,6 +78,10 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
         self.tp = tp
 
+    def bias_operand(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in the dtype of compute."""
+        return None if self.bias is None else local(self.bias).to(dtype)
+
 
 class ColumnParallelLinear(Linear):
     """Output features are sharded: [..., in] -> [..., out / tp]. The input must have entered the sharded region.
@@ -173,27 +177,36 @@ class RowParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.tp.leave(self.tp.linear(x, local(self.weight).to(x.dtype)))
 
-    def bias_operand(self, dtype: torch.dtype) -> Tensor | None:
-        """The bias in the dtype of compute."""
-        return None if self.bias is None else local(self.bias).to(dtype)
-
 
 class Embedding(nn.Module):
-    """Token and (learned) position embeddings; the vocabulary is sharded over the tensor axis."""
+    """Embeddings of tokens, of (learned) positions and of token types; the vocabulary is sharded over the tensor axis.
 
-    def __init__(self, vocab_size: int, num_positions: int, hidden_size: int, tp: TensorParallel) -> None:
+    Args:
+        num_positions, num_types: rows of the other two tables; 0: there is none.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TensorParallel, num_positions: int = 0, num_types: int = 0
+    ) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.positions = nn.Parameter(torch.empty(num_positions, hidden_size)) if num_positions else None
+        self.token_types = nn.Parameter(torch.empty(num_types, hidden_size)) if num_types else None
         self.vocab = chunk(vocab_size, tp.axis)
         self.tp = tp
 
-    def forward(self, ids_BS: Tensor, positions_S: Tensor) -> Tensor:
-        """Embeds tokens that stand at these positions; the result is cut along the sequence where activations are."""
+    def forward(self, ids_BS: Tensor, positions_S: Tensor, types_BS: Tensor | None = None) -> Tensor:
+        """Embeds tokens of these types (None: all of type 0) that stand at these rows of the table of positions.
+
+        The result is cut along the sequence where activations are.
+        """
         x_BSH = self.tp.leave(self._look_up(ids_BS))
-        if self.positions is None:
-            return x_BSH
-        return x_BSH + F.embedding(self.tp.cut(positions_S[None]), local(self.positions))
+        if self.positions is not None:
+            x_BSH = x_BSH + F.embedding(self.tp.cut(positions_S[None]), local(self.positions))
+        if self.token_types is not None:
+            table = local(self.token_types)
+            x_BSH = x_BSH + (table[0] if types_BS is None else F.embedding(self.tp.cut(types_BS), table))
+        return x_BSH
 
     def _look_up(self, ids_BS: Tensor) -> Tensor:
         table = local(self.tokens)
@@ -207,8 +220,14 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix [vocab, hidden], sharded over the vocabulary; the loss reads its local rows."""
+    """The output matrix [vocab, hidden] and a bias per token, sharded over the vocabulary; the loss reads local rows.
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    Args:
+        weight: False where the embedding is the output matrix.
+        bias: whether there is one.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, weight: bool, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size)) if weight else None
+        self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None

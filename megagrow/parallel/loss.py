@@ -81,6 +81,7 @@ def vocab_parallel_loss(
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
     options: LossOptions | None = None,
+    head_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss sum over tokens, the same on every tensor rank.
 
@@ -94,10 +95,11 @@ def vocab_parallel_loss(
         tp: the tensor axis.
         teacher_hidden, teacher_head: [T, H_teacher] and [V, H_teacher] of the teacher, or None.
         options: see `LossOptions`; without a teacher only `chunk_tokens` matters.
+        head_bias: [V] added to the logits of this rank's rows, or None.
 
     Returns:
         The loss [1] (pipeline schedules join outputs, which therefore have a dim), differentiable
-        in hidden_TH and head_VH, and the detached weighted sums [loss, CE, KD].
+        in hidden_TH, head_VH and head_bias, and the detached weighted sums [loss, CE, KD].
     """
     options = options or LossOptions()
     shard = _Shard(tp, chunk(vocab_size, tp), options.compiled)
@@ -105,6 +107,7 @@ def vocab_parallel_loss(
     return _Loss.apply(
         hidden_TH,
         head_VH,
+        head_bias,
         labels_T,
         weights_T,
         shard,
@@ -140,6 +143,7 @@ def token_scores(
     vocab_size: int,
     tp: Axis,
     chunk_tokens: int = 1024,
+    head_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood and rank of every label, without gradients.
 
@@ -154,12 +158,18 @@ def token_scores(
     with torch.no_grad():
         head = head_VH.to(hidden_TH.dtype)
         for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
-            logits_CV, local_C = ops.product(hidden_CH, head), shard.local_labels(labels_C)
+            logits_CV, local_C = _logits(hidden_CH, head, head_bias), shard.local_labels(labels_C)
             label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
             nll_C, rank_C = _exact_scores(logits_CV, local_C, label_logit_C, vocab_size, tp)
             nlls.append(nll_C)
             ranks.append(rank_C)
     return torch.cat(nlls), torch.cat(ranks)
+
+
+def _logits(hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Of this rank's rows, in the dtype of the states."""
+    logits_CV = ops.product(hidden_CH, head_VH)
+    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
 
 
 def _label_logits(logits_CV: Tensor, local_C: Tensor) -> Tensor:
@@ -199,6 +209,7 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         hidden_TH: Tensor,
         head_VH: Tensor,
+        bias_V: Tensor | None,
         labels_T: Tensor,
         weights_T: Tensor,
         shard: _Shard,
@@ -214,10 +225,11 @@ class _Loss(torch.autograd.Function):
         # Summed over many chunks, which the head's own dtype would round each time.
         make_head = torch.empty_like if len(hidden_TH) else torch.zeros_like  # the first chunk writes it
         grad_head = make_head(head_VH, dtype=wide) if needs_gradient else None
+        grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs_gradient and bias_V is not None else None
         for start in range(0, hidden_TH.shape[0], options.chunk_tokens):
             part = slice(start, start + options.chunk_tokens)
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
-            logits_CV = ops.product(hidden_CH, head)
+            logits_CV = _logits(hidden_CH, head, bias_V)
             if teacher_TH is None or teacher_head_VH is None:
                 sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard, needs_gradient)
             else:
@@ -234,8 +246,10 @@ class _Loss(torch.autograd.Function):
             if grad_hidden is not None and grad_head is not None:
                 grad_hidden[part] = ops.product(logits_CV, head.T)
                 ops.add_product_(grad_head, logits_CV.T, hidden_CH.T, is_first=start == 0)
+            if grad_bias is not None:
+                grad_bias += logits_CV.sum(0, dtype=wide)
             del logits_CV  # before the next chunk's exist
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
         ctx.factor = None
         ctx.mark_non_differentiable(sums)
         return sums[:1].clone(), sums
@@ -245,7 +259,7 @@ class _Loss(torch.autograd.Function):
         grads = ctx.saved_tensors
         if ctx.factor is None:  # else it is the other half of a split backward pass
             ctx.factor = grad_loss
-            for grad in () if _is_one(grad_loss) else grads:
+            for grad in () if _is_one(grad_loss) else [grad for grad in grads if grad is not None]:
                 # In place, since the head's is large; in the factor's float32, since 1/3 rounded to bfloat16 would make
                 # every gradient 0.2 % off; behind autograd's back, which would refuse to read it again.
                 grad.data.mul_(grad_loss)

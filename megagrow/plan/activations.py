@@ -153,20 +153,22 @@ def _kept_head_norms(layout: Layout, size: Sizes, device: DeviceType) -> int:
 def _kept_attention(layout: Layout, size: Sizes, device: DeviceType) -> int:
     if _computes_probabilities_again(layout, device):
         return size.query
-    joined = size.query if layout.context > 1 else 0  # the results of two runs of queries, and both together
-    return size.query + joined + _log_sums(layout, size, device) + (_masks(layout) if device == "cpu" else 0)
+    runs = layout.context > 1 and layout.model.is_causal
+    joined = size.query if runs else 0  # the results of two runs of queries, and both together
+    masks = _masks(layout) if device == "cpu" and layout.config.data.mask_documents else 0
+    return size.query + joined + _log_sums(layout, size, device) + masks
 
 
 def _computes_probabilities_again(layout: Layout, device: DeviceType) -> bool:
     """Whether attention is the CPU's own, which needs neither its result nor statistics for its backward pass."""
-    return device == "cpu" and not layout.config.data.mask_documents
+    return device == "cpu" and layout.model.is_causal and not layout.config.data.mask_documents
 
 
 def _masks(layout: Layout) -> int:
     """What a CPU's attention keeps of documents' masks for every sample."""
     length = layout.config.data.seq_length
-    if layout.context == 1:
-        return layout.microbatch * length**2 * layout.width
+    if layout.context == 1 or not layout.model.is_causal:  # one run, of all of this rank's queries
+        return layout.microbatch * length**2 // layout.context * layout.width
     run = length // (2 * layout.context)  # the first context rank's runs see one of these, and all
     return layout.microbatch * run * (run + length) * layout.width
 
@@ -242,9 +244,17 @@ def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: Device
 
     That of the loss comes on top.
     """
-    size = sizes(layout)
+    size, model = sizes(layout), layout.model
+    norm = _kept_by_norm(layout, size.cut, size.statistic, device)
     kept = len(stage.layers) * block.kept
-    kept += _kept_by_norm(layout, size.cut, size.statistic, device) if stage.is_last else size.cut
+    if stage.is_first and model.norm_place == "after":
+        kept += norm
+    if not stage.is_last:
+        kept += size.cut
+    elif model.norm_place == "before":
+        kept += norm
+    if stage.is_last and not model.is_causal:  # inputs of the head's dense layer, of its activation and of its norm
+        kept += 2 * size.cut + norm
     if not stage.is_first and stage.layers and _keeps_input(layout, device):
         kept -= size.cut  # it is what the stage received, and counted there
     return kept
@@ -285,7 +295,7 @@ def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None)
     matrix = rows * model.hidden_size
     chunk = tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE)
     logits = min(chunk, layout.tokens) * rows
-    kept = size.whole + 4 * matrix
+    kept = size.whole + 4 * matrix + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
     copy = width * matrix if layout.casts_at_use else 0
     piece = min(rows, PIECE_ROWS) if device == "cpu" else rows
     added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, check_source, load_model
-from megagrow.checks import check_model
+from megagrow.checks import check_causal, check_model
 from megagrow.config import ParallelConfig, require
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
@@ -105,12 +105,13 @@ def score_corpus(
         `output`, once the scores are complete.
 
     Raises:
-        ConfigError: the model cannot be laid out on the mesh, or the samples are longer than its
+        ConfigError: the model is an encoder or cannot be laid out on the mesh, or the samples are longer than its
             position table.
         DataError: the model does not fit the data (see `check_source`) or gives a loss that is not
             finite, or `output` holds something else.
     """
     output, model_config = Path(output), source.model
+    check_causal(model_config, str(source.path), "to score samples")
     check_model(model_config, ParallelConfig(tensor=mesh.tp.size), str(source.path))
     require(
         model_config.positions != "learned" or dataset.seq_length <= model_config.max_seq_length,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, load_model
-from megagrow.checks import check_model
+from megagrow.checks import check_causal, check_model
 from megagrow.config import ModelConfig, ParallelConfig, SaltConfig, require
 from megagrow.model.transformer import LossOptions, Transformer
 from megagrow.model.transformer import Teacher as StageTeacher
@@ -104,6 +104,7 @@ def loss_options(salt: SaltConfig) -> LossOptions:
 
 def check_teacher(teacher: ModelConfig, student: ModelConfig, seq_length: int) -> None:
     """Raises ConfigError unless `teacher` can teach `student` on such sequences; for a dry run."""
+    check_causal(teacher, "the teacher", "to teach next tokens")
     _check_vocabulary(teacher, student)
     require(
         teacher.positions != "learned" or seq_length <= teacher.max_seq_length,

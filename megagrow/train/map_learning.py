@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megagrow import flops
 from megagrow.checkpoint.source import Source, check_fits
-from megagrow.checks import check
+from megagrow.checks import check, check_causal
 from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, require
 from megagrow.data.loader import SampleOrder, Stream
 from megagrow.errors import NonFiniteError
@@ -68,6 +68,7 @@ def learn_maps(
         ConfigError, DataError: settings or data that do not fit (see `checks.check`, `source.check_source`).
         NonFiniteError: the loss did not stay finite.
     """
+    check_causal(source.model, str(source.path), "to learn maps outside of a run")
     config = _config(source.model, target, how, mesh)
     check(config, mesh.world.size)
     dataset = open_dataset(how.data, source.model, config)

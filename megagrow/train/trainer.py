@@ -20,8 +20,9 @@ from megagrow.config_file import to_dict
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.description import describe
 from megagrow.data.loader import SampleOrder, Stream
+from megagrow.data.mlm import Masking, make_masking
 from megagrow.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
-from megagrow.evaluate import Evaluator, make_batch, mean_loss
+from megagrow.evaluate import Evaluator, make_batch, make_masked_batch, mean_loss
 from megagrow.metrics import Metrics, Progress
 from megagrow.model.dropout import token_keys
 from megagrow.optim import lr_at
@@ -59,7 +60,8 @@ class Trainer:
         ops.let_kernels_serve(config.train.kernels)
         self.dataset = open_dataset(config.data.train, config.model, config)
         self.stream = Stream(self.dataset, SampleOrder(self.dataset.num_samples, config.data.seed))
-        self.evaluator = make_evaluator(config)
+        self.masking = None if config.model.is_causal else make_masking(config.data, config.model)
+        self.evaluator = make_evaluator(config, self.masking)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
         self.learner, self.state = self._resume() or self._begin()
@@ -98,6 +100,8 @@ class Trainer:
 
     def _begin_from(self, source: Source) -> tuple[Learner, RunState]:
         config = self.config
+        if source.note:
+            self.progress.message(source.note)
         grows = config.growth.method != "none"
         if grows:
             check_growable(source.model, config.model)
@@ -117,7 +121,7 @@ class Trainer:
     def _check_source(self, part: Part, source: Source) -> None:
         name, vocab_size = str(source.path), source.model.vocab_size
         tokens = check_tokens(self.dataset, vocab_size, name)
-        loss = mean_loss(part.engine, tokens, self.config.train.global_batch_size, self.mesh)
+        loss = mean_loss(part.engine, tokens, self.config.train.global_batch_size, self.mesh, masking=self.masking)
         judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
         self.progress.message(f"source {source.path}: loss {loss:.3f} on the data")
 
@@ -205,9 +209,13 @@ class Trainer:
         name, stream = ("selected", self.salt.stream) if salt_on and self.salt.stream else ("all", self.stream)
         size = config.train.global_batch_size
         ids, tokens = stream.batch(state.cursors[name], size, mesh.dp.rank, mesh.dp.size)
-        state.cursors[name] += size
         documents = torch.from_numpy(self.dataset.documents(ids)) if config.data.mask_documents else None
-        batch = make_batch(tokens, size, mesh, documents)
+        if self.masking is None:
+            batch = make_batch(tokens, size, mesh, documents)
+        else:
+            visits = state.cursors[name] + mesh.dp.rank * len(tokens) + torch.arange(len(tokens))
+            batch = make_masked_batch(tokens, visits, self.masking, mesh, documents)
+        state.cursors[name] += size
         hidden = self.salt.teacher_hidden(batch, self.learner.part.engine.num_microbatches) if salt_on else None
         batch = replace(batch, teacher_hidden=hidden, dropout_keys=dropout_keys(config, state.step, mesh))
         heartbeat.enter("forward/backward", state.step)
@@ -367,12 +375,13 @@ def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDatas
     return dataset
 
 
-def make_evaluator(config: Config) -> Evaluator | None:
+def make_evaluator(config: Config, masking: Masking | None = None) -> Evaluator | None:
     """The held-out batches that the configuration names, or None."""
     if not config.data.validation or config.train.eval_batches == 0:
         return None
     dataset = open_dataset(config.data.validation, config.model, config)
-    return Evaluator(dataset, config.train.global_batch_size, config.train.eval_batches, config.data.mask_documents)
+    train = config.train
+    return Evaluator(dataset, train.global_batch_size, train.eval_batches, config.data.mask_documents, masking)
 
 
 def describe_model(model: ModelConfig) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megagrow.config import ModelConfig
-from tests.models import as_gpt_neox, as_qwen2
+from tests.models import as_bert, as_gpt_neox, as_qwen2, as_roberta
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -48,6 +48,15 @@ GPT_NEOX = {
     "bos_token_id": 3,
     "eos_token_id": 4,
 }
+BERT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": 2,
+}
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, LLAMA),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, LLAMA),
@@ -55,6 +64,8 @@ CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, LLAMA | {"head_dim": 8}),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, GPT2),
     "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM, GPT_NEOX),
+    "bert": (transformers.BertConfig, transformers.BertForMaskedLM, BERT),
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM, BERT),
 }
 # By kind, as transformers' `rope_parameters`; the contexts are those of the folders here and half of it.
 ROPE_SCALINGS: dict[str, dict[str, Any]] = {
@@ -117,6 +128,8 @@ OWN_GPT2 = ModelConfig(
     mlp_bias=True,
     tied_embeddings=True,
 )
+OWN_BERT = as_bert(OWN_GPT2, norm_eps=1e-4)
+OWN_ROBERTA = as_roberta(OWN_GPT2, position_offset=3)
 
 
 def random_model(family: str, **changes: Any) -> Any:
@@ -142,28 +155,30 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
-def logits_of(folder: Path, ids_BS: Tensor) -> Tensor:
+def logits_of(folder: Path, ids_BS: Tensor, types_BS: Tensor | None = None) -> Tensor:
     """What transformers computes from a folder; no tensor of it may be missing or left over."""
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    is_encoder = transformers.AutoConfig.from_pretrained(folder).model_type in ("bert", "roberta")
+    auto = transformers.AutoModelForMaskedLM if is_encoder else transformers.AutoModelForCausalLM
+    model, report = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
-        return model.eval()(ids_BS).logits
+        return model.eval()(ids_BS, **({} if types_BS is None else {"token_type_ids": types_BS})).logits
 
 
-def random_ids(num_tokens: int = 19) -> Tensor:
-    return torch.randint(VOCAB_SIZE, (2, num_tokens), generator=torch.Generator().manual_seed(1))
+def random_ids(num_tokens: int = 19, first: int = 0) -> Tensor:
+    """Tokens from `first` on; RoBERTa does not count those up to its padding token, 2 here, as positions."""
+    return torch.randint(first, VOCAB_SIZE, (2, num_tokens), generator=torch.Generator().manual_seed(1))
 
 
-def save_tokenizer(folder: Path) -> Path:
-    """A byte-pair tokenizer.json of less than `VOCAB_SIZE` tokens, with an end of document."""
+def save_tokenizer(folder: Path, *special: str) -> Path:
+    """A byte-pair tokenizer.json of less than `VOCAB_SIZE` tokens, with an end of document and these special tokens."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - 4, special_tokens=["<|endoftext|>"], show_progress=False
+        vocab_size=VOCAB_SIZE - 8, special_tokens=["<|endoftext|>"], show_progress=False
     )
     tokenizer.train_from_iterator(["grow the small model, train the large model"] * 3, trainer)
+    tokenizer.add_special_tokens(list(special))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

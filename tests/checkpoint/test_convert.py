@@ -63,6 +63,8 @@ def save_own(folder: Path, model: ModelConfig) -> Path:
         ("gpt2", torch.float32),
         ("qwen2", torch.bfloat16),
         ("gpt_neox", torch.float16),
+        ("bert", torch.bfloat16),
+        ("roberta", torch.float32),
     ],
 )
 def test_there_and_back_is_equal(tmp_path, tool, family, dtype) -> None:

@@ -12,12 +12,14 @@ from megagrow.config import ModelConfig, RopeScaling
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.mesh import Mesh
 from tests.checkpoint.hf_folders import (
+    OWN_BERT,
     OWN_GPT2,
     OWN_GPT_NEOX,
     OWN_LLAMA,
     OWN_MISTRAL,
     OWN_QWEN2,
     OWN_QWEN3,
+    OWN_ROBERTA,
     ROPE_SCALINGS,
     logits_of,
     random_ids,
@@ -49,6 +51,10 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("gpt2", {"tie_word_embeddings": False, "n_inner": 50, "layer_norm_epsilon": 0.1}),
     ("gpt2", {"activation_function": "gelu_pytorch_tanh", "n_head": 1}),
+    ("bert", {}),
+    ("bert", {"tie_word_embeddings": False, "type_vocab_size": 3, "hidden_act": "gelu_new", "layer_norm_eps": 0.1}),
+    ("roberta", {}),
+    ("roberta", {"tie_word_embeddings": False, "type_vocab_size": 1, "pad_token_id": 0}),
 ]
 OURS = [
     OWN_LLAMA,
@@ -62,12 +68,16 @@ OURS = [
     replace(OWN_GPT_NEOX, parallel_residual=False, attention_bias="none", activation="gelu", tied_embeddings=True),
     OWN_GPT2,
     replace(OWN_GPT2, tied_embeddings=False),
+    OWN_BERT,
+    replace(OWN_BERT, tied_embeddings=False, activation="gelu"),
+    OWN_ROBERTA,
+    replace(OWN_ROBERTA, tied_embeddings=False),
 ]
 
 
 @pytest.mark.parametrize(("family", "changes"), THEIRS)
 def test_logits_of_their_folder(tmp_path, family: str, changes: dict) -> None:
-    folder, ids_BS = save_folder(tmp_path, family, **changes), random_ids()
+    folder, ids_BS = save_folder(tmp_path, family, **changes), random_ids(first=3)
     theirs = logits_of(folder, ids_BS)
     ours = load_model(open_source(folder), Mesh.single()).logits(ids_BS)
     assert theirs.std() > 0.1
@@ -76,7 +86,7 @@ def test_logits_of_their_folder(tmp_path, family: str, changes: dict) -> None:
 
 @pytest.mark.parametrize("model", OURS)
 def test_logits_of_our_folder(tmp_path, model: ModelConfig) -> None:
-    transformer, ids_BS = Transformer(model), random_ids()
+    transformer, ids_BS = Transformer(model), random_ids(first=3)
     weights = dict(transformer.named_parameters())
     with torch.no_grad():
         for parameter in weights.values():
@@ -87,3 +97,13 @@ def test_logits_of_our_folder(tmp_path, model: ModelConfig) -> None:
     assert ours.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=LARGEST_DIFFERENCE, rtol=0)
     assert HFReader(tmp_path / "out").model == model
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_token_types_reach_the_logits(tmp_path, family: str) -> None:
+    folder, ids_BS = save_folder(tmp_path, family, type_vocab_size=2), random_ids(first=3)
+    types_BS = torch.arange(ids_BS.numel()).view_as(ids_BS) % 2
+    theirs, plain = logits_of(folder, ids_BS, types_BS), logits_of(folder, ids_BS)
+    ours = load_model(open_source(folder), Mesh.single()).logits(ids_BS, types_BS)
+    assert (theirs - plain).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=LARGEST_DIFFERENCE, rtol=0)

@@ -13,7 +13,7 @@ from megagrow.growth.grow import grow_into
 from megagrow.growth.methods import Recipe
 from megagrow.model import Transformer
 from megagrow.model.transformer import initialize
-from tests.models import as_gpt2
+from tests.models import as_bert, as_gpt2, as_roberta
 
 LLAMA = ModelConfig(
     vocab_size=29,
@@ -32,6 +32,8 @@ TIED = dataclasses.replace(LLAMA, tied_embeddings=True)
 EVERYTHING = dataclasses.replace(  # GQA, biases, fused gate/up, learned positions, tied
     GPT2, family="llama", num_kv_heads=2, activation="swiglu"
 )
+BERT = as_bert(LLAMA)
+UNTIED_ROBERTA = as_roberta(LLAMA, tied_embeddings=False)
 QK_NORM = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True)
 UNTIED_BIAS = dataclasses.replace(EVERYTHING, tied_embeddings=False, norm="rms_norm", activation="geglu")
 

@@ -26,6 +26,8 @@ MODELS = {
     "everything": models.EVERYTHING,
     "qk-norm": models.QK_NORM,
     "untied-bias": models.UNTIED_BIAS,
+    "bert": models.BERT,
+    "roberta-untied": models.UNTIED_ROBERTA,
 }
 WIDTHS = [
     {"hidden": 2},
@@ -90,8 +92,8 @@ def test_tied_head_without_scale_loses_the_function(monkeypatch: pytest.MonkeyPa
     assert function_change(small, grown(recipe, small), ids) > 1e-2
 
 
-def test_stack_repeats_layers_exactly() -> None:
-    source = models.EVERYTHING
+@pytest.mark.parametrize(("source", "num_outside"), [(models.EVERYTHING, 4), (models.BERT, 10)])
+def test_stack_repeats_layers_exactly(source: ModelConfig, num_outside: int) -> None:
     target = widened(source, layers=5)
     small = tensors_of(make(source))
     large = tensors_of(grown(make_recipe("stack", source, target), make(source)))
@@ -100,7 +102,7 @@ def test_stack_repeats_layers_exactly() -> None:
             copied = small[f"layers.{layer % 2}.{leaf}"]
             assert torch.equal(large[f"layers.{layer}.{leaf}"], copied)
     outside = [name for name in small if not name.startswith("layers.")]
-    assert len(outside) == 4
+    assert len(outside) == num_outside
     assert all(torch.equal(large[name], small[name]) for name in outside)
 
 
@@ -147,6 +149,16 @@ REFUSED = [
     ("clone", models.TIED, "tied_embeddings"),
     ("sprout", models.LLAMA, "use one of stack, clone, ligo"),
 ]
+
+
+@pytest.mark.parametrize("method", ["clone", "ligo"])
+def test_a_tied_head_without_a_norm_before_it_has_no_place_for_its_scale(method: str) -> None:
+    source = dataclasses.replace(models.TIED, norm_place="after")
+    with pytest.raises(ConfigError, match="norm_place=after"):
+        make_recipe(method, source, widened(source, hidden=2))
+    recipe = make_recipe("clone", source, widened(source, ffn=2))
+    small, ids = make(source), make_ids(source)
+    assert function_change(small, grown(recipe, small), ids) <= KEPT
 
 
 @pytest.mark.parametrize(("method", "target", "words"), REFUSED)

@@ -65,8 +65,8 @@ def grow_run(
 
 @pytest.mark.parametrize(
     "source",
-    [models.LLAMA, models.EVERYTHING, models.UNTIED_BIAS, models.QK_NORM],
-    ids=["llama", "tied", "untied", "qk-norm"],
+    [models.LLAMA, models.EVERYTHING, models.UNTIED_BIAS, models.QK_NORM, models.BERT],
+    ids=["llama", "tied", "untied", "qk-norm", "bert"],
 )
 def test_exact_moments_give_the_small_models_trajectory(source: ModelConfig) -> None:
     small, old = small_run(source)
@@ -119,6 +119,22 @@ def test_scales_of_each_kind_of_parameter() -> None:
     assert value_scale(untied, "head.weight") == 1 / 2
     assert gradient_scale(untied, "head.weight") == 1
     assert value_scale(untied, "final_norm.weight") == 1
+
+
+def test_the_last_norm_of_an_encoder_takes_the_scale_of_its_tied_head() -> None:
+    source = models.BERT
+    tied = make_recipe("clone", source, widened(source, hidden=2))
+    scales = {
+        "embedding.token_types": (1, 1 / 2),
+        "embedding_norm.bias": (1, 1 / 2),
+        "layers.1.mlp_norm.weight": (1, 1 / 2),
+        "mlm_head.dense.weight": (1 / 2, 1 / 2),
+        "mlm_head.norm.weight": (1 / 2, 1),
+        "mlm_head.norm.bias": (1 / 2, 1),
+        "head.bias": (1, 1),
+    }
+    for name, (value, gradient) in scales.items():
+        assert (value_scale(tied, name), gradient_scale(tied, name)) == (value, gradient), name
 
 
 def test_reset_clears_moments_and_count() -> None:

@@ -18,7 +18,7 @@ from megagrow.config import (
     microbatch_size,
     min_microbatches,
 )
-from tests.models import as_gpt2, as_gpt_neox, as_qwen2
+from tests.models import as_bert, as_gpt2, as_gpt_neox, as_qwen2, as_roberta
 
 BATCH, SEQ = 16, 16
 
@@ -34,6 +34,8 @@ NEOX = as_gpt_neox(LLAMA, rope_fraction=0.5)
 QWEN2 = as_qwen2(LLAMA, num_kv_heads=1, rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=8, beta_fast=2.0))
 LLAMA3 = replace(LLAMA, rope_theta=100.0, rope_scaling=RopeScaling("llama3", 8.0, original_max_positions=8))
 LINEAR = replace(LLAMA, rope_scaling=RopeScaling("linear", 3.0))
+BERT = as_bert(LLAMA, vocab_size=101)
+ROBERTA = as_roberta(LLAMA, vocab_size=101)
 
 
 @dataclass(frozen=True)
@@ -214,5 +216,42 @@ FAMILIES = [
     make_layout(2, "GPT-NeoX, compiled blocks", **SP, model=NEOX, train={"compile": True}),
 ]
 
-LAYOUTS = [*ALONE, *PAIRS, *WITH_SCHEDULES, *THREE_AXES, *OTHERS, *FAMILIES]
+# Every axis alone, tensor x pipeline x FSDP2 under every schedule, and what cuts across them.
+ENCODERS = [
+    *(
+        make_layout(ranks, kind, model=model, **parallel)
+        for kind, model in (("BERT", BERT), ("RoBERTa", ROBERTA))
+        for ranks, parallel in (
+            (2, {"tensor": 2}),
+            (2, SP),
+            (2, {"context": 2}),
+            (2, {"pipeline": 2}),
+            (2, {}),
+            (2, {"replicate": 2}),
+        )
+    ),
+    make_layout(8, "BERT", **SP, pipeline=2, model=BERT),
+    *(make_layout(8, "BERT", **SP, pipeline=2, schedule=name, model=BERT) for name in SCHEDULES),
+    make_layout(8, "RoBERTa", **SP, context=2, pipeline=2, model=ROBERTA),
+    make_layout(
+        8,
+        "RoBERTa, documents, full recompute",
+        **SP,
+        context=2,
+        documents=True,
+        model=ROBERTA,
+        train={"recompute": "full"},
+    ),
+    make_layout(8, "BERT, documents", tensor=2, pipeline=2, documents=True, model=BERT),
+    make_layout(
+        8, "BERT, selective recompute, dropout", **TP_PP, model=BERT, train={"recompute": "selective", "dropout": 0.2}
+    ),
+    make_layout(8, "RoBERTa, untied", tensor=4, pipeline=2, model=replace(ROBERTA, tied_embeddings=False)),
+    make_layout(4, "BERT, ranks without vocabulary", tensor=4, model=replace(BERT, vocab_size=9)),
+    make_layout(
+        2, "BERT, compiled blocks, full recompute", **SP, model=BERT, train={"compile": True, "recompute": "full"}
+    ),
+]
+
+LAYOUTS = [*ALONE, *PAIRS, *WITH_SCHEDULES, *THREE_AXES, *OTHERS, *FAMILIES, *ENCODERS]
 BY_NAME = {layout.name: layout for layout in LAYOUTS}

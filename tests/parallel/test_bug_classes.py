@@ -26,7 +26,7 @@ from megagrow.parallel.mesh import Axis, Mesh, make_mesh
 from megagrow.roles import role_of
 from megagrow.train.part import build_part, initialize_part
 from tests.parallel import parity
-from tests.parallel.layouts import GPT2, LLAMA, QWEN, SCHEDULES, SP, TIED, Layout, make_layout
+from tests.parallel.layouts import BERT, GPT2, LLAMA, QWEN, SCHEDULES, SP, TIED, Layout, make_layout
 from tests.parallel.parity import GRADIENT_BOUND, gradient_errors, local_batch, one_process, train_rank
 from tests.ranks import run_ranks
 
@@ -196,6 +196,8 @@ EMPTY = make_layout(4, tensor=4, model=replace(LLAMA, vocab_size=9, num_kv_heads
 NORMS = {"attention_norm.weight", "mlp_norm.weight", "final_norm.weight"}
 ADDED_OUTSIDE = {"attention.output.bias", "mlp.down.bias", "embedding.positions"}
 NORM_BIASES = {"attention_norm.bias", "mlp_norm.bias", "final_norm.bias"}
+ENCODERS_OUTSIDE = {"embedding.token_types", "embedding_norm.weight", "embedding_norm.bias"}
+ENCODERS_OUTSIDE |= {f"mlm_head.{module}.{leaf}" for module in ("dense", "norm") for leaf in ("weight", "bias")}
 LAST_MLP = {"layers.3.mlp.down.weight", "layers.3.mlp.gate_up.weight"}
 AFTER_LAST_MLP = {"final_norm.weight", "head.weight", "loss"}
 AFTER_LAST_KEYS = {*AFTER_LAST_MLP, *LAST_MLP, "layers.3.mlp_norm.weight", "layers.3.attention.output.weight"}
@@ -204,6 +206,11 @@ AFTER_LAST_KEYS = {*AFTER_LAST_MLP, *LAST_MLP, "layers.3.mlp_norm.weight", "laye
 SOME_WRONG = [
     (no_partial_sums, SEQUENCE, {*NORMS, "norm"}),
     (no_partial_sums, make_layout(2, **SP, model=GPT2), {*NORMS, *NORM_BIASES, *ADDED_OUTSIDE, "norm"}),
+    (
+        no_partial_sums,
+        make_layout(2, **SP, model=BERT),
+        {*NORMS, *NORM_BIASES, *ADDED_OUTSIDE, *ENCODERS_OUTSIDE, "norm"},
+    ),
     (no_sums_of_head_norms, make_layout(2, tensor=2, model=QWEN), {*HEAD_NORMS, "norm"}),
     (no_sums_of_shared_kv_heads, make_layout(2, tensor=2, model=ONE_KV_HEAD), {"attention.key_value.weight", "norm"}),
     (no_sums_of_shared_kv_heads, make_layout(2, **SP, model=ONE_KV_HEAD), {"attention.key_value.weight", "norm"}),

@@ -387,3 +387,50 @@ def test_logits_of_a_chunk_fit_in_half_of_the_cache(wanted: int, rows: int, widt
     found = tokens_at_once(wanted, rows, width, cache=50 * 2**20)
     assert found == expected
     assert wanted or found == 256 or found * rows * width <= 25 * 2**20
+
+
+def loss_with_bias(
+    dtype: torch.dtype, options: LossOptions, with_teacher: bool
+) -> tuple[Result, Tensor, Tensor, Tensor]:
+    """The loss of a head with a bias, the gradient of this rank's part of it, and the scores of the tokens."""
+    p, tp = problem_with_bias().to(dtype), tp_axis()
+    rows = chunk(VOCAB, tp)
+    hidden_TH = p.hidden_TH[:, :-1].clone().requires_grad_()
+    head_VH, bias_V = (x[rows].clone().requires_grad_() for x in (p.head_VH[:, :-1], p.head_VH[:, -1]))
+    teacher = {"teacher_hidden": p.teacher_TG, "teacher_head": p.teacher_head_VG[rows]} if with_teacher else {}
+    given = copy_to(hidden_TH, tp), head_VH, p.labels_T, p.weights_T, VOCAB, tp
+    loss, sums = vocab_parallel_loss(*given, **teacher, options=options, head_bias=bias_V)
+    (3 * loss).backward()
+    assert hidden_TH.grad is not None and head_VH.grad is not None and bias_V.grad is not None
+    labels_T = p.labels_T.clamp(min=0)
+    nll_T, rank_T = token_scores(hidden_TH.detach(), head_VH, labels_T, VOCAB, tp, 5, head_bias=bias_V)
+    return Result(loss.detach(), sums, hidden_TH.grad / 3, head_VH.grad / 3), bias_V.grad / 3, nll_T, rank_T
+
+
+def problem_with_bias() -> Problem:
+    """A bias is a column of the head whose state is always 1."""
+    p = problem()
+    p.hidden_TH[:, -1] = 1
+    return p
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_bias_of_the_head_is_exact(dtype: torch.dtype, with_teacher: bool, ranks: int) -> None:
+    options = LossOptions(weight=1 / 3, temperature=2.0, both=True, chunk_tokens=5)
+    p = problem_with_bias()
+    expected = oracle(p, options, with_teacher)
+    logits_TV, labels_T = p.hidden_TH @ p.head_VH.T, p.labels_T.clamp(min=0)
+    nlls_T = F.cross_entropy(logits_TV, labels_T, reduction="none")
+    ranks_T = (logits_TV > logits_TV.gather(1, labels_T[:, None])).sum(-1)
+    found = run_ranks(loss_with_bias, ranks, dtype, options, with_teacher)
+    close = {"rtol": 0, "atol": 10 * TOLERANCE[dtype], "check_dtype": False}
+    for rank, (result, grad_bias_V, nll_T, rank_T) in enumerate(found):
+        rows = chunk(VOCAB, Axis(rank=rank, size=ranks))
+        torch.testing.assert_close(result.sums[:2], expected.sums[:2], **close)
+        torch.testing.assert_close(result.grad_hidden, expected.grad_hidden[:, :-1], **close)
+        torch.testing.assert_close(result.grad_head, expected.grad_head[rows, :-1], **close)
+        torch.testing.assert_close(grad_bias_V, expected.grad_head[rows, -1], **close)
+        torch.testing.assert_close(nll_T, nlls_T, **close)
+        assert torch.equal(rank_T.long(), ranks_T)

@@ -50,6 +50,9 @@ CHOSEN = [
     "context 2 x pipeline 2 (1F1B) x shard 2, biases (GPT-2)",
     f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, GPT-NeoX",
     "tensor 4 x context 2, Qwen2, one key/value head, YaRN",
+    f"{SEQUENCE} x pipeline 2 (ZBVZeroBubble) x shard 2, BERT",
+    f"{SEQUENCE} x context 2 x shard 2, RoBERTa, documents, full recompute",
+    "tensor 4, BERT, ranks without vocabulary",
 ]
 
 

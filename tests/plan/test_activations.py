@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
-from megagrow.model.transformer import Block, ParallelBlock
+from megagrow.model.transformer import make_block
 from megagrow.parallel.context import document_masks
 from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
 from megagrow.parallel.mesh import Axis, Mesh, make_mesh
@@ -20,14 +20,15 @@ from megagrow.plan import activations
 from megagrow.plan.dry_run import fake_ranks
 from megagrow.plan.layout import Layout
 from megagrow.plan.measure import kept_memory, peak_memory
-from tests.models import as_gpt2, as_gpt_neox
+from tests.models import as_bert, as_gpt2, as_gpt_neox
 
 SAMPLES, LENGTH = 2, 64
 LLAMA = ModelConfig(hidden_size=96, num_heads=8, head_dim=16, num_kv_heads=4, ffn_size=160, num_layers=2, vocab_size=97)
 QWEN = replace(LLAMA, family="qwen3", qk_norm=True)
 GPT2 = as_gpt2(LLAMA, num_heads=4, num_kv_heads=4, head_dim=24, ffn_size=128, vocab_size=96, max_seq_length=LENGTH)
 NEOX = as_gpt_neox(LLAMA, num_heads=4, num_kv_heads=4, head_dim=24, rope_fraction=0.5)
-MODELS = {"llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2, "gpt_neox": NEOX}
+BERT = as_bert(GPT2)
+MODELS = {"llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2, "gpt_neox": NEOX, "bert": BERT}
 MESHES: dict[str, dict[str, Any]] = {
     "one": {},
     "tensor": {"tensor": 2},
@@ -51,9 +52,8 @@ def blocks_of(given: Layout) -> Callable[[int], Tensor]:
     config, mesh = given.config, make_mesh(given.config.parallel)
     dtype = torch.bfloat16 if given.width == 2 else torch.float32
     holder = nn.Module()
-    block = ParallelBlock if given.model.parallel_residual else Block
     with torch.device("meta"):
-        holder.layers = nn.ModuleDict({str(i): block(given.model, mesh, config.train, i) for i in range(2)})
+        holder.layers = nn.ModuleDict({str(i): make_block(given.model, mesh, config.train, i) for i in range(2)})
     shard_parameters(holder, given.model, mesh)
     holder.to_empty(device="cpu")
     for parameter in holder.parameters():
@@ -76,7 +76,7 @@ def tokens_of(given: Layout, mesh: Mesh, dtype: torch.dtype) -> Tokens:
         place = (mesh.cp.rank, mesh.cp.size)
         rotary = rotary_table(model, LENGTH, *place, dtype, torch.device("cpu"))
     documents = torch.arange(SAMPLES * LENGTH).view(SAMPLES, LENGTH) // 20
-    masks = document_masks(documents, mesh.cp) if given.config.data.mask_documents else None
+    masks = document_masks(documents, mesh.cp, model.is_causal) if given.config.data.mask_documents else None
     rate = given.config.train.dropout
     keys = torch.randint(2**40, (SAMPLES, given.cut_tokens // SAMPLES)) if rate else None
     return Tokens(rotary, masks, keys)

@@ -39,6 +39,7 @@ from megagrow.train.growing import map_learner
 from megagrow.train.learner import Learner, ModelLearner
 from megagrow.train.part import build_part, compute_dtype, initialize_part
 from megagrow.train.state import RunState
+from tests.models import as_bert
 from tests.ranks import run_ranks
 
 STEP = "a step"
@@ -67,6 +68,7 @@ CASES = {
     ),
     "selective recompute": (changed(recompute="selective"), 1),
     "tied embeddings": (replace(LONG, model=replace(MODEL, tied_embeddings=True, vocab_size=8000)), 1),
+    "encoder": (replace(LONG, model=as_bert(MODEL, vocab_size=8000)), 1),
     "data": (changed(), 2),
     "data, accumulation in bf16": (changed(precision="bf16", microbatch_size=2), 2),
     "copies": (changed(parallel={"replicate": 2}), 4),

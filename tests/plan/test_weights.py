@@ -13,10 +13,12 @@ from megagrow.plan.dry_run import build_on_meta, built_stages, fake_ranks, first
 from megagrow.plan.layout import Layout
 from megagrow.plan.weights import rank_unit, stage_unit, tensor_elements, trained_elements
 from megagrow.roles import num_parameters
-from tests.models import as_gpt2
+from tests.models import as_bert, as_gpt2, as_roberta
 
 LLAMA = ModelConfig(vocab_size=101, hidden_size=48, num_layers=7, num_heads=8, num_kv_heads=4, head_dim=8, ffn_size=72)
 GPT2 = as_gpt2(LLAMA, max_seq_length=64)
+BERT = as_bert(LLAMA, max_seq_length=64)
+ROBERTA = as_roberta(LLAMA, max_seq_length=64)
 QWEN = replace(LLAMA, family="qwen3", qk_norm=True, tied_embeddings=True)
 
 
@@ -38,6 +40,8 @@ LAYOUTS = {
     "interleaved x tensor x data": layout(24, pipeline=2, tensor=4, schedule="Interleaved1F1B", stages_per_rank=3),
     "tied, both ends on one rank": layout(12, GPT2, pipeline=2, tensor=2, schedule="ZBVZeroBubble"),
     "tied, both ends apart": layout(12, QWEN, pipeline=3, tensor=2),
+    "BERT, tied, both ends on one rank": layout(12, BERT, pipeline=2, tensor=2, schedule="DualPipeV"),
+    "RoBERTa, tied, both ends apart": layout(12, ROBERTA, pipeline=3, tensor=2),
     "all axes": layout(96, QWEN, pipeline=2, context=2, tensor=4, replicate=3, batch=48),
 }
 
