@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.data.dataset import PackedDataset
+from megagrow.data.dataset import Samples
 from megagrow.parallel import heartbeat
-from megagrow.parallel.context import cut
+from megagrow.parallel.context import cut, restarted_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch, Engine
 
@@ -24,18 +24,22 @@ class Evaluator:
         batch_size: samples per batch, over all data ranks.
         num_batches: batches; a small dataset is repeated.
         mask_documents: attention stays inside a document.
+        reset_positions: positions begin anew at each document.
     """
 
-    dataset: PackedDataset
+    dataset: Samples
     batch_size: int
     num_batches: int
     mask_documents: bool = False
+    reset_positions: bool = False
 
     def loss(self, engine: Engine, mesh: Mesh) -> float:
         """Mean cross-entropy in nats per token, the same number on every rank."""
         ids = self._ids()
-        documents = torch.from_numpy(self.dataset.documents(ids)) if self.mask_documents else None
-        return mean_loss(engine, torch.from_numpy(self.dataset.batch(ids)), self.batch_size, mesh, documents)
+        given = self.mask_documents or self.reset_positions
+        documents = torch.from_numpy(self.dataset.documents(ids)) if given else None
+        tokens, how = torch.from_numpy(self.dataset.batch(ids)), (self.mask_documents, self.reset_positions)
+        return mean_loss(engine, tokens, self.batch_size, mesh, documents, *how)
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +52,15 @@ class Evaluator:
         return np.linspace(0, self.dataset.num_samples, count, endpoint=False).astype(np.int64)
 
 
-def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh, documents: Tensor | None = None) -> float:
+def mean_loss(
+    engine: Engine,
+    tokens: Tensor,
+    batch_size: int,
+    mesh: Mesh,
+    documents: Tensor | None = None,
+    mask_documents: bool = True,
+    reset_positions: bool = False,
+) -> float:
     """Mean cross-entropy of packed samples in nats per token, the same number on every rank.
 
     Args:
@@ -57,6 +69,7 @@ def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh, docum
         batch_size: samples that the engine takes at a time, over all data ranks.
         mesh: where the rank stands.
         documents: [N, S] the document of every input, or None: attention crosses documents.
+        mask_documents, reset_positions: see `make_batch`.
     """
     total, share = 0.0, batch_size // mesh.dp.size
     for places in torch.arange(len(tokens)).split(batch_size):
@@ -64,24 +77,38 @@ def mean_loss(engine: Engine, tokens: Tensor, batch_size: int, mesh: Mesh, docum
         counts = (torch.arange(batch_size) < len(places)).to(torch.float32) * (batch_size / len(tokens))
         mine = slice(mesh.dp.rank * share, (mesh.dp.rank + 1) * share)
         rows = places[padded][mine]
-        batch = make_batch(tokens[rows], batch_size, mesh, None if documents is None else documents[rows])
+        of_rows, how = None if documents is None else documents[rows], (mask_documents, reset_positions)
+        batch = make_batch(tokens[rows], batch_size, mesh, of_rows, *how)
         weights = batch.weights * counts[mine, None].to(mesh.device)
         total += engine.evaluate(replace(batch, weights=weights))[1].item()
         heartbeat.progress()
     return total
 
 
-def make_batch(tokens: Tensor, global_batch_size: int, mesh: Mesh, documents: Tensor | None = None) -> Batch:
+def make_batch(
+    tokens: Tensor,
+    global_batch_size: int,
+    mesh: Mesh,
+    documents: Tensor | None = None,
+    mask_documents: bool = True,
+    reset_positions: bool = False,
+) -> Batch:
     """This rank's batch from its data rank's packed samples; every token weighs 1 / (tokens of the global batch).
 
     Args:
         tokens: [B, T + 1]; a context rank takes its part of each sample.
         global_batch_size: samples over all data ranks.
         mesh: where the rank stands.
-        documents: [B, T] the document of every input, or None: attention crosses documents.
+        documents: [B, T] the document of every input, or None: nothing depends on documents.
+        mask_documents: attention stays inside a document.
+        reset_positions: positions begin anew at each document.
     """
     tokens = tokens.to(mesh.device, non_blocking=True)
     weight = 1.0 / (global_batch_size * (tokens.shape[1] - 1))
     ids_BS, labels_BS = (cut(part, mesh.cp).contiguous() for part in (tokens[:, :-1], tokens[:, 1:]))
     weights_BS = torch.full(labels_BS.shape, weight, device=mesh.device)
-    return Batch(ids_BS, labels_BS, weights_BS, documents=None if documents is None else documents.to(mesh.device))
+    if documents is None:
+        return Batch(ids_BS, labels_BS, weights_BS)
+    documents = documents.to(mesh.device)
+    positions_BS = cut(restarted_positions(documents), mesh.cp).contiguous() if reset_positions else None
+    return Batch(ids_BS, labels_BS, weights_BS, documents=documents if mask_documents else None, positions=positions_BS)

@@ -265,6 +265,24 @@ class IndexedWriter:
         self._append(tokens, lengths)
         self._document_indices.extend(range(first, len(self._lengths) + 1))
 
+    def add_dataset(self, dataset: IndexedDataset) -> None:
+        """Append all documents of a dataset as they are, its sequences and its empty documents too.
+
+        Raises DataError when it stores tokens in another dtype.
+        """
+        if dataset.dtype != self.dtype:
+            raise DataError(
+                f"{dataset.prefix}: stores tokens as {dataset.dtype.name}, {self.prefix} as {self.dtype.name}; "
+                "preprocess both with the same tokenizer"
+            )
+        first = len(self._lengths)
+        with os_errors_as_data_errors(self._final[0]):
+            for start in range(0, dataset.num_tokens, _BLOCK):
+                self._tokens_file.write(dataset.tokens[start : start + _BLOCK].data)
+        self._lengths.frombytes(dataset.lengths.tobytes())
+        self._document_indices.frombytes((dataset.document_indices[1:] + first).tobytes())
+        self.num_tokens += dataset.num_tokens
+
     def close(self, description: Description | None = None) -> None:
         """Commit: the files appear under their final names and replace an earlier dataset there."""
         assert self._document_indices[-1] == len(self._lengths), "the last document was not ended"

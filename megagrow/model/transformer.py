@@ -126,6 +126,7 @@ class Transformer(nn.Module):
         weights: Tensor | None = None,
         teacher_hidden: Tensor | None = None,
         documents: Tensor | None = None,
+        positions: Tensor | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage.
@@ -136,6 +137,7 @@ class Transformer(nn.Module):
             weights: [B, S] weight of each token in the loss sum, 0 for tokens that do not count.
             teacher_hidden: [B, S, H_teacher] the teacher's states after its final norm, for distillation.
             documents: [B, T] the document of every token of the whole sequences; None: attention crosses documents.
+            positions: [B, S] the position of every token; None: counted from each sequence's first token on.
             dropout_keys: [B, S] from `dropout.token_keys`; None: nothing is dropped.
 
         Returns:
@@ -144,9 +146,9 @@ class Transformer(nn.Module):
         """
         keys_BL = None if dropout_keys is None else self.tp.cut(dropout_keys)
         if self.is_first:
-            x = self._embed(x, keys_BL)
+            x = self._embed(x, keys_BL, positions)
         masks = None if documents is None else document_masks(documents, self.cp)
-        tokens = Tokens(self._rotary(x), masks, keys_BL)
+        tokens = Tokens(self._rotary(x, positions), masks, keys_BL)
         for layer in self.layers.values():
             x = layer(x, tokens)
         if not self.is_last:
@@ -164,18 +166,24 @@ class Transformer(nn.Module):
         x_BSH = self(ids_BS)
         return ops.linear(x_BSH, self.head_VH.to(x_BSH.dtype))
 
-    def _embed(self, ids_BS: Tensor, keys_BL: Tensor | None) -> Tensor:
-        positions_S = local_positions(ids_BS.shape[1] * self.cp.size, self.cp.rank, self.cp.size, ids_BS.device)
-        x_BLH = self.embedding(ids_BS, positions_S)
+    def _embed(self, ids_BS: Tensor, keys_BL: Tensor | None, positions_BS: Tensor | None) -> Tensor:
+        if positions_BS is None:
+            length = ids_BS.shape[1] * self.cp.size
+            positions_BS = local_positions(length, self.cp.rank, self.cp.size, ids_BS.device)[None]
+        x_BLH = self.embedding(ids_BS, positions_BS)
         x_BLH = x_BLH if self.dtype is None else x_BLH.to(self.dtype)
         return dropout(x_BLH, self.train_config.dropout, keys_BL, 0)
 
-    def _rotary(self, x_BLH: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _rotary(self, x_BLH: Tensor, positions_BS: Tensor | None) -> tuple[Tensor, Tensor] | None:
         model, cp = self.config, self.cp
         if model.positions != "rope":
             return None
         length = x_BLH.shape[1] * cp.size * (self.tp.axis.size if self.tp.sequence else 1)
-        return rotary_table(length, cp.rank, cp.size, model.head_dim, model.rope_theta, x_BLH.dtype, x_BLH.device)
+        how = model.head_dim, model.rope_theta, x_BLH.dtype, x_BLH.device
+        if positions_BS is None:
+            return rotary_table(length, cp.rank, cp.size, *how)
+        cos_TD, sin_TD = rotary_table(length, 0, 1, *how)
+        return cos_TD[positions_BS], sin_TD[positions_BS]
 
     def _loss(self, x_BSH: Tensor, labels: Tensor, weights: Tensor | None, teacher_hidden: Tensor | None) -> Tensor:
         teacher = self.teacher if teacher_hidden is not None else None

@@ -188,12 +188,12 @@ class Embedding(nn.Module):
         self.vocab = chunk(vocab_size, tp.axis)
         self.tp = tp
 
-    def forward(self, ids_BS: Tensor, positions_S: Tensor) -> Tensor:
-        """Embeds tokens that stand at these positions; the result is cut along the sequence where activations are."""
+    def forward(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """Embeds tokens at positions [B, S], or [1, S] for all samples; the result is cut where activations are."""
         x_BSH = self.tp.leave(self._look_up(ids_BS))
         if self.positions is None:
             return x_BSH
-        return x_BSH + F.embedding(self.tp.cut(positions_S[None]), local(self.positions))
+        return x_BSH + F.embedding(self.tp.cut(positions_BS), local(self.positions))
 
     def _look_up(self, ids_BS: Tensor) -> Tensor:
         table = local(self.tokens)
