@@ -34,7 +34,7 @@ def _merged_description(datasets: Sequence[IndexedDataset]) -> Description | Non
     """What holds for all; None when some have no description (another program wrote them)."""
     given = [dataset.description for dataset in datasets if dataset.description is not None]
     for name in ("tokenizer_sha256", "eod_id", "split"):
-        values = {description[name] for description in given}  # type: ignore[literal-required]
+        values = {description[name] for description in given}
         if len(values) > 1:
             raise DataError(
                 f"{', '.join(dataset.prefix for dataset in datasets)}: {name} differs ({sorted(map(str, values))}); "
