@@ -7,8 +7,10 @@ Could not run: sampling, whose draws differ by construction; it is held against 
 """
 
 import json
+import runpy
 import socket
 import string
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,3 +224,57 @@ def test_tasks_on_local_files_without_a_network(folder: Path, tmp_path: Path) ->
             for metric, value in metrics.items():
                 expected_value = pytest.approx(value, rel=TOLERANCE) if isinstance(value, float) else value
                 assert found["results"][name][metric] == expected_value
+
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+
+
+def run_tool(*arguments: object) -> int:
+    """Runs the tool as the command line does; returns the exit code."""
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(TOOL.parent))
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_the_tool_writes_what_the_tasks_gave(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks, output = write_tasks(tmp_path / "tasks"), tmp_path / "result.json"
+    given = [folder, "--include-path", tasks, "--limit", 4, "--output", output, "--tasks", "own_choice", "own_rolling"]
+    assert run_tool(*given) == 0
+    alone, shown = json.loads(output.read_text()), capsys.readouterr()
+    assert "own_choice" in shown.out and "|acc" in shown.out and "loglikelihood_rolling step 4/4" in shown.err
+    assert run_ranks(run_tool, 2, *given, "--tensor", 2) == [0, 0]
+    together = json.loads(output.read_text())
+    assert together["n-samples"]["own_choice"]["effective"] == 4 and together["settings"]["limit"] == 4
+    for name, metrics in alone["results"].items():
+        for metric, value in metrics.items():
+            expected_value = pytest.approx(value, rel=TOLERANCE) if isinstance(value, float) else value
+            assert together["results"][name][metric] == expected_value
+
+
+def test_what_is_wrong_with_a_task_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    written = (tasks / "written.yaml").read_text()
+    changes = {
+        "missing": ("own_missing", written.replace("data.json", "absent.json"), 3, "absent.json"),
+        "long": (
+            "own_long",
+            written.replace("max_gen_toks: 4", "max_gen_toks: 24"),
+            2,
+            "max_gen_toks=24 leaves no room",
+        ),
+        "beams": ("own_beams", written.replace("max_gen_toks: 4", "num_beams: 4"), 2, "num_beams is not done here"),
+    }
+    for name, (task, text, _, _) in changes.items():
+        (tasks / f"{name}.yaml").write_text(text.replace("own_written", task))
+    cases = [
+        *((task, code, message) for task, _, code, message in changes.values()),
+        ("own_none", 2, "no task own_none"),
+    ]
+    for task, code, message in cases:
+        assert run_tool(folder, "--include-path", tasks, "--tasks", task) == code, task
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert message in error
