@@ -66,6 +66,10 @@ TEXTS = [
     LONG[:49],
     "ünïcödé \U0001f600" * 5,
 ]
+CHAT = (
+    "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 GREEDY: dict[str, Any] = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False, "temperature": 0.0}
 
 
@@ -95,6 +99,7 @@ def write_tokenizer(folder: Path, begins: bool) -> Path:
     fast.decoder = tokenizers.decoders.ByteLevel()
     fast.add_special_tokens(["<s>", "</s>"])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
+    config["chat_template"] = CHAT
     if begins:
         config["bos_token"] = "<s>"
         template = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
@@ -204,19 +209,26 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
-def run_tasks(folder: str, tasks: str, tensor: int) -> dict[str, Any] | None:
+def run_tasks(folder: str, tasks: str, tensor: int, chat_template: bool = False) -> dict[str, Any] | None:
     shared = load_shared_model(open_source(folder), make_inference_mesh(tensor))
-    settings = TaskSettings(["own_choice", "own_rolling", "own_written"], include_path=tasks)
+    names = ["own_choice", "own_rolling", "own_written"]
+    settings = TaskSettings(names, include_path=tasks, num_fewshot=1, chat_template=chat_template)
     return evaluate_tasks(shared, load_transformers_tokenizer(folder), settings)
 
 
-def test_tasks_on_local_files_without_a_network(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chat_template", [False, True], ids=["plain", "chat"])
+def test_tasks_on_local_files_without_a_network(folder: Path, tmp_path: Path, chat_template: bool) -> None:
     tasks = write_tasks(tmp_path / "tasks")
-    names = ["own_choice", "own_rolling", "own_written"]
-    manager = TaskManager(include_path=str(tasks))
-    expected = lm_eval.simple_evaluate(theirs(folder, 2), tasks=names, task_manager=manager, log_samples=False)
-    alone = run_tasks(str(folder), str(tasks), 1)
-    first, *others = run_ranks(run_tasks, 4, str(folder), str(tasks), 2)
+    expected = lm_eval.simple_evaluate(
+        theirs(folder, 2),
+        tasks=["own_choice", "own_rolling", "own_written"],
+        task_manager=TaskManager(include_path=str(tasks)),
+        num_fewshot=1,
+        apply_chat_template=chat_template,
+        log_samples=False,
+    )
+    alone = run_tasks(str(folder), str(tasks), 1, chat_template)
+    first, *others = run_ranks(run_tasks, 4, str(folder), str(tasks), 2, chat_template)
     assert others == [None] * 3
     for found in (alone, first):
         assert found["results"].keys() == expected["results"].keys()
