@@ -42,9 +42,9 @@ def on_dataset(options: Namespace, source: Source, mesh: Mesh) -> None:
     with Progress(num_labels(dataset, settings), enabled=mesh.is_main) as progress:
         found = perplexity(shared, dataset, settings, load_tokenizer(path) if path else None, progress)
     if mesh.is_main:
-        print(found.summary)
         if options.output:
             write_result(options.output, source, {"data": options.data, **asdict(settings)}, found.as_dict())
+        print(found.summary)
 
 
 def on_tasks(options: Namespace, source: Source, mesh: Mesh) -> None:
@@ -55,9 +55,9 @@ def on_tasks(options: Namespace, source: Source, mesh: Mesh) -> None:
     with Progress(0, enabled=mesh.is_main) as progress:
         found = evaluate_tasks(shared, tokenizer, settings, progress)
     if found is not None:
-        print(task_table(found))
         if options.output:
             write_result(options.output, source, asdict(settings), found)
+        print(task_table(found))
 
 
 def parser() -> Arguments:
