@@ -23,7 +23,6 @@ from megagrow.model import Transformer
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.context import cut
-from megagrow.parallel.loss import token_scores
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, shard_parameters
 from megagrow.roles import parameter_names
@@ -124,8 +123,7 @@ def check_source(model: Transformer, dataset: Samples, mesh: Mesh, name: str, sk
     vocab_size = model.config.vocab_size
     tokens_BT = check_tokens(dataset, vocab_size, name).to(mesh.device)
     inputs_BS, labels_BS = cut(tokens_BT[:, :-1], model.cp), cut(tokens_BT[:, 1:], model.cp)
-    with torch.no_grad():
-        nll_T, _ = token_scores(model(inputs_BS).flatten(0, 1), model.head_VH, labels_BS.flatten(), vocab_size, mesh.tp)
+    nll_T, _ = model.token_scores(inputs_BS, labels_BS)
     loss = sum_over(nll_T.double().sum(), model.cp).item() / (labels_BS.numel() * model.cp.size)
     return judge_fit(loss, vocab_size, name, skip)
 

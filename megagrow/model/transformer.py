@@ -27,7 +27,14 @@ from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
 from megagrow.parallel.context import document_masks, local_positions
 from megagrow.parallel.layers import Embedding, Head, TensorParallel
-from megagrow.parallel.loss import LossOptions, cache_size, tokens_at_once, vocab_parallel_loss
+from megagrow.parallel.loss import (
+    LossOptions,
+    cache_size,
+    token_scores,
+    tokens_at_once,
+    vocab_parallel_loss,
+    whole_logits,
+)
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, local
 from megagrow.parallel.stages import Stage, pipeline_stages
@@ -218,6 +225,45 @@ class Transformer(nn.Module):
         x_BSH = self(ids_BS, token_types=token_types_BS)
         bias_V = self.head_bias_V
         return ops.linear(x_BSH, self.head_VH.to(x_BSH.dtype), None if bias_V is None else bias_V.to(x_BSH.dtype))
+
+    def next_logits(self, ids_BS: Tensor, lengths_B: Tensor) -> Tensor:
+        """Logits [B, whole vocabulary] after the last token of each row, the same on every tensor rank.
+
+        Args:
+            ids_BS: of the whole model's first stage; each row is filled up on the right.
+            lengths_B: tokens of each row without what fills it up.
+        """
+        x_BSH = self(ids_BS)
+        last_BH = x_BSH[torch.arange(len(x_BSH), device=x_BSH.device), lengths_B - 1]
+        return whole_logits(last_BH, self.head_VH, self.config.vocab_size, self.tp.axis)
+
+    def token_scores(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        documents: Tensor | None = None,
+        chosen_BS: Tensor | None = None,
+        ties_by_id: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihoods and ranks of labels, see `loss.token_scores`, for one pipeline stage.
+
+        Args:
+            ids_BS: inputs.
+            labels_BS: what follows each.
+            documents: [B, T] the document of every input; None: attention crosses documents.
+            chosen_BS: which labels are scored; None: all.
+            ties_by_id: see `loss.token_scores`.
+
+        Returns:
+            nll_T and rank_T of the chosen labels, row by row.
+        """
+        with torch.no_grad():
+            hidden_BSH = self(ids_BS, documents=documents)
+        hidden_TH, labels_T = (x.flatten(0, 1) if chosen_BS is None else x[chosen_BS] for x in (hidden_BSH, labels_BS))
+        where = self.config.vocab_size, self.tp.axis
+        return token_scores(
+            hidden_TH, self.head_VH, labels_T, *where, head_bias=self.head_bias_V, ties_by_id=ties_by_id
+        )
 
     def _embed(
         self, ids_BS: Tensor, types_BS: Tensor | None, positions_BS: Tensor | None, keys_BL: Tensor | None
