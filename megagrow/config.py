@@ -309,9 +309,11 @@ class CheckpointConfig:
 
     interval: int = 100  # steps; 0: only at the end
     keep_last: int = 2  # 0: all
+    keep_every: int = 0  # steps whose multiples are kept besides, for ever; 0: none
+    asynchronous: bool = True  # training goes on while a copy in host memory is written
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "checkpoint", "interval", "keep_last")
+        require_not_negative(self, "checkpoint", "interval", "keep_last", "keep_every")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -66,7 +67,8 @@ def write_items(path: Path, shards: Mapping[str, LocalShard], ranks: Ranks, acti
     def write() -> None:
         data = {name: shard.data for name, shard in shards.items()}
         planner = _ShardSavePlanner(shards)
-        dcp.save(
+        # What dcp.save calls, less a warning in one process: to silence it is not safe in a thread.
+        _save_state_dict(
             data,
             storage_writer=writer,
             planner=planner,
@@ -88,13 +90,15 @@ def read_items(path: Path, manifest: Manifest, shards: Mapping[str, LocalShard],
 
     def read() -> None:
         data = {name: shard.data for name, shard in shards.items()}
-        dcp.load(
-            cast(dict[str, Any], data),
-            storage_reader=ItemReader(path, manifest, shards),
-            planner=_ShardLoadPlanner(shards),
-            process_group=ranks.group,
-            no_dist=not ranks.is_distributed,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(
+                cast(dict[str, Any], data),
+                storage_reader=ItemReader(path, manifest, shards),
+                planner=_ShardLoadPlanner(shards),
+                process_group=ranks.group,
+                no_dist=not ranks.is_distributed,
+            )
 
     _run(read, ranks, action)
 
@@ -399,9 +403,7 @@ def _is_plain_archive(stream: IO[bytes], num_bytes: int) -> bool:
 def _run(function: Callable[[], None], ranks: Ranks, action: str) -> None:
     """Runs one of torch's collectives; its exception, which all ranks get, becomes one line."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            function()
+        function()
     except CheckpointException as error:
         causes = {rank: cause_of(cause) for rank, (cause, _) in error.failures.items()}
         raise failure(action, causes, ranks.world_size) from error

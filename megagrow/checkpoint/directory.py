@@ -66,13 +66,16 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prune(newest: Path, keep_last: int) -> None:
+def prune(newest: Path, keep_last: int, keep_every: int = 0) -> None:
     """Deletes checkpoints before `newest` so that `keep_last` remain; a failure is only a warning.
 
-    Steps after `newest` are left alone: a run that went back to it has not vouched for them.
+    Steps after `newest` are left alone: a run that went back to it has not vouched for them. Multiples of `keep_every`
+    (0: none) stay for ever.
     """
     directories = step_directories(newest.parent)
     for path in directories[directories.index(newest) :][keep_last:]:
+        if keep_every and _step(path) % keep_every == 0:
+            continue
         try:
             trash = _renamed(path, "trash")
             os.rename(path, trash)
@@ -98,7 +101,7 @@ def step_directories(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     steps = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(steps, key=_step, reverse=True)
 
 
 def read_checked_manifest(path: Path) -> bytes:
@@ -117,6 +120,10 @@ def read_checked_manifest(path: Path) -> bytes:
     if pointer.is_file() and digest != _latest_digest(pointer).get(path.name, digest):
         raise CheckpointError(f"{path / MANIFEST}: replaced, its digest is not the one in {pointer}")
     return raw
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _latest_digest(pointer: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Saving and loading: any layout loads what any other saved, and nothing is used unverified."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,23 @@ from megagrow.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a save writes, as one rank has it.
+
+    Attributes:
+        shards: this rank's part of each tensor.
+        layout: of all ranks, for people to read.
+        state, config, provenance: JSON values, those of the first rank are written.
+    """
+
+    shards: dict[str, LocalShard]
+    layout: dict[str, Any]
+    state: dict[str, Any]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
 def save(
     root: Path,
     step: int,
@@ -29,6 +47,7 @@ def save(
     provenance: dict[str, Any],
     group: ProcessGroup | None = None,
     keep_last: int = 0,
+    keep_every: int = 0,
 ) -> Path:
     """Saves a checkpoint as `root/step-N`; a collective over all ranks of `group`.
 
@@ -41,25 +60,60 @@ def save(
             written.
         group: for all communication, ideally gloo and used by nothing else.
         keep_last: number of checkpoints to keep, this one included; 0 keeps all.
+        keep_every: steps whose multiples are kept besides; 0: none.
 
     Raises:
         CheckpointError: on every rank: the step exists, a value cannot be stored, or any rank
             cannot write (which rank, which file, why). Older checkpoints are untouched then.
     """
+
+    def take() -> Snapshot:
+        return snapshot(tensors, state, config, provenance, group)
+
+    return write(root, step, take, group, keep_last, keep_every)
+
+
+def snapshot(
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    provenance: dict[str, Any],
+    group: ProcessGroup | None = None,
+) -> Snapshot:
+    """What `write` needs, in this rank alone; the shards share the tensors' memory.
+
+    Raises:
+        CheckpointError: a value cannot be stored.
+    """
+    for name, record in (("state", state), ("config", config), ("provenance", provenance)):
+        check_json(record, name)
+    layout = layout_of(tensors, Ranks(group).world_size)
+    return Snapshot(local_shards(tensors), layout, state, config, provenance)
+
+
+def write(
+    root: Path,
+    step: int,
+    take: Callable[[], Snapshot],
+    group: ProcessGroup | None = None,
+    keep_last: int = 0,
+    keep_every: int = 0,
+) -> Path:
+    """What `save` does with a snapshot; `take` gives this rank's, and fails the save on all ranks where it raises."""
     root, ranks = Path(root), Ranks(group)
     action = f"cannot save step {step} in {root}"
-    shards = ranks.together(action, lambda: _stage(tensors, state, config, provenance))
+    taken = ranks.together(action, take)
     temporary = ranks.first(action, lambda: _make_room(root, step))
     try:
-        written = write_items(temporary, shards, ranks, action)
+        written = write_items(temporary, taken.shards, ranks, action)
 
         def commit() -> Path:
             manifest = Manifest(
                 step=step,
-                layout=layout_of(tensors, ranks.world_size),
-                config=config,
-                provenance=provenance,
-                state=state,
+                layout=taken.layout,
+                config=taken.config,
+                provenance=taken.provenance,
+                state=taken.state,
                 tensors=written.tensors,
                 files=written.files,
                 items=written.items,
@@ -67,7 +121,7 @@ def save(
             _check_files(temporary, manifest)
             path = directory.publish(temporary, manifest)
             if keep_last:
-                directory.prune(path, keep_last)
+                directory.prune(path, keep_last, keep_every)
             return path
 
         return ranks.first(action, commit)
@@ -188,17 +242,6 @@ def verify(path: Path) -> Manifest:
     for item in manifest.items:
         reader.verify(item)
     return manifest
-
-
-def _stage(
-    tensors: Mapping[str, Tensor],
-    state: dict[str, Any],
-    config: dict[str, Any],
-    provenance: dict[str, Any],
-) -> dict[str, LocalShard]:
-    for name, record in (("state", state), ("config", config), ("provenance", provenance)):
-        check_json(record, name)
-    return local_shards(tensors)
 
 
 def _make_room(root: Path, step: int) -> Path:

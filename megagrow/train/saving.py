@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megagrow import __version__
 from megagrow.checkpoint import store
+from megagrow.checkpoint.provenance import code_version
+from megagrow.checkpoint.saver import Saver
 from megagrow.config import Config
 from megagrow.config_file import from_dict, option_names, to_dict
 from megagrow.errors import CheckpointError
@@ -18,20 +19,31 @@ CHECKPOINTS = "checkpoints"
 FIXED_SECTIONS = ("model", "data", "growth")
 
 
-def save(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Path:
-    """Commits a checkpoint of the run as it stands; a collective."""
-    root = Path(config.run.dir) / CHECKPOINTS
-    state.optimizer = learner.state()
-    return store.save(
-        root,
-        state.step,
-        learner.tensors(),
-        state.to_dict(),
-        config=to_dict(config),
-        provenance={"version": __version__, "init": config.init.from_, "grew_from": grew_from(state)},
-        group=mesh.checkpoint_group,
-        keep_last=config.checkpoint.keep_last,
-    )
+def make_saver(config: Config, mesh: Mesh) -> Saver:
+    """What saves this run's checkpoints."""
+    options = config.checkpoint
+    return Saver(mesh.checkpoint_group, options.asynchronous, options.keep_last, options.keep_every)
+
+
+def save(saver: Saver, learner: Learner, state: RunState, config: Config) -> None:
+    """Saves the run as it stands, perhaps in the background; a collective."""
+
+    def take() -> store.Snapshot:
+        state.optimizer = learner.state()
+        facts = provenance(state, config)
+        return store.snapshot(learner.tensors(), state.to_dict(), to_dict(config), facts, saver.group)
+
+    saver.save(Path(config.run.dir) / CHECKPOINTS, state.step, take)
+
+
+def provenance(state: RunState, config: Config) -> dict[str, Any]:
+    """Where a checkpoint comes from: the code, and what the run began with and grew from."""
+    return {
+        **code_version(),
+        "init": config.init.from_,
+        "inherited": [{"label": each.label, "identity": each.identity} for each in state.ledger.inherited],
+        "grew_from": grew_from(state),
+    }
 
 
 def saved(config: Config) -> list[Path]:
