@@ -47,6 +47,7 @@ from torch.futures import Future
 from megagrow.checkpoint.agreement import Ranks, cause_of, failure
 from megagrow.checkpoint.format import FileEntry, Item, Manifest, TensorEntry
 from megagrow.checkpoint.shards import DTYPES, LocalShard
+from megagrow.data.files import os_errors_name
 from megagrow.errors import CheckpointError
 from megagrow.parallel import heartbeat
 
@@ -138,7 +139,8 @@ class ItemWriter(dcp.FileSystemWriter):
         }
         self.items = tuple(_written_item(metadata, result) for result in written)
         plain = [dataclasses.replace(result, storage_data=result.storage_data[0]) for result in written]
-        super().finish(metadata, [plain])
+        with os_errors_name(self._get_metadata_path()):
+            super().finish(metadata, [plain])
         self.files = _file_table(Path(self.path), self.items)
 
 

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
-from megagrow.data.files import fsync_path
+from megagrow.data.files import fsync_path, os_errors_name
 from megagrow.errors import CheckpointError
 from megagrow.parallel import heartbeat
 
@@ -148,7 +148,7 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, raw: bytes) -> None:
-    with path.open("xb") as stream:
+    with os_errors_name(path), path.open("xb") as stream:
         stream.write(raw)
         stream.flush()
         os.fsync(stream.fileno())
