@@ -14,6 +14,7 @@ from megagrow.checkpoint import directory
 from megagrow.checkpoint.agreement import Ranks, some
 from megagrow.checkpoint.dcp_io import ItemReader, digest_of, open_sized, read_items, write_items
 from megagrow.checkpoint.format import MANIFEST, Manifest, check_json
+from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.shards import DTYPES, LocalShard, layout_of, local_shards
 from megagrow.errors import CheckpointError
 
@@ -52,7 +53,7 @@ def save(
     """Saves a checkpoint as `root/step-N`; a collective over all ranks of `group`.
 
     Args:
-        root: a directory that all ranks share.
+        root: a directory that all ranks share, or its URL.
         tensors: by name; plain tensors are the same on all ranks that name them, DTensors have any
             layout. Ranks may hold different names, as pipeline stages do; a box that several ranks
             hold is written once.
@@ -100,7 +101,7 @@ def write(
     keep_every: int = 0,
 ) -> Path:
     """What `save` does with a snapshot; `take` gives this rank's, and fails the save on all ranks where it raises."""
-    root, ranks = Path(root), Ranks(group)
+    root, ranks = as_path(root), Ranks(group)
     action = f"cannot save step {step} in {root}"
     taken = ranks.together(action, take)
     temporary = ranks.first(action, lambda: _make_room(root, step))
@@ -152,7 +153,7 @@ def load(
         CheckpointError: on every rank: the checkpoint is missing, damaged, or does not fit (names
             the tensors).
     """
-    path, ranks = Path(path), Ranks(group)
+    path, ranks = as_path(path), Ranks(group)
     action = f"cannot load {path}"
     manifest, shards = ranks.together(action, lambda: (read_manifest(path), local_shards(tensors)))
     seen = ranks.gather((manifest.sha256, bytes(name in tensors for name in manifest.tensors)))
@@ -181,7 +182,7 @@ def candidates(root: Path) -> list[Path]:
     Raises:
         CheckpointError: there are checkpoints, and the manifests of all of them are damaged.
     """
-    root = Path(root)
+    root = as_path(root)
     paths = [root] if (root / MANIFEST).is_file() else directory.step_directories(root)
     intact, problems = [], []
     for path in paths:
@@ -204,7 +205,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: names the file and the field.
     """
-    path = Path(path)
+    path = as_path(path)
     return Manifest.parse(directory.read_checked_manifest(path), path / MANIFEST)
 
 
@@ -217,7 +218,7 @@ def read_full(path: Path, names: Iterable[str], manifest: Manifest | None = None
     Raises:
         CheckpointError: the checkpoint is damaged or lacks one of the names.
     """
-    path, action = Path(path), f"cannot read {path}"
+    path, action = as_path(path), f"cannot read {path}"
     manifest = manifest or read_manifest(path)
     tensors = {}
     for name in names:
@@ -235,7 +236,7 @@ def verify(path: Path) -> Manifest:
     Raises:
         CheckpointError: names the damaged file.
     """
-    path = Path(path)
+    path = as_path(path)
     manifest = read_manifest(path)
     _check_files(path, manifest)
     reader = ItemReader(path, manifest, manifest.tensors)
@@ -247,7 +248,7 @@ def verify(path: Path) -> Manifest:
 def _make_room(root: Path, step: int) -> Path:
     """A directory to fill. A damaged checkpoint of this step (the run fell back) is set aside."""
     path = root / f"step-{step}"
-    if path.exists():
+    if path.exists() and not directory.is_left_over(path):
         try:
             verify(path)
         except CheckpointError as error:

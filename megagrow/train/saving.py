@@ -6,6 +6,7 @@ from typing import Any
 
 from megagrow.checkpoint import store
 from megagrow.checkpoint.provenance import code_version
+from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.saver import Saver
 from megagrow.config import Config
 from megagrow.config_file import from_dict, option_names, to_dict
@@ -33,7 +34,12 @@ def save(saver: Saver, learner: Learner, state: RunState, config: Config) -> Non
         facts = provenance(state, config)
         return store.snapshot(learner.tensors(), state.to_dict(), to_dict(config), facts, saver.group)
 
-    saver.save(Path(config.run.dir) / CHECKPOINTS, state.step, take)
+    saver.save(root_of(config), state.step, take)
+
+
+def root_of(config: Config) -> Path:
+    """The folder of the run's checkpoints, which may be remote."""
+    return as_path(config.checkpoint.dir) if config.checkpoint.dir else Path(config.run.dir) / CHECKPOINTS
 
 
 def provenance(state: RunState, config: Config) -> dict[str, Any]:
@@ -48,8 +54,7 @@ def provenance(state: RunState, config: Config) -> dict[str, Any]:
 
 def saved(config: Config) -> list[Path]:
     """The run's checkpoints, newest first."""
-    root = Path(config.run.dir) / CHECKPOINTS
-    return store.candidates(root) if root.is_dir() else []
+    return store.candidates(root_of(config))
 
 
 def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunState:
