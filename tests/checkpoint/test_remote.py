@@ -78,7 +78,7 @@ def test_damage_is_named(root: Path, file: str) -> None:
     for wrong in (raw[:-1], bytes([raw[0] ^ 1]) + raw[1:]):
         with path.open("wb") as stream:
             stream.write(wrong)
-        with pytest.raises(CheckpointError, match=rf"memory://bucket/run/step-2/{file}"):
+        with pytest.raises(CheckpointError, match=rf"memory://bucket/run/step-2.*{file}"):
             checkpoint.load(root / "step-2", empty_tensors())
     path.unlink()
     with pytest.raises(CheckpointError, match=file):
@@ -103,7 +103,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, die_at: int) -> list[str]:
         original = getattr(MemoryFileSystem, name)
 
         def call(self: MemoryFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
-            if name != "_open" or args[0] != "rb":
+            if name == "rm_file" or (kwargs.get("mode") or args[0]) != "rb":
                 calls.append(path.rpartition("/")[2])
                 if len(calls) == die_at or (die_at and len(calls) > die_at):
                     raise Died
@@ -169,9 +169,10 @@ class Objects(LocalFileSystem):
     protocol = ("objects",)
 
     def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
-        assert not path1.endswith("/") and Path(path1).is_file(), "folders cannot be renamed"
-        shutil.copy(path1, path2)
-        Path(path1).unlink()
+        old, new = (Path(self._strip_protocol(path)) for path in (path1, path2))
+        assert old.is_file(), "folders cannot be renamed"
+        shutil.copy(old, new)
+        old.unlink()
 
 
 def save_and_load(root: str) -> bool:
