@@ -196,6 +196,22 @@ def test_a_writer_makes_marks_of_its_own_and_whoever_waits_for_it_shares_them(tm
     assert heartbeat.here.count > before
 
 
+def test_a_writer_that_stands_in_a_file_does_not_wait_for_others(tmp_path: Path) -> None:
+    """The innermost line is one of torch.distributed, as in a collective."""
+    saver, lock = Saver(), threading.Lock()
+    lock.acquire()
+    with mock.patch.object(os, "fsync", lock.acquire):
+        saver.save(tmp_path, 1, take_step(1))
+        deadline = time.monotonic() + SECONDS
+        while "write" not in heartbeat.beat(0).background_place and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        beat = heartbeat.beat(0)
+    lock.release()
+    saver.wait()
+    assert "dcp_io.py" in beat.background_place and not beat.background_waiting
+
+
 def test_an_error_that_is_no_failure_to_write_comes_back_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

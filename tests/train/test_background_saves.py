@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megagrow import checkpoint
 from megagrow.checkpoint import dcp_io, store
-from megagrow.config import CheckpointConfig, Config, RunConfig
+from megagrow.config import CheckpointConfig, Config, RunConfig, TrainConfig
 from megagrow.errors import DataError
 from megagrow.parallel import heartbeat
 from megagrow.parallel.watchdog import Watchdog
@@ -87,11 +87,13 @@ def run_with_a_full_disk(config: Config, rank: int) -> int:
 
 
 def test_a_failed_save_ends_the_run_on_all_ranks_at_the_same_step(corpus: Path, tmp_path: Path) -> None:
-    config = make_config(corpus, tmp_path, steps=4000, checkpoint=CheckpointConfig(interval=3))
+    train = TrainConfig(steps=4000, global_batch_size=4, eval_interval=0)
+    config = make_config(corpus, tmp_path, train=train, checkpoint=CheckpointConfig(interval=40))
     assert run_ranks(run_with_a_full_disk, 2, config, 1) == [4, 4]
     end = json.loads((tmp_path / "exit.json").read_text())
-    assert end["code"] == 4 and "cannot save step 3" in end["reason"] and "No space left on device" in end["reason"]
-    assert 3 <= metrics(tmp_path)[-1]["step"] <= 6 and not [*(tmp_path / "checkpoints").glob("step-*")]
+    assert end["code"] == 4 and "cannot save step 40" in end["reason"] and "No space left on device" in end["reason"]
+    assert 40 <= metrics(tmp_path)[-1]["step"] < 80, "the next save would have told it"
+    assert not [*(tmp_path / "checkpoints").glob("step-*")]
 
 
 def test_an_error_does_not_lose_the_save_under_way(corpus: Path, tmp_path: Path) -> None:
