@@ -41,8 +41,8 @@ check: setup ## style, types, the order of imports, and no load that could run c
 parity: setup ## every layout against one process; a table, also in benchmarks/results (ten minutes)
 	$(bin)/python -m tests.parallel.parity_table
 
-faults: setup ## kill the quickstart at random moments, stop nodes and launchers (twenty minutes)
-	$(bin)/python -m pytest --timeout 3600 -s tests/faults/liveness.py tests/faults/kill_quickstart.py
+faults: setup ## kill saves at every call and runs at random moments, stop nodes and launchers (half an hour)
+	$(bin)/python -m pytest --timeout 3600 -s tests/faults/kill_save.py tests/faults/liveness.py tests/faults/kill_quickstart.py
 
 bench: setup ## the benchmarks; results in benchmarks/results
 	set -e; for file in $(filter-out benchmarks/results_file.py benchmarks/kernel_%.py,$(wildcard benchmarks/*.py)); do $(bin)/python $$file; done

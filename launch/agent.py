@@ -27,9 +27,11 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main as torchrun
 
 from megagrow.command_line import DRY_RUN, parse
+from megagrow.config import Config
 from megagrow.data.files import write_atomically
 from megagrow.errors import ConfigError, DataError, HangError, MegagrowError, Preempted
 from megagrow.metrics import clear_exit, read_exit, write_exit
+from megagrow.train.saving import root_of
 
 CRASH = 1  # no exit.json, or an error that the run did not foresee
 TOLD = range(ConfigError.exit_code, Preempted.exit_code + 1)  # codes that only the run itself gives
@@ -45,13 +47,14 @@ def main(arguments: list[str]) -> int:
     if DRY_RUN in command:
         return dry_run([*options, "-m", "megagrow", *command])
     try:
-        directory = Path(parse(command).run.dir)
-        refuse_crash_loop(directory)
+        config = parse(command)
+        directory = Path(config.run.dir)
+        refuse_crash_loop(directory, config)
         clear_exit(directory)  # one that is left from before would be taken for this run's if it never starts
     except MegagrowError as error:
         note_refusal(command, error)
         return tell(error.exit_code, str(error))
-    start = note_start(directory)
+    start = note_start(directory, config)
     code, reason = run([*options, "-m", "megagrow", *command], directory)
     note_end(directory, start, code)
     return tell(code, reason)
@@ -106,11 +109,11 @@ def tell(code: int, reason: str) -> int:
     return code
 
 
-def refuse_crash_loop(directory: Path) -> None:
+def refuse_crash_loop(directory: Path, config: Config) -> None:
     """Raises ConfigError if the last MAX_CRASHES starts all ended where the next one would begin."""
     limit = int(os.environ.get("MAX_CRASHES", "0"))
     if limit:
-        last, here = crashes(directory)[-limit:], newest_checkpoint(directory)
+        last, here = crashes(directory)[-limit:], newest_checkpoint(config)
         if len(last) == limit and all(crash["checkpoint"] == here for crash in last):
             where = f"at {here}" if here else "before the first checkpoint"
             raise ConfigError(
@@ -127,12 +130,12 @@ def note_refusal(command: list[str], error: MegagrowError) -> None:
             write_exit(Path(name), error.exit_code, str(error), 0, 0, socket.gethostname())
 
 
-def note_start(directory: Path) -> dict[str, Any] | None:
+def note_start(directory: Path, config: Config) -> dict[str, Any] | None:
     """Adds a line to crashes.jsonl, the checkpoint that this start begins from; the first node does it for all."""
     if "MAX_CRASHES" not in os.environ or os.environ.get("NODE_RANK", "0") != "0":
         return None
     now, host = datetime.now(UTC).isoformat(timespec="microseconds"), socket.gethostname()
-    start = {"date": now, "host": host, "code": None, "checkpoint": newest_checkpoint(directory)}
+    start = {"date": now, "host": host, "code": None, "checkpoint": newest_checkpoint(config)}
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         write_crashes(directory, [*crashes(directory), start])
@@ -167,10 +170,10 @@ def write_crashes(directory: Path, lines: list[dict[str, Any]]) -> None:
             (directory / CRASHES_FILE).unlink(missing_ok=True)
 
 
-def newest_checkpoint(directory: Path) -> str:
+def newest_checkpoint(config: Config) -> str:
     """The name of the newest checkpoint of a run, "" if there is none."""
     with suppress(OSError, ValueError, KeyError):
-        return json.loads((directory / "checkpoints" / "latest").read_text())["step"]
+        return json.loads((root_of(config) / "latest").read_bytes())["step"]
     return ""
 
 

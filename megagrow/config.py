@@ -325,9 +325,12 @@ class CheckpointConfig:
 
     interval: int = 100  # steps; 0: only at the end
     keep_last: int = 2  # 0: all
+    keep_every: int = 0  # steps whose multiples are kept besides, for ever; 0: none
+    asynchronous: bool = True  # training goes on while a copy in host memory is written
+    dir: str = ""  # where they go, a folder or a URL for fsspec (s3://…); empty: run.dir/checkpoints
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "checkpoint", "interval", "keep_last")
+        require_not_negative(self, "checkpoint", "interval", "keep_last", "keep_every")
 
 
 @dataclass(frozen=True)
@@ -354,6 +357,11 @@ class RunConfig:
     memory_snapshot_at: int = -1  # write what fills the GPU's memory at the end of this step; -1: off
 
     def __post_init__(self) -> None:
+        require(
+            "://" not in self.dir,
+            f"run.dir={self.dir} must be a local folder, metrics are appended to files in it; "
+            "a URL may be given as checkpoint.dir",
+        )
         for name in ("log_interval", "timeout"):
             require(getattr(self, name) > 0, f"run.{name}={getattr(self, name)} must be positive")
 

@@ -33,6 +33,7 @@ KEYS = (  # of a line of metrics.jsonl, always present, null where there is noth
     "mfu",
     "flops_total",
     "seconds_total",
+    "checkpoint_seconds",
     "validation_loss",
     "skipped",
 )

@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem as RemoteFileSystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -40,12 +41,15 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megagrow.checkpoint.agreement import Ranks, cause_of, failure
 from megagrow.checkpoint.format import FileEntry, Item, Manifest, TensorEntry
+from megagrow.checkpoint.remote import num_bytes, remote
 from megagrow.checkpoint.shards import DTYPES, LocalShard
+from megagrow.data.files import os_errors_name
 from megagrow.errors import CheckpointError
 from megagrow.parallel import heartbeat
 
@@ -66,7 +70,8 @@ def write_items(path: Path, shards: Mapping[str, LocalShard], ranks: Ranks, acti
     def write() -> None:
         data = {name: shard.data for name, shard in shards.items()}
         planner = _ShardSavePlanner(shards)
-        dcp.save(
+        # What dcp.save calls, less a warning in one process: to silence it is not safe in a thread.
+        _save_state_dict(
             data,
             storage_writer=writer,
             planner=planner,
@@ -88,13 +93,15 @@ def read_items(path: Path, manifest: Manifest, shards: Mapping[str, LocalShard],
 
     def read() -> None:
         data = {name: shard.data for name, shard in shards.items()}
-        dcp.load(
-            cast(dict[str, Any], data),
-            storage_reader=ItemReader(path, manifest, shards),
-            planner=_ShardLoadPlanner(shards),
-            process_group=ranks.group,
-            no_dist=not ranks.is_distributed,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(
+                cast(dict[str, Any], data),
+                storage_reader=ItemReader(path, manifest, shards),
+                planner=_ShardLoadPlanner(shards),
+                process_group=ranks.group,
+                no_dist=not ranks.is_distributed,
+            )
 
     _run(read, ranks, action)
 
@@ -102,8 +109,12 @@ def read_items(path: Path, manifest: Manifest, shards: Mapping[str, LocalShard],
 class ItemWriter(dcp.FileSystemWriter):
     """torch's writer; on the first rank it ends up with the tables of what all ranks wrote."""
 
+    folder: Path
+
     def __init__(self, path: Path) -> None:
-        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
+        is_local = remote(path) is None
+        super().__init__(str(path), single_file_per_rank=True, sync_files=is_local, thread_count=1)
+        _reach(self, path)
         self.tensors: dict[str, TensorEntry] = {}
         self.files: dict[str, FileEntry] = {}
         self.items: tuple[Item, ...] = ()
@@ -120,7 +131,7 @@ class ItemWriter(dcp.FileSystemWriter):
         except CheckpointError:  # a tensor that could not be fetched
             raise
         except Exception as error:
-            file = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
+            file = self.folder / f"{plan.storage_data.prefix}0.distcp"
             raise CheckpointError(f"{file}: {cause_of(error)}") from error
         done.set_result(
             [dataclasses.replace(r, storage_data=(r.storage_data, hashing.digests[r.index])) for r in results]
@@ -136,15 +147,19 @@ class ItemWriter(dcp.FileSystemWriter):
         }
         self.items = tuple(_written_item(metadata, result) for result in written)
         plain = [dataclasses.replace(result, storage_data=result.storage_data[0]) for result in written]
-        super().finish(metadata, [plain])
-        self.files = _file_table(Path(self.path), self.items)
+        with os_errors_name(self.folder / ".metadata"):
+            super().finish(metadata, [plain])
+        self.files = _file_table(self.folder, self.items)
 
 
 class ItemReader(dcp.FileSystemReader):
     """torch's reader, with metadata from the manifest; checks an item before torch parses it."""
 
+    folder: Path
+
     def __init__(self, path: Path, manifest: Manifest, names: Iterable[str]) -> None:
-        super().__init__(path)
+        super().__init__(str(path))
+        _reach(self, path)
         self.manifest = manifest
         self.names = tuple(names)
         self.items = {
@@ -175,7 +190,7 @@ class ItemReader(dcp.FileSystemReader):
             try:
                 super().read_data(dataclasses.replace(plan, items=of_item), planner)
             except Exception as error:
-                file = Path(self.path) / item.file
+                file = self.folder / item.file
                 reason = error.strerror if isinstance(error, OSError) else type(error).__name__
                 raise CheckpointError(f"{file}: tensor {item.tensor!r} cannot be read: {reason}") from error
         done: Future[None] = Future()
@@ -188,7 +203,7 @@ class ItemReader(dcp.FileSystemReader):
         Raises:
             CheckpointError: names file and tensor.
         """
-        file = Path(self.path) / item.file
+        file = self.folder / item.file
         with open_sized(file, self.manifest.files[item.file]) as stream:
             view = self._slice_file(stream, _StorageInfo(item.file, item.start, item.num_bytes))
             if digest_of(view) != item.sha256:
@@ -204,6 +219,14 @@ class ItemReader(dcp.FileSystemReader):
         return cast(IO[bytes], _Slice(file, sinfo.offset, sinfo.length))
 
 
+def _reach(storage: ItemWriter | ItemReader, folder: Path) -> None:
+    """Tells torch's reader or writer where its folder is; remote ones are reached through fsspec."""
+    storage.folder = folder
+    if remote(folder) is not None:
+        files: Any = RemoteFileSystem()
+        storage.fs, storage.path = files, files.init_path(str(folder))
+
+
 @contextmanager
 def open_sized(path: Path, entry: FileEntry) -> Generator[IO[bytes], None, None]:
     """Opens a file that must have the size that the manifest says.
@@ -212,13 +235,13 @@ def open_sized(path: Path, entry: FileEntry) -> Generator[IO[bytes], None, None]
         CheckpointError: the file is missing, shorter or longer, or cannot be read.
     """
     try:
+        size = num_bytes(path)
+        if size != entry.num_bytes:
+            raise CheckpointError(f"{path}: has {size} bytes, not {entry.num_bytes}: the file is damaged")
         with path.open("rb") as stream:
-            num_bytes = os.fstat(stream.fileno()).st_size
-            if num_bytes != entry.num_bytes:
-                raise CheckpointError(f"{path}: has {num_bytes} bytes, not {entry.num_bytes}: the file is damaged")
             yield stream
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+        raise CheckpointError(f"{path}: {error.strerror or cause_of(error)}") from error
 
 
 def digest_of(stream: IO[bytes]) -> str:
@@ -363,9 +386,9 @@ class _Slice(io.RawIOBase):
         left = max(0, self._length - self._position)
         view = memoryview(buffer).cast("B")[:left]
         self._raw.seek(self._start + self._position)
-        num_bytes = cast(io.BufferedReader, self._raw).readinto(view)
-        self._position += num_bytes
-        return num_bytes
+        num_read = cast(io.BufferedReader, self._raw).readinto(view)
+        self._position += num_read
+        return num_read
 
 
 def _write_item(name: str, shard: LocalShard) -> WriteItem:
@@ -398,32 +421,30 @@ def _written_item(metadata: Metadata, result: WriteResult) -> Item:
 
 def _file_table(path: Path, items: tuple[Item, ...]) -> dict[str, FileEntry]:
     """All files beside the manifest, with the sizes that were written, not those that are found."""
-    num_bytes: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
     for item in items:
-        num_bytes[item.file] += item.num_bytes
-    files = {name: FileEntry(size, None) for name, size in num_bytes.items()}
+        sizes[item.file] += item.num_bytes
+    files = {name: FileEntry(size, None) for name, size in sizes.items()}
     metadata = path / ".metadata"
     with metadata.open("rb") as stream:
-        files[metadata.name] = FileEntry(metadata.stat().st_size, digest_of(stream))
+        files[metadata.name] = FileEntry(num_bytes(metadata), digest_of(stream))
     return files
 
 
-def _is_plain_archive(stream: IO[bytes], num_bytes: int) -> bool:
+def _is_plain_archive(stream: IO[bytes], limit: int) -> bool:
     """Whether a zip archive is uncompressed: torch.load unpacks one to whatever size it claims."""
     try:
         entries = zipfile.ZipFile(stream).infolist()
     except zipfile.BadZipFile:
         return False
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    return stored and sum(entry.file_size for entry in entries) <= num_bytes
+    return stored and sum(entry.file_size for entry in entries) <= limit
 
 
 def _run(function: Callable[[], None], ranks: Ranks, action: str) -> None:
     """Runs one of torch's collectives; its exception, which all ranks get, becomes one line."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            function()
+        function()
     except CheckpointException as error:
         causes = {rank: cause_of(cause) for rank, (cause, _) in error.failures.items()}
         raise failure(action, causes, ranks.world_size) from error

@@ -6,6 +6,9 @@
 
 A process may die between any two calls here: what is then left beside complete checkpoints bears
 another name.
+
+Remote folders (remote.py) have no atomic rename. There step-N/ is filled in place, `manifest.json` is written last and
+deleted first, and a step-N/ without one is not a checkpoint: what dead saves left.
 """
 
 import hashlib
@@ -15,10 +18,12 @@ import os
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
-from megagrow.data.files import fsync_path
+from megagrow.checkpoint.remote import RemotePath, remote
+from megagrow.data.files import fsync_path, os_errors_name
 from megagrow.errors import CheckpointError
 from megagrow.parallel import heartbeat
 
@@ -32,10 +37,11 @@ logger = logging.getLogger(__name__)
 def prepare(root: Path, step: int) -> Path:
     """Removes what dead saves left in `root`; returns a new directory to fill for this step."""
     root.mkdir(parents=True, exist_ok=True)
-    for path in root.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
+    for path in list(root.iterdir()):
+        if is_left_over(path):
             _delete(path)
-    temporary = _renamed(root / f"step-{step}", "tmp")
+    path = root / f"step-{step}"
+    temporary = path if remote(path) else _renamed(path, "tmp")
     temporary.mkdir()
     return temporary
 
@@ -48,14 +54,18 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
     """
     root, raw = temporary.parent, manifest.to_bytes()
     digest = hashlib.sha256(raw).hexdigest()
-    _write(temporary / MANIFEST, raw)
     _write(temporary / DIGEST, f"{digest}  {MANIFEST}\n".encode())
-    fsync_path(temporary)
+    _write(temporary / MANIFEST, raw)
     path = root / f"step-{manifest.step}"
+    latest = json.dumps({"step": path.name, "manifest_sha256": digest}).encode() + b"\n"
+    if remote(root):
+        _write(root / LATEST, latest)
+        return path
+    fsync_path(temporary)
     os.rename(temporary, path)
     fsync_path(root)
     pointer = _renamed(root / LATEST, "tmp")
-    _write(pointer, json.dumps({"step": path.name, "manifest_sha256": digest}).encode() + b"\n")
+    _write(pointer, latest)
     os.replace(pointer, root / LATEST)
     fsync_path(root)
     return path
@@ -63,21 +73,25 @@ def publish(temporary: Path, manifest: Manifest) -> Path:
 
 def discard(temporary: Path) -> None:
     """Removes a directory that will not be published; never fails."""
+    if remote(temporary):
+        with suppress(OSError):
+            _delete(temporary)
+        return
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prune(newest: Path, keep_last: int) -> None:
+def prune(newest: Path, keep_last: int, keep_every: int = 0) -> None:
     """Deletes checkpoints before `newest` so that `keep_last` remain; a failure is only a warning.
 
-    Steps after `newest` are left alone: a run that went back to it has not vouched for them.
+    Steps after `newest` are left alone: a run that went back to it has not vouched for them. Multiples of `keep_every`
+    (0: none) stay for ever.
     """
     directories = step_directories(newest.parent)
     for path in directories[directories.index(newest) :][keep_last:]:
+        if keep_every and _step(path) % keep_every == 0:
+            continue
         try:
-            trash = _renamed(path, "trash")
-            os.rename(path, trash)
-            fsync_path(newest.parent)
-            _delete(trash)
+            _delete(path if remote(path) else _to_trash(path))
         except OSError as error:
             logger.warning("cannot delete the old checkpoint %s: %s", path, error)
 
@@ -88,6 +102,9 @@ def set_aside(path: Path) -> Path:
     pointer = path.parent / LATEST
     if pointer.is_file() and path.name in _latest_digest(pointer):
         pointer.unlink()  # else a death before `latest` is replaced leaves it to disown the new checkpoint
+    if place := remote(path):
+        place.move(RemotePath(str(aside)))
+        return aside
     os.rename(path, aside)
     fsync_path(path.parent)
     return aside
@@ -97,8 +114,14 @@ def step_directories(root: Path) -> list[Path]:
     """The directories step-N under `root`, the highest step first, good or damaged."""
     if not root.is_dir():
         return []
-    steps = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    steps = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir() and not is_left_over(p)]
+    return sorted(steps, key=_step, reverse=True)
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a dead save or deletion has left it."""
+    is_uncommitted = remote(path) and _STEP.fullmatch(path.name) and not (path / MANIFEST).is_file()
+    return bool(is_uncommitted or _LEFTOVER.fullmatch(path.name))
 
 
 def read_checked_manifest(path: Path) -> bytes:
@@ -119,6 +142,17 @@ def read_checked_manifest(path: Path) -> bytes:
     return raw
 
 
+def _to_trash(path: Path) -> Path:
+    trash = _renamed(path, "trash")
+    os.rename(path, trash)
+    fsync_path(path.parent)
+    return trash
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _latest_digest(pointer: Path) -> dict[str, str]:
     """The step that `latest` names, and its manifest's digest; empty if `latest` itself is damaged.
 
@@ -137,21 +171,22 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+        raise CheckpointError(f"{path}: {error.strerror or type(error).__name__}") from error
 
 
 def _write(path: Path, raw: bytes) -> None:
-    with path.open("xb") as stream:
+    with os_errors_name(path), path.open("wb" if remote(path) else "xb") as stream:
         stream.write(raw)
         stream.flush()
-        os.fsync(stream.fileno())
+        if not remote(path):
+            os.fsync(stream.fileno())
 
 
 def _delete(path: Path) -> None:
     if not path.is_dir():
         path.unlink()
     else:
-        for file in list(path.iterdir()):  # large files take a while
+        for file in sorted(path.iterdir(), key=lambda file: file.name != MANIFEST):  # large files take a while
             _delete(file)
         path.rmdir()
     heartbeat.progress()

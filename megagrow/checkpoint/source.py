@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.remote import as_path, remote
 from megagrow.checkpoint.shards import DTYPES
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict
@@ -70,13 +71,15 @@ class Source:
 def open_source(path: Path | str) -> Source:
     """Opens an own checkpoint (`step-N`), a run directory (its newest checkpoint) or a Hugging Face folder.
 
+    Own checkpoints may be remote (a URL for fsspec).
+
     Raises:
         CheckpointError: nothing usable is there.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a checkpoint, a run directory or a Hugging Face folder")
-    if hf.is_hf_folder(path):
+    if remote(path) is None and hf.is_hf_folder(path):
         return _open_hf(path)
     found = store.candidates(path) or store.candidates(path / "checkpoints")
     if not found:

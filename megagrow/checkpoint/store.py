@@ -1,7 +1,8 @@
 """Saving and loading: any layout loads what any other saved, and nothing is used unverified."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,28 @@ from megagrow.checkpoint import directory
 from megagrow.checkpoint.agreement import Ranks, some
 from megagrow.checkpoint.dcp_io import ItemReader, digest_of, open_sized, read_items, write_items
 from megagrow.checkpoint.format import MANIFEST, Manifest, check_json
+from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.shards import DTYPES, Deferred, LocalShard, layout_of, local_shards
 from megagrow.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a save writes, as one rank has it.
+
+    Attributes:
+        shards: this rank's part of each tensor.
+        layout: of all ranks, for people to read.
+        state, config, provenance: JSON values, those of the first rank are written.
+    """
+
+    shards: dict[str, LocalShard]
+    layout: dict[str, Any]
+    state: dict[str, Any]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def save(
@@ -29,11 +48,12 @@ def save(
     provenance: dict[str, Any],
     group: ProcessGroup | None = None,
     keep_last: int = 0,
+    keep_every: int = 0,
 ) -> Path:
     """Saves a checkpoint as `root/step-N`; a collective over all ranks of `group`.
 
     Args:
-        root: a directory that all ranks share.
+        root: a directory that all ranks share, or its URL.
         tensors: by name; plain tensors are the same on all ranks that name them, DTensors have any
             layout, and those of `Deferred` are fetched one by one. Ranks may hold different names, as
             pipeline stages do; a box that several ranks hold is written once.
@@ -41,25 +61,60 @@ def save(
             written.
         group: for all communication, ideally gloo and used by nothing else.
         keep_last: number of checkpoints to keep, this one included; 0 keeps all.
+        keep_every: steps whose multiples are kept besides; 0: none.
 
     Raises:
         CheckpointError: on every rank: the step exists, a value cannot be stored, or any rank
             cannot write (which rank, which file, why). Older checkpoints are untouched then.
     """
-    root, ranks = Path(root), Ranks(group)
+
+    def take() -> Snapshot:
+        return snapshot(tensors, state, config, provenance, group)
+
+    return write(root, step, take, group, keep_last, keep_every)
+
+
+def snapshot(
+    tensors: Mapping[str, Tensor | Deferred],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    provenance: dict[str, Any],
+    group: ProcessGroup | None = None,
+) -> Snapshot:
+    """What `write` needs, in this rank alone; the shards share the tensors' memory.
+
+    Raises:
+        CheckpointError: a value cannot be stored.
+    """
+    for name, record in (("state", state), ("config", config), ("provenance", provenance)):
+        check_json(record, name)
+    layout = layout_of(tensors, Ranks(group).world_size)
+    return Snapshot(local_shards(tensors), layout, state, config, provenance)
+
+
+def write(
+    root: Path,
+    step: int,
+    take: Callable[[], Snapshot],
+    group: ProcessGroup | None = None,
+    keep_last: int = 0,
+    keep_every: int = 0,
+) -> Path:
+    """What `save` does with a snapshot; `take` gives this rank's, and fails the save on all ranks where it raises."""
+    root, ranks = as_path(root), Ranks(group)
     action = f"cannot save step {step} in {root}"
-    shards = ranks.together(action, lambda: _stage(tensors, state, config, provenance))
+    taken = ranks.together(action, take)
     temporary = ranks.first(action, lambda: _make_room(root, step))
     try:
-        written = write_items(temporary, shards, ranks, action)
+        written = write_items(temporary, taken.shards, ranks, action)
 
         def commit() -> Path:
             manifest = Manifest(
                 step=step,
-                layout=layout_of(tensors, ranks.world_size),
-                config=config,
-                provenance=provenance,
-                state=state,
+                layout=taken.layout,
+                config=taken.config,
+                provenance=taken.provenance,
+                state=taken.state,
                 tensors=written.tensors,
                 files=written.files,
                 items=written.items,
@@ -67,7 +122,7 @@ def save(
             _check_files(temporary, manifest)
             path = directory.publish(temporary, manifest)
             if keep_last:
-                directory.prune(path, keep_last)
+                directory.prune(path, keep_last, keep_every)
             return path
 
         return ranks.first(action, commit)
@@ -98,7 +153,7 @@ def load(
         CheckpointError: on every rank: the checkpoint is missing, damaged, or does not fit (names
             the tensors).
     """
-    path, ranks = Path(path), Ranks(group)
+    path, ranks = as_path(path), Ranks(group)
     action = f"cannot load {path}"
     manifest, shards = ranks.together(action, lambda: (read_manifest(path), local_shards(tensors)))
     seen = ranks.gather((manifest.sha256, bytes(name in tensors for name in manifest.tensors)))
@@ -127,7 +182,7 @@ def candidates(root: Path) -> list[Path]:
     Raises:
         CheckpointError: there are checkpoints, and the manifests of all of them are damaged.
     """
-    root = Path(root)
+    root = as_path(root)
     paths = [root] if (root / MANIFEST).is_file() else directory.step_directories(root)
     intact, problems = [], []
     for path in paths:
@@ -150,7 +205,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: names the file and the field.
     """
-    path = Path(path)
+    path = as_path(path)
     return Manifest.parse(directory.read_checked_manifest(path), path / MANIFEST)
 
 
@@ -163,7 +218,7 @@ def read_full(path: Path, names: Iterable[str], manifest: Manifest | None = None
     Raises:
         CheckpointError: the checkpoint is damaged or lacks one of the names.
     """
-    path, action = Path(path), f"cannot read {path}"
+    path, action = as_path(path), f"cannot read {path}"
     manifest = manifest or read_manifest(path)
     tensors = {}
     for name in names:
@@ -181,7 +236,7 @@ def verify(path: Path) -> Manifest:
     Raises:
         CheckpointError: names the damaged file.
     """
-    path = Path(path)
+    path = as_path(path)
     manifest = read_manifest(path)
     _check_files(path, manifest)
     reader = ItemReader(path, manifest, manifest.tensors)
@@ -190,21 +245,10 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def _stage(
-    tensors: Mapping[str, Tensor | Deferred],
-    state: dict[str, Any],
-    config: dict[str, Any],
-    provenance: dict[str, Any],
-) -> dict[str, LocalShard]:
-    for name, record in (("state", state), ("config", config), ("provenance", provenance)):
-        check_json(record, name)
-    return local_shards(tensors)
-
-
 def _make_room(root: Path, step: int) -> Path:
     """A directory to fill. A damaged checkpoint of this step (the run fell back) is set aside."""
     path = root / f"step-{step}"
-    if path.exists():
+    if path.exists() and not directory.is_left_over(path):
         try:
             verify(path)
         except CheckpointError as error:

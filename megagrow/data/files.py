@@ -19,11 +19,23 @@ def os_errors_as_data_errors(path: str | Path) -> Iterator[None]:
         raise DataError(f"{error.filename or path}: {reason}") from error
 
 
+@contextmanager
+def os_errors_name(path: str | Path) -> Iterator[None]:
+    """Write `path` into an OSError that names no file: those of open files (write, fsync) do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def fsync_path(path: Path) -> None:
     """Make a file, or the names in a folder, durable (a rename survives a power cut only after this)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with os_errors_name(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow import __version__, command_line
+from megagrow import command_line
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.convert import TOKENIZER_FOLDER, token_ids_of, tokenizer_of
 from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, read_json
+from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.staged import StagedFolder, check_free
 from megagrow.config import Config, DataConfig, ModelConfig
@@ -165,7 +166,7 @@ def _provenance(source: Source, recipe: Recipe) -> dict[str, Any]:
         "method": recipe.method,
         "model": to_dict(recipe.source),
     }
-    return {"version": __version__, "grew_from": [grew_from], "token_ids": token_ids_of(source)}
+    return {**code_version(), "grew_from": [grew_from], "token_ids": token_ids_of(source)}
 
 
 def target_model(name: str) -> ModelConfig:

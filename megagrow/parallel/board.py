@@ -88,9 +88,9 @@ class Board:
         text = self._worker.run(lambda: self._store.get(key) if self._store.check([key]) else None)
         return Beat(**json.loads(text)) if text else None
 
-    def advance(self, count: int) -> int:
+    def advance(self, count: int, of: str = "progress") -> int:
         """Adds this rank's new marks to those of all ranks; returns the sum, which stands still when all ranks do."""
-        return self._worker.run(lambda: int(self._store.add("progress", count)))
+        return self._worker.run(lambda: int(self._store.add(of, count)))
 
     def claim(self, what: str) -> bool:
         """Whether this rank is the first, and only one, to claim something."""

@@ -3,6 +3,9 @@
 Progress is a mark. The main thread marks where each phase begins (`enter`), and inside long phases each piece of work
 that is finished (`progress`): a batch of an evaluation, a tensor that is loaded, saved or grown. Marks are a few writes
 to memory, so that they may stand anywhere.
+
+A thread that works beside the main one (`in_background`) makes marks of its own: a busy one must not hide that the main
+thread stands still, nor the main thread that a background one does.
 """
 
 import mmap
@@ -12,7 +15,9 @@ import struct
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +25,11 @@ import torch
 import torch.distributed as dist
 
 _TORCH = str(Path(torch.__file__).parent)
+_JOIN_SECONDS = 0.05  # between two looks at the background thread that the main thread waits for
 _WAITING = (str(Path(dist.__file__).parent), str(Path(__file__).parent / "collectives.py"))
+_STORING = str(
+    Path(dist.__file__).parent / "checkpoint"
+)  # stands in a file as often as in a collective, which is deeper
 
 
 @dataclass
@@ -86,7 +95,23 @@ class Page:
             os.close(self.descriptor)
 
 
+@dataclass
+class Background:
+    """What this process does beside its main thread.
+
+    Attributes:
+        phase: its name, for people; empty while there is nothing.
+        thread: the thread that does it, by its identifier.
+        count: marks so far, those of earlier threads included.
+    """
+
+    phase: str = ""
+    thread: int = 0
+    count: int = 0
+
+
 here = Marks()
+background = Background()
 _page: Page | None = None
 
 
@@ -99,9 +124,33 @@ def enter(phase: str, step: int | None = None) -> None:
 
 def progress() -> None:
     """Marks that a piece of the phase is finished; ranks may do so at different times."""
+    if background.phase and threading.get_ident() == background.thread:
+        background.count += 1
+        return
     here.count, here.at = here.count + 1, time.monotonic()
     if _page is not None:
         _page.write(here)
+
+
+@contextmanager
+def in_background(phase: str) -> Iterator[None]:
+    """What the calling thread does from here on is no work of the main thread's; one such thread at a time."""
+    background.thread, background.phase = threading.get_ident(), phase
+    progress()
+    try:
+        yield
+    finally:
+        background.phase = ""
+
+
+def join(thread: threading.Thread) -> None:
+    """Waits for a background thread to end; its progress is that of the main thread meanwhile."""
+    seen = background.count
+    while thread.is_alive():
+        thread.join(_JOIN_SECONDS)
+        if background.count != seen:
+            seen = background.count
+            progress()
 
 
 def reset() -> None:
@@ -130,6 +179,8 @@ class Beat:
         place: the line of code at which its main thread stands.
         called: whether it has answered a call (`Board.call`).
         left: whether it has ended in order.
+        background, background_idle, background_waiting, background_place: phase, idle, waiting and place of the thread
+            beside the main one; the phase is empty when there is none.
     """
 
     rank: int
@@ -144,21 +195,38 @@ class Beat:
     place: str = ""
     called: bool = False
     left: bool = False
+    background: str = ""
+    background_idle: float = 0.0
+    background_waiting: bool = False
+    background_place: str = ""
+
+    def of_background(self) -> "Beat":
+        """The same sign, of the thread beside the main one; where there is none, nobody waits for this rank."""
+        if not self.background:
+            return replace(self, waiting=True)
+        return replace(
+            self,
+            phase=self.background,
+            idle=self.background_idle,
+            waiting=self.background_waiting,
+            place=self.background_place,
+        )
 
 
-def beat(rank: int, idle: float = 0.0, called: bool = False, left: bool = False) -> Beat:
+def beat(rank: int, idle: float = 0.0, called: bool = False, left: bool = False, background_idle: float = 0.0) -> Beat:
     """This rank's beat as of now."""
-    waiting, place = _main_thread()
+    waiting, place = _stand(threading.main_thread().ident or 0)
     who = (rank, socket.gethostname(), os.getpid(), -1 if _page is None else _page.descriptor)
-    return Beat(*who, here.phase, here.step, here.phases, idle, waiting, place, called, left)
+    side = background.phase, background_idle, *(_stand(background.thread) if background.phase else (False, ""))
+    return Beat(*who, here.phase, here.step, here.phases, idle, waiting, place, called, left, *side)
 
 
-def _main_thread() -> tuple[bool, str]:
-    """Whether the main thread waits in a collective, and its innermost line of code outside of torch."""
-    innermost = frame = sys._current_frames().get(threading.main_thread().ident or 0)
+def _stand(thread: int) -> tuple[bool, str]:
+    """Whether a thread waits in a collective, and its innermost line of code outside of torch."""
+    innermost = frame = sys._current_frames().get(thread)
     while frame and _file(frame).startswith(_TORCH) and not _file(frame).startswith(_WAITING):
         frame = frame.f_back
-    waiting = frame is not None and _file(frame).startswith(_WAITING)
+    waiting = frame is not None and _file(frame).startswith(_WAITING) and not _file(frame).startswith(_STORING)
     while frame and _file(frame).startswith(_TORCH):
         frame = frame.f_back
     frame = frame or innermost

@@ -11,7 +11,9 @@ A thread of each rank looks about once a second. The job ends
     with its code      when a rank has left with an error, and the others have not ended by themselves.
 
 As long as any rank marks progress, the others may wait for it: a rank that hashes a checkpoint for ten minutes is not
-hanging. Time in which the watching thread itself did not run (a suspended job) does not count.
+hanging. The same holds for the threads that work beside the main ones (a checkpoint that is written while training goes
+on), by themselves: neither kind of thread hides that the other stands still. Time in which the watching thread itself
+did not run (a suspended job) does not count.
 """
 
 import itertools
@@ -62,6 +64,7 @@ class Watchdog:
         self.rank = int(os.environ.get("RANK", "0"))
         self._interval = min(1.0, timeout / 10)
         self._own_idle, self._job_idle = _Idle(self._interval), _Idle(self._interval)
+        self._own_background, self._job_background = _Idle(self._interval), _Idle(self._interval)
         self._neighbours = Neighbours()
         self._lock = Lock()  # no beat may follow the last one
         self._called = self._leaving = self._stopping = self._suspicion = self._blind = False
@@ -181,9 +184,8 @@ class Watchdog:
     def _look(self) -> None:
         if self._board is None:
             return self._look_alone()
-        new_marks = self._own_idle.count(heartbeat.here.count)
-        self._post(heartbeat.beat(self.rank, self._own_idle.seconds, self._called))
-        self._job_idle.count(self._board.advance(new_marks))
+        self._count_marks(self._board)
+        self._post(self._beat(self._called))
         called, ending = self._board.news()
         if self._leaving:
             return None
@@ -192,11 +194,21 @@ class Watchdog:
         if ending is not None:
             return self._end(ending, is_mine=False)
         self._look_for_the_dead()
-        if self._job_idle.seconds > self.timeout:
-            self._find_culprit(f"no progress for {self._job_idle.seconds:.0f} s")
-        elif self._suspicion:
-            self._find_culprit("connections to it broke")
+        if self._job_background.seconds > self.timeout:
+            self._find_culprit(self._job_background.seconds, in_background=True)
+        elif self._suspicion or self._job_idle.seconds > self.timeout:
+            self._find_culprit(self._job_idle.seconds)
         return None
+
+    def _count_marks(self, board: Board) -> None:
+        self._job_idle.count(board.advance(self._own_idle.count(heartbeat.here.count)))
+        new_marks = self._own_background.count(heartbeat.background.count)
+        self._job_background.count(board.advance(new_marks, "background"))
+        if not heartbeat.background.phase:
+            self._own_background.seconds = self._job_background.seconds = 0.0
+
+    def _beat(self, called: bool = False) -> Beat:
+        return heartbeat.beat(self.rank, self._own_idle.seconds, called, background_idle=self._own_background.seconds)
 
     def _post(self, beat: Beat) -> None:
         with self._lock:
@@ -209,9 +221,11 @@ class Watchdog:
     def _look_alone(self) -> None:
         """Without a board this rank can judge itself only."""
         self._own_idle.count(heartbeat.here.count)
-        if self._own_idle.seconds > self.timeout and not self._leaving:
+        self._own_background.count(heartbeat.background.count)
+        main = self._beat()
+        beat = max(main, main.of_background(), key=lambda beat: beat.idle)
+        if beat.idle > self.timeout and not self._leaving:
             self._write_stacks()
-            beat = heartbeat.beat(self.rank, self._own_idle.seconds)
             lost = "; the store beside rank 0 does not answer either: its host may be gone" if self._board else ""
             reason = f"{_who(beat)} has made no progress for {beat.idle:.0f} s: {self._state(beat)}{lost}"
             self._end(Ending(HangError.exit_code, reason, beat.rank, beat.host, beat.step), is_mine=True)
@@ -226,14 +240,21 @@ class Watchdog:
                 reason = f"{_who(seen)} has died: process {seen.process}, {_where(seen)}; {why}"
                 self._decide(Ending(HangError.exit_code, reason, seen.rank, seen.host, seen.step))
 
-    def _find_culprit(self, why: str) -> None:
-        """One rank calls the others and judges by their answers; the others answer, and wait for its judgement."""
+    def _find_culprit(self, idle: float, in_background: bool = False) -> None:
+        """One rank calls the others and judges by their answers; the others answer, and wait for its judgement.
+
+        Args:
+            idle: seconds for which the ranks have stood still; where it is no more than `timeout`, connections broke.
+            in_background: whether it is the threads beside the main ones that have.
+        """
         assert self._board is not None
-        if not self._board.claim(f"judge-{int(self._job_idle.seconds // (2 * ANSWER_SECONDS))}"):
+        what = "background" if in_background else "judge"
+        if not self._board.claim(f"{what}-{int(idle // (2 * ANSWER_SECONDS))}"):
             return
         self._board.call()
         self._answer()
-        beats = self._answers()
+        why = f"no progress for {idle:.0f} s" if idle > self.timeout else "connections to it broke"
+        beats = {rank: beat.of_background() if in_background else beat for rank, beat in self._answers().items()}
         silent = [rank for rank in sorted(beats) if not beats[rank].called and not beats[rank].left]
         if not silent and self._suspicion:
             self._suspicion = False  # everyone is there: the error is this rank's own
@@ -270,10 +291,10 @@ class Watchdog:
             self._write_stacks()
             for neighbour in self._neighbours.seen():
                 self._board.post_seen(neighbour)
-            self._post(heartbeat.beat(self.rank, self._own_idle.seconds, called=True))
+            self._post(self._beat(called=True))
 
     def _write_stacks(self) -> None:
-        beat = heartbeat.beat(self.rank, self._own_idle.seconds)
+        beat = self._beat()
         text = f"{_who(beat)}: {_where(beat)}, idle for {beat.idle:.0f} s\n{_stacks()}"
         path = self.directory / STACKS / f"rank-{self.rank}.txt"
         if problem := problem_with(partial(_write_files, path, text)):

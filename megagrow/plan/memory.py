@@ -138,6 +138,8 @@ def _rank_memory(
         host = Parts({"moments": MOMENTS * trained, "weights": PARAMETER * trained, "gradients": GRADIENT * trained})
     elif extra.has_moments:
         static["moments"] = MOMENTS * trained
+    if extra.has_moments and layout.config.checkpoint.asynchronous:
+        host["copy for the checkpoint"] = PARAMETER * stored + MOMENTS * trained
     static["batch"] = BATCH * layout.tokens * layout.num_microbatches + activations.tables(layout)
     static += _buffers(layout, stages) + _gathered(layout, costs) + extra.static.get(rank, Parts())
     parts, name, in_flight = _fullest(layout, costs, states)

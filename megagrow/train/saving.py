@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megagrow import __version__
 from megagrow.checkpoint import store
+from megagrow.checkpoint.provenance import code_version
+from megagrow.checkpoint.remote import as_path
+from megagrow.checkpoint.saver import Saver
 from megagrow.config import Config, order_size
 from megagrow.config_file import from_dict, option_names, to_dict
 from megagrow.errors import CheckpointError
@@ -18,26 +20,41 @@ CHECKPOINTS = "checkpoints"
 FIXED_SECTIONS = ("model", "data", "growth")
 
 
-def save(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Path:
-    """Commits a checkpoint of the run as it stands; a collective."""
-    root = Path(config.run.dir) / CHECKPOINTS
-    state.optimizer = learner.state()
-    return store.save(
-        root,
-        state.step,
-        learner.tensors(),
-        state.to_dict(),
-        config=to_dict(config),
-        provenance={"version": __version__, "init": config.init.from_, "grew_from": grew_from(state)},
-        group=mesh.checkpoint_group,
-        keep_last=config.checkpoint.keep_last,
-    )
+def make_saver(config: Config, mesh: Mesh) -> Saver:
+    """What saves this run's checkpoints."""
+    options = config.checkpoint
+    return Saver(mesh.checkpoint_group, options.asynchronous, options.keep_last, options.keep_every)
+
+
+def save(saver: Saver, learner: Learner, state: RunState, config: Config) -> None:
+    """Saves the run as it stands, perhaps in the background; a collective."""
+
+    def take() -> store.Snapshot:
+        state.optimizer = learner.state()
+        facts = provenance(state, config)
+        return store.snapshot(learner.tensors(), state.to_dict(), to_dict(config), facts, saver.group)
+
+    saver.save(root_of(config), state.step, take)
+
+
+def root_of(config: Config) -> Path:
+    """The folder of the run's checkpoints, which may be remote."""
+    return as_path(config.checkpoint.dir) if config.checkpoint.dir else Path(config.run.dir) / CHECKPOINTS
+
+
+def provenance(state: RunState, config: Config) -> dict[str, Any]:
+    """Where a checkpoint comes from: the code, and what the run began with and grew from."""
+    return {
+        **code_version(),
+        "init": config.init.from_,
+        "inherited": [{"label": each.label, "identity": each.identity} for each in state.ledger.inherited],
+        "grew_from": grew_from(state),
+    }
 
 
 def saved(config: Config) -> list[Path]:
     """The run's checkpoints, newest first."""
-    root = Path(config.run.dir) / CHECKPOINTS
-    return store.candidates(root) if root.is_dir() else []
+    return store.candidates(root_of(config))
 
 
 def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunState:

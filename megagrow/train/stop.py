@@ -72,6 +72,6 @@ class StopRequest:
             raise KeyboardInterrupt
         raise Preempted(f"stopped by {name} before the first step; there was nothing to save")
 
-    def agreed(self, mesh: Mesh) -> bool:
-        """Whether any rank has been asked to stop; a collective, so that all ranks stop after the same step."""
-        return any_over(bool(self.name), mesh.world)
+    def agreed(self, mesh: Mesh, for_own_reason: bool = False) -> bool:
+        """Whether any rank has been asked to stop, or has a reason of its own; a collective, so that all stop alike."""
+        return any_over(bool(self.name) or for_own_reason, mesh.world)

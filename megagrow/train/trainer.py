@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +59,9 @@ class Trainer:
         self.datasets = open_training_data(config)
         self.masking = None if config.model.is_causal else make_masking(config.data, config.model)
         self.evaluator = make_evaluator(config, self.masking)
+        self.saver = saving.make_saver(config, mesh)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
+        self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
         self.learner, self.state = self._resume() or self._begin()
         self.state.blend = continue_blend(
@@ -142,18 +144,36 @@ class Trainer:
         with self.progress, Profiling(self.config.run, self.mesh.world.rank, self.mesh.device) as profiling:
             if self.state.step == 0 and self.evaluator and not self.config.init.from_:
                 self.progress.message(f"{describe_model(self.state.model)}, {self.mesh.world.size} rank(s)")
-            while not self.state.is_done(self.config):
-                if stop.agreed(self.mesh):
-                    self._save_and_stop(stop)
-                self._grow_if_due()
-                with profiling.step(self.state.step):
-                    self._step()
-            self._save()
+            with self._no_save_left_behind():
+                while not self.state.is_done(self.config):
+                    if stop.agreed(self.mesh, self.saver.has_failed):
+                        self._save_and_stop(stop)
+                    self._grow_if_due()
+                    with profiling.step(self.state.step):
+                        self._step()
+                self._save()
+                self._wait_for_save()
             self.metrics.close()
 
+    @contextmanager
+    def _no_save_left_behind(self) -> Iterator[None]:
+        """An error is no reason to lose the checkpoint that is being written, on whichever rank it happens."""
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):  # the first error is the one to tell
+                self._wait_for_save()
+            raise
+
+    def _wait_for_save(self) -> None:
+        heartbeat.enter("checkpoint", self.state.step)
+        self.saver.wait()
+
     def _save_and_stop(self, stop: StopRequest) -> None:
+        self._wait_for_save()  # where it has failed, that is why the ranks stop
         if self.state.step > 0:
             self._save()
+            self._wait_for_save()
         what = "saved" if self.state.step > 0 else "there was nothing to save"
         raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; {what}")
 
@@ -173,8 +193,11 @@ class Trainer:
     @contextmanager
     def _growing(self, source: ModelConfig) -> Iterator[None]:
         """Charges the generation of the large model's weights; from here on losses are of another model."""
-        began, config, state = time.perf_counter(), self.config, self.state
+        config, state = self.config, self.state
+        self._wait_for_save()
+        self.saver.release()
         heartbeat.enter("grow", state.step)
+        began = time.perf_counter()
         yield
         spent = flops.ligo_generation_flops(source, config.model) if config.growth.method == "ligo" else 0.0
         seconds = time.perf_counter() - began
@@ -298,9 +321,11 @@ class Trainer:
                 mfu=self._mfu(rate),
                 flops_total=own["flops"],
                 seconds_total=own["seconds"],
+                checkpoint_seconds=self._checkpoint_seconds,
                 validation_loss=validation,
                 skipped=not result.accepted,
             )
+            self._checkpoint_seconds = 0.0
         if phase == "ligo":
             done, total = state.ligo_step, config.growth.ligo_steps
         else:
@@ -320,6 +345,7 @@ class Trainer:
 
     def _roll_back(self, result: StepResult) -> None:
         """Returns to the last checkpoint and goes on with the data after the bad stretch; the second time it stops."""
+        self._wait_for_save()
         state = self.state
         what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
         if state.rolled_back_at >= 0 or not saving.saved(self.config):
@@ -337,10 +363,12 @@ class Trainer:
         self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
 
     def _save(self) -> None:
+        began = time.perf_counter()
         heartbeat.enter("checkpoint", self.state.step)
         if self.state.step != self.saved_step:
-            saving.save(self.learner, self.state, self.config, self.mesh)
+            saving.save(self.saver, self.learner, self.state, self.config)
             self.saved_step = self.state.step
+        self._checkpoint_seconds += time.perf_counter() - began
         if self.mesh.is_main:
             self.state.ledger.save(self.dir / "ledger.json")
 

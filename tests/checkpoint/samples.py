@@ -24,7 +24,7 @@ def empty_tensors() -> dict[str, Tensor]:
     return {name: torch.zeros(SHAPES[name], dtype=DTYPES[name]) for name in SHAPES}
 
 
-def save_step(root: Path, step: int, keep_last: int = 0) -> Path:
+def save_step(root: Path, step: int, keep_last: int = 0, keep_every: int = 0) -> Path:
     return checkpoint.save(
         root,
         step,
@@ -33,6 +33,7 @@ def save_step(root: Path, step: int, keep_last: int = 0) -> Path:
         config={"model": {"hidden_size": 3}},
         provenance={"grown_from": None},
         keep_last=keep_last,
+        keep_every=keep_every,
     )
 
 

@@ -269,6 +269,14 @@ def test_keep_last_deletes_the_oldest(tmp_path: Path) -> None:
     assert_holds_step(tmp_path / "step-3", 3)
 
 
+def test_every_nth_checkpoint_stays_for_ever(tmp_path: Path) -> None:
+    for step in range(2, 22, 2):
+        save_step(tmp_path, step, keep_last=2, keep_every=6)
+    assert names_in(tmp_path) == {"step-20", "step-18", "step-12", "step-6", "latest"}
+    save_step(tmp_path, 23, keep_last=1)
+    assert names_in(tmp_path) == {"step-23", "latest"}, "0 keeps none besides"
+
+
 def test_keep_last_never_deletes_what_was_just_saved(tmp_path: Path) -> None:
     flip_last_byte(save_step(tmp_path, 10) / "__0_0.distcp")
     save_step(tmp_path, 5)

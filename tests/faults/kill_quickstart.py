@@ -18,7 +18,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_KILLS = 3
-TIMED = {"seconds", "date", "seconds_total", "tokens_per_second", "machine", "commit"}
+TIMED = {"seconds", "date", "seconds_total", "checkpoint_seconds", "tokens_per_second", "machine", "commit"}
 
 
 def copy_tree(destination: Path) -> Path:

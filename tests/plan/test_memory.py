@@ -13,8 +13,11 @@ import torch
 from torch.profiler import record_function
 
 from megagrow.checkpoint.hf_writer import write_hf_folder
+from megagrow.checkpoint.host_copy import HostCopy
+from megagrow.checkpoint.shards import local_shards
 from megagrow.checkpoint.source import open_source
 from megagrow.config import (
+    CheckpointConfig,
     Config,
     DataConfig,
     GrowthConfig,
@@ -35,7 +38,7 @@ from megagrow.plan.phases import phases
 from megagrow.roles import num_parameters, parameter_shapes
 from megagrow.salt.teacher import Teacher
 from megagrow.train import growing
-from megagrow.train.growing import map_learner
+from megagrow.train.growing import map_learner, new_learner
 from megagrow.train.learner import Learner, ModelLearner
 from megagrow.train.part import build_part, compute_dtype, initialize_part
 from megagrow.train.state import RunState
@@ -145,7 +148,22 @@ def test_offloading_takes_moments_to_the_host() -> None:
         "moments": 8 * here.parameters,
         "weights": 4 * here.parameters,
         "gradients": 4 * here.parameters,
+        "copy for the checkpoint": 12 * here.parameters,
     }
+
+
+def test_saving_beside_training_takes_a_copy_on_the_host() -> None:
+    def make(config: Config, mesh: Mesh) -> Learner:
+        part = build_part(config.model, config, mesh)
+        initialize_part(part, seed=0)
+        return new_learner(part, config)
+
+    learner = make(LONG, Mesh.single())
+    copies = HostCopy().of(local_shards(learner.tensors()))
+    planned = step_memory(Layout(LONG, 1))[0].host
+    assert planned == {"copy for the checkpoint": sum(shard.data.nbytes for shard in copies.values())}
+    at_once = replace(LONG, checkpoint=CheckpointConfig(asynchronous=False))
+    assert not step_memory(Layout(at_once, 1))[0].host
 
 
 def test_evaluation_brings_buffers_of_its_own() -> None:

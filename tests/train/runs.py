@@ -24,7 +24,8 @@ from megagrow.train import run
 
 SMALL = ModelConfig(vocab_size=256, hidden_size=16, num_layers=2, num_heads=2, ffn_size=32, max_seq_length=32)
 LARGE = dataclasses.replace(SMALL, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=4, ffn_size=64)
-TIMES = ("tokens_per_second", "seconds_total", "mfu")  # what two runs of one configuration may differ in
+# What two runs of one configuration may differ in.
+TIMES = ("tokens_per_second", "seconds_total", "checkpoint_seconds", "mfu")
 
 
 def make_corpus(folder: Path) -> Path:
