@@ -3,6 +3,9 @@
 Every message is one line: what, where, the rule, the remedy. The traceback is shown only with `--run.debug`.
 """
 
+import reprlib
+from typing import Any
+
 
 class MegagrowError(Exception):
     """Base of all errors that a user can cause and mend; `exit_code` is what the program exits with."""
@@ -10,7 +13,7 @@ class MegagrowError(Exception):
     exit_code = 1
 
 
-class ConfigError(MegagrowError):
+class ConfigError(MegagrowError, ValueError):
     """The command line or the configuration breaks a rule."""
 
     exit_code = 2
@@ -50,3 +53,25 @@ class Preempted(MegagrowError):
     """The run was asked to stop; its state has been saved."""
 
     exit_code = 7
+
+
+class _Short(reprlib.Repr):
+    """One line of at most about 100 characters, whatever the value; takes no longer for a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if abs(x) < 10**80 else "an integer of more than 80 digits"
+
+
+_short = _Short()
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a message shows it: `repr`, cut to a short line."""
+    text = _short.repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}..."

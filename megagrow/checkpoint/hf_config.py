@@ -4,7 +4,6 @@ Whatever would change the logits and cannot be kept is refused by name, never dr
 model, config.json holds special token ids, which `special_token_ids` reads.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from megagrow.checkpoint.hf_families import (
     Family,
     fixed_fields,
 )
-from megagrow.config import ModelConfig
-from megagrow.errors import CheckpointError, ConfigError
+from megagrow.config import MAX_SIZE, ModelConfig
+from megagrow.errors import CheckpointError, ConfigError, shown
+from megagrow.json_file import parse_object
 
 CONFIG_FILE = "config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -34,16 +34,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, or does not hold a JSON object.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); give a complete Hugging Face folder"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); restore the file") from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(entries).__name__}; restore the file")
-    return entries
+    return parse_object(raw, path, CheckpointError, "restore the file")
 
 
 def model_config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
@@ -145,7 +141,7 @@ def special_token_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
 def _family_of(entries: Mapping[str, Any], where: str) -> Family:
     name = entries.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise CheckpointError(f"{where}: model_type={name!r} is not supported; use one of {', '.join(FAMILIES)}")
+        raise CheckpointError(f"{where}: model_type={shown(name)} is not supported; use one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -154,7 +150,7 @@ def _refuse_unsupported(entries: Mapping[str, Any], family: Family, where: str) 
         value = entries.get(key)
         if value is not None and not any(_same(value, one) for one in allowed):
             raise CheckpointError(
-                f"{where}: {key}={value!r} is not supported, and without it the logits would "
+                f"{where}: {key}={shown(value)} is not supported, and without it the logits would "
                 f"change; use a model with {' or '.join(f'{key}={one!r}' for one in allowed)}"
             )
 
@@ -179,15 +175,18 @@ def _read(entries: Mapping[str, Any], name: str, entry: Entry, fields: Mapping[s
 def _positive(value: Any, wanted: type, key: str, where: str) -> Any:
     """A positive number of the wanted type, small enough for a float to hold exactly."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 2**53 or wanted(value) != value:
+    largest = MAX_SIZE if wanted is int else 2**53
+    if not is_number or not 0 < value <= largest or wanted(value) != value:
         kind = "whole number" if wanted is int else "number"
-        raise CheckpointError(f"{where}: {key}={value!r} must be a positive {kind}; correct it")
+        raise CheckpointError(
+            f"{where}: {key}={shown(value)} must be a positive {kind}, at most {largest}; correct it"
+        )
     return wanted(value)
 
 
 def _switch(value: Any, key: str, where: str) -> bool:
     if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key}={value!r} must be true or false; correct it")
+        raise CheckpointError(f"{where}: {key}={shown(value)} must be true or false; correct it")
     return value
 
 
@@ -202,7 +201,7 @@ def _activation(entries: Mapping[str, Any], family: Family, where: str) -> str:
             return ours
     allowed = " or ".join(f"{key}={one!r}" for theirs in activations.values() for one in theirs)
     raise CheckpointError(
-        f"{where}: {key}={value!r} is not supported, and without it the logits would change; use a model with {allowed}"
+        f"{where}: {key}={shown(value)} is not supported, and without it the logits would change; use a model with {allowed}"
     )
 
 
@@ -227,12 +226,12 @@ def _rope_theta(entries: Mapping[str, Any], where: str) -> float:
 
 def _refuse_scaling(rope: Any, key: str, where: str) -> None:
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{where}: {key}={rope!r} must be an object or null; correct it")
+        raise CheckpointError(f"{where}: {key}={shown(rope)} must be an object or null; correct it")
     kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
     unknown = sorted(set(rope) - ROPE_KEYS)
     partial = rope.get("partial_rotary_factor")
     if any(kind != "default" for kind in kinds) or unknown or partial not in (None, 1):
         raise CheckpointError(
-            f"{where}: {key}={rope!r} is not supported, and without it the logits would change; "
+            f"{where}: {key}={shown(rope)} is not supported, and without it the logits would change; "
             f"use a model with unscaled rotary positions ({key}=null or rope_type=default)"
         )

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 from megagrow.data.files import os_errors_as_data_errors
-from megagrow.errors import DataError
+from megagrow.errors import DataError, shown
+from megagrow.json_file import parse_object
 
 
 class Description(TypedDict):
@@ -49,16 +50,11 @@ def describe(prefix: str | Path) -> Description | None:
         return None
     with os_errors_as_data_errors(path):
         content = path.read_bytes()
-    try:
-        fields = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON; remove it or preprocess the corpus again") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}: must hold a JSON object, has {type(fields).__name__}")
+    fields = parse_object(content, path, DataError, "remove it or preprocess the corpus again")
     for name, kind in _RULES.items():
         value = fields.get(name)
         if name not in fields or not isinstance(value, kind) or isinstance(value, bool):
-            raise DataError(f"{path}: field {name} is missing or of the wrong type ({value!r:.60})")
+            raise DataError(f"{path}: field {name} is missing or of the wrong type ({shown(value)})")
         if isinstance(value, int) and value < 0:
             raise DataError(f"{path}: field {name} is {value}, must not be negative")
     return cast(Description, fields)

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import DataError
+from megagrow.errors import DataError, shown
+from megagrow.json_file import parse_object
 
 FORMAT_VERSION = 1
 SCORE_NAMES = ("median_in_top_k", "median_zero", "mean_nll", "in_top_k_fraction")
@@ -249,7 +250,7 @@ def _check_identity(found: Identity, expected: Identity, path: Path) -> None:
         old, new = getattr(found, field.name), getattr(expected, field.name)
         if old != new:
             raise DataError(
-                f"{path}: {field.name} is {old!r}, this scoring has {new!r}; "
+                f"{path}: {field.name} is {shown(old)}, this scoring has {shown(new)}; "
                 "choose another --output, or remove the folder to score anew"
             )
 
@@ -306,20 +307,14 @@ def _read(path: Path) -> bytes:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_read(path).decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: not valid JSON; remove it and score the corpus again") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: must hold a JSON object, has {type(data).__name__}")
-    return data
+    return parse_object(_read(path), path, DataError, "remove it and score the corpus again")
 
 
 def _field(data: dict[str, Any], name: str, kind: Any, path: Path) -> Any:
     value = data.get(name)
     if name not in data or not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(
-            f"{path}: field {name} is missing or of the wrong type ({value!r:.60}); "
+            f"{path}: field {name} is missing or of the wrong type ({shown(value)}); "
             "not a file of scores, choose another folder"
         )
     return value
