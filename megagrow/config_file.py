@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megagrow.config import Config
-from megagrow.errors import ConfigError, shown
+from megagrow.errors import ConfigError, named, shown
 from megagrow.yaml_text import read_yaml
 
 MAX_BYTES = 1 << 18  # of a file; a whole configuration takes 5,000
@@ -45,7 +45,7 @@ def from_dict(data: Any, kind: type | None = None, where: str = "configuration",
     values = {}
     for key, value in data.items():
         if not isinstance(key, str) or key not in names:
-            name = key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else shown(key)
+            name = named(key) if isinstance(key, str) else shown(key)
             full = f"{path}.{name}" if path else name
             raise ConfigError(f"{where}: unknown key {full}{nearest(full, option_names())}")
         values[names[key]] = _typed(value, hints[names[key]], where, f"{path}.{key}" if path else key)

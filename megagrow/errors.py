@@ -4,6 +4,7 @@ Every message is one line: what, where, the rule, the remedy. The traceback is s
 """
 
 import reprlib
+from itertools import islice
 from typing import Any
 
 
@@ -67,6 +68,13 @@ class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return super().repr_int(x, level) if abs(x) < 10**80 else "an integer of more than 80 digits"
 
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In the order of the file; reprlib sorts."""
+        if level <= 0 and x:
+            return "{...}"
+        entries = [f"{self.repr1(k, level - 1)}: {self.repr1(x[k], level - 1)}" for k in islice(x, self.maxdict)]
+        return "{" + ", ".join(entries + ["..."] * (len(x) > self.maxdict)) + "}"
+
 
 _short = _Short()
 
@@ -75,3 +83,8 @@ def shown(value: Any) -> str:
     """A value from a file as a message shows it: `repr`, cut to a short line."""
     text = _short.repr(value)
     return text if len(text) <= 120 else f"{text[:100]}..."
+
+
+def named(name: str) -> str:
+    """A name from a file as a message shows it: as it stands when it is short and printable."""
+    return name if len(name) <= 80 and name.isprintable() else shown(name)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megagrow.errors import MegagrowError, shown
+from megagrow.errors import MegagrowError, named, shown
 
 MAX_DEPTH = 200  # of objects and lists inside each other; deeper ones exhaust the stack of whatever walks them
 MAX_DIGITS = 4300  # of an integer: Python takes quadratic time for longer ones, and refuses to print them
@@ -60,7 +60,7 @@ def _integer(text: str) -> int | float:
 def _problems(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
     """(dotted name, what is wrong) of every value that JSON's grammar lets through and that is refused here."""
     if depth > MAX_DEPTH:
-        yield _start(name), f"is nested more than {MAX_DEPTH} deep"
+        yield named(name), f"is nested more than {MAX_DEPTH} deep"
     elif isinstance(value, dict):
         for key, entry in value.items():
             if not _is_text(key):
@@ -70,9 +70,9 @@ def _problems(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
         for index, entry in enumerate(value):
             yield from _problems(entry, f"{name}[{index}]", depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        yield _start(name), "is not a finite number"
+        yield named(name), "is not a finite number"
     elif isinstance(value, str) and not _is_text(value):
-        yield _start(name), "holds half a surrogate pair, which is no text"
+        yield named(name), "holds half a surrogate pair, which is no text"
 
 
 def _is_text(value: str) -> bool:
@@ -81,8 +81,3 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _start(name: str) -> str:
-    """A dotted name that fits into a one-line message."""
-    return name if len(name) <= 80 and name.isprintable() else shown(name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.data.files import write_atomically
-from megagrow.errors import CheckpointError, shown
+from megagrow.errors import CheckpointError, named, shown
 from megagrow.flops import DEFAULT_CONVENTION
 from megagrow.json_file import parse_object
 
@@ -281,7 +281,7 @@ def _mapping(data: Any, where: str, kinds: dict[str, Any]) -> dict[str, Any]:
         holds = isinstance(data[key], kind) and not isinstance(data[key], bool)
         _check(holds, where, f"{key}={shown(data[key])} has the wrong type")
     for key in data:
-        _check(key in kinds, where, f"unknown key {shown(key)}; expected {', '.join(kinds)}")
+        _check(key in kinds, where, f"unknown key {named(key)}; expected {', '.join(kinds)}")
     return data
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import DataError, shown
+from megagrow.errors import DataError, named, shown
 from megagrow.json_file import parse_object
 
 FORMAT_VERSION = 1
@@ -325,7 +325,7 @@ def _from_fields(kind: Any, data: dict[str, Any], path: Path) -> Any:
     known = {field.name: field.type for field in fields(kind)}
     for name in data:
         if name not in known:
-            raise DataError(f"{path}: unknown field {name}; written by another version")
+            raise DataError(f"{path}: unknown field {named(name)}; written by another version")
     values = {}
     for name, hint in known.items():
         allowed = hint | int if hint is not str and hint is not int else hint
