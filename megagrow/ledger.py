@@ -270,7 +270,8 @@ def _inherited(data: Any, where: str) -> Inherited:
 
 def _event(data: Any, where: str) -> dict[str, Any]:
     _check(isinstance(data, dict), where, f"must be a mapping, got {type(data).__name__}")
-    _mapping({k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int})
+    fields = _mapping({k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int})
+    _check(0 <= fields["step"] < 2**63, where, f"step={shown(fields['step'])} must not be negative, and fit 64 bits")
     return dict(data)
 
 

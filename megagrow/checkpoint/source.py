@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from megagrow.checkpoint import hf, store
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict
 from megagrow.data.dataset import PackedDataset
-from megagrow.errors import CheckpointError, DataError
+from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.model import Transformer
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
@@ -155,7 +155,7 @@ def _open_hf(path: Path) -> Source:
 def _open_own(path: Path) -> Source:
     manifest = store.read_manifest(path)
     where = f"{path}/manifest.json"
-    model = from_dict(manifest.state["model"], ModelConfig, where, "state.model")
+    model = stored_model(manifest.state.get("model"), where)
 
     def read(name: str) -> Tensor:
         return store.read_full(path, [name], manifest)[name]
@@ -164,10 +164,24 @@ def _open_own(path: Path) -> Source:
         return read(f"model.{name}")
 
     identity = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
-    tokenizer = manifest.config.get("data", {}).get("tokenizer", "")
+    data = manifest.config.get("data")
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else ""
+    tokenizer = tokenizer if isinstance(tokenizer, str) else ""
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
     optimizer = manifest.state.get("optimizer") if has_moments else None
     return Source(path, model, fetch, identity, manifest.state.get("ledger"), tokenizer, read, optimizer)
+
+
+def stored_model(data: Any, where: str) -> ModelConfig:
+    """The model in a run's state, as its manifest holds it.
+
+    Raises:
+        CheckpointError: names the field of `state.model` that breaks a rule.
+    """
+    try:
+        return cast(ModelConfig, from_dict(data, ModelConfig, where, "state.model"))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _folder_identity(path: Path) -> str:

@@ -8,7 +8,7 @@ from megagrow import __version__
 from megagrow.checkpoint import store
 from megagrow.config import Config
 from megagrow.config_file import from_dict, option_names, to_dict
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.parallel.mesh import Mesh
 from megagrow.train.learner import Learner
 from megagrow.train.state import RunState
@@ -59,7 +59,10 @@ def load(path: Path, learner: Learner, mesh: Mesh) -> None:
 
 def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tuple[str, Any, Any]]:
     """The differences to a saved configuration; CheckpointError when the saved run is of another model or data."""
-    changes = differences(old, config)
+    try:
+        changes = differences(old, config, f"{path}/manifest.json: config")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     for name, before, now in changes:
         if name.split(".")[0] in FIXED_SECTIONS:
             raise CheckpointError(
@@ -69,9 +72,9 @@ def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tup
     return changes
 
 
-def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every field that differs from a saved configuration."""
-    before, now = _flat(to_dict(from_dict(old, Config, "saved configuration"))), _flat(to_dict(config))
+def differences(old: dict[str, Any], config: Config, where: str) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every field that differs from a configuration saved in `where`."""
+    before, now = _flat(to_dict(from_dict(old, Config, where))), _flat(to_dict(config))
     return [(n, before.get(n), now.get(n)) for n in option_names() if before.get(n) != now.get(n)]
 
 

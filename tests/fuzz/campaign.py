@@ -42,6 +42,7 @@ def main() -> None:
                         count = count_refusals(field, options.per_field)
                 except Misbehaved as error:
                     failures.append(str(error))
+                    print(str(error)[:700], flush=True)
                     continue
                 counts[field.format] += count
                 print(f"{field.format:24} {field.name:44} {count:6}", flush=True)

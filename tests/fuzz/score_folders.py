@@ -48,6 +48,10 @@ def _identity_rules(path: tuple[str, ...], record: dict[str, Any]) -> dict[tuple
     return {(*path, name): _equals(value) for name, value in record["identity"].items()}
 
 
+def _is_cost(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1e60
+
+
 def _equals(value: Any) -> Callable[[Any], bool]:
     return lambda other: type(other) is type(value) and other == value
 
@@ -65,8 +69,8 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
         ("identity", "top_k"): lambda value: is_count(value) and value > 0,
         ("identity", "dtype"): is_text,
         ("cost",): lambda value: False,
-        ("cost", "seconds"): lambda value: is_number(value) and value >= 0,
-        ("cost", "flops"): lambda value: value is None or (is_number(value) and value >= 0),
+        ("cost", "seconds"): _is_cost,
+        ("cost", "flops"): lambda value: value is None or _is_cost(value),
         ("cost", "tokens"): is_count,
         ("scores_sha256",): _equals(record["scores_sha256"]),
     }
