@@ -6,7 +6,7 @@ Growth, teachers, scoring, evaluation and conversion all read models through `op
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -17,8 +17,9 @@ from megagrow.checkpoint import hf, store
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict
 from megagrow.data.dataset import PackedDataset
-from megagrow.errors import CheckpointError, ConfigError, DataError
+from megagrow.errors import CheckpointError, ConfigError, DataError, shown
 from megagrow.model import Transformer
+from megagrow.optim import Multipliers
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.context import cut
@@ -28,6 +29,7 @@ from megagrow.parallel.shards import fill, shard_parameters
 from megagrow.roles import parameter_names
 
 CHECK_SAMPLES = 8
+MULTIPLIERS = {field.name for field in fields(Multipliers)}
 HASH_BYTES = 64 << 20  # read at a time
 UNFIT_SHARE = 0.9  # of ln(vocabulary size): what a model that learned nothing of this data scores
 
@@ -168,7 +170,7 @@ def _open_own(path: Path) -> Source:
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else ""
     tokenizer = tokenizer if isinstance(tokenizer, str) else ""
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
-    optimizer = manifest.state.get("optimizer") if has_moments else None
+    optimizer = stored_optimizer(manifest.state.get("optimizer"), where) if has_moments else None
     return Source(path, model, fetch, identity, manifest.state.get("ledger"), tokenizer, read, optimizer)
 
 
@@ -182,6 +184,28 @@ def stored_model(data: Any, where: str) -> ModelConfig:
         return cast(ModelConfig, from_dict(data, ModelConfig, where, "state.model"))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def stored_optimizer(data: Any, where: str) -> dict[str, Any]:
+    """The optimizer in a run's state, as its manifest holds it: `step`, and `multipliers` by parameter.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    step, multipliers = (data.get(name) for name in ("step", "multipliers")) if isinstance(data, dict) else (None, None)
+    holds = (
+        type(step) is int
+        and 0 <= step < 2**63
+        and isinstance(multipliers, dict)
+        and all(isinstance(m, dict) and set(m) == MULTIPLIERS for m in multipliers.values())
+        and all(type(x) in (int, float) and 0 <= x < 1e30 for m in multipliers.values() for x in m.values())
+    )
+    if not holds:
+        raise CheckpointError(
+            f"{where}: state.optimizer is {shown(data)}, must be a step and multipliers by parameter "
+            f"({', '.join(sorted(MULTIPLIERS))}); use an older checkpoint"
+        )
+    return cast(dict[str, Any], data)
 
 
 def _folder_identity(path: Path) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from megagrow.checkpoint.source import stored_model
+from megagrow.checkpoint.source import stored_model, stored_optimizer
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.errors import CheckpointError, named, shown
@@ -81,6 +81,7 @@ class RunState:
         values = {
             **data,
             "model": stored_model(data["model"], where),
+            "optimizer": stored_optimizer(data["optimizer"], where),
             "guard": StepGuard(**data["guard"]),
             "ledger": Ledger.from_dict(data["ledger"], f"{where}: state.ledger"),
         }
@@ -115,6 +116,5 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "guard": (_is_guard, "losses, a list of numbers, and bad_steps, a whole number"),
     "rolled_back_at": (lambda v: v == -1 or _is_count(v), "a step, or -1"),
-    "optimizer": (lambda v: isinstance(v, dict), "an object"),
     "pending_event": (lambda v: v is None or isinstance(v, dict), "an object or null"),
 }

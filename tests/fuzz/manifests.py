@@ -113,7 +113,7 @@ def _state_fields(folder: Path) -> Iterator[Field]:
     """The state of a run in training, with the model and the ledger in it, and the configuration beside it."""
     ledger = Ledger(phases=[Phase("train", "model", 3, 4, 5.0, 6.0)], events=[{"event": "growth", "step": 1}])
     ledger = dataclasses.replace(ledger, inherited=[Inherited("source", "x", Ledger())])
-    state = RunState(SCALED, "main", grown_at=2, guard=StepGuard([1.5], 1), ledger=ledger, optimizer={"step": 3})
+    state = RunState(SCALED, "main", grown_at=2, guard=StepGuard([1.5], 1), ledger=ledger, optimizer={"step": 3, "multipliers": {"head.weight": {"lr": 1.0, "eps": 2.0, "weight_decay": 1.0}}})
     path = checkpoint.save(
         folder, 2, tensors_at(2), state.to_dict(), config=to_dict(Config(model=SCALED)), provenance={"grew_from": []}
     )
@@ -124,6 +124,7 @@ def _state_fields(folder: Path) -> Iterator[Field]:
         texts = texts_with(record, ("state", *place), rejecting(accepts))
         name = ".".join("N" if isinstance(key, int) else key for key in ("state", *place))
         says = str(place[-1] if isinstance(place[-1], str) else place[-2])
+        says = "optimizer" if place[0] == "optimizer" else says
         file = path / "manifest.json"
         yield Field("manifest.json", name, file, texts, lambda: read_state(path, config, print), says, _signed(path))
     for name, accepts in accepts_of("model.").items():
@@ -138,7 +139,7 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
     counts = ("step", "train_step", "ligo_step", "tokens")
     return {
         **{(name,): is_count for name in counts},
-        ("model",): lambda value: False,
+        ("model",): lambda value: value == {},  # fields left out have their defaults
         ("phase",): lambda value: value in ("small", "ligo", "main"),
         ("grown_at",): lambda value: value is None or is_count(value),
         ("cursors",): lambda value: False,
@@ -149,7 +150,9 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
         ("guard", "bad_steps"): is_count,
         ("ledger",): lambda value: False,
         ("rolled_back_at",): lambda value: is_count(value) or (type(value) is int and value == -1),
-        ("optimizer",): is_object,
+        ("optimizer",): lambda value: False,
+        ("optimizer", "step"): is_count,
+        ("optimizer", "multipliers"): lambda value: value == {},
         ("pending_event",): lambda value: value is None or is_object(value),
     }
 
