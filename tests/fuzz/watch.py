@@ -30,8 +30,7 @@ def refusal(read: Callable[[], Any], num_bytes: int) -> MegagrowError | None:
             memory than twice the file and OWN_BYTES.
     """
     found: MegagrowError | None = None
-    tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.start()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         read()
@@ -41,7 +40,8 @@ def refusal(read: Callable[[], Any], num_bytes: int) -> MegagrowError | None:
         found = error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    taken = tracemalloc.get_traced_memory()[1] - before
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     if taken > 2 * num_bytes + OWN_BYTES:
         raise Misbehaved(f"took {taken} bytes for a file of {num_bytes}")
     return found
@@ -49,7 +49,7 @@ def refusal(read: Callable[[], Any], num_bytes: int) -> MegagrowError | None:
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Counts what Python and numpy allocate, bounds the address space, and turns a hang into an exception."""
+    """Bounds the address space and turns a hang into an exception, for the calls of `refusal` inside."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise Misbehaved(f"no answer within {SECONDS:g} s")
@@ -57,11 +57,9 @@ def watching() -> Iterator[None]:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     earlier = signal.signal(signal.SIGALRM, late)
-    tracemalloc.start()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_BYTES, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        tracemalloc.stop()
         signal.signal(signal.SIGALRM, earlier)
