@@ -1,14 +1,16 @@
 """From `PRESET_OR_FILE [--section.field VALUE …]` to a configuration, with errors that fit on one line."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import tyro
-import yaml
 
 from megagrow import presets
 from megagrow.config import Config
-from megagrow.config_file import check_value, load_file, nearest, option_names
+from megagrow.config_file import check_value, from_dict, load_file, nearest, option_names, to_dict
 from megagrow.errors import ConfigError
+from megagrow.yaml_text import read_yaml
 
 USAGE = "usage: python -m megagrow PRESET_OR_FILE [--init.from CKPT] [--section.field VALUE ...] [--dry-run]"
 DRY_RUN = "--dry-run"
@@ -25,11 +27,10 @@ def parse(arguments: list[str]) -> Config:
     if arguments[0] in ("-h", "--help"):
         return tyro.cli(Config, args=["--help"], prog="python -m megagrow PRESET_OR_FILE")
     base, rest = load(arguments[0]), arguments[1:]
-    if "-h" not in rest and "--help" not in rest:
-        rest = _checked(base, rest)
-        rest += _derived_again(base, rest[::2])
-    kinds = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(Config, default=base, args=rest, prog=f"python -m megagrow {arguments[0]}", config=kinds)
+    if "-h" in rest or "--help" in rest:
+        kinds = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+        tyro.cli(Config, default=base, args=["--help"], prog=f"python -m megagrow {arguments[0]}", config=kinds)
+    return _changed(base, _checked(base, rest))
 
 
 def without_dry_run(arguments: list[str]) -> list[str]:
@@ -55,9 +56,9 @@ def load(name: str) -> Config:
     return load_file(path)
 
 
-def _checked(base: Config, arguments: list[str]) -> list[str]:
-    """The arguments as tyro wants them, after each name and value has been looked at."""
-    known, pending, checked = option_names(), list(arguments), list[str]()
+def _checked(base: Config, arguments: list[str]) -> dict[str, Any]:
+    """Dotted field name -> value as it would stand in a file, after each name and value has been looked at."""
+    known, pending, checked = option_names(), list(arguments), dict[str, Any]()
     while pending:
         option, has_value, value = pending.pop(0).partition("=")
         name = option.removeprefix("--").replace("-", "_")
@@ -67,28 +68,40 @@ def _checked(base: Config, arguments: list[str]) -> list[str]:
             raise ConfigError(f"command line: {option}: growth.source is a whole model; write it into a YAML file")
         if not has_value and not pending:
             raise ConfigError(f"command line: {option} needs a value")
-        value = value if has_value else pending.pop(0)
-        checked += [f"--{name}", _value(name, value)]
+        checked[name] = _value(name, value if has_value else pending.pop(0))
     return checked
 
 
-def _derived_again(base: Config, options: list[str]) -> list[str]:
-    """Options that let fields of the model follow others that were changed, where they followed them before."""
-    model, heads_changed = base.model, "--model.num_heads" in options
-    again: list[str] = []
-    if heads_changed and "--model.num_kv_heads" not in options and model.num_kv_heads == model.num_heads:
-        again += ["--model.num_kv_heads", "0"]
-    size_changed = heads_changed or "--model.hidden_size" in options
-    if size_changed and "--model.head_dim" not in options and model.head_dim * model.num_heads == model.hidden_size:
-        again += ["--model.head_dim", "0"]
+def _changed(base: Config, values: dict[str, Any]) -> Config:
+    """The configuration with these fields changed, and those that follow from them."""
+    data = to_dict(base)
+    for name, value in {**values, **_derived_again(base, values)}.items():
+        *path, last = name.split(".")
+        section = data
+        for part in path:
+            section[part] = section[part] or {}
+            section = section[part]
+        section[last] = value
+    return cast(Config, from_dict(data, Config, "command line"))
+
+
+def _derived_again(base: Config, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the model that follow others that were changed, where they followed them before."""
+    model, heads_changed = base.model, "model.num_heads" in changed
+    again: dict[str, Any] = {}
+    if heads_changed and "model.num_kv_heads" not in changed and model.num_kv_heads == model.num_heads:
+        again["model.num_kv_heads"] = 0
+    size_changed = heads_changed or "model.hidden_size" in changed
+    if size_changed and "model.head_dim" not in changed and model.head_dim * model.num_heads == model.hidden_size:
+        again["model.head_dim"] = 0
     return again
 
 
-def _value(name: str, value: str) -> str:
+def _value(name: str, text: str) -> Any:
     try:
-        plain = yaml.safe_load(value)
-        check_value(plain, name, "command line")
-    except (yaml.YAMLError, ConfigError):
-        check_value(value, name, "command line")  # "2024" is text where text is wanted
-        return value
-    return str(plain) if isinstance(plain, bool) else value
+        value = read_yaml(text, "command line")
+        check_value(value, name, "command line")
+    except ConfigError:
+        check_value(text, name, "command line")  # "2024" is text where text is wanted
+        return text
+    return value

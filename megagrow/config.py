@@ -4,12 +4,16 @@ A preset (presets.py) or a YAML or JSON file (config_file.py) gives a complete `
 single fields. A field's own rules are checked here; what has to fit together is checked by checks.py.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from megagrow.errors import ConfigError
+
+MAX_SIZE = 2**31 - 1  # of what is counted: far above any model, and small enough that checks of it take no time
+MAX_DIVISORS = 32  # that a message lists
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,12 @@ class ModelConfig:
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_seq_length"):
-            require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
+        require_size(
+            self, "model", "vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_seq_length"
+        )
+        require_not_negative(
+            self, "model", "num_kv_heads", "head_dim", "position_offset", "num_token_types", "norm_eps"
+        )
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim == 0:
@@ -109,7 +117,13 @@ class ModelConfig:
             f"model.head_dim={self.head_dim} is odd, or so is the share of it that rope_fraction={self.rope_fraction} "
             f"rotates ({self.rotary_dim}); rotary positions turn pairs of dimensions: make it even",
         )
-        require_not_negative(self, "model", "position_offset", "num_token_types")
+        require_size(self, "model", "num_kv_heads", "head_dim")
+        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
+        require(
+            max(self.position_offset, self.num_token_types) <= MAX_SIZE,
+            f"model.position_offset={self.position_offset} and model.num_token_types={self.num_token_types} must be at "
+            f"most {MAX_SIZE}",
+        )
         require(
             not (self.parallel_residual and self.norm_place == "after"),
             "model.parallel_residual needs norms before attention and MLP; use model.norm_place=before",
@@ -157,7 +171,7 @@ class DataConfig:
     special_tokens: tuple[int, ...] = ()  # ids that are never chosen, beside those of the tokenizer
 
     def __post_init__(self) -> None:
-        require(self.seq_length > 0, f"data.seq_length={self.seq_length} must be positive")
+        require_size(self, "data", "seq_length")
         require_not_negative(self, "data", "num_samples")
         require(0 < self.mask_rate <= 1, f"data.mask_rate={self.mask_rate} must be greater than 0 and at most 1")
         require(self.mask_token >= -1, f"data.mask_token={self.mask_token} must be an id, or -1 for the tokenizer's")
@@ -190,8 +204,12 @@ class ParallelConfig:
     layers_per_stage: tuple[int, ...] = ()  # by stage; empty: even, embedding and head weighing as a layer each
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "context", "pipeline", "replicate"):
-            require(getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)} must be positive")
+        require_size(self, "parallel", "tensor", "context", "pipeline", "replicate")
+        require_not_negative(self, "parallel", "stages_per_rank")
+        require(
+            all(0 <= count <= MAX_SIZE for count in self.layers_per_stage),
+            f"parallel.layers_per_stage={list(self.layers_per_stage[:8])} must hold layers of each stage: 0 or more",
+        )
         most = {"1F1B": 1, "ZBVZeroBubble": 2, "DualPipeV": 2}.get(self.schedule, self.stages_per_rank)
         least = 2 if self.schedule in V_SCHEDULES else 1
         require(
@@ -243,8 +261,7 @@ class TrainConfig:
     threads: int = 0  # CPU threads per rank; 0: as the environment says
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size"):
-            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        require_size(self, "train", "steps", "global_batch_size")
         require_not_negative(self, "train", "microbatch_size", "loss_chunk", "eval_interval", "eval_batches", "threads")
         require(
             self.dropout == 0 or 2**-16 <= self.dropout <= 1 - 2**-16,  # the steps in which it acts
@@ -274,7 +291,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_not_negative(self, "optim", "lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "spike_sigma")
-        require(self.max_bad_steps > 0, f"optim.max_bad_steps={self.max_bad_steps} must be positive")
+        require_not_negative(self, "optim", "min_lr_ratio")
+        require_size(self, "optim", "max_bad_steps", "spike_window")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)} must be in [0, 1)")
         require(
             0 <= self.decay_fraction <= 1,
             f"optim.decay_fraction={self.decay_fraction} must lie between 0 and 1",
@@ -342,6 +362,12 @@ class InitConfig:
     source_flops: float = -1.0  # FLOPs spent on a source from outside; -1: unknown, all-in savings stay null
     skip_source_check: bool = False  # go on although the source does not fit the data
 
+    def __post_init__(self) -> None:
+        require(
+            self.source_flops >= 0 or self.source_flops == -1,
+            f"init.source_flops={self.source_flops} must not be negative; -1 stands for unknown",
+        )
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -364,6 +390,8 @@ class RunConfig:
         )
         for name in ("log_interval", "timeout"):
             require(getattr(self, name) > 0, f"run.{name}={getattr(self, name)} must be positive")
+        for name in ("profile_at", "memory_snapshot_at"):
+            require(getattr(self, name) >= -1, f"run.{name}={getattr(self, name)} must be a step, or -1 for never")
 
 
 @dataclass(frozen=True)
@@ -394,9 +422,19 @@ def require_not_negative(section: Any, title: str, *names: str) -> None:
         require(getattr(section, name) >= 0, f"{title}.{name}={getattr(section, name)} must not be negative")
 
 
+def require_size(section: Any, title: str, *names: str) -> None:
+    """Raises ConfigError unless these fields of a section are positive and small enough to count anything."""
+    for name in names:
+        value = getattr(section, name)
+        require(value > 0, f"{title}.{name}={value} must be positive")
+        require(value <= MAX_SIZE, f"{title}.{name}={value} must be at most {MAX_SIZE}")
+
+
 def divisors(n: int, limit: int | None = None) -> str:
-    """The divisors of n up to `limit` as English: "1, 2, 4 or 8"."""
-    found = [str(d) for d in range(1, min(n, limit or n) + 1) if n % d == 0]
+    """The divisors of n up to `limit` as English: "1, 2, 4 or 8"; the largest of more than 32 are left out."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    both = sorted({*small, *(n // d for d in small)})
+    found = [str(d) for d in both if d <= min(n, limit or n)][:MAX_DIVISORS]
     return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
 
 

@@ -3,15 +3,17 @@
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megagrow.config import Config
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, named, shown
+from megagrow.yaml_text import read_yaml
+
+MAX_BYTES = 1 << 18  # of a file; a whole configuration takes 5,000
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -42,11 +44,18 @@ def from_dict(data: Any, kind: type | None = None, where: str = "configuration",
     names = {f.name.rstrip("_"): f.name for f in dataclasses.fields(kind)}
     values = {}
     for key, value in data.items():
-        full = f"{path}.{key}" if path else str(key)
-        if key not in names:
+        if not isinstance(key, str) or key not in names:
+            name = named(key) if isinstance(key, str) else shown(key)
+            full = f"{path}.{name}" if path else name
             raise ConfigError(f"{where}: unknown key {full}{nearest(full, option_names())}")
-        values[names[key]] = _typed(value, hints[names[key]], where, full)
-    return kind(**values)
+        values[names[key]] = _typed(value, hints[names[key]], where, f"{path}.{key}" if path else key)
+    for f in dataclasses.fields(kind):
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: {path}.{f.name} is missing; add it")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def check_value(value: Any, path: str, where: str) -> None:
@@ -71,14 +80,37 @@ def _typed(value: Any, hint: Any, where: str, path: str) -> Any:
                 _typed(item, typing.get_args(option)[0], where, f"{path}[{i}]") for i, item in enumerate(value)
             )
         if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            try:  # YAML reads 1e-3 as a string
-                return float(value)
-            except ValueError:
+            number = _finite(value)
+            if number is None:
                 continue
+            return number
         if isinstance(option, type) and isinstance(value, option) and isinstance(value, bool) == (option is bool):
-            return value
+            return _storable(value, where, path)
     allowed = " or ".join(_type_name(option) for option in options)
-    raise ConfigError(f"{where}: {path}={value!r} must be {allowed}")
+    raise ConfigError(f"{where}: {path}={shown(value)} must be {allowed}")
+
+
+def _storable(value: Any, where: str, path: str) -> Any:
+    """The value; ConfigError for a number or text that files and tensors do not take."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: {path}={shown(value)} does not fit 64 bits; use a smaller number")
+    if isinstance(value, str) and not _is_plain(value):
+        raise ConfigError(f"{where}: {path}={shown(value)} holds a character that is no text; leave it out")
+    return value
+
+
+def _finite(value: int | float | str) -> float | None:
+    """The number, also from text (YAML reads 1e-3 as that); None if it is none, or not finite."""
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it can be a path or a name: files and messages take neither NUL nor half of a surrogate pair."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _type_name(hint: Any) -> str:
@@ -88,6 +120,8 @@ def _type_name(hint: Any) -> str:
         return f"a list of {_type_name(typing.get_args(hint)[0])}"
     if isinstance(hint, types.UnionType):
         return " or ".join(map(_type_name, typing.get_args(hint)))
+    if hint is float:
+        return "a finite number"
     return "null" if hint is type(None) else hint.__name__
 
 
@@ -116,13 +150,13 @@ def load_file(path: Path) -> Config:
         ConfigError: missing or malformed file, unknown key, wrong type, broken rule.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a preset name or a YAML file") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path}: is larger than {MAX_BYTES} bytes; give a file that holds a configuration only")
+    data = read_yaml(raw, str(path))
     return from_dict(data if data is not None else {}, Config, str(path))
 
 

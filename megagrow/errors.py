@@ -3,6 +3,10 @@
 Every message is one line: what, where, the rule, the remedy. The traceback is shown only with `--run.debug`.
 """
 
+import reprlib
+from itertools import islice
+from typing import Any
+
 
 class MegagrowError(Exception):
     """Base of all errors that a user can cause and mend; `exit_code` is what the program exits with."""
@@ -10,7 +14,7 @@ class MegagrowError(Exception):
     exit_code = 1
 
 
-class ConfigError(MegagrowError):
+class ConfigError(MegagrowError, ValueError):
     """The command line or the configuration breaks a rule."""
 
     exit_code = 2
@@ -50,3 +54,37 @@ class Preempted(MegagrowError):
     """The run was asked to stop; its state has been saved."""
 
     exit_code = 7
+
+
+class _Short(reprlib.Repr):
+    """One line of at most about 100 characters, whatever the value; takes no longer for a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if abs(x) < 10**80 else "an integer of more than 80 digits"
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In the order of the file; reprlib sorts."""
+        if level <= 0 and x:
+            return "{...}"
+        entries = [f"{self.repr1(k, level - 1)}: {self.repr1(x[k], level - 1)}" for k in islice(x, self.maxdict)]
+        return "{" + ", ".join(entries + ["..."] * (len(x) > self.maxdict)) + "}"
+
+
+_short = _Short()
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a message shows it: `repr`, cut to a short line."""
+    text = _short.repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}..."
+
+
+def named(name: str) -> str:
+    """A name from a file as a message shows it: as it stands when it is short and printable."""
+    return name if len(name) <= 80 and name.isprintable() else shown(name)

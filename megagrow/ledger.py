@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.data.files import write_atomically
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, named, shown
 from megagrow.flops import DEFAULT_CONVENTION
+from megagrow.json_file import parse_object
 
 PHASES = {
     "small": "training the small model, in the run that later grows it",
@@ -31,6 +32,7 @@ PHASES = {
 LEFT_OUT_BY_PAPERS = ("small", "scoring")
 MEASURES = ("flops", "tokens", "seconds")
 
+LARGEST = 1e60  # FLOPs, tokens or seconds: far above any cost, and far below where sums of floats overflow
 Totals = dict[str, float | None]
 
 
@@ -216,13 +218,11 @@ class Ledger:
             CheckpointError: the file is missing or malformed.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            raw = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); a finished run has a ledger") from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not JSON ({error}); restore the file or run again") from None
-        if isinstance(data, dict):
-            data.pop("totals", None)
+        data = parse_object(raw, path, CheckpointError, "restore the file or run again")
+        data.pop("totals", None)
         return cls.from_dict(data, str(path))
 
 
@@ -254,12 +254,12 @@ def _phase(data: Any, where: str) -> Phase:
     _check(
         fields["phase"] in PHASES,
         where,
-        f"phase={fields['phase']!r} must be one of {', '.join(PHASES)}",
+        f"phase={shown(fields['phase'])} must be one of {', '.join(PHASES)}",
     )
     for name in ("steps", *MEASURES):
         value = fields[name]
-        holds = value is None or (math.isfinite(value) and value >= 0)
-        _check(holds, where, f"{name}={value} must be finite and not negative")
+        holds = value is None or 0 <= value < LARGEST
+        _check(holds, where, f"{name}={shown(value)} must be finite and not negative")
     return Phase(**fields)
 
 
@@ -270,7 +270,8 @@ def _inherited(data: Any, where: str) -> Inherited:
 
 def _event(data: Any, where: str) -> dict[str, Any]:
     _check(isinstance(data, dict), where, f"must be a mapping, got {type(data).__name__}")
-    _mapping({k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int})
+    fields = _mapping({k: data[k] for k in ("event", "step") if k in data}, where, {"event": str, "step": int})
+    _check(0 <= fields["step"] < 2**63, where, f"step={shown(fields['step'])} must not be negative, and fit 64 bits")
     return dict(data)
 
 
@@ -279,9 +280,9 @@ def _mapping(data: Any, where: str, kinds: dict[str, Any]) -> dict[str, Any]:
     for key, kind in kinds.items():
         _check(key in data, where, f"{key} is missing")
         holds = isinstance(data[key], kind) and not isinstance(data[key], bool)
-        _check(holds, where, f"{key}={data[key]!r} has the wrong type")
+        _check(holds, where, f"{key}={shown(data[key])} has the wrong type")
     for key in data:
-        _check(key in kinds, where, f"unknown key {key}; expected {', '.join(kinds)}")
+        _check(key in kinds, where, f"unknown key {named(key)}; expected {', '.join(kinds)}")
     return data
 
 

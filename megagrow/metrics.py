@@ -18,7 +18,8 @@ from rich.progress import Progress as RichProgress
 from megagrow.config import Config
 from megagrow.config_file import to_dict
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError, DataError, shown
+from megagrow.json_file import parse_object
 
 KEYS = (  # of a line of metrics.jsonl, always present, null where there is nothing to say
     "step",
@@ -103,6 +104,9 @@ class Metrics:
         self._writers = []
 
 
+READ_AS_NUMBERS = ("tokens", "loss", "validation_loss", "flops_total", "seconds_total")  # by reports
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl: none of a missing file, no last line torn by a crash.
 
@@ -116,12 +120,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     *whole, _torn = content.split(b"\n")
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(whole, 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        line = parse_object(text, f"{path}: line {number}", DataError, "restore or remove the line")
+        if type(line.get("step")) is not int:
             raise DataError(f"{path}: line {number} is not an object with a step; restore or remove the line")
+        for name in READ_AS_NUMBERS:
+            value = line.get(name)
+            if not isinstance(value, int | float | None) or isinstance(value, bool):
+                raise DataError(f"{path}: line {number} has {name}={shown(value)}, which is no number; correct it")
         if lines and line["step"] <= lines[-1]["step"]:
             raise DataError(
                 f"{path}: line {number} has step {line['step']} after step {lines[-1]['step']}; "
@@ -336,11 +341,9 @@ def read_exit(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with os_errors_as_data_errors(path):
-        text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("code"), int):
-        raise DataError(f"{path}: not an object with an exit code; remove the file and start the run again")
+        raw = path.read_bytes()
+    remedy = "remove the file and start the run again"
+    content = parse_object(raw, path, DataError, remedy)
+    if type(content.get("code")) is not int:
+        raise DataError(f"{path}: not an object with an exit code; {remedy}")
     return content

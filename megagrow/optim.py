@@ -33,7 +33,7 @@ class Optimizer:
     Args:
         parameters: this rank's parameters by name; plain tensors or DTensors.
         config: rates, factors, back end.
-        multipliers: per-tensor factors; names left out have 1.
+        multipliers: per-tensor factors of the whole model, the same on every rank; names left out have 1.
         step: updates that the moments have already seen.
     """
 
@@ -45,7 +45,7 @@ class Optimizer:
         step: int = 0,
     ) -> None:
         self.parameters, self.config = dict(parameters), config
-        self.multipliers = {name: (multipliers or {}).get(name, Multipliers()) for name in self.parameters}
+        self.multipliers = dict(multipliers or {})  # of other ranks' parameters too: one rank saves them for all
         self.weights: Weights = (HostWeights if config.offload else LocalWeights)(self.parameters)
         self.adamw = self._update_of(config)(self._groups(), config, step)
 
@@ -58,7 +58,8 @@ class Optimizer:
     def _groups(self) -> list[Group]:
         grouped: dict[tuple[Multipliers, bool], list[nn.Parameter]] = {}
         for name, tensor in self.weights.tensors.items():
-            grouped.setdefault((self.multipliers[name], role_of(name).decays), []).append(tensor)
+            factors = self.multipliers.get(name, Multipliers())
+            grouped.setdefault((factors, role_of(name).decays), []).append(tensor)
         return [
             {
                 "params": tensors,

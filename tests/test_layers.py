@@ -15,8 +15,10 @@ FOLDERS = [*SHIPPED, "tests"]
 # A file imports only what stands above it here; growth and salt do not even know each other.
 ORDER = [
     "errors",
+    "json_file",
     "config",
     "checks",
+    "yaml_text",
     "config_file",
     "presets",
     "command_line",

@@ -60,7 +60,7 @@ def test_a_roll_back_drops_what_it_takes_back(tmp_path: Path) -> None:
 def test_damage_before_the_last_line_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(DataError, match="line 2 is not an object with a step"):
+    with pytest.raises(DataError, match="line 2: not valid JSON"):
         Metrics(tmp_path, Config(), resume_step=3)
     path.write_text('{"step": 1}\n{"step": 1}\n')
     with pytest.raises(DataError, match="line 2 has step 1 after step 1"):

@@ -25,6 +25,7 @@ from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
 from megagrow.checkpoint.remote import RemotePath, remote
 from megagrow.data.files import fsync_path, os_errors_name
 from megagrow.errors import CheckpointError
+from megagrow.json_file import parse_object
 from megagrow.parallel import heartbeat
 
 LATEST = "latest"
@@ -160,10 +161,10 @@ def _latest_digest(pointer: Path) -> dict[str, str]:
     it unreadable.
     """
     try:
-        record = json.loads(_read(pointer))
+        record = parse_object(_read(pointer), pointer, CheckpointError, "checkpoints are found without it")
         return {str(record["step"]): str(record["manifest_sha256"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        logger.warning("%s is damaged; checkpoints are found without it", pointer)
+    except (CheckpointError, KeyError) as error:
+        logger.warning("%s is damaged (%s); checkpoints are found without it", pointer, error)
         return {}
 
 

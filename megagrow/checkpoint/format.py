@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megagrow.checkpoint.shards import DTYPES
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, shown
+from megagrow.json_file import parse_object
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -110,7 +111,7 @@ class Manifest:
         Raises:
             CheckpointError: names the file `where` and the field that breaks a rule.
         """
-        record = _Record(_json_object(raw, where), str(where))
+        record = _Record(parse_object(raw, where, CheckpointError, "use an older checkpoint"), str(where))
         version = record.integer("format_version")
         if version != FORMAT_VERSION:
             record.refuse("format_version", f"is {version}; this megagrow reads {FORMAT_VERSION}")
@@ -198,7 +199,7 @@ class _Record:
 
     def entries(self, key: str) -> Iterable[tuple[str, "_Record"]]:
         for name, entry in self.object(key).items():
-            yield name, self._child(f"{key}.{_short(name)}", entry)
+            yield name, self._child(f"{key}.{shown(name)}", entry)
 
     def list_of_records(self, key: str) -> Iterable["_Record"]:
         for index, entry in enumerate(self.value(key, list)):
@@ -215,29 +216,10 @@ class _Record:
         return value
 
 
-def _json_object(raw: bytes, where: Path) -> dict[str, Any]:
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            raise ValueError("a key stands twice in one object")
-        return fields
-
-    def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        record = json.loads(raw, object_pairs_hook=no_repeats, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not readable as JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{where}: must hold one JSON object")
-    return record
-
-
 def _tensor_entry(record: _Record) -> TensorEntry:
     dtype, shape = record.text("dtype"), record.integers("shape")
     if dtype not in DTYPES:
-        record.refuse("dtype", f"is {_short(dtype)}, must be one of {[*DTYPES]}")
+        record.refuse("dtype", f"is {shown(dtype)}, must be one of {[*DTYPES]}")
     if 0 in shape:
         record.refuse("shape", f"is {list(shape)}, a tensor without elements")
     return TensorEntry(dtype, shape)
@@ -279,10 +261,10 @@ def _check_tables(manifest: Manifest, record: _Record) -> None:
         places[item.file].append((item.start, item.num_bytes))
     for name, tensor in manifest.tensors.items():
         if elements[name] != math.prod(tensor.shape):
-            record.refuse(f"tensors.{_short(name)}", "is not covered by the items")
+            record.refuse(f"tensors.{shown(name)}", "is not covered by the items")
     for name, file in manifest.files.items():
         if file.sha256 is None and not _cover(places[name], file.num_bytes):
-            record.refuse(f"files.{_short(name)}", "has neither a digest nor items without gap")
+            record.refuse(f"files.{shown(name)}", "has neither a digest nor items without gap")
 
 
 def _cover(spans: list[tuple[int, int]], num_bytes: int) -> bool:
@@ -295,17 +277,12 @@ def _cover(spans: list[tuple[int, int]], num_bytes: int) -> bool:
     return end == num_bytes
 
 
-def _short(name: str) -> str:
-    """A name from a file, fit for a one-line message."""
-    return repr(name[:80])
-
-
 def _item_problem(manifest: Manifest, item: Item) -> str | None:
     tensor, file = manifest.tensors.get(item.tensor), manifest.files.get(item.file)
     if tensor is None:
-        return f"belongs to tensor {_short(item.tensor)}, which is not in the table"
+        return f"belongs to tensor {shown(item.tensor)}, which is not in the table"
     if file is None:
-        return f"lies in file {_short(item.file)}, which is not in the table"
+        return f"lies in file {shown(item.file)}, which is not in the table"
     if not len(item.offsets) == len(item.sizes) == len(tensor.shape):
         return "has another number of dims than its tensor"
     bounds = zip(item.offsets, item.sizes, tensor.shape, strict=True)

@@ -4,7 +4,6 @@ Whatever would change the logits and cannot be kept is refused by name, never dr
 model, config.json holds special token ids, which `special_token_ids` reads.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from megagrow.checkpoint.hf_family import Entry, Family, fixed_fields
 from megagrow.checkpoint.hf_rope import read_rope, write_rope
 from megagrow.checkpoint.hf_windows import check_windows
 from megagrow.config import ModelConfig
-from megagrow.errors import CheckpointError, ConfigError
+from megagrow.errors import CheckpointError, ConfigError, shown
+from megagrow.json_file import parse_object
 
 CONFIG_FILE = "config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -38,16 +38,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, or does not hold a JSON object.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); give a complete Hugging Face folder"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); restore the file") from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(entries).__name__}; restore the file")
-    return entries
+    return parse_object(raw, path, CheckpointError, "restore the file")
 
 
 def model_config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
@@ -161,7 +157,7 @@ def special_token_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
 def _family_of(entries: Mapping[str, Any], where: str) -> Family:
     name = entries.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise CheckpointError(f"{where}: model_type={name!r} is not supported; use one of {', '.join(FAMILIES)}")
+        raise CheckpointError(f"{where}: model_type={shown(name)} is not supported; use one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from megagrow.checkpoint.hf_entries import agreed, positive, switch, unsupported
 from megagrow.checkpoint.hf_family import Rope
 from megagrow.config import ModelConfig, RopeScaling
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, shown
 
 DEFAULT_THETA = 10_000.0
 PLACES = ("rope_scaling", "rope_parameters")  # transformers takes the first that is not empty
@@ -79,7 +79,7 @@ def write_rope(model: ModelConfig, rope: Rope) -> dict[str, Any]:
 
 def _object(settings: Any, place: str, where: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{where}: {place}={settings!r} must be an object or null; correct it")
+        raise CheckpointError(f"{where}: {place}={shown(settings)} must be an object or null; correct it")
     return settings
 
 

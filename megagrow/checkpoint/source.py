@@ -6,9 +6,9 @@ Growth, teachers, scoring, evaluation and conversion all read models through `op
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from megagrow.checkpoint.shards import DTYPES
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict
 from megagrow.data.dataset import Samples
-from megagrow.errors import CheckpointError, DataError
+from megagrow.errors import CheckpointError, ConfigError, DataError, shown
 from megagrow.model import Transformer
+from megagrow.optim import Multipliers
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.context import cut
@@ -29,6 +30,7 @@ from megagrow.parallel.shards import fill, shard_parameters
 from megagrow.roles import parameter_names
 
 CHECK_SAMPLES = 8
+MULTIPLIERS = {field.name for field in fields(Multipliers)}
 HASH_BYTES = 64 << 20  # read at a time
 UNFIT_SHARE = 0.9  # of ln(vocabulary size): what a model that learned nothing of this data scores
 
@@ -170,7 +172,7 @@ def _open_hf(path: Path) -> Source:
 def _open_own(path: Path) -> Source:
     manifest = store.read_manifest(path)
     where = f"{path}/manifest.json"
-    model = from_dict(manifest.state["model"], ModelConfig, where, "state.model")
+    model = stored_model(manifest.state.get("model"), where)
 
     def read(name: str) -> Tensor:
         return store.read_full(path, [name], manifest)[name]
@@ -182,10 +184,46 @@ def _open_own(path: Path) -> Source:
         return DTYPES[manifest.tensors[f"model.{name}"].dtype]
 
     identity = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
-    tokenizer = manifest.config.get("data", {}).get("tokenizer", "")
+    data = manifest.config.get("data")
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else ""
+    tokenizer = tokenizer if isinstance(tokenizer, str) else ""
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
-    optimizer = manifest.state.get("optimizer") if has_moments else None
+    optimizer = stored_optimizer(manifest.state.get("optimizer"), where) if has_moments else None
     return Source(path, model, fetch, dtype_of, identity, manifest.state.get("ledger"), tokenizer, read, optimizer)
+
+
+def stored_model(data: Any, where: str) -> ModelConfig:
+    """The model in a run's state, as its manifest holds it.
+
+    Raises:
+        CheckpointError: names the field of `state.model` that breaks a rule.
+    """
+    try:
+        return cast(ModelConfig, from_dict(data, ModelConfig, where, "state.model"))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def stored_optimizer(data: Any, where: str) -> dict[str, Any]:
+    """The optimizer in a run's state, as its manifest holds it: `step`, and `multipliers` by parameter.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    step, multipliers = (data.get(name) for name in ("step", "multipliers")) if isinstance(data, dict) else (None, None)
+    holds = (
+        type(step) is int
+        and 0 <= step < 2**63
+        and isinstance(multipliers, dict)
+        and all(isinstance(m, dict) and set(m) == MULTIPLIERS for m in multipliers.values())
+        and all(type(x) in (int, float) and 0 <= x < 1e30 for m in multipliers.values() for x in m.values())
+    )
+    if not holds:
+        raise CheckpointError(
+            f"{where}: state.optimizer is {shown(data)}, must be a step and multipliers by parameter "
+            f"({', '.join(sorted(MULTIPLIERS))}); use an older checkpoint"
+        )
+    return cast(dict[str, Any], data)
 
 
 def _folder_identity(path: Path) -> str:

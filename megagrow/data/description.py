@@ -1,11 +1,18 @@
 """PREFIX.json: what `.bin/.idx` cannot say about themselves (which tokenizer, which split)."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from megagrow.data.files import os_errors_as_data_errors
-from megagrow.errors import DataError
+from megagrow.errors import DataError, shown
+from megagrow.json_file import parse_object
+
+TOKENIZERS = ("sentencepiece", "huggingface", "byte")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REMEDY = "remove it or preprocess the corpus again"
 
 
 class Description(TypedDict):
@@ -17,20 +24,24 @@ class Description(TypedDict):
     eod_id: int | None  # the id that ends each document; None: documents were not ended
     num_documents: int
     num_tokens: int
-    split: str  # "train" or "validation"
+    split: str  # "train", "validation", or what --split said
     source: str  # where the text came from, in words
     source_settings: NotRequired[dict[str, str | int | None]]  # what a rebuild would need to be equal
 
 
-_RULES: dict[str, type | tuple[type, ...]] = {
-    "tokenizer": str,
-    "tokenizer_sha256": str,
-    "vocab_size": int,
-    "eod_id": (int, type(None)),
-    "num_documents": int,
-    "num_tokens": int,
-    "split": str,
-    "source": str,
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tokenizer": (lambda v: v in TOKENIZERS, f"one of {', '.join(TOKENIZERS)}"),
+    "tokenizer_sha256": (lambda v: isinstance(v, str) and bool(_SHA256.fullmatch(v)), "a sha256 in hexadecimal"),
+    "vocab_size": (lambda v: _is_count(v) and v > 0, "a positive whole number"),
+    "eod_id": (lambda v: v is None or _is_count(v), "a token id or null"),
+    "num_documents": (_is_count, "a whole number from 0 on"),
+    "num_tokens": (_is_count, "a whole number from 0 on"),
+    "split": (lambda v: isinstance(v, str), "text"),
+    "source": (lambda v: isinstance(v, str), "text"),
 }
 
 
@@ -49,18 +60,15 @@ def describe(prefix: str | Path) -> Description | None:
         return None
     with os_errors_as_data_errors(path):
         content = path.read_bytes()
-    try:
-        fields = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON; remove it or preprocess the corpus again") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}: must hold a JSON object, has {type(fields).__name__}")
-    for name, kind in _RULES.items():
-        value = fields.get(name)
-        if name not in fields or not isinstance(value, kind) or isinstance(value, bool):
-            raise DataError(f"{path}: field {name} is missing or of the wrong type ({value!r:.60})")
-        if isinstance(value, int) and value < 0:
-            raise DataError(f"{path}: field {name} is {value}, must not be negative")
+    fields = parse_object(content, path, DataError, _REMEDY)
+    for name, (holds, kind) in _RULES.items():
+        if name not in fields:
+            raise DataError(f"{path}: field {name} is missing; {_REMEDY}")
+        if not holds(fields[name]):
+            raise DataError(f"{path}: field {name} is {shown(fields[name])}, must be {kind}; {_REMEDY}")
+    settings = fields.get("source_settings", {})
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: field source_settings is {shown(settings)}, must be an object; {_REMEDY}")
     return cast(Description, fields)
 
 

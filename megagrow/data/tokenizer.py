@@ -14,6 +14,7 @@ import tokenizers
 from megagrow.data import sentencepiece_export
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
 from megagrow.errors import ConfigError, DataError
+from megagrow.json_file import parse_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _END_NAMES = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<eod>", "[SEP]")
@@ -192,10 +193,9 @@ class HuggingFaceTokenizer:
             path = self._path.with_name(name)
             if not path.is_file():
                 continue
-            try:
-                token = json.loads(path.read_bytes().decode("utf-8")).get(role)
-            except (ValueError, AttributeError, RecursionError, OSError) as error:
-                raise DataError(f"{path}: not a JSON object ({_one_line(error)})") from error
+            with os_errors_as_data_errors(path):
+                content = path.read_bytes()
+            token = parse_object(content, path, DataError, "restore the file").get(role)
             if isinstance(token, dict):
                 token = token.get("content")
             if isinstance(token, str):

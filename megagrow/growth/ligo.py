@@ -29,11 +29,12 @@ from torch.nn.functional import one_hot
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict, to_dict
 from megagrow.data.files import write_atomically
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError, shown
 from megagrow.growth.grow import Fetch, grow_into, mixed_sources
 from megagrow.growth.maps import AxisMap, DenseMap, LayerMap, LayerMix, SparseMap, first_copies
 from megagrow.growth.methods import Recipe, make_recipe
 from megagrow.growth.operator import grow_box
+from megagrow.json_file import parse_object
 from megagrow.model.transformer import name_seed
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Mesh
@@ -158,6 +159,9 @@ class Ligo:
         return name == "heads" and self.start.axes["heads"] is self.start.axes.get("value")
 
 
+MAPS_REMEDY = "give a file that was saved after learning"
+
+
 def save_maps(ligo: Ligo, path: Path | str) -> None:
     """Writes the maps to a safetensors file that names the two models; the file is whole or absent."""
     models = {"source": ligo.start.source, "target": ligo.start.target}
@@ -176,16 +180,36 @@ def load_maps(path: Path | str, device: torch.device | str = "cpu") -> Ligo:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        models = [json.loads(metadata[key]) for key in ("source", "target")]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: is no file of learned maps ({error}); give one that was saved after learning"
-        ) from None
-    source, target = (from_dict(model, ModelConfig, str(path)) for model in models)
-    dtype = next(iter(state.values()), torch.empty(0)).dtype
+        texts = [metadata[key].encode() for key in ("source", "target")]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path}: is no file of learned maps ({error}); {MAPS_REMEDY}") from None
+    source, target = (_stored_model(text, path) for text in texts)
+    _check_sizes(source, target, state, path)
+    dtype = next(iter(state.values())).dtype
     ligo = Ligo(make_recipe("ligo", source, target), device=device, dtype=dtype)
     ligo.load_state_dict(state, str(path))
     return ligo
+
+
+def _stored_model(text: bytes, path: Path | str) -> ModelConfig:
+    try:
+        return from_dict(parse_object(text, path, CheckpointError, MAPS_REMEDY), ModelConfig, str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _check_sizes(source: ModelConfig, target: ModelConfig, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Raises CheckpointError when the file cannot hold maps between such models: building them takes that memory."""
+    num_elements = sum(tensor.numel() for tensor in state.values())
+    for name in ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads"):
+        old, new = getattr(source, name), getattr(target, name)
+        if (old != new or name == "num_layers") and old * new > num_elements:
+            raise CheckpointError(
+                f"{path}: {name} grows from {old} to {new}, but the file holds {num_elements} numbers; {MAPS_REMEDY}"
+            )
+    odd = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    if odd:
+        raise CheckpointError(f"{path}: {shown(odd[0])} is {state[odd[0]].dtype}, no floating point; {MAPS_REMEDY}")
 
 
 def _counts(name: str, tensor: Tensor, mesh: Mesh) -> bool:

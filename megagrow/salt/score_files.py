@@ -19,12 +19,15 @@ from safetensors import SafetensorError
 
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import DataError
+from megagrow.errors import DataError, named, shown
+from megagrow.json_file import parse_object
 
 FORMAT_VERSION = 1
 SCORE_NAMES = ("median_in_top_k", "median_zero", "mean_nll", "in_top_k_fraction")
 DTYPES = {**dict.fromkeys(SCORE_NAMES, np.dtype("<f4")), "num_tokens": np.dtype("<i4")}
 SCORES_FILE, MANIFEST_FILE = "scores.safetensors", "manifest.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REMEDY = "remove the folder and score the corpus again"
 _OWN_FILE = re.compile(r"(identity\.json|[0-9]{8,}\.safetensors)(\.tmp-[0-9a-f]{8})?")  # of a folder of shards
 
 Arrays = dict[str, NDArray[Any]]
@@ -144,8 +147,13 @@ def is_complete(folder: Path, identity: Identity) -> bool:
 
 
 def write_scores(folder: Path, arrays: Arrays, identity: Identity, cost: Cost) -> None:
-    """Writes the scores, then the manifest that makes the folder complete."""
+    """Writes the scores, then the manifest that makes the folder complete.
+
+    Raises:
+        DataError: values that are not finite (a model that overflowed), or a folder that cannot be written.
+    """
     ordered = {name: arrays[name].astype(dtype, copy=False) for name, dtype in DTYPES.items()}
+    _check_values(ordered, folder / SCORES_FILE, identity.seq_length)
     content = safetensors.numpy.save(ordered)
     write_atomically(folder / SCORES_FILE, content)
     manifest = {
@@ -249,7 +257,7 @@ def _check_identity(found: Identity, expected: Identity, path: Path) -> None:
         old, new = getattr(found, field.name), getattr(expected, field.name)
         if old != new:
             raise DataError(
-                f"{path}: {field.name} is {old!r}, this scoring has {new!r}; "
+                f"{path}: {field.name} is {shown(old)}, this scoring has {shown(new)}; "
                 "choose another --output, or remove the folder to score anew"
             )
 
@@ -261,6 +269,14 @@ def _read_manifest(path: Path) -> _Manifest:
         raise DataError(f"{path}: format_version is {version}, must be {FORMAT_VERSION}")
     identity = _from_fields(Identity, _field(data, "identity", dict, path), path)
     cost = _from_fields(Cost, _field(data, "cost", dict, path), path)
+    for name, value in {**asdict(identity), **asdict(cost)}.items():
+        largest = 1e60 if name in ("flops", "seconds") else 2**63
+        if isinstance(value, int | float) and not 0 <= value < largest:
+            raise DataError(f"{path}: {name} is {shown(value)}, must not be negative or {largest} and more; {_REMEDY}")
+    if identity.top_k == 0:
+        raise DataError(f"{path}: top_k is 0, must be positive; {_REMEDY}")
+    if identity.tokenizer_sha256 and not _SHA256.fullmatch(identity.tokenizer_sha256):
+        raise DataError(f"{path}: tokenizer_sha256 is no sha256 in hexadecimal; {_REMEDY}")
     return _Manifest(identity, cost, _field(data, "scores_sha256", str, path))
 
 
@@ -275,6 +291,7 @@ def _read_arrays(path: Path, manifest: _Manifest) -> Arrays:
         )
     arrays = _parse_tensors(content, path)
     _check_arrays(arrays, path, manifest.identity.num_samples)
+    _check_values(arrays, path, manifest.identity.seq_length)
     return arrays
 
 
@@ -300,26 +317,31 @@ def _check_arrays(arrays: Arrays, path: Path, num_samples: int) -> None:
             )
 
 
+def _check_values(arrays: Arrays, path: Path, seq_length: int) -> None:
+    """Raises DataError for values that no scoring gives; NaN would be sorted among the best."""
+    limits = {"in_top_k_fraction": 1.0, "num_tokens": seq_length}
+    for name, array in arrays.items():
+        least, most = (array.min(), array.max()) if array.size else (0, 0)  # both are NaN if any is
+        if not (np.isfinite(least) and np.isfinite(most)):
+            raise DataError(f"{path}: {name} holds values that are not finite; {_REMEDY}")
+        if name in limits and not 0 <= least <= most <= limits[name]:
+            raise DataError(f"{path}: {name} lies in [{least}, {most}], must in [0, {limits[name]}]; {_REMEDY}")
+
+
 def _read(path: Path) -> bytes:
     with os_errors_as_data_errors(path):
         return path.read_bytes()
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_read(path).decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: not valid JSON; remove it and score the corpus again") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: must hold a JSON object, has {type(data).__name__}")
-    return data
+    return parse_object(_read(path), path, DataError, "remove it and score the corpus again")
 
 
 def _field(data: dict[str, Any], name: str, kind: Any, path: Path) -> Any:
     value = data.get(name)
     if name not in data or not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(
-            f"{path}: field {name} is missing or of the wrong type ({value!r:.60}); "
+            f"{path}: field {name} is missing or of the wrong type ({shown(value)}); "
             "not a file of scores, choose another folder"
         )
     return value
@@ -330,7 +352,7 @@ def _from_fields(kind: Any, data: dict[str, Any], path: Path) -> Any:
     known = {field.name: field.type for field in fields(kind)}
     for name in data:
         if name not in known:
-            raise DataError(f"{path}: unknown field {name}; written by another version")
+            raise DataError(f"{path}: unknown field {named(name)}; written by another version")
     values = {}
     for name, hint in known.items():
         allowed = hint | int if hint is not str and hint is not int else hint

@@ -10,7 +10,7 @@ from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.saver import Saver
 from megagrow.config import Config, order_size
 from megagrow.config_file import from_dict, option_names, to_dict
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.parallel.mesh import Mesh
 from megagrow.train.learner import Learner
 from megagrow.train.state import RunState
@@ -76,7 +76,10 @@ def load(path: Path, learner: Learner, mesh: Mesh) -> None:
 
 def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tuple[str, Any, Any]]:
     """The differences to a saved configuration; CheckpointError when the saved run is of another model or data."""
-    changes = differences(old, config)
+    try:
+        changes = differences(old, config, f"{path}/manifest.json: config")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     # Other datasets are checked where the blend goes on (`streams.continue_blend`), which knows every one's cursor.
     free = {"data.change_blend", "data.train"} if config.data.order == "megagrow" else {"data.change_blend"}
     _check_order_size(old, config, path)
@@ -91,7 +94,7 @@ def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tup
 
 def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:
     """Megatron's order is made for a number of samples: with another number all samples come in another order."""
-    before, now = order_size(from_dict(old, Config, "saved configuration")), order_size(config)
+    before, now = order_size(from_dict(old, Config, f"{path}/manifest.json: config")), order_size(config)
     if config.data.order == "megatron" and before != now:
         raise CheckpointError(
             f"{path}: data.order=megatron was made for {before} samples there, for {now} now, which would lose some "
@@ -99,9 +102,9 @@ def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:
         )
 
 
-def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every field that differs from a saved configuration."""
-    before, now = _flat(to_dict(from_dict(old, Config, "saved configuration"))), _flat(to_dict(config))
+def differences(old: dict[str, Any], config: Config, where: str) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every field that differs from a configuration saved in `where`."""
+    before, now = _flat(to_dict(from_dict(old, Config, where))), _flat(to_dict(config))
     return [(n, before.get(n), now.get(n)) for n in option_names() if before.get(n) != now.get(n)]
 
 

@@ -1,12 +1,14 @@
 """What a run knows beside its tensors: plain data that goes into every checkpoint's manifest."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from megagrow.checkpoint.source import stored_model, stored_optimizer
 from megagrow.config import Config, ModelConfig
-from megagrow.config_file import from_dict, to_dict
+from megagrow.config_file import to_dict
 from megagrow.data.blend import BlendStart
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, named, shown
 from megagrow.ledger import Ledger
 from megagrow.optim import StepGuard
 
@@ -69,16 +71,22 @@ class RunState:
         """The inverse of `to_dict`.
 
         Raises:
-            CheckpointError: fields are missing or unknown.
+            CheckpointError: fields are missing, unknown or break a rule.
         """
         known = set(cls.__dataclass_fields__)
         if set(data) != known:
-            odd = ", ".join(sorted(set(data) ^ known))
+            odd = ", ".join(named(name) for name in sorted(set(data) ^ known)[:4])
             raise CheckpointError(f"{where}: state has missing or unknown fields ({odd}); it is from another version")
+        for name, (holds, kind) in _RULES.items():
+            if not holds(data[name]):
+                raise CheckpointError(
+                    f"{where}: state.{name} is {shown(data[name])}, must be {kind}; use an older checkpoint"
+                )
         values = {
             **data,
-            "model": from_dict(data["model"], ModelConfig, where, "state.model"),
+            "model": stored_model(data["model"], where),
             "blend": None if data["blend"] is None else _blend(data["blend"], where),
+            "optimizer": stored_optimizer(data["optimizer"], where),
             "guard": StepGuard(**data["guard"]),
             "ledger": Ledger.from_dict(data["ledger"], f"{where}: state.ledger"),
         }
@@ -102,4 +110,32 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_guard(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == set(StepGuard.__dataclass_fields__)
+        and _is_count(value["bad_steps"])
+        and isinstance(value["losses"], list)
+        and all(type(loss) in (int, float) for loss in value["losses"])
+    )
+
+
+_COUNT = (_is_count, "a whole number from 0 on")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "phase": (lambda v: v in get_args(Phase), f"one of {', '.join(get_args(Phase))}"),
+    "step": _COUNT,
+    "train_step": _COUNT,
+    "ligo_step": _COUNT,
+    "grown_at": (lambda v: v is None or _is_count(v), "a step or null"),
+    "tokens": _COUNT,
+    "cursors": (
+        lambda v: isinstance(v, dict) and set(v) == {"all", "selected"} and all(map(_is_count, v.values())),
+        "numbers of samples of the streams all and selected",
+    ),
+    "guard": (_is_guard, "losses, a list of numbers, and bad_steps, a whole number"),
+    "rolled_back_at": (lambda v: v == -1 or _is_count(v), "a step, or -1"),
+    "pending_event": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+}

@@ -139,5 +139,5 @@ def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
 
 def test_a_key_that_stands_twice_is_refused() -> None:
     raw = manifest().to_bytes().replace(b'"lr": 0.1', b'"lr": 0.1, "lr": 0.2')
-    with pytest.raises(CheckpointError, match="a key stands twice"):
+    with pytest.raises(CheckpointError, match="key .lr. stands twice"):
         Manifest.parse(raw, WHERE)

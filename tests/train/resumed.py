@@ -1,0 +1,79 @@
+"""One part of a job in a process of its own, as a preemption leaves it, with a note of the samples it learned from."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megagrow.config import Config
+from megagrow.data.loader import Stream
+from megagrow.train import run, trainer
+from tests.ranks import PRELOAD, fresh_state, run_ranks, shutdown
+
+SECONDS = 120
+
+
+def in_new_processes(config: Config, num_ranks: int, stop_after: int | None = None) -> list[int]:
+    """Runs the job in processes that have not trained before; returns their exit codes.
+
+    Args:
+        stop_after: step (those that learn LiGO's maps included) after which SIGTERM comes; None: to the end.
+    """
+    if num_ranks > 1:
+        shutdown()
+        return run_ranks(train_on_rank, num_ranks, config, stop_after)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"torch.distributed.{name}" for name in PRELOAD])
+    process = context.Process(target=train_and_exit, args=(config, stop_after))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode is not None, "the job hangs"
+    return [process.exitcode]
+
+
+def train_and_exit(config: Config, stop_after: int | None) -> None:
+    fresh_state()
+    sys.exit(train_on_rank(config, stop_after))
+
+
+def train_on_rank(config: Config, stop_after: int | None) -> int:
+    with ExitStack() as stack:
+        stack.enter_context(samples_noted(Path(config.run.dir)))
+        if stop_after is not None:
+            stack.enter_context(stopping(stop_after))
+        return run(config)
+
+
+@contextmanager
+def samples_noted(directory: Path) -> Iterator[None]:
+    """Every batch leaves a line in DIR/samples-RANK.jsonl: the ids of this rank's samples, in their order."""
+    batch, rank = Stream.batch, os.environ.get("RANK", "0")
+
+    def noted(self: Stream, *args: Any) -> Any:
+        ids, tokens = batch(self, *args)
+        with (directory / f"samples-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([int(i) for i in ids]) + "\n")
+        return ids, tokens
+
+    with mock.patch.object(Stream, "batch", noted):
+        yield
+
+
+@contextmanager
+def stopping(step: int) -> Iterator[None]:
+    """SIGTERM comes as from a scheduler, once `step` steps are done."""
+    count = trainer.Trainer._count
+
+    def counted(self: trainer.Trainer, *args: Any) -> None:
+        count(self, *args)
+        if self.state.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(trainer.Trainer, "_count", counted):
+        yield
