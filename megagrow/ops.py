@@ -446,7 +446,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def bias_gelu_erf(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The exact GELU, by the error function, of x + bias; as `bias_gelu` otherwise. There is no kernel of it."""
+    """GELU of x + bias by its definition, x / 2 (1 + erf(x / √2)), as in BERT; as `bias_gelu` otherwise.
+
+    It has no kernel of its own: torch's, and a compiler's, serve everywhere.
+    """
     return torch_ops.bias_gelu_erf(x, bias)
 
 

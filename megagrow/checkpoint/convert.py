@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.shards import Deferred
 from megagrow.checkpoint.source import Source, load_model, open_source
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
 from megagrow.config import Config, DataConfig, ModelConfig
@@ -17,9 +19,10 @@ from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
 from megagrow.errors import CheckpointError
 from megagrow.parallel.mesh import Mesh
-from megagrow.roles import parameter_names
+from megagrow.roles import parameter_shapes
 
 Format = Literal["hf", "megagrow"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 COMPARED_TOKENS = (2, 64)  # samples, tokens per sample
@@ -36,13 +39,20 @@ class Comparison:
     libraries: tuple[str, str]  # that computed the logits of the first and of the second folder
 
 
-def convert(source: Path, target: Path, to: Format, tell: Callable[[str], None] = lambda _: None) -> bool:
-    """Writes the model at `source` to the new folder `target`, every tensor in its stored dtype.
+def convert(
+    source: Path,
+    target: Path,
+    to: Format,
+    dtype: torch.dtype | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Writes the model at `source` to the new folder `target`, one tensor after the other.
 
     Args:
-        source: own checkpoint, run directory or Hugging Face folder.
+        source: own checkpoint (saved in any layout), run directory or Hugging Face folder.
         target: must not exist or be empty. An own checkpoint becomes `target/step-0`, with the
             tokenizer beside it in `target/tokenizer`.
+        dtype: of all tensors; None: each keeps that in which it is stored.
         tell: takes what the user has to know: tensors of the source that are left out.
 
     Returns:
@@ -57,19 +67,22 @@ def convert(source: Path, target: Path, to: Format, tell: Callable[[str], None] 
     if opened.note:
         tell(opened.note)
     tokenizer = tokenizer_of(opened)
+    fetch = opened.fetch if dtype is None else _rounding(opened.fetch, dtype)
     if to == "hf":
-        token_ids = token_ids_of(opened)
-        hf.write_hf_folder(target, opened.model, opened.fetch, tokenizer, token_ids=token_ids)
+        hf.write_hf_folder(target, opened.model, fetch, tokenizer, dtype, token_ids=token_ids_of(opened))
     else:
-        _write_own(target, opened, tokenizer)
+        _write_own(target, opened, fetch, tokenizer, dtype)
     return tokenizer is not None
 
 
-def compare(first: Path, second: Path) -> Comparison:
+def compare(first: Path, second: Path, dtype: torch.dtype | None = None) -> Comparison:
     """Runs both folders on the same random tokens.
 
     transformers computes a Hugging Face folder where it is installed (one of the two, so that
     megagrow is always part of the comparison); megagrow computes the rest.
+
+    Args:
+        dtype: to which the weights of both are rounded before they are used; None: as stored.
     """
     model = open_source(first).model
     shape = (COMPARED_TOKENS[0], min(COMPARED_TOKENS[1], model.max_seq_length))
@@ -78,7 +91,10 @@ def compare(first: Path, second: Path) -> Comparison:
     foreign = [index for index, path in enumerate((first, second)) if hf.is_hf_folder(path)]
     if foreign and importlib.util.find_spec("transformers") is not None:
         libraries[foreign[-1]] = "transformers"
-    logits = [_LOGITS[library](path, ids_BS) for library, path in zip(libraries, (first, second), strict=True)]
+    logits = [
+        _LOGITS[library](path, ids_BS, dtype or torch.float32)
+        for library, path in zip(libraries, (first, second), strict=True)
+    ]
     return Comparison(
         (logits[0] - logits[1]).abs().max().item(),
         logits[0].abs().max().item(),
@@ -107,7 +123,33 @@ def tokenizer_of(source: Source) -> Path | None:
     return None
 
 
-def _write_own(target: Path, source: Source, tokenizer_source: Path | None) -> None:
+def _rounding(fetch: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Fetches parameters in another dtype; CheckpointError where finite numbers are too large for it."""
+
+    def fetch_rounded(name: str) -> Tensor:
+        stored = fetch(name)
+        largest = stored.abs().max()
+        if torch.finfo(dtype).max < largest < torch.inf:
+            raise CheckpointError(
+                f"{name} holds {largest:.4g}, more than {str(dtype).removeprefix('torch.')} can: "
+                "use --dtype bfloat16 or float32"
+            )
+        return stored.to(dtype)
+
+    return fetch_rounded
+
+
+def _write_own(
+    target: Path,
+    source: Source,
+    fetch: Callable[[str], Tensor],
+    tokenizer_source: Path | None,
+    dtype: torch.dtype | None,
+) -> None:
+    tensors = {
+        f"model.{name}": Deferred(shape, dtype or source.dtype_of(name), partial(fetch, name))
+        for name, shape in parameter_shapes(source.model).items()
+    }
     staged = StagedFolder(target)
     try:
         staged.start()
@@ -118,7 +160,7 @@ def _write_own(target: Path, source: Source, tokenizer_source: Path | None) -> N
         store.save(
             staged.temporary,
             0,
-            {f"model.{name}": source.fetch(name) for name in parameter_names(source.model)},
+            tensors,
             {"model": to_dict(source.model), "ledger": source.ledger},
             config=to_dict(Config(model=source.model, data=DataConfig(tokenizer=tokenizer))),
             provenance={
@@ -150,21 +192,21 @@ def _random_tokens(model: ModelConfig, shape: tuple[int, int]) -> Tensor:
     return ids_BS + (ids_BS >= model.position_offset - 1)
 
 
-def _own_logits(path: Path, ids_BS: Tensor) -> Tensor:
+def _own_logits(path: Path, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
-        return load_model(open_source(path), Mesh.single()).logits(ids_BS)
+        return load_model(open_source(path), Mesh.single(), dtype).float().logits(ids_BS)
 
 
-def _transformers_logits(path: Path, ids_BS: Tensor) -> Tensor:
+def _transformers_logits(path: Path, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     is_causal = hf.model_config_from_hf(path).is_causal
     auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
-    model = auto.from_pretrained(path, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    model = auto.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     with torch.no_grad():
-        logits: Tensor = model.eval()(ids_BS).logits
+        logits: Tensor = model.float().eval()(ids_BS).logits
     return logits
 
 

@@ -113,10 +113,12 @@ class ItemWriter(dcp.FileSystemWriter):
         if not plan.items:
             done.set_result([])
             return done
-        hashing = _HashingTransforms()
+        hashing = _HashingTransforms(cast(_ShardSavePlanner, planner).release)
         self.transforms = cast(Any, hashing)
         try:
             results = super().write_data(plan, planner).value()
+        except CheckpointError:  # a tensor that could not be fetched
+            raise
         except Exception as error:
             file = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
             raise CheckpointError(f"{file}: {cause_of(error)}") from error
@@ -234,6 +236,7 @@ class _ShardSavePlanner(dcp.DefaultSavePlanner):
     def __init__(self, shards: Mapping[str, LocalShard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.shards = shards
+        self.fetched: dict[str, Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
         boxes = {name: shard for name, shard in self.shards.items() if shard.data.numel()}
@@ -255,7 +258,18 @@ class _ShardSavePlanner(dcp.DefaultSavePlanner):
         return super().create_global_plan(all_plans)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.shards[index.fqn].data
+        shard = self.shards[index.fqn]
+        if shard.fetch is None:
+            return shard.data
+        copy = shard.fetch().clone()  # whose memory `release` may take away
+        assert (copy.shape, copy.dtype) == (shard.data.shape, shard.data.dtype), f"{index.fqn}: {copy.dtype}"
+        self.fetched[index.fqn] = copy
+        return copy
+
+    def release(self, index: MetadataIndex) -> None:
+        """Frees a fetched tensor once it is written: torch's writer holds on to all of them until the end."""
+        if index.fqn in self.fetched:
+            self.fetched.pop(index.fqn).untyped_storage().resize_(0)
 
 
 class _ShardLoadPlanner(dcp.DefaultLoadPlanner):
@@ -283,13 +297,21 @@ class _ShardLoadPlanner(dcp.DefaultLoadPlanner):
 
 
 class _HashingTransforms:
-    """Takes the place of the writer's stream transforms: sees each item on its way to the file."""
+    """Takes the place of the writer's stream transforms: sees each item on its way to the file.
 
-    def __init__(self) -> None:
+    `written` is called with each item that is there.
+    """
+
+    def __init__(self, written: Callable[[MetadataIndex], None]) -> None:
         self.digests: dict[MetadataIndex, str] = {}
+        self.written = written
 
     def transform_save_stream(self, item: WriteItem, raw: IO[bytes]) -> tuple[io.RawIOBase, list[str]]:
-        return _HashedStream(raw, lambda digest: self.digests.update({item.index: digest})), []
+        def finish(digest: str) -> None:
+            self.digests[item.index] = digest
+            self.written(item.index)
+
+        return _HashedStream(raw, finish), []
 
 
 class _HashedStream(io.RawIOBase):

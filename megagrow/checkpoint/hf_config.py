@@ -11,15 +11,24 @@ from typing import Any
 
 import torch
 
-from megagrow.checkpoint.hf_families import ONLY_ANYWHERE, Entry, Family, fixed_fields
-from megagrow.checkpoint.hf_known import FAMILIES
+from megagrow.checkpoint.hf_entries import positive, switch, unsupported
+from megagrow.checkpoint.hf_families import FAMILIES
+from megagrow.checkpoint.hf_family import Entry, Family, fixed_fields
+from megagrow.checkpoint.hf_rope import read_rope, write_rope
+from megagrow.checkpoint.hf_windows import check_windows
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-DEFAULT_ROPE_THETA = 10_000.0
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# Entries that change the logits in some family and have no counterpart here, with what they may be.
+ONLY_ANYWHERE: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": (None, {}),
+    "rope_interleaved": (False,),
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,11 +71,13 @@ def model_config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
     for name, entry in family.entries.items():
         fields[name] = _read(entries, name, entry, fields, where)
     fields["activation"] = _activation(entries, family, where)
-    for key, (name, *values) in family.switches.items():
-        fields[name] = values[_switch(False if entries.get(key) is None else entries[key], key, where)]
-    if fields["positions"] == "rope":
-        fields["rope_theta"] = _rope_theta(entries, where)
+    for key, says in family.switches.items():
+        is_on = says.default if entries.get(key) is None else switch(entries[key], key, where)
+        fields[says.field] = says.on if is_on else says.off
+    check_windows(entries, family, fields["num_layers"], fields["max_seq_length"], where)
     try:
+        if family.rope is not None:
+            fields |= read_rope(entries, family.rope, fields["max_seq_length"], where)
         return ModelConfig(family=family.model_type, **fields)  # type: ignore[arg-type]
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
@@ -100,12 +111,9 @@ def hf_config_from_model(
         activation_key: activations[model.activation][0],
         **{name: (token_ids or {}).get(name) for name in TOKEN_IDS},
         **{entry.key: _written(name, entry, model) for name, entry in family.entries.items()},
-        **{key: getattr(model, name) == on for key, (name, _, on) in family.switches.items()},
+        **{key: getattr(model, says.field) == says.on for key, says in family.switches.items()},
+        **({} if family.rope is None else write_rope(model, family.rope)),
     }
-    if model.positions == "rope":
-        # transformers 5 reads the first, every earlier version and most other tools the second.
-        entries["rope_parameters"] = {"rope_theta": model.rope_theta, "rope_type": "default"}
-        entries["rope_theta"] = model.rope_theta
     return dict(sorted(entries.items()))
 
 
@@ -136,6 +144,13 @@ def check_exportable(model: ModelConfig) -> None:
                 f"model.{name}={getattr(model, name)} cannot be exported: {family.architecture} "
                 f"has {name}={value}; use that, or another model.family"
             )
+    for says in family.switches.values():
+        value = getattr(model, says.field)
+        if value not in (says.off, says.on):
+            raise ConfigError(
+                f"model.{says.field}={value} cannot be exported: {family.architecture} has {says.off} or {says.on}; "
+                "use one of them, or another model.family"
+            )
 
 
 def special_token_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,10 +169,8 @@ def _refuse_unsupported(entries: Mapping[str, Any], family: Family, where: str) 
     for key, allowed in {**ONLY_ANYWHERE, **family.only}.items():
         value = entries.get(key)
         if value is not None and not any(_same(value, one) for one in allowed):
-            raise CheckpointError(
-                f"{where}: {key}={value!r} is not supported, and without it the logits would "
-                f"change; use a model with {' or '.join(f'{key}={one!r}' for one in allowed)}"
-            )
+            remedy = f"use a model with {' or '.join(f'{key}={one!r}' for one in allowed)}"
+            raise unsupported(key, value, remedy, where)
 
 
 def _same(value: Any, allowed: Any) -> bool:
@@ -173,31 +186,15 @@ def _read(entries: Mapping[str, Any], name: str, entry: Entry, fields: Mapping[s
         value = entry.default(fields) if callable(entry.default) else entry.default
     wanted = type(getattr(ModelConfig, name))
     if wanted is bool:
-        return _switch(value, entry.key, where)
+        return switch(value, entry.key, where)
     difference = entry.difference(fields)
-    return _positive(value, wanted, entry.key, where, above=difference) - difference
+    return positive(value, wanted, entry.key, where, above=difference) - difference
 
 
 def _written(name: str, entry: Entry, model: ModelConfig) -> Any:
     """What config.json holds for a field."""
     value = getattr(model, name)
     return value if entry.added is None else value + entry.added(vars(model))
-
-
-def _positive(value: Any, wanted: type, key: str, where: str, above: int = 0) -> Any:
-    """A number of the wanted type that is larger than `above`, small enough for a float to hold exactly."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not above < value < 2**53 or wanted(value) != value:
-        kind = "whole number" if wanted is int else "number"
-        rule = f"a {kind} greater than {above}" if above else f"a positive {kind}"
-        raise CheckpointError(f"{where}: {key}={value!r} must be {rule}; correct it")
-    return wanted(value)
-
-
-def _switch(value: Any, key: str, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key}={value!r} must be true or false; correct it")
-    return value
 
 
 def _activation(entries: Mapping[str, Any], family: Family, where: str) -> str:
@@ -210,38 +207,4 @@ def _activation(entries: Mapping[str, Any], family: Family, where: str) -> str:
         if value in theirs:
             return ours
     allowed = " or ".join(f"{key}={one!r}" for theirs in activations.values() for one in theirs)
-    raise CheckpointError(
-        f"{where}: {key}={value!r} is not supported, and without it the logits would change; use a model with {allowed}"
-    )
-
-
-def _rope_theta(entries: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary frequencies, from either place that versions of transformers use."""
-    stated = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = entries.get(key)
-        if rope is None:
-            continue
-        _refuse_scaling(rope, key, where)
-        if rope.get("rope_theta") is not None:
-            path = f"{key}.rope_theta"
-            stated[path] = _positive(rope["rope_theta"], float, path, where)
-    if entries.get("rope_theta") is not None:
-        stated["rope_theta"] = _positive(entries["rope_theta"], float, "rope_theta", where)
-    if len(set(stated.values())) > 1:
-        conflict = ", ".join(f"{key}={value}" for key, value in stated.items())
-        raise CheckpointError(f"{where}: {conflict} contradict each other; make them equal")
-    return next(iter(stated.values()), DEFAULT_ROPE_THETA)
-
-
-def _refuse_scaling(rope: Any, key: str, where: str) -> None:
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{where}: {key}={rope!r} must be an object or null; correct it")
-    kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
-    unknown = sorted(set(rope) - ROPE_KEYS)
-    partial = rope.get("partial_rotary_factor")
-    if any(kind != "default" for kind in kinds) or unknown or partial not in (None, 1):
-        raise CheckpointError(
-            f"{where}: {key}={rope!r} is not supported, and without it the logits would change; "
-            f"use a model with unscaled rotary positions ({key}=null or rope_type=default)"
-        )
+    raise unsupported(key, value, f"use a model with {allowed}", where)

@@ -1,8 +1,8 @@
-"""The tables of BERT and RoBERTa; hf_families.py says what the entries mean."""
+"""The tables of BERT and RoBERTa; hf_family.py says what the entries mean."""
 
 from dataclasses import replace
 
-from megagrow.checkpoint.hf_families import Block, Entry, Family
+from megagrow.checkpoint.hf_family import Block, Entry, Family
 
 BERT = Family(
     model_type="bert",
@@ -99,5 +99,3 @@ ROBERTA = replace(
     copies={"lm_head.decoder.bias": "lm_head.bias"},
     extras=r"roberta\.pooler\.dense\.(weight|bias)",
 )
-
-ENCODERS: dict[str, Family] = {family.model_type: family for family in (BERT, ROBERTA)}

@@ -21,10 +21,11 @@ from megagrow.checkpoint.hf_config import (
     read_json,
     special_token_ids,
 )
-from megagrow.checkpoint.hf_families import Family
-from megagrow.checkpoint.hf_known import FAMILIES
+from megagrow.checkpoint.hf_families import FAMILIES
+from megagrow.checkpoint.hf_family import Family
 from megagrow.checkpoint.hf_tensors import (
     Place,
+    block_of_heads,
     expected_tensors,
     fuse,
     places,
@@ -37,6 +38,7 @@ from megagrow.roles import role_of
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DTYPES_OF_NAMES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COMPARED_ROWS = 4096  # of a tied head at a time
 
 
@@ -87,15 +89,25 @@ class HFReader:
         """
         if name == "embedding.tokens" and self._tied_head is not None:
             self._compare_tied_head(self._tied_head)
+        self.dtype_of(name)
         pieces = [self._read(place) for place in places(self._family, name)]
-        dtypes = sorted({str(piece.dtype).removeprefix("torch.") for piece in pieces})
+        return fuse(pieces, role_of(name), self.model)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that one parameter is stored in.
+
+        Raises:
+            CheckpointError: its parts are stored in several.
+        """
+        parts = [place.tensor for place in places(self._family, name)]
+        dtypes = {DTYPES_OF_NAMES[self._stored[part].dtype] for part in parts}
         if len(dtypes) > 1:
-            parts = ", ".join(place.tensor for place in places(self._family, name))
+            found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise CheckpointError(
-                f"{self.folder}: {parts} are stored as {' and '.join(dtypes)}; megagrow keeps them "
+                f"{self.folder}: {', '.join(parts)} are stored as {found}; megagrow keeps them "
                 "in one tensor, so store them in one dtype"
             )
-        return fuse(pieces, role_of(name), self.model)
+        return dtypes.pop()
 
     def _read(self, place: Place) -> Tensor:
         stored = self._stored[place.tensor]
@@ -103,6 +115,8 @@ class HFReader:
             if place.of == 1:
                 whole: Tensor = file.get_tensor(stored.key)
                 return whole.T if place.transposed else whole
+            if place.by_head:
+                return block_of_heads(file.get_tensor(stored.key), place, self.model.head_dim)
             size = stored.shape[place.out_dim] // place.of
             block = slice(place.index * size, (place.index + 1) * size)
             view = file.get_slice(stored.key)

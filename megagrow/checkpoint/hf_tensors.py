@@ -5,7 +5,8 @@ second), and query heads of one key/value head stand together in both, so rows a
 never permuted inside a head.
 """
 
-# Shape legend: U = units (heads, neurons), E = elements of each, P = parts, I = in dim (matrices).
+# Shape legend: U = units (heads, neurons), E = elements of each, P = parts, I = in dim (matrices), N = heads,
+# D = head_dim.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.hf_families import Block, Family
+from megagrow.checkpoint.hf_family import Block, Family
 from megagrow.config import ModelConfig
 from megagrow.roles import (
     Role,
@@ -34,12 +35,14 @@ class Place:
         tensor: full name of the tensor.
         index, of: which of how many equal blocks along the out dim it is.
         transposed: whether the tensor is stored in x out.
+        by_head: whether the blocks are those of each head: rows are laid out (head, block, element).
     """
 
     tensor: str
     index: int
     of: int
     transposed: bool
+    by_head: bool = False
 
     @property
     def out_dim(self) -> int:
@@ -54,7 +57,7 @@ def places(family: Family, name: str) -> tuple[Place, ...]:
         return (Place(family.names.get(name) or f"{family.outside[module]}.{suffix}", 0, 1, False),)
     transposed = family.transposed and role_of(name).in_ is not None
     return tuple(
-        Place(_tensor_in_layer(family, layer, block, suffix), block.index, block.of, transposed)
+        Place(_tensor_in_layer(family, layer, block, suffix), block.index, block.of, transposed, block.by_head)
         for block in family.inside[module]
     )
 
@@ -120,6 +123,11 @@ def split(tensor: Tensor, role: Role, model: ModelConfig) -> list[Tensor]:
     return [grouped[:, part].flatten(0, 1) for part in range(len(role.parts))]
 
 
+def block_of_heads(whole: Tensor, place: Place, head_dim: int) -> Tensor:
+    """The rows [N·D, I] of a place in a tensor [N·P·D, I] whose blocks are those of each head."""
+    return whole.unflatten(0, (-1, place.of, head_dim))[:, place.index].flatten(0, 1)
+
+
 class FamilyTensors:
     """Turns parameters into the family's tensors, one parameter at a time.
 
@@ -138,9 +146,16 @@ class FamilyTensors:
             blocks[place.index] = part
             if len(blocks) == place.of:
                 del self._waiting[place.tensor]
-                whole = torch.cat([blocks[i] for i in range(place.of)]) if place.of > 1 else part
+                whole = self._joined([blocks[index] for index in range(place.of)], place)
                 for written in (place.tensor, *copies_of(self._family, self._model, place.tensor)):
                     yield written, whole.T if place.transposed else whole
+
+    def _joined(self, blocks: Sequence[Tensor], place: Place) -> Tensor:
+        if len(blocks) == 1:
+            return blocks[0]
+        if not place.by_head:
+            return torch.cat(list(blocks))
+        return torch.stack([block.unflatten(0, (-1, self._model.head_dim)) for block in blocks], dim=1).flatten(0, 2)
 
 
 def _module_of(leaf: str) -> tuple[str, str]:

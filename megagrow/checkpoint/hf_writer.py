@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.hf_config import CONFIG_FILE, check_exportable, hf_config_from_model
-from megagrow.checkpoint.hf_known import FAMILIES
+from megagrow.checkpoint.hf_families import FAMILIES
 from megagrow.checkpoint.hf_reader import INDEX_FILE, WEIGHTS_FILE, is_hf_folder
 from megagrow.checkpoint.hf_tensors import FamilyTensors, written_tensors
 from megagrow.checkpoint.safetensors_file import SafetensorsFile

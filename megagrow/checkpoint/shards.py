@@ -1,7 +1,7 @@
 """The box of a global tensor that this rank holds: what it saves, and what it loads."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,33 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Deferred:
+    """A whole tensor that is fetched when it is written, so that a model need not be in memory to be saved.
+
+    Attributes:
+        shape, dtype: what `fetch` will return.
+        fetch: called once, while the checkpoint is being written; a CheckpointError of it fails the save.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fetch: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class LocalShard:
-    """A plain tensor that shares its memory with one box of a global tensor; it may be empty."""
+    """A plain tensor that shares its memory with one box of a global tensor; it may be empty.
+
+    One that is fetched later stands on the meta device.
+    """
 
     data: Tensor
     offsets: tuple[int, ...]
     shape: tuple[int, ...]  # of the whole tensor
+    fetch: Callable[[], Tensor] | None = None
 
 
-def local_shards(tensors: Mapping[str, Tensor]) -> dict[str, LocalShard]:
+def local_shards(tensors: Mapping[str, Tensor | Deferred]) -> dict[str, LocalShard]:
     """The local part of every tensor; a DTensor whose mesh does not contain this rank is left out.
 
     Raises:
@@ -41,17 +59,21 @@ def local_shards(tensors: Mapping[str, Tensor]) -> dict[str, LocalShard]:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise CheckpointError(f"tensor {name!r} is {tensor.dtype}; must be one of {[*DTYPES]}")
-        if tensor.numel() == 0:
+        if math.prod(tensor.shape) == 0:
             raise CheckpointError(f"tensor {name!r} of shape {list(tensor.shape)} has no elements; leave it out")
-        shard = local_shard(tensor.detach())
+        shard = local_shard(tensor)
         if shard is not None:
             shards[name] = shard
     return shards
 
 
-def local_shard(tensor: Tensor) -> LocalShard | None:
-    """This rank's part of a DTensor (None outside its mesh) or plain tensor (the whole)."""
+def local_shard(tensor: Tensor | Deferred) -> LocalShard | None:
+    """This rank's part of a DTensor (None outside its mesh) or of another tensor (the whole)."""
     shape = tuple(tensor.shape)
+    if isinstance(tensor, Deferred):
+        placeholder = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return LocalShard(placeholder, (0,) * len(shape), shape, tensor.fetch)
+    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return LocalShard(tensor, (0,) * len(shape), shape)
     mesh = tensor.device_mesh
@@ -68,7 +90,7 @@ def local_shard(tensor: Tensor) -> LocalShard | None:
     return LocalShard(data, offsets, shape)
 
 
-def layout_of(tensors: Mapping[str, Tensor], world_size: int) -> dict[str, Any]:
+def layout_of(tensors: Mapping[str, Tensor | Deferred], world_size: int) -> dict[str, Any]:
     """World size and mesh axes, those of the tensor that has most; for people to read."""
     meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
     axes: dict[str, int] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.shards import DTYPES
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict
 from megagrow.data.dataset import PackedDataset
@@ -40,6 +41,7 @@ class Source:
         path: the folder that holds it.
         model: its configuration.
         fetch: reads one whole parameter by its megagrow name, in the stored dtype.
+        dtype_of: the stored dtype of a parameter, by its megagrow name.
         identity: hash that names these weights.
         ledger: what its training cost, or None when unknown.
         tokenizer: the tokenizer that it was trained with ("" when unknown).
@@ -51,6 +53,7 @@ class Source:
     path: Path
     model: ModelConfig
     fetch: Callable[[str], Tensor]
+    dtype_of: Callable[[str], torch.dtype]
     identity: str
     ledger: dict[str, Any] | None
     tokenizer: str
@@ -98,7 +101,7 @@ def load_model(source: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> 
     shard_parameters(model, source.model, mesh)
     model.to(dtype or torch.float32).to_empty(device=mesh.device)
     for name, parameter in model.named_parameters():
-        fill(parameter, source.fetch(name).to(mesh.device))
+        fill(parameter, source.fetch(name))
     return model.requires_grad_(False).eval()
 
 
@@ -158,7 +161,9 @@ def check_fits(source: Source, dataset: PackedDataset, mesh: Mesh, skip: bool = 
 def _open_hf(path: Path) -> Source:
     reader = hf.HFReader(path)
     identity, dropped = _folder_identity(path), tuple(reader.dropped)
-    return Source(path, reader.model, reader.fetch, identity, None, str(path), reader.fetch, dropped=dropped)
+    return Source(
+        path, reader.model, reader.fetch, reader.dtype_of, identity, None, str(path), reader.fetch, dropped=dropped
+    )
 
 
 def _open_own(path: Path) -> Source:
@@ -172,11 +177,14 @@ def _open_own(path: Path) -> Source:
     def fetch(name: str) -> Tensor:
         return read(f"model.{name}")
 
+    def dtype_of(name: str) -> torch.dtype:
+        return DTYPES[manifest.tensors[f"model.{name}"].dtype]
+
     identity = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
     tokenizer = manifest.config.get("data", {}).get("tokenizer", "")
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
     optimizer = manifest.state.get("optimizer") if has_moments else None
-    return Source(path, model, fetch, identity, manifest.state.get("ledger"), tokenizer, read, optimizer)
+    return Source(path, model, fetch, dtype_of, identity, manifest.state.get("ledger"), tokenizer, read, optimizer)
 
 
 def _folder_identity(path: Path) -> str:

@@ -13,7 +13,7 @@ from megagrow.checkpoint import directory
 from megagrow.checkpoint.agreement import Ranks, some
 from megagrow.checkpoint.dcp_io import ItemReader, digest_of, open_sized, read_items, write_items
 from megagrow.checkpoint.format import MANIFEST, Manifest, check_json
-from megagrow.checkpoint.shards import DTYPES, LocalShard, layout_of, local_shards
+from megagrow.checkpoint.shards import DTYPES, Deferred, LocalShard, layout_of, local_shards
 from megagrow.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def save(
     root: Path,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Deferred],
     state: dict[str, Any],
     *,
     config: dict[str, Any],
@@ -35,8 +35,8 @@ def save(
     Args:
         root: a directory that all ranks share.
         tensors: by name; plain tensors are the same on all ranks that name them, DTensors have any
-            layout. Ranks may hold different names, as pipeline stages do; a box that several ranks
-            hold is written once.
+            layout, and those of `Deferred` are fetched one by one. Ranks may hold different names, as
+            pipeline stages do; a box that several ranks hold is written once.
         state: JSON values only, as are `config` and `provenance`; those of the first rank are
             written.
         group: for all communication, ideally gloo and used by nothing else.
@@ -191,7 +191,7 @@ def verify(path: Path) -> Manifest:
 
 
 def _stage(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Deferred],
     state: dict[str, Any],
     config: dict[str, Any],
     provenance: dict[str, Any],

@@ -137,7 +137,7 @@ def _grow_own(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy) -> tup
 
 
 def _empty_target(source: Source, recipe: Recipe, mesh: Mesh) -> dict[str, Tensor]:
-    dtype = source.fetch(parameter_names(recipe.source)[0]).dtype
+    dtype = source.dtype_of(parameter_names(recipe.source)[0])
     with torch.device("meta"):
         model = Transformer(recipe.target, mesh).to(dtype)
     materialize(model, list(model.layers.values()), recipe.target, mesh, None)

@@ -3,8 +3,6 @@
 # Shape suffix legend: B = batch, S = this context rank's tokens, H = hidden, N = local query heads,
 # K = local key/value heads, D = head_dim.
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
@@ -67,18 +65,3 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_BSND: Tensor) -> Tensor:
         return ops.rms_norm(x_BSND, local(self.weight).to(x_BSND.dtype), self.eps)
-
-
-@lru_cache(maxsize=8)
-def rotary_table(
-    seq_length: int, rank: int, size: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [S, head_dim] of a context rank's tokens, in the half-rotation layout of Hugging Face's Llama.
-
-    Source: Su et al., 2021 (RoFormer), equation 34. Computed in float32, as Hugging Face does, so that logits agree.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    positions = context.local_positions(seq_length, rank, size, device).float()
-    angles = torch.outer(positions, 1.0 / theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from megagrow import ops
 from megagrow.config import ModelConfig, TrainConfig
-from megagrow.model.attention import Attention, rotary_table
+from megagrow.model.attention import Attention
 from megagrow.model.dropout import add_dropped, dropout
 from megagrow.model.mlm_head import MLMHead
 from megagrow.model.mlp import make_mlp
 from megagrow.model.norm import Norm
 from megagrow.model.recompute import recompute
+from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
 from megagrow.parallel.context import document_masks, local_positions
 from megagrow.parallel.layers import Embedding, Head, TensorParallel
@@ -74,6 +75,20 @@ class Block(nn.Module):
         return add_dropped(x_BLH, self.mlp(y_BLH), self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
 
 
+class ParallelBlock(Block):
+    """One layer whose attention and MLP read the same residual stream, each through a norm of its own.
+
+    Source: Wang & Komatsuzaki, 2021 (GPT-J), with one norm; Black et al., 2022 (GPT-NeoX, arXiv 2204.06745), with two.
+    """
+
+    def compute(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:
+        keys_BL, dtype = tokens.dropout_keys_BL, x_BLH.dtype
+        y_BLH, bias_H = self.attention(self.attention_norm(x_BLH), tokens), self.attention.output.bias_operand(dtype)
+        z_BLH = self.mlp(self.mlp_norm(x_BLH))
+        x_BLH = add_dropped(x_BLH, y_BLH, bias_H, self.dropout, keys_BL, 1)
+        return add_dropped(x_BLH, z_BLH, self.mlp.down.bias_operand(dtype), self.dropout, keys_BL, 2)
+
+
 class PostNormBlock(Block):
     """One post-norm layer: the sums of the residual stream with attention, then with MLP, are normalised (BERT)."""
 
@@ -86,7 +101,9 @@ class PostNormBlock(Block):
 
 
 def make_block(model: ModelConfig, mesh: Mesh, train: TrainConfig, index: int) -> Block:
-    """The layer that the configuration's place of norms names."""
+    """The kind of layer that the configuration names."""
+    if model.parallel_residual:
+        return ParallelBlock(model, mesh, train, index)
     kind = PostNormBlock if model.norm_place == "after" else Block
     return kind(model, mesh, train, index)
 
@@ -212,7 +229,7 @@ class Transformer(nn.Module):
         if model.positions != "rope":
             return None
         length = x_BLH.shape[1] * cp.size * (self.tp.axis.size if self.tp.sequence else 1)
-        return rotary_table(length, cp.rank, cp.size, model.head_dim, model.rope_theta, x_BLH.dtype, x_BLH.device)
+        return rotary_table(model, length, cp.rank, cp.size, x_BLH.dtype, x_BLH.device)
 
     def _loss(self, x_BSH: Tensor, labels: Tensor, weights: Tensor | None, teacher_hidden: Tensor | None) -> Tensor:
         teacher = self.teacher if teacher_hidden is not None else None

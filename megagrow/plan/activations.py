@@ -71,7 +71,7 @@ def kept_without_recompute(layout: Layout, device: DeviceType) -> dict[str, int]
     column_input = size.cut if _keeps_cut_input(layout) else size.whole
     norm = _kept_by_norm(layout, size.cut, size.statistic, device)
     kept = {
-        "norms": 2 * norm,
+        "norms": 2 * norm - _shared_by_norms(layout, size, device),
         "inputs of the blocks' halves": 2 * column_input,
         "queries, keys and values": _kept_queries(layout, size, device),
         "attention": _kept_attention(layout, size, device),
@@ -118,6 +118,11 @@ def _kept_by_norm(layout: Layout, num_bytes: int, statistic: int, device: Device
     if layout.model.norm == "layer_norm":
         return num_bytes + (2 * statistic if device == "cuda" else 2 * statistic // sizes(layout).wide)
     return num_bytes + statistic if device == "cuda" else 2 * num_bytes * sizes(layout).wide + statistic
+
+
+def _shared_by_norms(layout: Layout, size: Sizes, device: DeviceType) -> int:
+    """What the norms of a block's halves keep together, where both halves read the same stream."""
+    return size.cut if layout.model.parallel_residual and not _norms_convert(layout, device) else 0
 
 
 def _kept_queries(layout: Layout, size: Sizes, device: DeviceType) -> int:
@@ -257,8 +262,12 @@ def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: Device
 
 def _keeps_input(layout: Layout, device: DeviceType) -> bool:
     """Whether a block keeps its input as it came; a CPU's RMSNorm keeps a copy in float32 instead."""
-    converts = device == "cpu" and layout.width == 2 and layout.model.norm == "rms_norm"
-    return layout.config.train.recompute != "none" or not converts
+    return layout.config.train.recompute != "none" or not _norms_convert(layout, device)
+
+
+def _norms_convert(layout: Layout, device: DeviceType) -> bool:
+    """Whether norms keep a copy of their input in float32 instead of the input itself."""
+    return device == "cpu" and layout.width == 2 and layout.model.norm == "rms_norm"
 
 
 @dataclass(frozen=True)
@@ -316,4 +325,4 @@ def tables(layout: Layout) -> int:
     """Cosines and sines of the positions."""
     if layout.model.positions != "rope":
         return 0
-    return 2 * layout.config.data.seq_length // layout.context * layout.model.head_dim * layout.width
+    return 2 * layout.config.data.seq_length // layout.context * layout.model.rotary_dim * layout.width

@@ -77,9 +77,12 @@ def initialize_part(part: Part, seed: int) -> None:
 
 
 def load_part(part: Part, fetch: Callable[[str], Tensor]) -> None:
-    """Fills the parameters from a source that reads whole tensors by name."""
+    """Fills the parameters from a source that reads whole tensors by name, one at a time in host memory.
+
+    Of a tensor that is mapped from a file only the rows of this rank's shard are read.
+    """
     for name, parameter in part.parameters.items():
-        fill(parameter, fetch(name).to(parameter.device))
+        fill(parameter, fetch(name))
         heartbeat.progress()
 
 

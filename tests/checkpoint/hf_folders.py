@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megagrow.config import ModelConfig
-from tests.models import as_bert, as_roberta
+from tests.models import as_bert, as_gpt_neox, as_qwen2, as_roberta
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -38,6 +38,16 @@ GPT2 = {
     "bos_token_id": 3,
     "eos_token_id": 4,
 }
+GPT_NEOX = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
+}
 BERT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 24,
@@ -49,10 +59,41 @@ BERT = {
 }
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, LLAMA),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, LLAMA),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, LLAMA),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, LLAMA | {"head_dim": 8}),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel, GPT2),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM, GPT_NEOX),
     "bert": (transformers.BertConfig, transformers.BertForMaskedLM, BERT),
     "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM, BERT),
+}
+# By kind, as transformers' `rope_parameters`; the contexts are those of the folders here and half of it.
+ROPE_SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+    "yarn in full": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 8.0,
+        "beta_slow": 0.5,
+        "attention_factor": 1.3,
+        "truncate": False,
+    },
+    "yarn, DeepSeek's": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+    },
 }
 
 OWN_LLAMA = ModelConfig(
@@ -68,6 +109,9 @@ OWN_LLAMA = ModelConfig(
     rope_theta=5e5,
 )
 OWN_QWEN3 = replace(OWN_LLAMA, family="qwen3", qk_norm=True)
+OWN_MISTRAL = replace(OWN_LLAMA, family="mistral")
+OWN_QWEN2 = as_qwen2(OWN_LLAMA)
+OWN_GPT_NEOX = as_gpt_neox(OWN_LLAMA, hidden_size=32)
 OWN_GPT2 = ModelConfig(
     family="gpt2",
     vocab_size=61,

@@ -1,6 +1,7 @@
 """Saving, finding and loading in one process."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch.distributed.checkpoint as dcp
 
 from megagrow import checkpoint
 from megagrow.checkpoint import directory
+from megagrow.checkpoint.shards import Deferred
 from megagrow.errors import CheckpointError
+from megagrow.plan.measure import peak_memory
 from tests.checkpoint.samples import (
     assert_holds_step,
     empty_tensors,
@@ -54,6 +57,39 @@ def test_every_dtype_and_shape_comes_back_exactly(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(bytes_of(loaded[name]), bytes_of(tensor)), name
+
+
+def test_tensors_are_fetched_and_freed_one_by_one(tmp_path: Path) -> None:
+    """Not all at once; what they are fetched from stays as it was."""
+    given = {f"w{i}": torch.full((256, 1024), float(i), dtype=torch.bfloat16) for i in range(12)}
+    asked: list[str] = []
+
+    def fetch(name: str) -> torch.Tensor:
+        asked.append(name)
+        return given[name]
+
+    deferred = {name: Deferred(tuple(t.shape), t.dtype, partial(fetch, name)) for name, t in given.items()}
+    saved: list[Path] = []
+    peak = peak_memory(lambda: saved.append(checkpoint.save(tmp_path, 0, deferred, {}, config={}, provenance={})))
+    assert asked == list(given)
+    assert 0 < peak < 3 * given["w0"].nbytes
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
+    checkpoint.load(saved[0], loaded)
+    assert all(
+        torch.equal(loaded[name], tensor) and tensor[0, 0] == i for i, (name, tensor) in enumerate(given.items())
+    )
+
+
+def test_a_tensor_that_cannot_be_fetched_fails_the_save(tmp_path: Path) -> None:
+    save_step(tmp_path, 0)
+
+    def fetch() -> torch.Tensor:
+        raise CheckpointError("weights.bin: damaged; restore the file")
+
+    tensors = tensors_at(1) | {"late": Deferred((2, 3), torch.float32, fetch)}
+    with pytest.raises(CheckpointError, match=r"cannot save step 1 in .*: weights.bin: damaged; restore the file$"):
+        checkpoint.save(tmp_path, 1, tensors, {}, config={}, provenance={})
+    assert names_in(tmp_path) == {"step-0", "latest"}
 
 
 def test_a_view_stores_its_own_elements_only(tmp_path: Path) -> None:

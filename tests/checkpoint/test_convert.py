@@ -5,20 +5,28 @@ import json
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from megagrow.checkpoint import convert, store
+from megagrow.checkpoint import convert, hf, store
 from megagrow.checkpoint.convert import Comparison
-from megagrow.config import Config, ModelConfig
+from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import CheckpointError
-from megagrow.roles import parameter_shapes
-from tests.checkpoint.hf_folders import save_folder, save_tokenizer, tensors_of
+from megagrow.model.transformer import Transformer, initialize
+from megagrow.parallel.mesh import make_mesh
+from megagrow.plan.measure import peak_memory
+from megagrow.roles import num_parameters, parameter_shapes
+from megagrow.train.part import build_part, initialize_part
+from tests.checkpoint.hf_folders import OWN_QWEN2, save_folder, save_tokenizer, tensors_of
+from tests.ranks import run_ranks
+
+SHARDED = replace(OWN_QWEN2, vocab_size=61, num_kv_heads=1)
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -47,8 +55,18 @@ def save_own(folder: Path, model: ModelConfig) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float32),
+        ("qwen2", torch.bfloat16),
+        ("gpt_neox", torch.float16),
+        ("bert", torch.bfloat16),
+        ("roberta", torch.float32),
+    ],
+)
 def test_there_and_back_is_equal(tmp_path, tool, family, dtype) -> None:
     before = save_tokenizer(save_folder(tmp_path / "before", family, dtype))
     own, after = tmp_path / "own", tmp_path / "after"
@@ -68,6 +86,74 @@ def test_there_and_back_is_equal(tmp_path, tool, family, dtype) -> None:
     assert all(stated[key] == written[key] for key in ("bos_token_id", "eos_token_id", "dtype"))
     assert load_tokenizer(before).fingerprint == load_tokenizer(after).fingerprint
     assert sorted(os.listdir(tmp_path)) == ["after", "before", "own"]
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path) -> None:
+    """Both ways. What is measured counts mapped files as if they were read; two may be open."""
+    model = ModelConfig(vocab_size=1001, hidden_size=128, num_heads=4, num_layers=6, ffn_size=352)
+    shapes, file = parameter_shapes(model), 550_000
+    hf.write_hf_folder(tmp_path / "before", model, lambda name: torch.randn(shapes[name]), shard_bytes=file)
+    assert len(list((tmp_path / "before").glob("*.safetensors"))) > 3
+    largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
+    there = peak_memory(lambda: convert.convert(tmp_path / "before", tmp_path / "own", "megagrow"))
+    back = peak_memory(lambda: convert.convert(tmp_path / "own", tmp_path / "after", "hf"))
+    assert there < 2 * file + 2.1 * largest < 4 * num_parameters(model) / 2
+    assert back < 2.1 * largest
+    old, new = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize(("to", "family"), [("megagrow", "qwen2"), ("hf", "llama")])
+def test_weights_are_rounded_as_asked(tmp_path, tool, to, family) -> None:
+    source = save_folder(tmp_path / "source", family)
+    code, printed, _ = tool(source, tmp_path / "out", "--to", to, "--dtype", "bfloat16")
+    assert code == 0
+    assert "weights rounded to bfloat16" in printed
+    back = tmp_path / "out" if to == "hf" else tmp_path / "back"
+    if to == "megagrow":
+        convert.convert(tmp_path / "out", back, "hf")
+    for name, tensor in tensors_of(source).items():
+        assert torch.equal(tensors_of(back)[name], tensor.bfloat16()), name
+
+
+def test_numbers_too_large_for_the_dtype_are_refused(tmp_path, tool) -> None:
+    source = save_folder(tmp_path / "source", "gpt2")
+    tensors = tensors_of(source)
+    tensors["transformer.h.1.mlp.c_proj.bias"][7] = 7e4
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for to in ("megagrow", "hf"):
+        code, _, errors = tool(source, tmp_path / "out", "--to", to, "--dtype", "float16")
+        assert code == 4
+        assert "layers.1.mlp.down.bias holds 7e+04, more than float16 can: use --dtype bfloat16" in errors
+        assert errors.count("\n") == 1
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_the_comparison_can_be_left_out(tmp_path, tool, monkeypatch) -> None:
+    monkeypatch.setattr(convert, "compare", None)
+    code, printed, _ = tool(
+        save_folder(tmp_path / "before", "llama"), tmp_path / "own", "--to", "megagrow", "--no-verify"
+    )
+    assert (code, printed) == (0, f"wrote {tmp_path / 'own'}, without a tokenizer: none found with SRC\n")
+
+
+def save_sharded(root: str, model: ModelConfig) -> None:
+    mesh = make_mesh(ParallelConfig(tensor=2))
+    part = build_part(model, Config(model=model, parallel=ParallelConfig(tensor=2)), mesh)
+    initialize_part(part, seed=5)
+    state, config = {"model": to_dict(model)}, to_dict(Config(model=model))
+    store.save(Path(root), 3, part.tensors(), state, config=config, provenance={})
+
+
+def test_a_checkpoint_of_any_layout_becomes_the_same_folder(tmp_path) -> None:
+    """Tensor and data ranks, fewer key/value heads than tensor ranks, biases of some layers alone."""
+    run_ranks(save_sharded, 4, str(tmp_path / "run"), SHARDED)
+    convert.convert(tmp_path / "run", tmp_path / "out", "hf")
+    whole = Transformer(SHARDED)
+    initialize(dict(whole.named_parameters()), SHARDED, 5)
+    hf.write_hf_folder(tmp_path / "expected", SHARDED, dict(whole.named_parameters()).__getitem__)
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_moved_checkpoint_still_finds_its_tokenizer(tmp_path) -> None:

@@ -8,9 +8,20 @@ import torch
 import transformers
 
 from megagrow.checkpoint.hf import check_exportable, hf_config_from_model, model_config_from_hf
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, RopeScaling
 from megagrow.errors import CheckpointError, ConfigError
-from tests.checkpoint.hf_folders import CLASSES, GPT2, LLAMA, OWN_GPT2, OWN_LLAMA, OWN_QWEN3
+from tests.checkpoint.hf_folders import (
+    CLASSES,
+    GPT2,
+    LLAMA,
+    OWN_GPT2,
+    OWN_GPT_NEOX,
+    OWN_LLAMA,
+    OWN_MISTRAL,
+    OWN_QWEN2,
+    OWN_QWEN3,
+    ROPE_SCALINGS,
+)
 
 LLAMA_JSON = {"model_type": "llama", **LLAMA}
 GPT2_JSON = {"model_type": "gpt2", **GPT2}
@@ -59,8 +70,10 @@ def test_every_field_of_gpt2_is_read() -> None:
 def test_absent_keys_mean_what_they_mean_to_transformers(family: str) -> None:
     config_class, _, fields = CLASSES[family]
     optional = {"num_key_value_heads", "max_position_embeddings", "n_positions"}
-    if family == "qwen3":
-        optional.remove("num_key_value_heads")  # absent it would be 32, null as many as query heads
+    if family in ("mistral", "qwen2", "qwen3"):
+        optional.remove("num_key_value_heads")  # absent it would be 8 or 32, null as many as query heads
+    if family == "mistral":
+        optional.remove("max_position_embeddings")  # absent it would be more than the window
     required = {key: value for key, value in fields.items() if key not in optional}
     complete = json.loads(config_class(**required).to_json_string(use_diff=False))
     assert model_config_from_hf({"model_type": family, **required}) == model_config_from_hf(complete)
@@ -80,22 +93,96 @@ def test_the_rotary_base_is_found_wherever_a_version_puts_it(rope: dict) -> None
     assert transformers.LlamaConfig(**LLAMA, **rope).rope_parameters["rope_theta"] == 5e5
 
 
+@pytest.mark.parametrize("kind", ROPE_SCALINGS)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_scaled_rotation_is_found_wherever_a_version_puts_it(family: str, kind: str) -> None:
+    settings = ROPE_SCALINGS[kind]
+    entries = {"model_type": family, **CLASSES[family][2]}
+    model = model_config_from_hf(entries | {"rope_parameters": settings})
+    assert model.rope_scaling is not None
+    assert (model.rope_scaling.kind, model.rope_scaling.factor) == (settings["rope_type"], settings["factor"])
+    older = {("type" if key == "rope_type" else key): value for key, value in settings.items()}
+    assert model_config_from_hf(entries | {"rope_scaling": older}) == model
+    assert model_config_from_hf(entries | {"rope_scaling": settings, "rope_parameters": settings}) == model
+    written = hf_config_from_model(model)
+    for newer_or_older in ("rope_parameters", "rope_scaling"):
+        alone = {k: v for k, v in written.items() if not k.startswith("rope_") or k in (newer_or_older, "rope_theta")}
+        assert model_config_from_hf(alone) == model
+
+
+def test_the_share_that_is_rotated_is_found_wherever_a_version_puts_it() -> None:
+    entries = {"model_type": "gpt_neox", **CLASSES["gpt_neox"][2]}
+    assert model_config_from_hf(entries).rope_fraction == 0.25
+    for stated in (
+        {"rotary_pct": 0.5},
+        {"rotary_pct": 0.5, "partial_rotary_factor": 0.5},
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    ):
+        assert model_config_from_hf(entries | stated).rope_fraction == 0.5
+    written = hf_config_from_model(replace(OWN_GPT_NEOX, rope_fraction=0.5))
+    assert written["rotary_pct"] == written["rope_parameters"]["partial_rotary_factor"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("family", "stated"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 32}),
+        ("mistral", {}),  # 4096
+        ("qwen2", {"sliding_window": 8}),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": False}),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True}),  # after 28 layers
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}),  # 4096
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["full_attention"] * 3}),
+    ],
+)
+def test_a_window_that_reaches_the_whole_context_changes_nothing(family: str, stated: dict) -> None:
+    entries = {"model_type": family, **CLASSES[family][2]}
+    assert model_config_from_hf(entries | stated).max_seq_length == 32
+
+
+LLAMA3, YARN = ROPE_SCALINGS["llama3"], ROPE_SCALINGS["yarn"]
+WINDOWED = ["full_attention", "sliding_attention", "full_attention"]
 REFUSED = [
-    (
-        "llama",
-        {"model_type": "mamba"},
-        "model_type='mamba' is not supported; use one of llama, qwen3, gpt2",
-    ),
+    ("llama", {"model_type": "mamba"}, "model_type='mamba' is not supported; use one of llama, mistral, "),
     ("llama", {"model_type": ["llama"]}, "model_type=['llama'] is not supported"),
-    (
-        "llama",
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_scaling={'type': 'linear'",
-    ),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters={"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "unscaled rotary positions"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic' is not"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type='longrope' is not"),
+    ("llama", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_scaling.rope_type=['yarn'] is not"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "type": "linear"}}, "type=linear contradict"),
+    ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 must be at least 1"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor='2' must be a positive number"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2, "mscale": 2}}, "rope_scaling.mscale=2 is not supported"),
+    ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": None}}, "rope_parameters.low_freq_factor is missing"),
+    ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 5}}, "high_freq_factor=4.0 must exceed"),
+    ("llama", {"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 8}}, "contradict each other"),
+    ("llama", {"rope_parameters": LLAMA3, "original_max_position_embeddings": 8}, "contradict each other"),
+    ("llama", {"rope_parameters": {**YARN, "attention_factor": 0}}, "attention_factor=0 must be a positive number"),
+    ("llama", {"rope_parameters": {**YARN, "truncate": "no"}}, "rope_parameters.truncate='no' must be true or false"),
+    ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta=0 must be a positive number"),
     ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ("llama", {"rope_parameters": {"full_attention": {}}}, "full_attention"),
+    ("gpt_neox", {"rotary_pct": 0.1}, "or so is the share of it that rope_fraction=0.1 rotates (0)"),
+    ("gpt_neox", {"rotary_pct": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}}, "rotary_pct=0.5 contradict"),
+    ("gpt_neox", {"rope_theta": 100.0}, "rotary_emb_base=10000.0"),
+    ("gpt_neox", {"use_parallel_residual": 1}, "use_parallel_residual=1 must be true or false"),
+    ("gpt_neox", {"hidden_act": "relu"}, "use a model with hidden_act='gelu' or hidden_act='gelu_new'"),
+    ("mistral", {"sliding_window": 31}, "set max_position_embeddings=31 to use this one within its window"),
+    ("mistral", {"max_position_embeddings": None}, "sliding_window=4096 is shorter than the context"),
+    ("mistral", {"sliding_window": "all"}, "sliding_window='all' must be a positive whole number"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding_window=8 is shorter"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding_window=8 is shorter"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": WINDOWED},
+        "sliding_window=8 is shorter",
+    ),
+    ("qwen2", {"layer_types": WINDOWED}, "layer_types names sliding_attention, but there is no sliding_window in use"),
+    ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must be a list of full_attention or"),
+    ("qwen2", {"layer_types": ["linear_attention"] * 3}, "layer_types must be a list of full_attention or"),
+    ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes' must be true or false"),
     ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
     (
         "llama",
@@ -130,7 +217,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
 def test_what_would_be_lost_is_refused(family: str, changes: dict, message: str) -> None:
-    entries = {"llama": LLAMA_JSON, "gpt2": GPT2_JSON}[family]
+    entries = {"model_type": family, **CLASSES[family][2]}
     model_config_from_hf(entries)
     with pytest.raises(CheckpointError) as caught:
         model_config_from_hf(entries | changes)
@@ -154,9 +241,14 @@ def test_a_missing_file_is_named(tmp_path) -> None:
 EXPORTED = [
     OWN_LLAMA,
     replace(OWN_LLAMA, attention_bias="all", mlp_bias=True, tied_embeddings=True, num_kv_heads=4),
+    replace(OWN_LLAMA, rope_scaling=RopeScaling("linear", 3.0)),
+    OWN_MISTRAL,
+    replace(OWN_QWEN2, rope_scaling=RopeScaling("yarn", 4.0, 8, attention_factor=1.5, truncate=False)),
     OWN_QWEN3,
     OWN_GPT2,
     replace(OWN_GPT2, tied_embeddings=False),
+    replace(OWN_GPT_NEOX, rope_scaling=RopeScaling("llama3", 8.0, 16)),
+    replace(OWN_GPT_NEOX, parallel_residual=False, attention_bias="none", activation="gelu", tied_embeddings=True),
 ]
 
 
@@ -177,7 +269,8 @@ def test_what_is_written_is_complete_for_transformers(model: ModelConfig) -> Non
     of_all_models = json.loads(transformers.PretrainedConfig().to_json_string(use_diff=False))
     of_family = {key for key in written.keys() - of_all_models if not key.startswith("summary_")}
     assert of_family <= entries.keys()
-    assert {k: v for k, v in entries.items() if k != "rope_theta"}.items() <= written.items()
+    older = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"}
+    assert {k: v for k, v in entries.items() if k not in older}.items() <= written.items()
 
 
 def test_both_generations_of_transformers_find_the_rotary_base() -> None:
@@ -197,6 +290,10 @@ NOT_EXPORTED = [
     (OWN_GPT2, {"attention_bias": "qkv"}, "model.attention_bias=qkv"),
     (OWN_LLAMA, {"norm_place": "after"}, "model.norm_place=after"),
     (OWN_LLAMA, {"objective": "mlm"}, "model.objective=mlm"),
+    (OWN_LLAMA, {"attention_bias": "qkv"}, "model.attention_bias=qkv cannot be exported: LlamaForCausalLM has none or"),
+    (OWN_LLAMA, {"rope_fraction": 0.5}, "model.rope_fraction=0.5"),
+    (OWN_QWEN2, {"attention_bias": "all"}, "model.attention_bias=all"),
+    (OWN_GPT_NEOX, {"activation": "swiglu"}, "GPTNeoXForCausalLM has gelu_erf or gelu"),
     (OWN_GPT2, {"num_kv_heads": 2}, "model.num_kv_heads=2"),
     (OWN_GPT2, {"head_dim": 8}, "model.head_dim=8"),
     (OWN_GPT2, {"norm": "rms_norm"}, "model.norm=rms_norm"),

@@ -8,15 +8,19 @@ import torch
 
 from megagrow.checkpoint.hf import HFReader, write_hf_folder
 from megagrow.checkpoint.source import load_model, open_source
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, RopeScaling
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.mesh import Mesh
 from tests.checkpoint.hf_folders import (
     OWN_BERT,
     OWN_GPT2,
+    OWN_GPT_NEOX,
     OWN_LLAMA,
+    OWN_MISTRAL,
+    OWN_QWEN2,
     OWN_QWEN3,
     OWN_ROBERTA,
+    ROPE_SCALINGS,
     logits_of,
     random_ids,
     save_folder,
@@ -32,6 +36,16 @@ THEIRS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"head_dim": 10, **BIASES}),
     ("llama", {"rope_theta": 100.0, "rms_norm_eps": 0.1}),
     ("llama", {"hidden_act": "gelu_pytorch_tanh", **BIASES}),
+    *(("llama", {"rope_parameters": {**scaling, "rope_theta": 100.0}}) for scaling in ROPE_SCALINGS.values()),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 32, "head_dim": 8, "rope_parameters": ROPE_SCALINGS["llama3"]}),
+    ("qwen2", {}),
+    ("qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": ROPE_SCALINGS["yarn"]}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}),
+    ("gpt_neox", {}),
+    ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True, "rotary_pct": 1.0}),
+    ("gpt_neox", {"attention_bias": False, "rotary_pct": 0.5, "rotary_emb_base": 100, "hidden_act": "gelu_fast"}),
+    ("gpt_neox", {"rope_parameters": {**ROPE_SCALINGS["yarn in full"], "partial_rotary_factor": 0.75}}),
     ("qwen3", {}),
     ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("gpt2", {}),
@@ -46,7 +60,12 @@ OURS = [
     OWN_LLAMA,
     replace(OWN_LLAMA, num_kv_heads=4, attention_bias="all", mlp_bias=True, tied_embeddings=True),
     replace(OWN_LLAMA, activation="geglu"),
+    replace(OWN_LLAMA, rope_scaling=RopeScaling("linear", 3.0)),
+    OWN_MISTRAL,
+    replace(OWN_QWEN2, rope_scaling=RopeScaling("yarn", 4.0, 8, truncate=False)),
     OWN_QWEN3,
+    replace(OWN_GPT_NEOX, rope_scaling=RopeScaling("llama3", 8.0, 16)),
+    replace(OWN_GPT_NEOX, parallel_residual=False, attention_bias="none", activation="gelu", tied_embeddings=True),
     OWN_GPT2,
     replace(OWN_GPT2, tied_embeddings=False),
     OWN_BERT,

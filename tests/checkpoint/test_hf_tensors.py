@@ -18,12 +18,26 @@ from megagrow.checkpoint.hf_tensors import (
 )
 from megagrow.config import ModelConfig
 from megagrow.roles import parameter_names, parameter_shapes, role_of
-from tests.checkpoint.hf_folders import OWN_GPT2, OWN_LLAMA, OWN_QWEN3
+from tests.checkpoint.hf_folders import (
+    OWN_BERT,
+    OWN_GPT2,
+    OWN_GPT_NEOX,
+    OWN_LLAMA,
+    OWN_MISTRAL,
+    OWN_QWEN2,
+    OWN_QWEN3,
+    OWN_ROBERTA,
+)
 
 MODELS = {
     "llama": replace(OWN_LLAMA, attention_bias="all", mlp_bias=True),
+    "mistral": OWN_MISTRAL,
+    "qwen2": OWN_QWEN2,
     "qwen3": OWN_QWEN3,
+    "gpt_neox": OWN_GPT_NEOX,
     "gpt2": replace(OWN_GPT2, tied_embeddings=False),
+    "bert": OWN_BERT,
+    "roberta": OWN_ROBERTA,
 }
 
 
@@ -104,7 +118,7 @@ def test_only_what_belongs_to_the_model_is_expected(family: str) -> None:
         next(name for name in names if name.startswith(f"{table.layers}2.")).replace(".2.", end)
         for end in (".3.", ".02.", ".-1.", ".999999999999.")
     ]
-    strange += [f"{table.layers}0.attn.strange.weight", "strange", "", "lm_head.bias"]
+    strange += [f"{table.layers}0.attn.strange.weight", "strange", "", f"{table.outside['head']}.strange"]
     assert unexpected_tensors([*names, *strange], table, model) == strange
 
 

@@ -12,12 +12,13 @@ from megagrow.config import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
+    RopeScaling,
     TrainConfig,
     data_ranks,
     microbatch_size,
     min_microbatches,
 )
-from tests.models import as_bert, as_gpt2, as_roberta
+from tests.models import as_bert, as_gpt2, as_gpt_neox, as_qwen2, as_roberta
 
 BATCH, SEQ = 16, 16
 
@@ -29,6 +30,10 @@ TIED = replace(LLAMA, tied_embeddings=True)
 QWEN = replace(LLAMA, family="qwen3", qk_norm=True, vocab_size=101)
 # Learned positions shift all keys of a query alike: the gradient of a key's bias is zero but for rounding.
 GPT2 = as_gpt2(LLAMA)
+NEOX = as_gpt_neox(LLAMA, rope_fraction=0.5)
+QWEN2 = as_qwen2(LLAMA, num_kv_heads=1, rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=8, beta_fast=2.0))
+LLAMA3 = replace(LLAMA, rope_theta=100.0, rope_scaling=RopeScaling("llama3", 8.0, original_max_positions=8))
+LINEAR = replace(LLAMA, rope_scaling=RopeScaling("linear", 3.0))
 BERT = as_bert(LLAMA, vocab_size=101)
 ROBERTA = as_roberta(LLAMA, vocab_size=101)
 
@@ -105,6 +110,7 @@ def make_layout(
 
 SP = {"tensor": 2, "sequence_parallel": True}
 TP_PP = {"tensor": 2, "pipeline": 2}  # on 8 ranks: tensor x pipeline x FSDP2
+RECOMPUTED = {"recompute": "full", "dropout": 0.2}
 SCHEDULES = ("Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 ALONE = [
@@ -166,7 +172,7 @@ OTHERS = [
     make_layout(4, "ranks without vocabulary, tied", tensor=4, model=replace(GPT2, vocab_size=9)),
     make_layout(8, "replicated key/value heads with norms", tensor=4, sequence_parallel=True, replicate=2, model=QWEN),
     make_layout(8, "replicated key/value heads", tensor=4, context=2, model=replace(LLAMA, num_kv_heads=1)),
-    make_layout(8, "full recompute, dropout", **SP, context=2, train={"recompute": "full", "dropout": 0.2}),
+    make_layout(8, "full recompute, dropout", **SP, context=2, train=RECOMPUTED),
     make_layout(8, "documents", **SP, context=2, documents=True),
     make_layout(8, "tied embeddings", **SP, context=2, pipeline=2, model=TIED),
     make_layout(8, context=2, pipeline=2),
@@ -193,6 +199,21 @@ OTHERS = [
     ),
     make_layout(8, "selective recompute, dropout", **SP, replicate=2, train={"recompute": "selective", "dropout": 0.2}),
     make_layout(8, "biases (GPT-2)", context=2, pipeline=2, model=GPT2),
+]
+
+# Parallel residual, partial rotation and biases everywhere; biases of queries, keys and values alone; scaled rotation.
+FAMILIES = [
+    *(make_layout(4, "GPT-NeoX", **SP, pipeline=2, schedule=name, model=NEOX) for name in SCHEDULES),
+    *(make_layout(4, "Qwen2, one key/value head, YaRN", **SP, pipeline=2, schedule=n, model=QWEN2) for n in SCHEDULES),
+    make_layout(8, "GPT-NeoX", **SP, pipeline=2, model=NEOX),
+    make_layout(8, "GPT-NeoX", context=2, pipeline=2, model=NEOX),
+    make_layout(8, "GPT-NeoX, full recompute, dropout", **SP, context=2, model=NEOX, train=RECOMPUTED),
+    make_layout(8, "Qwen2, one key/value head, YaRN", **SP, pipeline=2, model=QWEN2),
+    make_layout(8, "Qwen2, one key/value head, YaRN", tensor=4, context=2, model=QWEN2),
+    make_layout(8, "Llama 3's rotation", **TP_PP, model=LLAMA3),
+    make_layout(8, "Llama 3's rotation", context=4, model=LLAMA3),
+    make_layout(4, "linearly scaled rotation", **SP, context=2, model=LINEAR),
+    make_layout(2, "GPT-NeoX, compiled blocks", **SP, model=NEOX, train={"compile": True}),
 ]
 
 # Every axis alone, tensor x pipeline x FSDP2 under every schedule, and what cuts across them.
@@ -232,5 +253,5 @@ ENCODERS = [
     ),
 ]
 
-LAYOUTS = [*ALONE, *PAIRS, *WITH_SCHEDULES, *THREE_AXES, *OTHERS, *ENCODERS]
+LAYOUTS = [*ALONE, *PAIRS, *WITH_SCHEDULES, *THREE_AXES, *OTHERS, *FAMILIES, *ENCODERS]
 BY_NAME = {layout.name: layout for layout in LAYOUTS}

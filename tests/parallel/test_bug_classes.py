@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagrow.config import Config
+from megagrow.config import Config, ModelConfig
 from megagrow.model import Transformer, transformer
 from megagrow.parallel import collectives, context, gradients, layers, pipeline, shards
 from megagrow.parallel.mesh import Axis, Mesh, make_mesh
@@ -131,8 +131,8 @@ def positions_from_zero() -> AbstractContextManager[Any]:
     """Every context rank rotates as if it held the start of the sequence."""
     original = transformer.rotary_table
 
-    def from_zero(seq_length: int, rank: int, size: int, *rest: Any) -> tuple[Tensor, Tensor]:
-        return original(seq_length // size, 0, 1, *rest)
+    def from_zero(model: ModelConfig, seq_length: int, rank: int, size: int, *rest: Any) -> tuple[Tensor, Tensor]:
+        return original(model, seq_length // size, 0, 1, *rest)
 
     return mock.patch.object(transformer, "rotary_table", from_zero)
 

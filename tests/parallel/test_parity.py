@@ -48,6 +48,8 @@ CHOSEN = [
     "tensor 4 (sequence parallel) x replicate 2, replicated key/value heads with norms",
     "tensor 4, ranks without vocabulary, tied",
     "context 2 x pipeline 2 (1F1B) x shard 2, biases (GPT-2)",
+    f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, GPT-NeoX",
+    "tensor 4 x context 2, Qwen2, one key/value head, YaRN",
     f"{SEQUENCE} x pipeline 2 (ZBVZeroBubble) x shard 2, BERT",
     f"{SEQUENCE} x context 2 x shard 2, RoBERTa, documents, full recompute",
     "tensor 4, BERT, ranks without vocabulary",

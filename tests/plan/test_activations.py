@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megagrow.model.attention import rotary_table
+from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
 from megagrow.model.transformer import make_block
 from megagrow.parallel.context import document_masks
@@ -20,14 +20,15 @@ from megagrow.plan import activations
 from megagrow.plan.dry_run import fake_ranks
 from megagrow.plan.layout import Layout
 from megagrow.plan.measure import kept_memory, peak_memory
-from tests.models import as_bert, as_gpt2
+from tests.models import as_bert, as_gpt2, as_gpt_neox
 
 SAMPLES, LENGTH = 2, 64
 LLAMA = ModelConfig(hidden_size=96, num_heads=8, head_dim=16, num_kv_heads=4, ffn_size=160, num_layers=2, vocab_size=97)
 QWEN = replace(LLAMA, family="qwen3", qk_norm=True)
 GPT2 = as_gpt2(LLAMA, num_heads=4, num_kv_heads=4, head_dim=24, ffn_size=128, vocab_size=96, max_seq_length=LENGTH)
+NEOX = as_gpt_neox(LLAMA, num_heads=4, num_kv_heads=4, head_dim=24, rope_fraction=0.5)
 BERT = as_bert(GPT2)
-MODELS = {"llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2, "bert": BERT}
+MODELS = {"llama": LLAMA, "qwen3": QWEN, "gpt2": GPT2, "gpt_neox": NEOX, "bert": BERT}
 MESHES: dict[str, dict[str, Any]] = {
     "one": {},
     "tensor": {"tensor": 2},
@@ -73,7 +74,7 @@ def tokens_of(given: Layout, mesh: Mesh, dtype: torch.dtype) -> Tokens:
     model, rotary = given.model, None
     if model.positions == "rope":
         place = (mesh.cp.rank, mesh.cp.size)
-        rotary = rotary_table(LENGTH, *place, model.head_dim, model.rope_theta, dtype, torch.device("cpu"))
+        rotary = rotary_table(model, LENGTH, *place, dtype, torch.device("cpu"))
     documents = torch.arange(SAMPLES * LENGTH).view(SAMPLES, LENGTH) // 20
     masks = document_masks(documents, mesh.cp, model.is_causal) if given.config.data.mask_documents else None
     rate = given.config.train.dropout
