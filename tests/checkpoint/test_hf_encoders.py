@@ -91,10 +91,10 @@ def test_what_is_dropped_is_named(tmp_path: Path, family: str) -> None:
     expected = logits_of(folder, ids_BS)
     rewrite(folder, lambda tensors: tensors | {name: torch.ones(shape) for name, shape in EXTRAS[family].items()})
     said: list[str] = []
-    convert(folder, tmp_path / "own", "megagrow", said.append)
+    convert(folder, tmp_path / "own", "megagrow", tell=said.append)
     assert len(said) == 1 and "dropped" in said[0] and str(folder) in said[0] and "\n" not in said[0]
     assert all(name in said[0] for name in EXTRAS[family])
-    convert(tmp_path / "own", tmp_path / "after", "hf", said.append)
+    convert(tmp_path / "own", tmp_path / "after", "hf", tell=said.append)
     assert len(said) == 1, "nothing is dropped on the way back"
     torch.testing.assert_close(logits_of(tmp_path / "after", ids_BS), expected, atol=0, rtol=0)
 

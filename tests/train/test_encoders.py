@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megagrow.checkpoint.source import Source, open_source
+from megagrow.checkpoint.source import open_source
 from megagrow.config import Config, DataConfig, GrowthConfig, InitConfig, SaltConfig, TrainConfig
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.mlm import Masking, make_masking
@@ -190,7 +190,8 @@ def test_distillation_is_refused(corpus: Path, tmp_path: Path, capfd: pytest.Cap
 def test_encoders_neither_teach_nor_score(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the teacher is an encoder"):
         check_teacher(BERT, SMALL, 16)
-    source = Source(tmp_path, BERT, dict[str, torch.Tensor]().__getitem__, "", None, "", {}.__getitem__)
+    assert run(encoder_config(corpus, tmp_path / "run", steps=1)) == 0
+    source = open_source(tmp_path / "run")
     dataset = PackedDataset(corpus / "train", 16)
     with pytest.raises(ConfigError, match="is an encoder .* to score samples"):
         score_corpus(source, dataset, tmp_path / "scores", Mesh.single(), ScoreSettings())
