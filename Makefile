@@ -32,11 +32,11 @@ quickstart: setup ## the main job on the built-in corpus; results in runs/quicks
 test: setup ## all tests
 	$(bin)/python -m pytest
 
-check: setup ## style, types and the order of imports
+check: setup ## style, types, the order of imports, and no load that could run code
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/python -m pytest --quiet tests/test_layers.py
+	$(bin)/python -m pytest --quiet tests/test_layers.py tests/test_safe_loading.py
 
 parity: setup ## every layout against one process; a table, also in benchmarks/results (ten minutes)
 	$(bin)/python -m tests.parallel.parity_table

@@ -229,6 +229,30 @@ def check_memory_options(config: Config, world_size: int) -> None:
     )
 
 
+def check_data(config: Config, world_size: int) -> None:
+    """Raises ConfigError when options of the data exclude each other."""
+    data = config.data
+    is_megatron = data.order == "megatron"
+    require(
+        is_megatron or (not data.split and data.num_samples == 0),
+        "data.split and data.num_samples belong to data.order=megatron; for order=megagrow preprocess the held-out "
+        "text apart and name it in data.validation",
+    )
+    require(
+        not (data.split and data.validation),
+        "data.split takes the held-out samples from data.train, data.validation names others; leave one of them out",
+    )
+    require(
+        not (is_megatron and config.salt.scores),
+        "salt.scores belong to the samples of data.order=megagrow; data.order=megatron shuffles documents and cuts "
+        "other samples. Use order=megagrow, or leave salt.scores out",
+    )
+    require(
+        not (is_megatron and data.change_blend),
+        "data.change_blend needs data.order=megagrow: Megatron's order is made for the whole run at once",
+    )
+
+
 def check_growth(config: Config, world_size: int) -> None:
     """Raises ConfigError when the growth section contradicts itself or the rest."""
     growth = config.growth
@@ -313,6 +337,7 @@ RULES = (
     check_sequence,
     check_batch,
     check_memory_options,
+    check_data,
     check_growth,
     check_salt,
 )

@@ -140,12 +140,17 @@ class ModelConfig:
 class DataConfig:
     """Token files (Megatron .bin/.idx, named by their common prefix) and how samples are cut from them."""
 
-    train: str = ""  # prefix of the training tokens
-    validation: str = ""  # prefix of the held-out tokens; empty: no evaluation
+    train: str | tuple[str | float, ...] = ""  # prefix of the training tokens, or weights and prefixes: "0.7 A 0.3 B"
+    validation: str = ""  # prefix (or prefixes) of the held-out tokens; empty: no evaluation
     tokenizer: str = ""  # sentencepiece .model, tokenizer.json or its folder; copied into exports
     seq_length: int = 128  # inputs per sample; a sample is seq_length + 1 tokens
     seed: int = 1234  # order of samples depends on (seed, epoch) only
+    order: Literal["megagrow", "megatron"] = "megagrow"  # of samples; megatron: as its GPTDataset and blends have them
+    num_samples: int = 0  # that megatron's order is made for; 0: as many as the run takes
+    split: str = ""  # "99,1,0": shares of train's sequences for training, validation, test; with order=megatron only
+    change_blend: bool = False  # a resumed run may go on with other datasets or weights in data.train
     mask_documents: bool = False  # training's attention stays inside a document; that of scores does not
+    reset_positions: bool = False  # positions begin anew at each document
     # Of encoders (model.objective=mlm), which see `seq_length` tokens of a sample and predict those that are chosen:
     mask_rate: float = 0.15  # share that is chosen; of these 80 % are masked, 10 % random, 10 % as they were
     mask_token: int = -1  # id; -1: the tokenizer's
@@ -153,6 +158,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.seq_length > 0, f"data.seq_length={self.seq_length} must be positive")
+        require_not_negative(self, "data", "num_samples")
         require(0 < self.mask_rate <= 1, f"data.mask_rate={self.mask_rate} must be greater than 0 and at most 1")
         require(self.mask_token >= -1, f"data.mask_token={self.mask_token} must be an id, or -1 for the tokenizer's")
         require(
@@ -390,6 +396,12 @@ def models(config: Config) -> list[tuple[str, ModelConfig]]:
     """The models that this run builds, with the section that each comes from."""
     source = config.growth.source
     return ([("growth.source", source)] if source else []) + [("model", config.model)]
+
+
+def order_size(config: Config) -> int:
+    """Samples that an order which is made for a whole run has to have."""
+    learning = config.growth.ligo_steps if config.growth.method == "ligo" else 0
+    return config.data.num_samples or (config.train.steps + learning) * config.train.global_batch_size
 
 
 def data_ranks(config: Config, world_size: int) -> int:

@@ -86,6 +86,8 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return f"a list of {_type_name(typing.get_args(hint)[0])}"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
     return "null" if hint is type(None) else hint.__name__
 
 

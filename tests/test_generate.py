@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megagrow.checkpoint import hf
 from megagrow.data.tokenizer import ByteTokenizer
-from megagrow.errors import DataError
-from megagrow.generate import generate
+from megagrow.errors import ConfigError, DataError
+from megagrow.generate import Sampling, continuations, generate
 from tests.growth.models import LLAMA, make, tensors_of
 
 TOOL = Path(__file__).parents[1] / "tools" / "generate.py"
@@ -35,6 +36,51 @@ def test_a_prompt_is_continued_the_same_way_each_time() -> None:
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
     with pytest.raises(DataError, match="the tokenizer has 257 tokens, more than the model's vocab_size="):
         generate(make(LLAMA), ByteTokenizer(), "", 1)
+
+
+def test_prompts_do_not_touch_each_other() -> None:
+    """Nor does the order in which they end, nor contexts longer than the model's."""
+    model, prompts = make(BYTES), [[1], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
+    sampling = Sampling(1.0, top_k=20, top_p=0.9)
+
+    def added(places: list[int]) -> list[list[int]]:
+        chosen = [prompts[i] for i in places]
+        return continuations(model, chosen, 9, places, sampling, lambda ids: ids[-1] % 4 == 0)
+
+    alone = [added([i])[0] for i in range(3)]
+    assert added([0, 1, 2]) == alone and len({len(ids) for ids in alone}) > 1
+    assert added([2, 0]) == [alone[2], alone[0]]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(1.0), [0, 1, 2, 3]),
+        (Sampling(0.5), [0, 1, 2, 3]),
+        (Sampling(1.0, top_k=2), [1, 3]),
+        (Sampling(1.0, top_p=0.65), [1, 3]),
+        (Sampling(1.0, top_p=0.6), [1]),
+        (Sampling(1.0, top_k=3, top_p=0.97), [1, 2, 3]),
+        (Sampling(), [1]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling, kept: list[int]) -> None:
+    probabilities_V = torch.tensor([0.04, 0.61, 0.13, 0.22])
+    drawn, generator = 4000, torch.Generator().manual_seed(0)
+    counts_V = torch.zeros(4)
+    for _ in range(drawn):
+        counts_V[sampling.pick(probabilities_V.log(), generator)] += 1
+    expected_V = torch.zeros(4)
+    expected_V[kept] = probabilities_V[kept] ** (1 / (sampling.temperature or 1))
+    expected_V /= expected_V.sum()
+    assert (counts_V / drawn - expected_V).abs().max() < 5 * 0.5 / drawn**0.5  # five standard deviations at most
+    assert (counts_V[expected_V == 0] == 0).all()
+
+
+def test_sampling_that_makes_no_sense_is_refused() -> None:
+    for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Sampling(**wrong)
 
 
 @pytest.mark.parametrize(

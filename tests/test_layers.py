@@ -1,4 +1,4 @@
-"""The order of imports, and the loads that could run code: read from the syntax, nothing is run."""
+"""The order of imports and the sizes of files: read from the syntax, nothing is run."""
 
 import ast
 import sys
@@ -37,8 +37,8 @@ ORDER = [
     "ledger",
     "metrics",
     "profiling",
-    "evaluate",
     "generate",
+    "evaluate",
     "report",
     "train",
     "plan",
@@ -49,21 +49,6 @@ STRANGERS = [("growth", "salt"), ("salt", "growth")]
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "megagrow_kernels"}
 TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command"}
 MAIN_LINES, TOOL_LINES = 80, 100
-
-RUN_CODE = {
-    "eval",
-    "exec",
-    "marshal.load",
-    "marshal.loads",
-    "pickle.Unpickler",
-    "pickle.load",
-    "pickle.loads",
-    "shelve.open",
-    "yaml.full_load",
-    "yaml.load",
-    "yaml.unsafe_load",
-}
-NEVER_TRUE = {"allow_pickle", "trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -163,50 +148,7 @@ def size_errors(root: Path) -> Iterator[str]:
             yield f"{source.path} has {source.num_lines} lines: it stays under {limit}"
 
 
-def load_errors(root: Path) -> Iterator[str]:
-    """Calls that can run code from a file: unpickling, yaml objects, eval, remote code.
-
-    Tests are left out: the one that shows a refused file to be harmful has to load it.
-    """
-    for source in sources(root, *SHIPPED):
-        names = dict(_local_names(source.tree))
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Call):
-                reason = _load_error(_dotted(node.func, names), node.keywords)
-                if reason:
-                    yield f"{source.path}:{node.lineno} {reason}"
-
-
-def _local_names(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((name.asname, name.name) for name in node.names if name.asname)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from ((name.asname or name.name, f"{node.module}.{name.name}") for name in node.names)
-
-
-def _dotted(node: ast.expr, names: dict[str, str]) -> str:
-    match node:
-        case ast.Name(id=name):
-            return names.get(name, name)
-        case ast.Attribute(value=value, attr=attr):
-            return f"{_dotted(value, names)}.{attr}"
-    return "<expression>"
-
-
-def _load_error(called: str, keywords: list[ast.keyword]) -> str | None:
-    given = {keyword.arg: getattr(keyword.value, "value", "unknown") for keyword in keywords}
-    if called.removeprefix("builtins.") in RUN_CODE:
-        return f"calls {called}: it can run code"
-    if called == "torch.load" and given.get("weights_only") is not True:
-        return "calls torch.load without weights_only=True: it can run code"
-    for name in sorted(NEVER_TRUE & given.keys()):
-        if given[name] is not False:
-            return f"passes {name}: it can run code"
-    return None
-
-
-CHECKS = [order_errors, outside_errors, size_errors, load_errors]
+CHECKS = [order_errors, outside_errors, size_errors]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -314,39 +256,3 @@ def test_long_entry_files_are_caught(tmp_path: Path) -> None:
         "megagrow/__main__.py has 80 lines: it stays under 80",
         "tools/long.py has 100 lines: it stays under 100",
     ]
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import pickle\npickle.load(f)",
-        "import pickle as p\np.loads(b)",
-        "from pickle import Unpickler as U\nU(f)",
-        "import torch\ntorch.load(f)",
-        "import torch\ntorch.load(f, weights_only=False)",
-        "from torch import load\nload(f, map_location='cpu')",
-        "import yaml\nyaml.load(f, Loader=yaml.SafeLoader)",
-        "import numpy as np\nnp.load(f, allow_pickle=True)",
-        "AutoModel.from_pretrained(f, trust_remote_code=flag)",
-        "eval('1')",
-        "import builtins\nbuiltins.exec(text)",
-    ],
-)
-def test_a_load_that_can_run_code_is_caught(tmp_path: Path, code: str) -> None:
-    (error,) = load_errors(write(tmp_path, {"megagrow/data/a.py": code}))
-    assert error.endswith("it can run code")
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import torch\ntorch.load(f, weights_only=True)",
-        "import yaml\nyaml.safe_load(f)",
-        "import numpy as np\nnp.load(f, allow_pickle=False)",
-        "import pickle\npickle.dumps(x)\nclass Allowlist(pickle.Unpickler): pass",
-        "model.eval()\nself.teacher.model.eval()",
-        "'pickle.load(f) and eval(x)'",
-    ],
-)
-def test_a_safe_load_passes(tmp_path: Path, code: str) -> None:
-    assert list(load_errors(write(tmp_path, {"megagrow/data/a.py": code}))) == []

@@ -5,9 +5,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from megagrow.errors import MegagrowError
+from megagrow.checkpoint.convert import tokenizer_of
+from megagrow.checkpoint.source import Source
+from megagrow.errors import DataError, MegagrowError
 
 SHARED_ERROR_SECONDS = 3.0
 
@@ -17,6 +20,14 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
+
+
+def find_tokenizer(given: str, source: Source) -> str | Path:
+    """The tokenizer that `--tokenizer` gives, or the one of the checkpoint."""
+    found = given or tokenizer_of(source)
+    if not found:
+        raise DataError(f"{source.path}: its tokenizer is not named or not there; give it with --tokenizer")
+    return found
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -5,15 +5,11 @@
 CKPT is an own checkpoint, a run directory or a Hugging Face folder. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint.
 """
 
-from pathlib import Path
+from _command import Arguments, find_tokenizer, run
 
-from _command import Arguments, run
-
-from megagrow.checkpoint.convert import tokenizer_of
-from megagrow.checkpoint.source import Source, load_model, open_source
+from megagrow.checkpoint.source import load_model, open_source
 from megagrow.config import require
 from megagrow.data.tokenizer import load_tokenizer
-from megagrow.errors import DataError
 from megagrow.generate import generate
 from megagrow.parallel.mesh import Mesh
 
@@ -34,13 +30,6 @@ def main() -> None:
     tokenizer = load_tokenizer(find_tokenizer(options.tokenizer, source))
     model = load_model(source, Mesh.single())
     print(generate(model, tokenizer, options.prompt, options.tokens, options.temperature, options.seed))
-
-
-def find_tokenizer(given: str, source: Source) -> str | Path:
-    found = given or tokenizer_of(source)
-    if not found:
-        raise DataError(f"{source.path}: its tokenizer is not named or not there; give it with --tokenizer")
-    return found
 
 
 if __name__ == "__main__":

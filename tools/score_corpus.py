@@ -14,11 +14,10 @@ import torch
 from _command import Arguments, run
 
 from megagrow.checkpoint.source import Source, open_source
-from megagrow.config import ParallelConfig, require
 from megagrow.data.dataset import PackedDataset
 from megagrow.flops import forward_flops
 from megagrow.metrics import Progress
-from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
+from megagrow.parallel.mesh import Mesh, leave_distributed, make_inference_mesh
 from megagrow.salt import ScoreSettings, read_scores, score_corpus
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,12 +33,11 @@ def main() -> None:
     )
     source = open_source(options.model)
     dataset = PackedDataset(options.data, options.seq_length, source.model.vocab_size)
-    mesh = make_scoring_mesh(options.tensor)
+    mesh = make_inference_mesh(options.tensor)
     score(source, dataset, options.output, mesh, settings)
     if mesh.is_main:
         show(options.output, dataset)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_distributed()
 
 
 def parser() -> Arguments:
@@ -54,17 +52,6 @@ def parser() -> Arguments:
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--skip-source-check", action="store_true", help="even if it does not fit")
     return parser
-
-
-def make_scoring_mesh(tensor: int) -> Mesh:
-    """The tensor axis as asked for; all other ranks share the samples."""
-    parallel = ParallelConfig(tensor=tensor)
-    world = init_distributed()
-    require(
-        world % tensor == 0,
-        f"--tensor {tensor} does not divide the {world} launched ranks; start a multiple of it",
-    )
-    return make_mesh(parallel)
 
 
 def score(source: Source, dataset: PackedDataset, output: str, mesh: Mesh, settings: ScoreSettings) -> None:

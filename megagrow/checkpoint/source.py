@@ -17,13 +17,12 @@ from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.shards import DTYPES
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict
-from megagrow.data.dataset import PackedDataset
+from megagrow.data.dataset import Samples
 from megagrow.errors import CheckpointError, DataError
 from megagrow.model import Transformer
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.context import cut
-from megagrow.parallel.loss import token_scores
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, shard_parameters
 from megagrow.roles import parameter_names
@@ -105,7 +104,7 @@ def load_model(source: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> 
     return model.requires_grad_(False).eval()
 
 
-def check_source(model: Transformer, dataset: PackedDataset, mesh: Mesh, name: str, skip: bool = False) -> float:
+def check_source(model: Transformer, dataset: Samples, mesh: Mesh, name: str, skip: bool = False) -> float:
     """The mean loss of a source on a few samples of the data, refused when the two do not belong together.
 
     Args:
@@ -124,13 +123,12 @@ def check_source(model: Transformer, dataset: PackedDataset, mesh: Mesh, name: s
     vocab_size = model.config.vocab_size
     tokens_BT = check_tokens(dataset, vocab_size, name).to(mesh.device)
     inputs_BS, labels_BS = cut(tokens_BT[:, :-1], model.cp), cut(tokens_BT[:, 1:], model.cp)
-    with torch.no_grad():
-        nll_T, _ = token_scores(model(inputs_BS).flatten(0, 1), model.head_VH, labels_BS.flatten(), vocab_size, mesh.tp)
+    nll_T, _ = model.token_scores(inputs_BS, labels_BS)
     loss = sum_over(nll_T.double().sum(), model.cp).item() / (labels_BS.numel() * model.cp.size)
     return judge_fit(loss, vocab_size, name, skip)
 
 
-def check_tokens(dataset: PackedDataset, vocab_size: int, name: str) -> Tensor:
+def check_tokens(dataset: Samples, vocab_size: int, name: str) -> Tensor:
     """The samples [8, S + 1] that a source is tried on; DataError if they hold tokens that it does not know."""
     tokens_BS = torch.as_tensor(dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples))))
     if int(tokens_BS.max()) >= vocab_size:
@@ -153,7 +151,7 @@ def judge_fit(loss: float, vocab_size: int, name: str, skip: bool) -> float:
     return loss
 
 
-def check_fits(source: Source, dataset: PackedDataset, mesh: Mesh, skip: bool = False) -> float:
+def check_fits(source: Source, dataset: Samples, mesh: Mesh, skip: bool = False) -> float:
     """`check_source` for a model that is not in memory: loads it, checks it, frees it."""
     return check_source(load_model(source, mesh.tensor_only()), dataset, mesh, str(source.path), skip)
 

@@ -228,20 +228,24 @@ class IndexedWriter:
     `*.tmp` files, which the next writer of the same prefix takes over; of two live writers of one
     prefix the second is refused. Raises DataError when the folder cannot be written or a token id
     does not fit `dtype`.
+
+    `resume` goes on with the temporary file that `suspend` left: how many of its bytes to keep, and
+    the lengths (int32) of the documents in them, of one sequence each.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, resume: tuple[int, bytes] = (0, b"")) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         assert self.dtype in _CODES, f"{self.dtype} cannot hold tokens"
         self._final = [tokens_path(prefix), description_path(prefix), index_path(prefix)]
         self._temporary = [path.with_name(path.name + ".tmp") for path in self._final]
-        self._lengths = array("i")
-        self._document_indices = array("q", [0])
-        self.num_tokens = 0
+        num_bytes, lengths = resume
+        self._lengths = array("i", lengths)
+        self._document_indices = array("q", range(len(self._lengths) + 1))
+        self.num_tokens = num_bytes // self.dtype.itemsize
         with os_errors_as_data_errors(self._final[0]):
             self._final[0].parent.mkdir(parents=True, exist_ok=True)
-            self._tokens_file = _open_alone(self._temporary[0])
+            self._tokens_file = _open_alone(self._temporary[0], num_bytes)
 
     @property
     def num_documents(self) -> int:
@@ -265,6 +269,24 @@ class IndexedWriter:
         self._append(tokens, lengths)
         self._document_indices.extend(range(first, len(self._lengths) + 1))
 
+    def add_dataset(self, dataset: IndexedDataset) -> None:
+        """Append all documents of a dataset as they are, its sequences and its empty documents too.
+
+        Raises DataError when it stores tokens in another dtype.
+        """
+        if dataset.dtype != self.dtype:
+            raise DataError(
+                f"{dataset.prefix}: stores tokens as {dataset.dtype.name}, {self.prefix} as {self.dtype.name}; "
+                "preprocess both with the same tokenizer"
+            )
+        first = len(self._lengths)
+        with os_errors_as_data_errors(self._final[0]):
+            for start in range(0, dataset.num_tokens, _BLOCK):
+                self._tokens_file.write(dataset.tokens[start : start + _BLOCK].data)
+        self._lengths.frombytes(dataset.lengths.tobytes())
+        self._document_indices.frombytes((dataset.document_indices[1:] + first).tobytes())
+        self.num_tokens += dataset.num_tokens
+
     def close(self, description: Description | None = None) -> None:
         """Commit: the files appear under their final names and replace an earlier dataset there."""
         assert self._document_indices[-1] == len(self._lengths), "the last document was not ended"
@@ -280,6 +302,18 @@ class IndexedWriter:
             self.discard()
             raise
         self._tokens_file.close()
+
+    def sync(self) -> int:
+        """Makes the tokens so far durable; their bytes."""
+        with os_errors_as_data_errors(self._temporary[0]):
+            self._tokens_file.flush()
+            os.fsync(self._tokens_file.fileno())
+        return self.num_tokens * self.dtype.itemsize
+
+    def suspend(self) -> None:
+        """Stop and leave the temporary file; another writer can `resume` what was synced."""
+        with suppress(OSError):
+            self._tokens_file.close()
 
     def discard(self) -> None:
         """Remove what was written; an earlier dataset of that name stays."""
@@ -340,8 +374,8 @@ class IndexedWriter:
         fsync_path(folder)
 
 
-def _open_alone(path: Path) -> IO[bytes]:
-    """Open `path` for writing, emptied, or raise DataError when a live process is writing it."""
+def _open_alone(path: Path, num_bytes: int) -> IO[bytes]:
+    """Open `path` for writing after its first `num_bytes`, or raise DataError when a live process is writing it."""
     file = open(path, "ab")  # noqa: SIM115 (closed by the writer); "a" keeps what another writer has
     try:
         with suppress(OSError):  # a file system without locks
@@ -351,7 +385,7 @@ def _open_alone(path: Path) -> IO[bytes]:
                 raise DataError(f"{path}: another process is writing this dataset") from None
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise DataError(f"{path}: another process has just written this dataset; try again")
-        file.truncate(0)
+        file.truncate(num_bytes)
     except BaseException:
         file.close()
         raise

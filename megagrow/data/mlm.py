@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megagrow.config import DataConfig, ModelConfig, require
+from megagrow.data.blend import parse_blend
 from megagrow.data.description import describe
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.model.dropout import token_keys
@@ -81,7 +82,7 @@ def make_masking(data: DataConfig, model: ModelConfig) -> Masking:
         DataError: the tokenizer or the dataset's description cannot be read.
     """
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-    described = describe(data.train)
+    described = [found for found in map(describe, parse_blend(data.train).prefixes) if found]
     mask_id = data.mask_token if data.mask_token >= 0 else tokenizer.mask_id if tokenizer else None
     named = f"data.tokenizer={data.tokenizer} has" if data.tokenizer else "without data.tokenizer there is"
     require(
@@ -89,9 +90,9 @@ def make_masking(data: DataConfig, model: ModelConfig) -> Masking:
         f"model.objective=mlm hides tokens behind a mask token, but {named} none; set data.mask_token to its id",
     )
     assert mask_id is not None
-    ends = [described["eod_id"]] if described else []
+    ends = [each["eod_id"] for each in described]
     special = {*(tokenizer.special_ids if tokenizer else ()), *data.special_tokens, *ends, mask_id} - {None}
-    vocab_size = tokenizer.vocab_size if tokenizer else described["vocab_size"] if described else model.vocab_size
+    sizes = [tokenizer.vocab_size] if tokenizer else [each["vocab_size"] for each in described]
     ids = tuple(sorted(token for token in special if token is not None))
     outside = [token for token in ids if not 0 <= token < model.vocab_size]
     require(
@@ -99,7 +100,7 @@ def make_masking(data: DataConfig, model: ModelConfig) -> Masking:
         f"the mask token and the special tokens hold {outside[:1]}, which model.vocab_size={model.vocab_size} does not "
         "have; use the model's tokenizer, or a larger vocabulary",
     )
-    return Masking(mask_id, ids, min(vocab_size, model.vocab_size), data.seed, data.mask_rate)
+    return Masking(mask_id, ids, min(max(sizes, default=model.vocab_size), model.vocab_size), data.seed, data.mask_rate)
 
 
 def _uniform(bits: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
 """Text corpora to `.bin/.idx`: the same bytes for any number of worker processes."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +21,10 @@ from numpy.typing import NDArray
 
 from megagrow.data.description import Description
 from megagrow.data.indexed import IndexedWriter, token_dtype
+from megagrow.data.journal import Counts, JournaledWriter, digest_of
 from megagrow.data.progress import corpus_progress
 from megagrow.data.records import BadRecord, Batch, parse_record, read_batches, total_bytes
-from megagrow.data.tokenizer import Tokenizer, load_tokenizer
+from megagrow.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_file
 from megagrow.errors import ConfigError, DataError
 
 _BATCHES_PER_WORKER = 4  # in flight: keeps workers busy and the memory bounded
@@ -47,6 +51,7 @@ class _Encoded:
     num_empty: int
     bad: list[str]
     position: int
+    digest: bytes
 
 
 class _Encoder:
@@ -80,7 +85,7 @@ class _Encoder:
                 tokens += ids
                 lengths.append(len(ids))
         array = np.array(tokens, self._dtype)
-        return _Encoded(array, lengths, num_empty, bad, batch.position)
+        return _Encoded(array, lengths, num_empty, bad, batch.position, digest_of(batch))
 
 
 def preprocess_files(
@@ -97,42 +102,60 @@ def preprocess_files(
     """Tokenize `inputs` (see records.read_batches) into OUTPUT_PREFIX.bin/.idx/.json.
 
     One document per JSON line or text file, in input order; empty ones are left out. The output
-    appears whole or not at all. Raises DataError for an unreadable input, a bad line (unless
-    skipped), or a corpus without text; ConfigError for bad arguments.
+    appears whole or not at all. A stopped or killed run goes on where it was when it is started
+    again (see `journal`), with any number of workers; with another input, tokenizer or option it
+    starts anew. Raises DataError for an unreadable input, a bad line (unless skipped), or a corpus
+    without text; ConfigError for bad arguments.
     """
     if workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
     size, started = total_bytes(inputs), time.monotonic()
     tokenizer = load_tokenizer(tokenizer_path)
     encoder = _Encoder(tokenizer, json_key, append_eod)
-    batches = read_batches(inputs)
-    if workers == 1:
-        encoded = (encoder.batch(batch) for batch in batches)
-    else:
-        encoded = _encode_in_processes(batches, workers, (tokenizer_path, json_key, append_eod))
-    num_empty, num_bad, examples = 0, 0, list[str]()
-    with (
-        closing(encoded),
-        IndexedWriter(output_prefix, token_dtype(tokenizer.vocab_size)) as writer,
-        corpus_progress("tokenizing", size) as report,
-    ):
-        for part in encoded:
-            if part.bad and on_bad_line == "stop":
-                raise DataError(f"{part.bad[0]}; mend the line or use --on-bad-line skip")
-            writer.add_documents(part.tokens, part.lengths)
-            report(part.position, writer.num_documents, writer.num_tokens)
-            num_empty, num_bad = num_empty + part.num_empty, num_bad + len(part.bad)
-            examples = (examples + part.bad)[:5]
+    settings = _settings(inputs, tokenizer, tokenizer_path, json_key, append_eod)
+    dtype = token_dtype(tokenizer.vocab_size)
+    with JournaledWriter(output_prefix, dtype, settings, lambda: read_batches(inputs)) as journal:
+        _tell_what_is_done(journal, output_prefix)
+        if journal.counts.num_bad and on_bad_line == "stop":
+            raise DataError(f"{journal.counts.bad_examples[0]}; mend the line or use --on-bad-line skip")
+        if workers == 1:
+            encoded = (encoder.batch(batch) for batch in journal.batches)
+        else:
+            encoded = _encode_in_processes(journal.batches, workers, (tokenizer_path, json_key, append_eod))
+        with closing(encoded), corpus_progress("tokenizing", size) as report:
+            for part in encoded:
+                if part.bad and on_bad_line == "stop":
+                    raise DataError(f"{part.bad[0]}; mend the line or use --on-bad-line skip")
+                journal.add(part.digest, part.tokens, part.lengths, _counted(journal.counts, part))
+                report(part.position, journal.writer.num_documents, journal.writer.num_tokens)
         names = ", ".join(Path(path).name for path in inputs)
-        _finish(writer, tokenizer, append_eod, split=split, source=names)
+        journal.close(_described(journal.writer, tokenizer, append_eod, split=split, source=names))
     return Summary(
-        num_documents=writer.num_documents,
-        num_tokens=writer.num_tokens,
-        num_empty=num_empty,
-        num_bad=num_bad,
-        bad_examples=examples,
+        num_documents=journal.writer.num_documents,
+        num_tokens=journal.writer.num_tokens,
         seconds=time.monotonic() - started,
+        **asdict(journal.counts),
     )
+
+
+def _settings(inputs: Sequence[str | Path], tokenizer: Tokenizer, tokenizer_path: str | Path, *options: Any) -> str:
+    """A hash of what decides the output beside the content of the inputs."""
+    is_file = tokenizer.name != ByteTokenizer.name
+    content = tokenizer_file(tokenizer_path).read_bytes() if is_file else b""
+    given = [[str(path) for path in inputs], tokenizer.fingerprint, hashlib.sha256(content).hexdigest(), *options]
+    return hashlib.sha256(json.dumps(given).encode()).hexdigest()
+
+
+def _counted(counts: Counts, part: _Encoded) -> Counts:
+    examples = (counts.bad_examples + part.bad)[:5]
+    return Counts(counts.num_empty + part.num_empty, counts.num_bad + len(part.bad), examples)
+
+
+def _tell_what_is_done(journal: JournaledWriter, prefix: str | Path) -> None:
+    if journal.problem:
+        print(f"{prefix}: starts anew, {journal.problem}", file=sys.stderr)
+    if journal.done.num_batches > 0:
+        print(f"{prefix}: goes on after {journal.done.num_documents} documents", file=sys.stderr)
 
 
 def write_texts(
@@ -153,10 +176,10 @@ def write_texts(
         for text in texts:
             if ids := encoder.document(text):
                 writer.add_document(ids)
-        _finish(writer, tokenizer, True, split=split, source=source, settings=settings)
+        writer.close(_described(writer, tokenizer, True, split=split, source=source, settings=settings))
 
 
-def _finish(
+def _described(
     writer: IndexedWriter,
     tokenizer: Tokenizer,
     append_eod: bool,
@@ -164,7 +187,7 @@ def _finish(
     split: str,
     source: str,
     settings: dict[str, str | int | None] | None = None,
-) -> None:
+) -> Description:
     if writer.num_tokens == 0:
         raise DataError(f"{source or 'no input'}: no text in it, so {writer.prefix} is not written")
     description: Description = {
@@ -179,7 +202,7 @@ def _finish(
     }
     if settings is not None:
         description["source_settings"] = settings
-    writer.close(description)
+    return description
 
 
 def _end_of_document(tokenizer: Tokenizer, append_eod: bool) -> list[int]:

@@ -68,6 +68,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if str(path) == ByteTokenizer.name:
         return ByteTokenizer()
+    path = tokenizer_file(path)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    raise DataError(f"{path}: not a tokenizer by its name; give a *.model, a tokenizer.json or `byte`")
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that `load_tokenizer` reads. Raises DataError when there is none."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "tokenizer.model")]
@@ -77,11 +87,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer; give a *.model, a tokenizer.json or `byte`")
-    if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path)
-    raise DataError(f"{path}: not a tokenizer by its name; give a *.model, a tokenizer.json or `byte`")
+    return path
 
 
 class SentencePieceTokenizer:

@@ -52,7 +52,13 @@ class Attention(nn.Module):
         """Queries, keys and the other parts of kv, where positions are rotations turned by theirs."""
         if tokens.rotary is None:
             return q_BSND, *kv_BSKPD.unbind(-2)
-        return ops.rope_(q_BSND, kv_BSKPD, *tokens.rotary, in_place=self.overwrites)
+        cos, sin = tokens.rotary
+        if cos.dim() == 2:
+            return ops.rope_(q_BSND, kv_BSKPD, cos, sin, in_place=self.overwrites)
+        # Each sample has positions of its own: end to end they are one sequence.
+        q, kv, cos, sin = (x.flatten(0, 1) for x in (q_BSND, kv_BSKPD, cos, sin))
+        turned = ops.rope_(q[None], kv[None], cos, sin, in_place=self.overwrites)
+        return tuple(x[0].unflatten(0, q_BSND.shape[:2]) for x in turned)
 
 
 class HeadNorm(nn.Module):

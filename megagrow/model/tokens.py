@@ -16,7 +16,8 @@ class Tokens:
     """The tokens of one microbatch.
 
     Attributes:
-        rotary: cosines and sines [S, D] of their positions; None without rotary positions.
+        rotary: cosines and sines of their positions, [S, D] or, where samples differ in these, [B, S, D]; None without
+            rotary positions.
         document_masks: see `context.document_masks`; None when attention crosses documents.
         dropout_keys_BL: see `dropout.token_keys`; None when nothing is dropped.
     """

@@ -27,7 +27,14 @@ from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
 from megagrow.parallel.context import document_masks, local_positions
 from megagrow.parallel.layers import Embedding, Head, TensorParallel
-from megagrow.parallel.loss import LossOptions, cache_size, tokens_at_once, vocab_parallel_loss
+from megagrow.parallel.loss import (
+    LossOptions,
+    cache_size,
+    token_scores,
+    tokens_at_once,
+    vocab_parallel_loss,
+    whole_logits,
+)
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, local
 from megagrow.parallel.stages import Stage, pipeline_stages
@@ -169,6 +176,7 @@ class Transformer(nn.Module):
         weights: Tensor | None = None,
         teacher_hidden: Tensor | None = None,
         documents: Tensor | None = None,
+        positions: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
@@ -180,6 +188,7 @@ class Transformer(nn.Module):
             weights: [B, S] weight of each token in the loss sum, 0 for tokens that do not count.
             teacher_hidden: [B, S, H_teacher] the teacher's states after its final norm, for distillation.
             documents: [B, T] the document of every token of the whole sequences; None: attention crosses documents.
+            positions: [B, S] the position of every token; None: counted from each sequence's first token on.
             dropout_keys: [B, S] from `dropout.token_keys`; None: nothing is dropped.
             token_types: [B, S] rows of the table of token types; None: all tokens are of type 0.
 
@@ -189,9 +198,9 @@ class Transformer(nn.Module):
         """
         keys_BL = None if dropout_keys is None else self.tp.cut(dropout_keys)
         if self.is_first:
-            x = self._embed(x, token_types, keys_BL)
+            x = self._embed(x, token_types, positions, keys_BL)
         masks = None if documents is None else document_masks(documents, self.cp, self.config.is_causal)
-        tokens = Tokens(self._rotary(x), masks, keys_BL)
+        tokens = Tokens(self._rotary(x, positions), masks, keys_BL)
         for layer in self.layers.values():
             x = layer(x, tokens)
         if not self.is_last:
@@ -217,19 +226,64 @@ class Transformer(nn.Module):
         bias_V = self.head_bias_V
         return ops.linear(x_BSH, self.head_VH.to(x_BSH.dtype), None if bias_V is None else bias_V.to(x_BSH.dtype))
 
-    def _embed(self, ids_BS: Tensor, types_BS: Tensor | None, keys_BL: Tensor | None) -> Tensor:
-        positions_S = local_positions(ids_BS.shape[1] * self.cp.size, self.cp.rank, self.cp.size, ids_BS.device)
-        x_BLH = self.embedding(ids_BS, positions_S + self.config.position_offset, types_BS)
+    def next_logits(self, ids_BS: Tensor, lengths_B: Tensor) -> Tensor:
+        """Logits [B, whole vocabulary] after the last token of each row, the same on every tensor rank.
+
+        Args:
+            ids_BS: of the whole model's first stage; each row is filled up on the right.
+            lengths_B: tokens of each row without what fills it up.
+        """
+        x_BSH = self(ids_BS)
+        last_BH = x_BSH[torch.arange(len(x_BSH), device=x_BSH.device), lengths_B - 1]
+        return whole_logits(last_BH, self.head_VH, self.config.vocab_size, self.tp.axis)
+
+    def token_scores(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        documents: Tensor | None = None,
+        chosen_BS: Tensor | None = None,
+        ties_by_id: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihoods and ranks of labels, see `loss.token_scores`, for one pipeline stage.
+
+        Args:
+            ids_BS: inputs.
+            labels_BS: what follows each.
+            documents: [B, T] the document of every input; None: attention crosses documents.
+            chosen_BS: which labels are scored; None: all.
+            ties_by_id: see `loss.token_scores`.
+
+        Returns:
+            nll_T and rank_T of the chosen labels, row by row.
+        """
+        with torch.no_grad():
+            hidden_BSH = self(ids_BS, documents=documents)
+        hidden_TH, labels_T = (x.flatten(0, 1) if chosen_BS is None else x[chosen_BS] for x in (hidden_BSH, labels_BS))
+        where = self.config.vocab_size, self.tp.axis
+        return token_scores(
+            hidden_TH, self.head_VH, labels_T, *where, head_bias=self.head_bias_V, ties_by_id=ties_by_id
+        )
+
+    def _embed(
+        self, ids_BS: Tensor, types_BS: Tensor | None, positions_BS: Tensor | None, keys_BL: Tensor | None
+    ) -> Tensor:
+        if positions_BS is None:
+            length = ids_BS.shape[1] * self.cp.size
+            positions_BS = local_positions(length, self.cp.rank, self.cp.size, ids_BS.device)[None]
+        x_BLH = self.embedding(ids_BS, positions_BS + self.config.position_offset, types_BS)
         x_BLH = x_BLH if self.dtype is None else x_BLH.to(self.dtype)
         x_BLH = self.embedding_norm(x_BLH) if self.is_post_norm else x_BLH
         return dropout(x_BLH, self.train_config.dropout, keys_BL, 0)
 
-    def _rotary(self, x_BLH: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _rotary(self, x_BLH: Tensor, positions_BS: Tensor | None) -> tuple[Tensor, Tensor] | None:
         model, cp = self.config, self.cp
         if model.positions != "rope":
             return None
         length = x_BLH.shape[1] * cp.size * (self.tp.axis.size if self.tp.sequence else 1)
-        return rotary_table(model, length, cp.rank, cp.size, x_BLH.dtype, x_BLH.device)
+        rank, size = (cp.rank, cp.size) if positions_BS is None else (0, 1)
+        cos_SR, sin_SR = rotary_table(model, length, rank, size, x_BLH.dtype, x_BLH.device)
+        return (cos_SR, sin_SR) if positions_BS is None else (cos_SR[positions_BS], sin_SR[positions_BS])
 
     def _loss(self, x_BSH: Tensor, labels: Tensor, weights: Tensor | None, teacher_hidden: Tensor | None) -> Tensor:
         teacher = self.teacher if teacher_hidden is not None else None

@@ -11,6 +11,7 @@ parallelism (Korthikanti et al., 2022), section 4.2.2: g and its conjugate are `
 On an axis of size 1 all of them are the identity.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -149,6 +150,26 @@ def broadcast_from(x: Tensor, source: int, axis: Axis) -> Tensor:
     if axis.size > 1:
         dist.broadcast(x, group_src=source, group=axis.group)
     return x
+
+
+def broadcast_json(value: Any, axis: Axis, device: torch.device) -> Any:
+    """The first rank's plain data on every rank of the axis: as JSON, which cannot run code.
+
+    Args:
+        value: what JSON can hold; read on the first rank only.
+        axis: the ranks.
+        device: where their collectives work.
+    """
+    if axis.size == 1:
+        return value
+    content = json.dumps(value).encode() if axis.is_first else b""
+    num_bytes = int(broadcast_from(torch.tensor([len(content)], device=device), 0, axis))
+    data = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if axis.is_first
+        else torch.empty(num_bytes, dtype=torch.uint8)
+    )
+    return json.loads(broadcast_from(data.to(device), 0, axis).cpu().numpy().tobytes())
 
 
 def any_over(flag: bool, axis: Axis) -> bool:

@@ -53,6 +53,14 @@ def document_masks(documents_BT: Tensor, cp: Axis, causal: bool = True) -> list[
     ]
 
 
+def restarted_positions(documents_BT: Tensor) -> Tensor:
+    """Positions [B, T] that begin at 0 with each document, and with each sample, from the documents of its tokens."""
+    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return places_T - (places_T * begins_BT).cummax(dim=1).values
+
+
 def attention(
     q_BNSD: Tensor,
     k_BKSD: Tensor,

@@ -195,14 +195,14 @@ class Embedding(nn.Module):
         self.vocab = chunk(vocab_size, tp.axis)
         self.tp = tp
 
-    def forward(self, ids_BS: Tensor, positions_S: Tensor, types_BS: Tensor | None = None) -> Tensor:
+    def forward(self, ids_BS: Tensor, positions_BS: Tensor, types_BS: Tensor | None = None) -> Tensor:
         """Embeds tokens of these types (None: all of type 0) that stand at these rows of the table of positions.
 
-        The result is cut along the sequence where activations are.
+        Rows [1, S] are those of all samples. The result is cut along the sequence where activations are.
         """
         x_BSH = self.tp.leave(self._look_up(ids_BS))
         if self.positions is not None:
-            x_BSH = x_BSH + F.embedding(self.tp.cut(positions_S[None]), local(self.positions))
+            x_BSH = x_BSH + F.embedding(self.tp.cut(positions_BS), local(self.positions))
         if self.token_types is not None:
             table = local(self.token_types)
             x_BSH = x_BSH + (table[0] if types_BS is None else F.embedding(self.tp.cut(types_BS), table))

@@ -144,11 +144,17 @@ def token_scores(
     tp: Axis,
     chunk_tokens: int = 1024,
     head_bias: Tensor | None = None,
+    ties_by_id: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood and rank of every label, without gradients.
 
     The rank is the number of logits strictly greater than the label's, which needs no sort and sums
     over shards. For the same logits both results have the same bits on any number of tensor ranks.
+
+    Args:
+        hidden_TH, head_VH, labels_T, vocab_size, tp: as in `vocab_parallel_loss`.
+        chunk_tokens: tokens whose logits exist at a time.
+        ties_by_id: equal logits of lower ids count too, so that rank 0 is the token that an argmax takes.
 
     Returns:
         nll_T (float32 or wider, never negative), rank_T (int32), the same on every tensor rank.
@@ -161,6 +167,8 @@ def token_scores(
             logits_CV, local_C = _logits(hidden_CH, head, head_bias), shard.local_labels(labels_C)
             label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
             nll_C, rank_C = _exact_scores(logits_CV, local_C, label_logit_C, vocab_size, tp)
+            if ties_by_id:
+                rank_C += sum_over(_equal_before(logits_CV, labels_C, label_logit_C, shard.vocab), tp)
             nlls.append(nll_C)
             ranks.append(rank_C)
     return torch.cat(nlls), torch.cat(ranks)
@@ -170,6 +178,27 @@ def _logits(hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor
     """Of this rank's rows, in the dtype of the states."""
     logits_CV = ops.product(hidden_CH, head_VH)
     return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+
+
+def whole_logits(hidden_TH: Tensor, head_VH: Tensor, vocab_size: int, tp: Axis) -> Tensor:
+    """Logits [T, vocab_size] of a few tokens, joined over the shards: the same bits on every tensor rank.
+
+    Args:
+        hidden_TH, head_VH, vocab_size, tp: as in `vocab_parallel_loss`.
+    """
+    logits_TV = ops.product(hidden_TH, head_VH.to(hidden_TH.dtype))
+    if tp.size == 1:
+        return logits_TV
+    whole_TV = logits_TV.new_zeros(len(hidden_TH), vocab_size)
+    whole_TV[:, chunk(vocab_size, tp)] = logits_TV
+    return sum_over(whole_TV, tp)  # shards differ in size; each element is one number and zeros
+
+
+def _equal_before(logits_CV: Tensor, labels_C: Tensor, label_logit_C: Tensor, vocab: slice) -> Tensor:
+    """How many logits of lower ids equal the label's, int32."""
+    ids_V = torch.arange(vocab.start, vocab.stop, device=logits_CV.device)
+    equal_CV = (logits_CV == label_logit_C[:, None]) & (ids_V < labels_C[:, None])
+    return equal_CV.sum(-1, dtype=torch.int32)
 
 
 def _label_logits(logits_CV: Tensor, local_C: Tensor) -> Tensor:

@@ -157,6 +157,25 @@ def make_mesh(parallel: ParallelConfig) -> Mesh:
     )
 
 
+def make_inference_mesh(tensor: int, timeout: float = 600.0) -> Mesh:
+    """The mesh of the launched ranks for a model without training: a tensor axis, all else shares the samples.
+
+    Args:
+        tensor: ranks that share the model.
+        timeout: see `init_distributed`.
+
+    Raises:
+        ConfigError: `tensor` does not divide the number of ranks.
+    """
+    parallel = ParallelConfig(tensor=tensor)
+    world = init_distributed(timeout)
+    require(
+        world % tensor == 0,
+        f"--tensor {tensor} does not divide the {world} launched ranks; start a multiple of it",
+    )
+    return make_mesh(parallel)
+
+
 def _axis(device_mesh: DeviceMesh, name: str) -> Axis:
     size = device_mesh[name].size()
     if size == 1:

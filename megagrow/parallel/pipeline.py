@@ -47,6 +47,7 @@ class Batch:
         weights: [B, S] float; each token's weight in the loss, 1 / (global number of tokens that count).
         teacher_hidden: [B, S, H_teacher] on the last stage while a teacher teaches, else None.
         documents: [B, T] the document of every token of the whole sequences, or None: attention crosses documents.
+        positions: [B, S] the position of every token, or None: counted from each sample's first token on.
         dropout_keys: [B, S] from `model.dropout.token_keys`, or None: nothing is dropped.
     """
 
@@ -55,11 +56,12 @@ class Batch:
     weights: Tensor
     teacher_hidden: Tensor | None = None
     documents: Tensor | None = None
+    positions: Tensor | None = None
     dropout_keys: Tensor | None = None
 
     def inputs(self, is_last: bool = True) -> dict[str, Tensor]:
         """What a stage gets beside its input; the last one needs more."""
-        given = {"documents": self.documents, "dropout_keys": self.dropout_keys}
+        given = {"documents": self.documents, "positions": self.positions, "dropout_keys": self.dropout_keys}
         if is_last:
             given |= {"labels": self.labels, "weights": self.weights, "teacher_hidden": self.teacher_hidden}
         return {name: tensor for name, tensor in given.items() if tensor is not None}

@@ -325,4 +325,5 @@ def tables(layout: Layout) -> int:
     """Cosines and sines of the positions."""
     if layout.model.positions != "rope":
         return 0
-    return 2 * layout.config.data.seq_length // layout.context * layout.model.rotary_dim * layout.width
+    own = layout.tokens if layout.config.data.reset_positions else 0  # beside the table, a row of it for every token
+    return 2 * (layout.config.data.seq_length // layout.context + own) * layout.model.rotary_dim * layout.width

@@ -28,7 +28,6 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.collectives import broadcast_from, sum_over
-from megagrow.parallel.loss import token_scores
 from megagrow.parallel.mesh import Mesh
 from megagrow.salt.score_files import (
     DTYPES,
@@ -264,7 +263,8 @@ def _score_shard(
     for start in range(samples.start, samples.stop, batch_size):
         ids = range(start, min(start + batch_size, samples.stop))
         tokens_BS1 = torch.from_numpy(dataset.batch(ids)).to(shards.mesh.device)
-        nll_BS, rank_BS = _token_scores(model, tokens_BS1, shards.mesh)
+        labels_BS = tokens_BS1[:, 1:]
+        nll_BS, rank_BS = (x.view_as(labels_BS) for x in model.token_scores(tokens_BS1[:, :-1], labels_BS))
         finite_B = nll_BS.isfinite().all(-1)
         if not finite_B.all():
             bad = ids[int(finite_B.int().argmin())]
@@ -276,14 +276,6 @@ def _score_shard(
         parts.append(sample_scores(nll_BS, rank_BS, shards.settings.top_k))
         report(len(ids))
     return {name: np.concatenate([part[name] for part in parts]) for name in DTYPES}
-
-
-def _token_scores(model: Transformer, tokens_BS1: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
-    inputs_BS, labels_BS = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-    with torch.no_grad():
-        hidden_TH = model(inputs_BS).flatten(0, 1)
-        nll_T, rank_T = token_scores(hidden_TH, model.head_VH, labels_BS.flatten(), model.config.vocab_size, mesh.tp)
-    return nll_T.view_as(labels_BS), rank_T.view_as(labels_BS)
 
 
 def _reporter(progress: Progress | None, shards: _Shards, pending: list[int], mine: list[int]) -> Callable[[int], None]:

@@ -57,19 +57,27 @@ class Teacher:
         assert self._model is not None, "the teacher has been freed"
         return self._model
 
-    def hidden(self, ids_BS: Tensor, num_microbatches: int, documents_BT: Tensor | None = None) -> Tensor | None:
+    def hidden(
+        self,
+        ids_BS: Tensor,
+        num_microbatches: int,
+        documents_BT: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+    ) -> Tensor | None:
         """The states [B, S, H] after the teacher's final norm; None on pipeline ranks that compute no loss.
 
         Args:
             ids_BS: this data and context rank's tokens, the same on every pipeline and tensor rank.
             num_microbatches: pieces that B is cut into; pipeline rank p runs pieces p, p + PP, …
             documents_BT: the document of every token of the whole sequences, or None: attention crosses documents.
+            positions_BS: of the tokens; None: they count from each sample's first token on.
         """
         model, pp = self.model, self.mesh.pp
-        pieces = ids_BS.chunk(num_microbatches)
-        documents = [None] * len(pieces) if documents_BT is None else documents_BT.chunk(num_microbatches)
+        given = {"x": ids_BS, "documents": documents_BT, "positions": positions_BS}
+        chunks = {name: x.chunk(num_microbatches) for name, x in given.items() if x is not None}
         with torch.no_grad():
-            own = {i: model(pieces[i], documents=documents[i]) for i in range(pp.rank, len(pieces), pp.size)}
+            pieces = [dict(zip(chunks, piece, strict=True)) for piece in zip(*chunks.values(), strict=True)]
+            own = {i: model(**pieces[i]) for i in range(pp.rank, len(pieces), pp.size)}
         if pp.rank != self.mesh.loss_rank:
             _send(own, self.mesh)
             return None

@@ -9,7 +9,7 @@ from megagrow import flops
 from megagrow.checkpoint.source import Source, check_fits
 from megagrow.checks import check, check_causal
 from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, require
-from megagrow.data.loader import SampleOrder, Stream
+from megagrow.data.loader import Stream, shuffled
 from megagrow.errors import NonFiniteError
 from megagrow.evaluate import make_batch
 from megagrow.growth.ligo import Ligo, load_maps
@@ -19,7 +19,8 @@ from megagrow.parallel.mesh import Mesh
 from megagrow.train.growing import map_learner
 from megagrow.train.learner import map_lr
 from megagrow.train.part import build_part, load_part
-from megagrow.train.trainer import describe_model, open_dataset
+from megagrow.train.streams import open_dataset
+from megagrow.train.trainer import describe_model
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def learn_maps(
     load_part(small, source.fetch)
     learner = map_learner(small, config)
     learner.generate()
-    stream, guard = Stream(dataset, SampleOrder(dataset.num_samples, how.seed)), StepGuard()
+    stream, guard = Stream([shuffled(dataset, how.seed)]), StepGuard()
     num_tokens, ledger = how.batch_size * how.seq_length, ledger or Ledger()
     spent = flops.ligo_step_flops(source.model, target, num_tokens, how.seq_length)
     for step in range(how.steps):
         began = time.perf_counter()
-        _, tokens = stream.batch(step * how.batch_size, how.batch_size, mesh.dp.rank, mesh.dp.size)
-        result = learner.step(make_batch(tokens, how.batch_size, mesh), map_lr(step, config), guard)
+        drawn = stream.batch(step * how.batch_size, how.batch_size, mesh.dp.rank, mesh.dp.size)
+        result = learner.step(make_batch(drawn.tokens, how.batch_size, mesh), map_lr(step, config), guard)
         if not result.accepted:
             raise NonFiniteError(f"the loss was {result.loss} at learning step {step + 1}; lower --lr")
         seconds = time.perf_counter() - began

@@ -1,7 +1,7 @@
 """SALT's stage 1 inside a run: its teacher while it teaches, and the stream of the data that it picked."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -9,9 +9,9 @@ from torch import Tensor
 from megagrow import flops
 from megagrow.checkpoint.source import Source, check_source, open_source
 from megagrow.config import Config
-from megagrow.data.dataset import PackedDataset
-from megagrow.data.loader import SampleOrder, Stream
-from megagrow.errors import CheckpointError
+from megagrow.data.dataset import PackedDataset, Samples
+from megagrow.data.loader import Stream, shuffled
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.ledger import Ledger, Phase
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch
@@ -30,15 +30,15 @@ class SaltStage:
     Args:
         config: the run's configuration; its salt section may be empty.
         mesh: where this rank stands.
-        dataset: the training data, which the scores must be those of.
+        datasets: the training data; scores must be those of the only one.
         state: the run's state; what teacher and scores cost is entered into its ledger.
         tell: prints a line for the user.
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, dataset: PackedDataset, state: RunState, tell: Callable[[str], None]
+        self, config: Config, mesh: Mesh, datasets: Sequence[Samples], state: RunState, tell: Callable[[str], None]
     ) -> None:
-        self.config, self.mesh, self.dataset, self.state, self.tell = config, mesh, dataset, state, tell
+        self.config, self.mesh, self.datasets, self.state, self.tell = config, mesh, datasets, state, tell
         self.teacher: Teacher | None = None
         self.seconds = 0.0  # what the teacher took of the current step
         is_ahead = state.phase != "main" or is_stage_one(state.train_step - (state.grown_at or 0), config.salt)
@@ -66,7 +66,7 @@ class SaltStage:
         if self.teacher is None:
             return None
         began = time.perf_counter()
-        hidden = self.teacher.hidden(batch.ids, num_microbatches, batch.documents)
+        hidden = self.teacher.hidden(batch.ids, num_microbatches, batch.documents, batch.positions)
         self.seconds = time.perf_counter() - began
         length = self.config.data.seq_length
         num_tokens = self.config.train.global_batch_size * length
@@ -84,10 +84,12 @@ class SaltStage:
         config, source = self.config, self.source
         assert source is not None, "only a configured teacher is loaded"
         teacher = Teacher(source, self.mesh, config.salt, config.model, compute_dtype(config))
-        loss = check_source(teacher.model, self.dataset, self.mesh, str(source.path), config.init.skip_source_check)
+        name, skip = str(source.path), config.init.skip_source_check
+        losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]
         given = -1.0 if config.init.from_ else config.init.source_flops
         self._inherit("teacher", source.identity, ledger_of(source, given), str(source.path))
-        self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {loss:.3f})")
+        shown = ", ".join(f"{loss:.3f}" for loss in losses)
+        self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {shown})")
         return teacher
 
     def _inherit(self, label: str, identity: str, ledger: Ledger, path: str) -> None:
@@ -100,16 +102,21 @@ class SaltStage:
         self.state.ledger.inherit(label, identity, ledger)
 
     def _selected_stream(self) -> Stream:
-        salt = self.config.salt
-        scores = read_scores(Path(salt.scores), self.dataset)
+        salt, data, dataset = self.config.salt, self.config.data, self.datasets[0]
+        if len(self.datasets) > 1 or not isinstance(dataset, PackedDataset):
+            raise ConfigError(
+                "salt.scores are those of one dataset, data.train is a blend; merge its datasets "
+                "(tools/merge_datasets.py), score the result and train on it"
+            )
+        scores = read_scores(Path(salt.scores), dataset)
         ids = select(scores, salt.score, salt.keep_fraction)
         cost = scores.cost
         scoring = Ledger(phases=[Phase("scoring", tokens=cost.tokens, flops=cost.flops, seconds=cost.seconds)])
         self._inherit("scores", scores.sha256, scoring, salt.scores)
         # Whoever scored was trained; where it is the source or the teacher too, their known ledger counts instead.
         self.state.ledger.inherit("scorer", scores.identity.model, Ledger.outside())
-        self.tell(f"stage 1 trains on {len(ids):,} of {self.dataset.num_samples:,} samples, by {salt.score}")
-        return Stream(self.dataset, SampleOrder(ids, self.config.data.seed))
+        self.tell(f"stage 1 trains on {len(ids):,} of {dataset.num_samples:,} samples, by {salt.score}")
+        return Stream([shuffled(dataset, data.seed, ids)], with_documents=data.mask_documents or data.reset_positions)
 
 
 def ledger_of(source: Source, given_flops: float) -> Ledger:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megagrow import __version__
 from megagrow.checkpoint import store
-from megagrow.config import Config
+from megagrow.config import Config, order_size
 from megagrow.config_file import from_dict, option_names, to_dict
 from megagrow.errors import CheckpointError
 from megagrow.parallel.mesh import Mesh
@@ -60,13 +60,26 @@ def load(path: Path, learner: Learner, mesh: Mesh) -> None:
 def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tuple[str, Any, Any]]:
     """The differences to a saved configuration; CheckpointError when the saved run is of another model or data."""
     changes = differences(old, config)
+    # Other datasets are checked where the blend goes on (`streams.continue_blend`), which knows every one's cursor.
+    free = {"data.change_blend", "data.train"} if config.data.order == "megagrow" else {"data.change_blend"}
+    _check_order_size(old, config, path)
     for name, before, now in changes:
-        if name.split(".")[0] in FIXED_SECTIONS:
+        if name.split(".")[0] in FIXED_SECTIONS and name not in free:
             raise CheckpointError(
                 f"{path} belongs to another run: {name} was {before} there and is {now} now; "
                 "use the saved value, or another --run.dir for a new run"
             )
     return changes
+
+
+def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:
+    """Megatron's order is made for a number of samples: with another number all samples come in another order."""
+    before, now = order_size(from_dict(old, Config, "saved configuration")), order_size(config)
+    if config.data.order == "megatron" and before != now:
+        raise CheckpointError(
+            f"{path}: data.order=megatron was made for {before} samples there, for {now} now, which would lose some "
+            f"samples and repeat others; set --data.num-samples {before}"
+        )
 
 
 def differences(old: dict[str, Any], config: Config) -> list[tuple[str, Any, Any]]:

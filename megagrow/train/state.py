@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import from_dict, to_dict
+from megagrow.data.blend import BlendStart
 from megagrow.errors import CheckpointError
 from megagrow.ledger import Ledger
 from megagrow.optim import StepGuard
@@ -25,6 +26,7 @@ class RunState:
         grown_at: train_step at which the model grew; None before.
         tokens: training tokens seen, over all phases.
         cursors: samples consumed from each stream: `all` data, and the `selected` share of SALT's stage 1.
+        blend: where the draws from `all` data began; None before the data are opened.
         guard: recent losses and refused steps.
         ledger: what everything cost.
         rolled_back_at: step of the last roll-back, -1 when there was none.
@@ -40,6 +42,7 @@ class RunState:
     grown_at: int | None = None
     tokens: int = 0
     cursors: dict[str, int] = field(default_factory=lambda: {"all": 0, "selected": 0})
+    blend: BlendStart | None = None
     guard: StepGuard = field(default_factory=StepGuard)
     ledger: Ledger = field(default_factory=Ledger)
     rolled_back_at: int = -1
@@ -52,10 +55,11 @@ class RunState:
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain data."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("model", "guard", "ledger")}
+        plain = {k: v for k, v in vars(self).items() if k not in ("model", "blend", "guard", "ledger")}
         return {
             **plain,
             "model": to_dict(self.model),
+            "blend": None if self.blend is None else asdict(self.blend),
             "guard": asdict(self.guard),
             "ledger": self.ledger.to_dict(),
         }
@@ -74,7 +78,28 @@ class RunState:
         values = {
             **data,
             "model": from_dict(data["model"], ModelConfig, where, "state.model"),
+            "blend": None if data["blend"] is None else _blend(data["blend"], where),
             "guard": StepGuard(**data["guard"]),
             "ledger": Ledger.from_dict(data["ledger"], f"{where}: state.ledger"),
         }
         return cls(**values)
+
+
+def _blend(data: Any, where: str) -> BlendStart:
+    """The blend of a saved state, checked: it decides which samples come next."""
+    if not isinstance(data, dict) or set(data) != {"weights", "start", "firsts"}:
+        raise CheckpointError(f"{where}: state.blend must hold weights, start and firsts")
+    weights, start, firsts = data["weights"], data["start"], data["firsts"]
+    if not isinstance(weights, dict) or not weights or not all(_is_number(w) and w > 0 for w in weights.values()):
+        raise CheckpointError(f"{where}: state.blend.weights must be positive numbers by dataset")
+    if not isinstance(firsts, dict) or not all(_is_count(n) for n in (start, *firsts.values())):
+        raise CheckpointError(f"{where}: state.blend.start and .firsts must be numbers of samples")
+    return BlendStart({prefix: float(weight) for prefix, weight in weights.items()}, start, firsts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -13,16 +13,13 @@ from torch import Tensor
 from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
-from megagrow.checkpoint.source import CHECK_SAMPLES, Source, check_tokens, judge_fit, open_source
+from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source
 from megagrow.checks import check_growable, check_model
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
-from megagrow.data.dataset import PackedDataset
-from megagrow.data.description import describe
-from megagrow.data.loader import SampleOrder, Stream
-from megagrow.data.mlm import Masking, make_masking
-from megagrow.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
-from megagrow.evaluate import Evaluator, make_batch, make_masked_batch, mean_loss
+from megagrow.data.mlm import make_masking
+from megagrow.errors import CheckpointError, NonFiniteError, Preempted
+from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
 from megagrow.metrics import Metrics, Progress
 from megagrow.model.dropout import token_keys
 from megagrow.optim import lr_at
@@ -38,6 +35,7 @@ from megagrow.train.part import Part, build_part, compute_dtype, initialize_part
 from megagrow.train.salt_stage import SaltStage, ledger_of
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
+from megagrow.train.streams import blend_weights, continue_blend, make_evaluator, open_stream, open_training_data
 
 
 class Trainer:
@@ -58,14 +56,20 @@ class Trainer:
         hf.check_exportable(config.model)
         check_device(config, mesh.device)
         ops.let_kernels_serve(config.train.kernels)
-        self.dataset = open_dataset(config.data.train, config.model, config)
-        self.stream = Stream(self.dataset, SampleOrder(self.dataset.num_samples, config.data.seed))
+        self.datasets = open_training_data(config)
         self.masking = None if config.model.is_causal else make_masking(config.data, config.model)
         self.evaluator = make_evaluator(config, self.masking)
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
         self.learner, self.state = self._resume() or self._begin()
-        self.salt = SaltStage(config, mesh, self.dataset, self.state, self.progress.message)
+        self.state.blend = continue_blend(
+            self.state.blend,
+            blend_weights(config, self.datasets),
+            self.state.cursors["all"],
+            config.data.change_blend,
+        )
+        self.stream = open_stream(self.datasets, self.state.blend, config)
+        self.salt = SaltStage(config, mesh, self.datasets, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
     def _resume(self) -> tuple[Learner, RunState] | None:
@@ -120,10 +124,12 @@ class Trainer:
 
     def _check_source(self, part: Part, source: Source) -> None:
         name, vocab_size = str(source.path), source.model.vocab_size
-        tokens = check_tokens(self.dataset, vocab_size, name)
-        loss = mean_loss(part.engine, tokens, self.config.train.global_batch_size, self.mesh, masking=self.masking)
-        judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
-        self.progress.message(f"source {source.path}: loss {loss:.3f} on the data")
+        for dataset in self.datasets:
+            tokens = check_tokens(dataset, vocab_size, name)
+            loss = mean_loss(part.engine, tokens, self.config.train.global_batch_size, self.mesh, masking=self.masking)
+            judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
+            where = "the data" if len(self.datasets) == 1 else dataset.prefix
+            self.progress.message(f"source {source.path}: loss {loss:.3f} on {where}")
 
     def run(self, stop: StopRequest) -> None:
         """Trains to the end of the schedule, or until a stop is asked for.
@@ -208,13 +214,14 @@ class Trainer:
         state, config, mesh = self.state, self.config, self.mesh
         name, stream = ("selected", self.salt.stream) if salt_on and self.salt.stream else ("all", self.stream)
         size = config.train.global_batch_size
-        ids, tokens = stream.batch(state.cursors[name], size, mesh.dp.rank, mesh.dp.size)
-        documents = torch.from_numpy(self.dataset.documents(ids)) if config.data.mask_documents else None
+        drawn = stream.batch(state.cursors[name], size, mesh.dp.rank, mesh.dp.size)
+        how = drawn.documents, config.data.mask_documents, config.data.reset_positions
         if self.masking is None:
-            batch = make_batch(tokens, size, mesh, documents)
+            batch = make_batch(drawn.tokens, size, mesh, *how)
         else:
-            visits = state.cursors[name] + mesh.dp.rank * len(tokens) + torch.arange(len(tokens))
-            batch = make_masked_batch(tokens, visits, self.masking, mesh, documents)
+            share = len(drawn.tokens)
+            visits = state.cursors[name] + mesh.dp.rank * share + torch.arange(share)
+            batch = make_masked_batch(drawn.tokens, visits, self.masking, mesh, *how)
         state.cursors[name] += size
         hidden = self.salt.teacher_hidden(batch, self.learner.part.engine.num_microbatches) if salt_on else None
         batch = replace(batch, teacher_hidden=hidden, dropout_keys=dropout_keys(config, state.step, mesh))
@@ -322,7 +329,7 @@ class Trainer:
         found = self._resume()
         assert found is not None, "a checkpoint was there"
         self.learner, restored = found
-        restored.cursors, restored.rolled_back_at = dict(state.cursors), state.step
+        restored.cursors, restored.blend, restored.rolled_back_at = dict(state.cursors), state.blend, state.step
         restored.tokens, restored.ledger.phases = state.tokens, state.ledger.phases  # thrown away, but spent
         self.state = restored
         self.salt.rejoin(restored)
@@ -354,34 +361,6 @@ def check_device(config: Config, device: torch.device) -> None:
     ops.check_kernels(config.train.kernels, device)
     check_optimizer_backend(config.optim.backend, device)
     check_profiling(config.run, device)
-
-
-def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDataset:
-    """Opens a token file and makes sure that the model can read it.
-
-    Raises:
-        DataError: missing, malformed or too short file, or a vocabulary larger than the model's.
-    """
-    if not prefix:
-        raise ConfigError("data.train is empty; set --data.train to the prefix of a .bin/.idx pair")
-    described = describe(prefix)
-    if described and described["vocab_size"] > model.vocab_size:
-        raise DataError(
-            f"{prefix}: made with a vocabulary of {described['vocab_size']}, model.vocab_size={model.vocab_size}; "
-            f"set --model.vocab-size {described['vocab_size']} or more"
-        )
-    dataset = PackedDataset(prefix, config.data.seq_length, model.vocab_size)
-    dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples)))  # each batch is checked; a wrong file shows at once
-    return dataset
-
-
-def make_evaluator(config: Config, masking: Masking | None = None) -> Evaluator | None:
-    """The held-out batches that the configuration names, or None."""
-    if not config.data.validation or config.train.eval_batches == 0:
-        return None
-    dataset = open_dataset(config.data.validation, config.model, config)
-    train = config.train
-    return Evaluator(dataset, train.global_batch_size, train.eval_batches, config.data.mask_documents, masking)
 
 
 def describe_model(model: ModelConfig) -> str:

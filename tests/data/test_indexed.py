@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,18 @@ def test_fingerprint_depends_on_both_files(make_dataset: MakeDataset) -> None:
     assert len(prints) == 3
     again = IndexedDataset(make_dataset(DOCUMENTS, name="again")).fingerprint()
     assert again in prints
+
+
+def test_opening_copies_nothing(tmp_path: Path) -> None:
+    """An index of 20 bytes per document is checked block by block, without a second one in memory."""
+    count = 3 * indexed._BLOCK
+    with IndexedWriter(tmp_path / "many", "u1") as writer:
+        writer.add_documents(np.zeros(count, np.uint8), [1] * count)
+    tracemalloc.start()
+    try:
+        dataset = IndexedDataset(tmp_path / "many")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert dataset.num_documents == count
+    assert peak < 0.8 * (tmp_path / "many.idx").stat().st_size  # a few blocks of int64

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from megagrow.data.records import BadRecord, parse_record, read_batches, read_texts
 from megagrow.errors import DataError
@@ -150,6 +151,19 @@ def test_zstandard_frames_are_joined_and_a_cut_one_is_seen(tmp_path: Path) -> No
     with pytest.raises(DataError, match="damaged or truncated .ends inside a frame"):
         list(read_texts([path]))
     path.write_bytes(frames + b"junk")
+    with pytest.raises(DataError, match="damaged or truncated"):
+        list(read_texts([path]))
+
+
+def test_zstandard_itself(tmp_path: Path) -> None:
+    """Two frames, without and with the size of what they hold; then a cut file."""
+    compressor = zstandard.ZstdCompressor()
+    stream = compressor.compressobj()
+    frames = compressor.compress(LINES) + stream.compress(LINES) + stream.flush()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(frames)
+    assert list(read_texts([path])) == 2 * [json.loads(line)["text"] for line in io.BytesIO(LINES)]
+    path.write_bytes(frames[:-2])
     with pytest.raises(DataError, match="damaged or truncated"):
         list(read_texts([path]))
 

@@ -79,6 +79,7 @@ def make_layout(
     model: ModelConfig = LLAMA,
     microbatches: int = 0,
     documents: bool = False,
+    restart: bool = False,
     train: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> Layout:
@@ -90,13 +91,14 @@ def make_layout(
         model: what is trained.
         microbatches: of each data rank; 0: two, and in a pipeline as many as its stages need, but at least four.
         documents: attention stays inside documents.
+        restart: positions begin anew at each document.
     """
     mesh = ParallelConfig(**parallel)
     share = BATCH // (ranks // mesh.model_ranks)
     default = 2 if mesh.pipeline == 1 else min(max(4, min_microbatches(mesh)), share)
     config = Config(
         model=model,
-        data=DataConfig(seq_length=SEQ, mask_documents=documents),
+        data=DataConfig(seq_length=SEQ, mask_documents=documents, reset_positions=restart),
         parallel=mesh,
         train=TrainConfig(
             global_batch_size=BATCH, microbatch_size=share // (microbatches or default), loss_chunk=24, **(train or {})
@@ -174,6 +176,10 @@ OTHERS = [
     make_layout(8, "replicated key/value heads", tensor=4, context=2, model=replace(LLAMA, num_kv_heads=1)),
     make_layout(8, "full recompute, dropout", **SP, context=2, train=RECOMPUTED),
     make_layout(8, "documents", **SP, context=2, documents=True),
+    make_layout(8, "rotary positions from each document's start", **SP, context=2, restart=True),
+    make_layout(
+        8, "learned positions from each document's start", **SP, pipeline=2, documents=True, restart=True, model=GPT2
+    ),
     make_layout(8, "tied embeddings", **SP, context=2, pipeline=2, model=TIED),
     make_layout(8, context=2, pipeline=2),
     make_layout(8, replicate=2, tensor=2),

@@ -138,8 +138,9 @@ def _piece(tensor: Tensor) -> Piece:
 def local_batch(config: Config, mesh: Mesh, dtype: torch.dtype, update: int) -> Batch:
     """This rank's samples, and of each its part of the sequence; dropout's masks differ between updates."""
     mine = torch.arange(BATCH).chunk(mesh.dp.size)[mesh.dp.rank]
-    documents = make_documents()[mine] if config.data.mask_documents else None
-    batch = make_batch(make_tokens(config.model.vocab_size)[mine], BATCH, mesh, documents)
+    how = config.data.mask_documents, config.data.reset_positions
+    documents = make_documents()[mine] if any(how) else None
+    batch = make_batch(make_tokens(config.model.vocab_size)[mine], BATCH, mesh, documents, *how)
     counts = share(make_counts(), mesh.dp, mesh.cp)
     keys = token_keys(5, update, torch.arange(BATCH), torch.arange(SEQ)) if config.train.dropout else None
     return replace(

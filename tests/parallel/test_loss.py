@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow.parallel.collectives import copy_to, reduce_from
-from megagrow.parallel.loss import LossOptions, token_scores, tokens_at_once, vocab_parallel_loss
+from megagrow.parallel.loss import LossOptions, token_scores, tokens_at_once, vocab_parallel_loss, whole_logits
 from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
 from tests.ranks import run_ranks
@@ -317,11 +317,13 @@ def given_logits(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, T
     return logits_TV, torch.randint(vocab, (tokens,), generator=generator)
 
 
-def score_given_logits(logits_TV: Tensor, labels_T: Tensor, chunk_tokens: int) -> list[Tensor]:
+def score_given_logits(
+    logits_TV: Tensor, labels_T: Tensor, chunk_tokens: int, ties_by_id: bool = False
+) -> list[Tensor]:
     """Scores through the identity as output matrix, which hands the logits on unchanged."""
     tp, vocab = tp_axis(), logits_TV.shape[1]
     head_VH = torch.eye(vocab, dtype=logits_TV.dtype)[chunk(vocab, tp)]
-    return list(token_scores(logits_TV, head_VH, labels_T, vocab, tp, chunk_tokens))
+    return list(token_scores(logits_TV, head_VH, labels_T, vocab, tp, chunk_tokens, ties_by_id))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -340,6 +342,32 @@ def test_scores_of_given_logits_are_bit_equal_on_any_number_of_ranks(vocab: int,
     for world in (2, 4):
         for scores in run_ranks(score_given_logits, world, logits_TV, labels_T, 7):
             assert torch.equal(scores[0], nll_T) and torch.equal(scores[1], rank_T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_logits_can_be_ranked_by_id(dtype: torch.dtype) -> None:
+    """Rank 0 is then the first of the largest logits, and every token of the vocabulary has a rank of its own."""
+    logits_TV, _ = given_logits(1, 29, dtype)
+    logits_TV[0, 3] = logits_TV[0, 28] = logits_TV.max()
+    all_TV, labels_T = logits_TV.expand(29, -1), torch.arange(29)
+    expected_T = logits_TV[0].double().argsort(descending=True, stable=True).argsort().int()
+    assert sorted(expected_T.tolist()) == list(range(29)) and expected_T[3] == 0
+    for world in (1, 2, 4):
+        for _, rank_T in run_ranks(score_given_logits, world, all_TV, labels_T, 8, True):
+            assert torch.equal(rank_T, expected_T)
+
+
+def join_logits(p: Problem) -> Tensor:
+    tp = tp_axis()
+    return whole_logits(p.hidden_TH, p.head_VH[chunk(VOCAB, tp)], VOCAB, tp)
+
+
+def test_logits_are_joined_over_shards_of_any_size() -> None:
+    p = problem()
+    for world in (1, 2, 4):
+        first, *others = run_ranks(join_logits, world, p)
+        torch.testing.assert_close(first, p.hidden_TH @ p.head_VH.T, rtol=0, atol=1e-13)
+        assert all(torch.equal(other, first) for other in others)
 
 
 def test_scores_from_hidden_states_agree_in_double_precision() -> None:

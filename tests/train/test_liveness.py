@@ -349,7 +349,7 @@ def test_a_run_that_is_stopped_while_it_loads_is_to_be_started_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "describe_model", lambda model: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(trainer, "open_dataset", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(trainer, "open_training_data", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert run(make_config(corpus, tmp_path)) == 7
     ended = json.loads((tmp_path / "exit.json").read_text())
     assert (ended["code"], ended["step"]) == (7, 0)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.data.dataset import PackedDataset
+from megagrow.data.dataset import Samples
 from megagrow.data.mlm import Masking
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
-from megagrow.parallel.context import cut
+from megagrow.parallel.context import cut, restarted_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch, Engine
 
@@ -28,21 +28,24 @@ class Evaluator:
         batch_size: samples per batch, over all data ranks.
         num_batches: batches; a small dataset is repeated.
         mask_documents: attention stays inside a document.
+        reset_positions: positions begin anew at each document.
         masking: of an encoder's samples; None: next tokens are predicted.
     """
 
-    dataset: PackedDataset
+    dataset: Samples
     batch_size: int
     num_batches: int
     mask_documents: bool = False
+    reset_positions: bool = False
     masking: Masking | None = None
 
     def loss(self, engine: Engine, mesh: Mesh) -> float:
         """Mean cross-entropy in nats per token that is predicted, the same number on every rank."""
         ids = self._ids()
-        documents = torch.from_numpy(self.dataset.documents(ids)) if self.mask_documents else None
-        tokens = torch.from_numpy(self.dataset.batch(ids))
-        return mean_loss(engine, tokens, self.batch_size, mesh, documents, self.masking)
+        given = self.mask_documents or self.reset_positions
+        documents = torch.from_numpy(self.dataset.documents(ids)) if given else None
+        tokens, how = torch.from_numpy(self.dataset.batch(ids)), (self.mask_documents, self.reset_positions)
+        return mean_loss(engine, tokens, self.batch_size, mesh, documents, *how, masking=self.masking)
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +64,8 @@ def mean_loss(
     batch_size: int,
     mesh: Mesh,
     documents: Tensor | None = None,
+    mask_documents: bool = True,
+    reset_positions: bool = False,
     masking: Masking | None = None,
 ) -> float:
     """Mean cross-entropy of packed samples in nats per token that is predicted, the same number on every rank.
@@ -70,11 +75,12 @@ def mean_loss(
         tokens: [N, S + 1], the same on every rank; any number of samples.
         batch_size: samples that the engine takes at a time, over all data ranks.
         mesh: where the rank stands.
-        documents: [N, S] the document of every input, or None: attention crosses documents.
+        documents: [N, S] the document of every input, or None: nothing depends on documents.
+        mask_documents, reset_positions: see `make_batch`.
         masking: of an encoder's samples, the same masks at every call; None: next tokens are predicted.
     """
     total, share = 0.0, batch_size // mesh.dp.size
-    samples = torch.arange(len(tokens))
+    samples, how = torch.arange(len(tokens)), (mask_documents, reset_positions)
     if masking is not None:
         masking = replace(masking, seed=EVALUATION_SEED)
         num_chosen = masking(tokens[:, :-1], samples)[1].sum().to(mesh.device)
@@ -86,29 +92,39 @@ def mean_loss(
         held = None if documents is None else documents[rows]
         if masking is None:
             counts *= batch_size / len(tokens)
-            batch = make_batch(tokens[rows], batch_size, mesh, held)
+            batch = make_batch(tokens[rows], batch_size, mesh, held, *how)
         else:
-            batch = make_masked_batch(tokens[rows], rows, masking, mesh, held, num_chosen)
+            batch = make_masked_batch(tokens[rows], rows, masking, mesh, held, *how, num_chosen=num_chosen)
         weights = batch.weights * counts[mine, None].to(mesh.device)
         total += engine.evaluate(replace(batch, weights=weights))[1].item()
         heartbeat.progress()
     return total
 
 
-def make_batch(tokens: Tensor, global_batch_size: int, mesh: Mesh, documents: Tensor | None = None) -> Batch:
+def make_batch(
+    tokens: Tensor,
+    global_batch_size: int,
+    mesh: Mesh,
+    documents: Tensor | None = None,
+    mask_documents: bool = True,
+    reset_positions: bool = False,
+) -> Batch:
     """This rank's batch from its data rank's packed samples; every token weighs 1 / (tokens of the global batch).
 
     Args:
         tokens: [B, T + 1]; a context rank takes its part of each sample.
         global_batch_size: samples over all data ranks.
         mesh: where the rank stands.
-        documents: [B, T] the document of every input, or None: attention crosses documents.
+        documents: [B, T] the document of every input, or None: nothing depends on documents.
+        mask_documents: attention stays inside a document.
+        reset_positions: positions begin anew at each document.
     """
     tokens = tokens.to(mesh.device, non_blocking=True)
     weight = 1.0 / (global_batch_size * (tokens.shape[1] - 1))
     ids_BS, labels_BS = (cut(part, mesh.cp).contiguous() for part in (tokens[:, :-1], tokens[:, 1:]))
     weights_BS = torch.full(labels_BS.shape, weight, device=mesh.device)
-    return Batch(ids_BS, labels_BS, weights_BS, documents=None if documents is None else documents.to(mesh.device))
+    given = _of_documents(documents, mesh, mask_documents, reset_positions)
+    return Batch(ids_BS, labels_BS, weights_BS, **given)
 
 
 def make_masked_batch(
@@ -117,6 +133,8 @@ def make_masked_batch(
     masking: Masking,
     mesh: Mesh,
     documents: Tensor | None = None,
+    mask_documents: bool = True,
+    reset_positions: bool = False,
     num_chosen: Tensor | None = None,
 ) -> Batch:
     """This rank's batch for an encoder: tokens are hidden and predicted where they stand.
@@ -127,7 +145,7 @@ def make_masked_batch(
         tokens: [B, T + 1] of this data rank; the last one of a sample is the first of the next, and left out.
         visits: [B] see `Masking`.
         masking: how.
-        mesh, documents: as in `make_batch`.
+        mesh, documents, mask_documents, reset_positions: as in `make_batch`.
         num_chosen: what to divide by instead, a whole number.
     """
     tokens_BT = tokens[:, :-1].to(mesh.device, non_blocking=True)
@@ -136,4 +154,14 @@ def make_masked_batch(
         num_chosen = sum_over(chosen_BT.sum(), mesh.dp)
     weights_BT = chosen_BT.to(torch.float32) / num_chosen.clamp(min=1)
     ids_BS, labels_BS, weights_BS = (cut(part, mesh.cp).contiguous() for part in (seen_BT, tokens_BT, weights_BT))
-    return Batch(ids_BS, labels_BS, weights_BS, documents=None if documents is None else documents.to(mesh.device))
+    given = _of_documents(documents, mesh, mask_documents, reset_positions)
+    return Batch(ids_BS, labels_BS, weights_BS, **given)
+
+
+def _of_documents(documents: Tensor | None, mesh: Mesh, mask: bool, reset: bool) -> dict[str, Tensor]:
+    """What a batch says of documents: those of whole sequences for attention, this rank's positions in them."""
+    if documents is None:
+        return {}
+    documents_BT = documents.to(mesh.device)
+    given = {"documents": documents_BT} if mask else {}
+    return given | ({"positions": cut(restarted_positions(documents_BT), mesh.cp).contiguous()} if reset else {})

@@ -1,0 +1,36 @@
+"""A model's tokenizer as transformers loads it from an exported folder."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megagrow.data.tokenizer import load_tokenizer
+from megagrow.errors import ConfigError, DataError
+
+INSTALL = "pip install 'megagrow[eval]'"
+
+
+def load_transformers_tokenizer(path: Path | str) -> Any:
+    """The tokenizer at `path`, special tokens and chat template included, without a network and without its code.
+
+    Args:
+        path: a Hugging Face folder, or what `load_tokenizer` takes.
+
+    Raises:
+        ConfigError: transformers is not installed.
+        DataError: there is no such tokenizer, or it cannot be read.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(f"tasks need the package transformers, which is not installed; {INSTALL}") from None
+    with tempfile.TemporaryDirectory() as folder:
+        if not (Path(path) / "config.json").is_file():
+            load_tokenizer(path).save(folder)
+            path = folder
+        try:
+            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise DataError(
+                f"{path}: transformers cannot load the tokenizer ({' '.join(str(error).split())})"
+            ) from error

@@ -1,0 +1,161 @@
+"""The data of a run: what it trains on, in which order, and what it is measured on."""
+
+from collections.abc import Mapping, Sequence
+
+from megagrow.checkpoint.source import CHECK_SAMPLES
+from megagrow.config import Config, DataConfig, ModelConfig, order_size
+from megagrow.data.blend import Blend, BlendStart, EvenDraws, parse_blend
+from megagrow.data.dataset import JoinedDatasets, PackedDataset, Samples
+from megagrow.data.description import describe
+from megagrow.data.loader import FileOrder, Ordered, Stream, shuffled
+from megagrow.data.megatron import MegatronDataset, split_shares
+from megagrow.data.megatron_blend import MegatronDraws, blend_sizes, with_surplus
+from megagrow.data.mlm import Masking
+from megagrow.errors import CheckpointError, ConfigError, DataError
+from megagrow.evaluate import Evaluator
+
+WHOLE = (0.0, 1.0)
+
+
+def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDataset:
+    """Opens a token file and makes sure that the model can read it.
+
+    Raises:
+        DataError: missing, malformed or too short file, or a vocabulary larger than the model's.
+    """
+    _check_vocabulary(prefix, model.vocab_size)
+    dataset = PackedDataset(prefix, config.data.seq_length, model.vocab_size)
+    _try(dataset)
+    return dataset
+
+
+def open_training_data(config: Config) -> list[Samples]:
+    """The datasets of `data.train`, in the order that the configuration asks for.
+
+    Raises:
+        ConfigError, DataError: no dataset, or one that cannot be used (see `open_dataset`).
+    """
+    blend = parse_blend(config.data.train)
+    if config.data.order == "megagrow":
+        return [open_dataset(prefix, config.model, config) for prefix in blend.prefixes]
+    share = _shares(config.data).get("train")
+    if share is None:
+        raise ConfigError(f'data.split="{config.data.split}" leaves nothing for training; give it a weight')
+    sizes = _megatron_sizes(blend, config)
+    return [_open_megatron(p, n, share, config) for p, n in zip(blend.prefixes, sizes, strict=True)]
+
+
+def blend_weights(config: Config, datasets: Sequence[Samples]) -> dict[str, float]:
+    """The weight of each dataset by prefix; where none are given, its number of samples."""
+    blend = parse_blend(config.data.train)
+    weights = blend.weights or [float(dataset.num_samples) for dataset in datasets]
+    return dict(zip(blend.prefixes, weights, strict=True))
+
+
+def continue_blend(saved: BlendStart | None, weights: dict[str, float], cursor: int, may_change: bool) -> BlendStart:
+    """Where the run's draws begin: as saved, or here if the blend has changed.
+
+    Raises:
+        CheckpointError: it has changed, and nobody said that it may.
+    """
+    if saved is None:
+        return BlendStart(weights)
+    if list(saved.weights.items()) == list(weights.items()):
+        return saved
+    if not may_change:
+        raise CheckpointError(
+            f"data.train was {describe_blend(saved.weights)} when the run was saved and is {describe_blend(weights)} "
+            "now; restore it, or set --data.change-blend to go on with other data (data.order=megagrow only)"
+        )
+    return saved.changed(weights, cursor)
+
+
+def describe_blend(weights: Mapping[str, float]) -> str:
+    """A blend in words."""
+    return " ".join(f"{weight:g} {prefix}" for prefix, weight in weights.items())
+
+
+def open_stream(datasets: Sequence[Samples], begun: BlendStart, config: Config) -> Stream:
+    """The run's training samples, from the datasets that `open_training_data` opened."""
+    data, weights = config.data, list(begun.weights.values())
+    with_documents = data.mask_documents or data.reset_positions
+    if data.order == "megagrow":
+        parts = [shuffled(dataset, data.seed) for dataset in datasets]
+        firsts = [begun.firsts.get(prefix, 0) for prefix in begun.weights]
+        return Stream(parts, EvenDraws(weights), start=begun.start, firsts=firsts, with_documents=with_documents)
+    parts = [Ordered(dataset, FileOrder(dataset.prefix, dataset.num_samples)) for dataset in datasets]
+    draws = _megatron_draws(datasets, weights, config) if _is_blend(parse_blend(data.train), data) else None
+    return Stream(parts, draws, with_documents=with_documents)
+
+
+def make_evaluator(config: Config, masking: Masking | None = None) -> Evaluator | None:
+    """The held-out batches that the configuration names, or None."""
+    data = config.data
+    held_out = _shares(data).get("validation") if data.split else None
+    if config.train.eval_batches == 0 or not (data.validation or held_out):
+        return None
+    blend = parse_blend(data.validation or data.train, "data.validation" if data.validation else "data.train")
+    datasets: list[Samples]
+    if held_out:
+        datasets = [_open_megatron(prefix, None, held_out, config) for prefix in blend.prefixes]
+    elif blend.weights is None:
+        datasets = [open_dataset(prefix, config.model, config) for prefix in blend.prefixes]
+    else:
+        raise ConfigError(f"data.validation={data.validation} has weights; held-out datasets weigh by their size")
+    dataset = datasets[0] if len(datasets) == 1 else JoinedDatasets(datasets)
+    train = config.train
+    how = data.mask_documents, data.reset_positions, masking
+    return Evaluator(dataset, train.global_batch_size, train.eval_batches, *how)
+
+
+def _megatron_sizes(blend: Blend, config: Config) -> list[int | None]:
+    """For how many samples each dataset's order is made."""
+    if not _is_blend(blend, config.data):
+        return [order_size(config)]
+    if blend.weights is None:
+        return [None] * len(blend.prefixes)
+    return [with_surplus(size) for size in blend_sizes(blend.weights, order_size(config))]
+
+
+def _megatron_draws(datasets: Sequence[Samples], weights: list[float], config: Config) -> MegatronDraws:
+    size = order_size(config)
+    if parse_blend(config.data.train).weights is None:
+        size = min(size, sum(dataset.num_samples for dataset in datasets))
+    else:
+        size = sum(blend_sizes(weights, size))
+    draws = MegatronDraws(weights, size)
+    for dataset, count in zip(datasets, draws.counts(size).tolist(), strict=True):
+        if count > dataset.num_samples:
+            raise DataError(f"{dataset.prefix}: the blend draws {count} samples, but {dataset.num_samples} were made")
+    return draws
+
+
+def _is_blend(blend: Blend, data: DataConfig) -> bool:
+    """Whether Megatron blends: one dataset with a weight is a blend for it only where a split is given too."""
+    return len(blend.prefixes) > 1 or bool(blend.weights and data.split)
+
+
+def _shares(data: DataConfig) -> dict[str, tuple[float, float]]:
+    return split_shares(data.split) if data.split else {"train": WHOLE}
+
+
+def _open_megatron(prefix: str, num_samples: int | None, share: tuple[float, float], config: Config) -> Samples:
+    _check_vocabulary(prefix, config.model.vocab_size)
+    data = config.data
+    dataset = MegatronDataset(prefix, data.seq_length, num_samples, data.seed, share, config.model.vocab_size)
+    _try(dataset)
+    return dataset
+
+
+def _check_vocabulary(prefix: str, vocab_size: int) -> None:
+    described = describe(prefix)
+    if described and described["vocab_size"] > vocab_size:
+        raise DataError(
+            f"{prefix}: made with a vocabulary of {described['vocab_size']}, model.vocab_size={vocab_size}; "
+            f"set --model.vocab-size {described['vocab_size']} or more"
+        )
+
+
+def _try(dataset: Samples) -> None:
+    """Each batch is checked; a wrong file shows at once."""
+    dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples)))
