@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megagrow.checkpoint.convert import convert
+from megagrow.checkpoint.convert import _random_tokens, convert
 from megagrow.checkpoint.hf import (
     HFReader,
     check_exportable,
@@ -91,10 +91,10 @@ def test_what_is_dropped_is_named(tmp_path: Path, family: str) -> None:
     expected = logits_of(folder, ids_BS)
     rewrite(folder, lambda tensors: tensors | {name: torch.ones(shape) for name, shape in EXTRAS[family].items()})
     said: list[str] = []
-    convert(folder, tmp_path / "own", "megagrow", said.append)
+    convert(folder, tmp_path / "own", "megagrow", tell=said.append)
     assert len(said) == 1 and "dropped" in said[0] and str(folder) in said[0] and "\n" not in said[0]
     assert all(name in said[0] for name in EXTRAS[family])
-    convert(tmp_path / "own", tmp_path / "after", "hf", said.append)
+    convert(tmp_path / "own", tmp_path / "after", "hf", tell=said.append)
     assert len(said) == 1, "nothing is dropped on the way back"
     torch.testing.assert_close(logits_of(tmp_path / "after", ids_BS), expected, atol=0, rtol=0)
 
@@ -182,6 +182,13 @@ def test_roberta_states_its_table_with_the_rows_of_padding() -> None:
     assert (entries["pad_token_id"], entries["max_position_embeddings"]) == (2, 32 + 3)
     assert entries["bos_token_id"] == 0
     assert model_config_from_hf(entries) == OWN_ROBERTA
+
+
+def test_logits_are_compared_without_padding_tokens() -> None:
+    """RoBERTa's count of positions leaves them out; here they are tokens like others."""
+    ids = set(_random_tokens(OWN_ROBERTA, (20, 64)).flatten().tolist())
+    assert ids == set(range(VOCAB)) - {OWN_ROBERTA.position_offset - 1}
+    assert set(_random_tokens(OWN_BERT, (20, 64)).flatten().tolist()) == set(range(VOCAB))
 
 
 def test_an_export_is_complete(tmp_path: Path) -> None:

@@ -78,6 +78,17 @@ def counts(tokens_BS: Tensor, seen_BS: Tensor, chosen_BS: Tensor) -> dict[str, t
     return found
 
 
+def test_shares_are_those_of_the_paper() -> None:
+    """Within five standard deviations, which a per cent is far above."""
+    tokens_BS = random_tokens(2048)
+    found = counts(tokens_BS, *MASKING(tokens_BS, torch.arange(2048)))
+    changed = 0.1 * (1 - 1 / VOCAB - 1 / VOCAB)  # a random token may be the same, or the mask
+    stated = {"chosen": 0.15, "masked": 0.8 + 0.1 / VOCAB, "random": changed, "kept": 0.1 + 0.1 / VOCAB}
+    for name, share in stated.items():
+        hits, trials = found[name]
+        assert abs(hits / trials - share) <= 5 * math.sqrt(share * (1 - share) / trials) < 0.01, (name, hits / trials)
+
+
 def test_masks_depend_on_seed_visit_and_position_only() -> None:
     tokens_BS, visits_B = random_tokens(12, 64), torch.arange(100, 112)
     whole = MASKING(tokens_BS, visits_B)
