@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megagrow import ops
+from megagrow.config import ModelConfig
 from megagrow_kernels.launch import ANY
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -72,6 +73,33 @@ def test_train_step_judges_by_its_bounds(monkeypatch: pytest.MonkeyPatch) -> Non
     assert judged["peak of the process"].value == 0.5
     found["compiled"] = [run(1.0, 100.0) | {"losses": [10.1]}]
     assert [row.holds for row in train_step.rows_of("bf16", found) if row.bound][-1] is False
+
+
+def test_convert_memory_judges_by_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_memory = load("convert_memory", monkeypatch)
+    assert 1e9 < convert_memory.num_parameters(convert_memory.LLAMA_1B) < 1.6e9
+    largest = 2 * 128_256 * 2048
+    within, beyond = (
+        {"peak": 1.5 * largest + 2**30, "seconds": 1.0},
+        {"peak": 1.5 * largest + 2**30 + 1, "seconds": 1.0},
+    )
+    found = {"files": 5, "there": within, "back": beyond, "differing": ["lm_head.weight"]}
+    rows = [row for row in convert_memory.rows_of(convert_memory.LLAMA_1B, found) if row.bound]
+    assert [row.holds for row in rows] == [True, False, False]
+
+
+def test_convert_memory_sees_a_single_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    convert_memory = load("convert_memory", monkeypatch)
+    model = ModelConfig(vocab_size=31, hidden_size=8, num_layers=2, num_heads=2, ffn_size=12)
+    for name in ("one", "other"):
+        convert_memory.make_folder(tmp_path / name, model, shard_bytes=1000)
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 2
+    assert convert_memory.differing_tensors(tmp_path / "one", tmp_path / "other") == []
+    changed = next(path for path in (tmp_path / "other").glob("*.safetensors"))
+    raw = bytearray(changed.read_bytes())
+    raw[-1] ^= 1
+    changed.write_bytes(raw)
+    assert len(convert_memory.differing_tensors(tmp_path / "one", tmp_path / "other")) == 1
 
 
 def test_both_sides_of_train_step_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from megagrow.growth.ligo import Ligo
 from megagrow.growth.methods import make_recipe
 from megagrow.model.transformer import Transformer
 from megagrow.roles import parameter_shapes
-from tests.models import as_bert, as_gpt2
+from tests.models import as_bert, as_gpt2, as_gpt_neox
 
 LLAMA_3_8B = ModelConfig(
     vocab_size=128_256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_size=14_336
@@ -29,7 +29,9 @@ def test_llama_3_8b_costs_what_torchtitan_and_megatron_say(convention: flops.Con
     assert counted == pytest.approx(published, rel=1e-4)
 
 
-@pytest.mark.parametrize("model", [SMALL, GPT2, BERT, dataclasses.replace(SMALL, tied_embeddings=True)])
+@pytest.mark.parametrize(
+    "model", [SMALL, GPT2, BERT, as_gpt_neox(SMALL), dataclasses.replace(SMALL, tied_embeddings=True)]
+)
 def test_the_count_is_that_of_torchs_counter(model: ModelConfig) -> None:
     batch, seq_length = 2, 48
     transformer = Transformer(model)

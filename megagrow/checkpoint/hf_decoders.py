@@ -9,12 +9,9 @@ from megagrow.checkpoint.hf_family import Block, Entry, Family, Rope, Switch
 DECODER: dict[str, Any] = {
     "objective": "clm",
     "norm_place": "before",
-    "parallel_residual": False,
     "position_offset": 0,
     "num_token_types": 0,
 }
-WHOLE_HEADS: dict[str, Any] = {"rope_fraction": 1.0}  # are rotated
-NO_ROTATION: dict[str, Any] = {**WHOLE_HEADS, "rope_scaling": None}
 
 LLAMA = Family(
     model_type="llama",
@@ -31,7 +28,14 @@ LLAMA = Family(
         "norm_eps": Entry("rms_norm_eps", 1e-6),
         "tied_embeddings": Entry("tie_word_embeddings", False),
     },
-    kind={**DECODER, **WHOLE_HEADS, "norm": "rms_norm", "positions": "rope", "qk_norm": False},
+    kind={
+        **DECODER,
+        "norm": "rms_norm",
+        "parallel_residual": False,
+        "positions": "rope",
+        "rope_fraction": 1.0,
+        "qk_norm": False,
+    },
     switches={
         "attention_bias": Switch("attention_bias", "none", "all"),
         "mlp_bias": Switch("mlp_bias", False, True),
@@ -132,9 +136,11 @@ GPT2 = Family(
     },
     kind={
         **DECODER,
-        **NO_ROTATION,
         "norm": "layer_norm",
+        "parallel_residual": False,
         "positions": "learned",
+        "rope_fraction": 1.0,
+        "rope_scaling": None,
         "attention_bias": "all",
         "mlp_bias": True,
         "qk_norm": False,
@@ -191,7 +197,7 @@ GPT_NEOX = Family(
         "tied_embeddings": Entry("tie_word_embeddings", False),
     },
     kind={
-        **{name: value for name, value in DECODER.items() if name != "parallel_residual"},
+        **DECODER,
         "norm": "layer_norm",
         "positions": "rope",
         "mlp_bias": True,

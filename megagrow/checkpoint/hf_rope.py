@@ -39,7 +39,8 @@ def read_rope(entries: Mapping[str, Any], rope: Rope, max_positions: int, where:
     Raises:
         CheckpointError: an entry is malformed, contradicts another, or asks for what is not supported.
     """
-    stated = {place: _object(entries[place], place, where) for place in PLACES if entries.get(place)}
+    places = {place: _object(entries[place], place, where) for place in PLACES if entries.get(place) is not None}
+    stated = {place: settings for place, settings in places.items() if settings}
     effective = next(iter(stated.values()), {})
 
     def value(name: str, key: str, default: float) -> float:
@@ -53,7 +54,11 @@ def read_rope(entries: Mapping[str, Any], rope: Rope, max_positions: int, where:
 
     scalings = {place: _scaling(settings, place, max_positions, where) for place, settings in stated.items()}
     if entries.get(ORIGINAL) is not None:
-        originals = {f"{place}.{ORIGINAL}": each.original_max_positions for place, each in scalings.items() if each}
+        originals = {
+            f"{place}.{ORIGINAL}": each.original_max_positions
+            for place, each in scalings.items()
+            if each and each.kind != "linear"
+        }
         agreed(originals | {ORIGINAL: positive(entries[ORIGINAL], int, ORIGINAL, where)}, where)
     fraction = value("partial_rotary_factor", rope.fraction or "partial_rotary_factor", rope.default_fraction)
     if fraction != 1 and not rope.fraction:

@@ -183,6 +183,7 @@ REFUSED = [
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types must be a list of full_attention or"),
     ("qwen2", {"layer_types": ["linear_attention"] * 3}, "layer_types must be a list of full_attention or"),
     ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes' must be true or false"),
+    ("llama", {"rope_scaling": []}, "rope_scaling=[] must be an object"),
     ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
     (
         "llama",

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, RopeScaling
 from megagrow.growth.grow import grow_into
 from megagrow.growth.methods import Recipe
 from megagrow.model import Transformer
 from megagrow.model.transformer import initialize
-from tests.models import as_bert, as_gpt2, as_roberta
+from tests.models import as_bert, as_gpt2, as_gpt_neox, as_qwen2, as_roberta
 
 LLAMA = ModelConfig(
     vocab_size=29,
@@ -35,6 +35,8 @@ EVERYTHING = dataclasses.replace(  # GQA, biases, fused gate/up, learned positio
 BERT = as_bert(LLAMA)
 UNTIED_ROBERTA = as_roberta(LLAMA, tied_embeddings=False)
 QK_NORM = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True)
+GPT_NEOX = as_gpt_neox(LLAMA, rope_fraction=0.5)
+QWEN2 = as_qwen2(LLAMA, tied_embeddings=True, rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=4))
 UNTIED_BIAS = dataclasses.replace(EVERYTHING, tied_embeddings=False, norm="rms_norm", activation="geglu")
 
 

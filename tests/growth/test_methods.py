@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, RopeScaling
 from megagrow.errors import ConfigError
 from megagrow.growth import operator
 from megagrow.growth.maps import SparseMap, to_elements
@@ -28,6 +28,8 @@ MODELS = {
     "untied-bias": models.UNTIED_BIAS,
     "bert": models.BERT,
     "roberta-untied": models.UNTIED_ROBERTA,
+    "gpt-neox": models.GPT_NEOX,
+    "qwen2": models.QWEN2,
 }
 WIDTHS = [
     {"hidden": 2},
@@ -147,6 +149,10 @@ REFUSED = [
     ("clone", widened(models.LLAMA, kv=2), "use num_heads=8 or num_kv_heads=2"),
     ("clone", dataclasses.replace(models.LLAMA, ffn_size=5), "smaller"),
     ("clone", models.TIED, "tied_embeddings"),
+    ("clone", dataclasses.replace(models.LLAMA, hidden_size=24, head_dim=8), "head_dim=4, the target head_dim=8"),
+    ("clone", dataclasses.replace(models.LLAMA, rope_fraction=0.5), "rope_fraction=1.0, the target rope_fraction=0.5"),
+    ("clone", dataclasses.replace(models.LLAMA, rope_scaling=RopeScaling("linear", 2.0)), "the target rope_scaling="),
+    ("clone", dataclasses.replace(models.LLAMA, parallel_residual=True), "growth keeps the kind of model"),
     ("sprout", models.LLAMA, "use one of stack, clone, ligo"),
 ]
 

@@ -13,7 +13,7 @@ from tests.parallel.layouts import BATCH, GPT2, LLAMA, QWEN, SEQ
 
 pytestmark = pytest.mark.interpreted
 
-GEGLU = replace(LLAMA, activation="geglu", bias=True, num_layers=2)
+GEGLU = replace(LLAMA, activation="geglu", attention_bias="all", mlp_bias=True, num_layers=2)
 UPDATES = 1
 OPTIM = OptimConfig(eps=1e-3)  # else AdamW would make of a gradient that is zero but for rounding what its sign says
 GRADIENT, WEIGHT = 1e-5, 1e-4

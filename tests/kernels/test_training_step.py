@@ -29,7 +29,7 @@ LLAMA = ModelConfig(vocab_size=37, hidden_size=16, num_layers=2, num_heads=4, nu
 MODELS = {
     "llama": LLAMA,
     "qwen3": replace(LLAMA, family="qwen3", qk_norm=True),
-    "geglu": replace(LLAMA, activation="geglu", bias=True),
+    "geglu": replace(LLAMA, activation="geglu", attention_bias="all", mlp_bias=True),
     "gpt2": as_gpt2(LLAMA, max_seq_length=16),
 }
 USED = {  # what a step of each calls, beside the loss and the optimizer

@@ -217,7 +217,7 @@ FAMILIES = [
     make_layout(8, "Qwen2, one key/value head, YaRN", **SP, pipeline=2, model=QWEN2),
     make_layout(8, "Qwen2, one key/value head, YaRN", tensor=4, context=2, model=QWEN2),
     make_layout(8, "Llama 3's rotation", **TP_PP, model=LLAMA3),
-    make_layout(8, "Llama 3's rotation", context=4, model=LLAMA3),
+    make_layout(4, "Llama 3's rotation", context=4, model=LLAMA3),
     make_layout(4, "linearly scaled rotation", **SP, context=2, model=LINEAR),
     make_layout(2, "GPT-NeoX, compiled blocks", **SP, model=NEOX, train={"compile": True}),
 ]
