@@ -32,6 +32,7 @@ def test_a_checkout_has_a_commit_and_may_be_dirty(tmp_path: Path) -> None:
 
 def test_a_package_inside_of_another_repository_has_none(tmp_path: Path) -> None:
     git(tmp_path, "init", "--quiet")
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "first")
     (tmp_path / "site-packages").mkdir()
     assert provenance._commit(tmp_path / "site-packages") == {"commit": None, "dirty": None}
 

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 ACTIONS = {"count": 0, "kill": 1, "fail": 2}
 SECONDS = 60.0  # after which ranks count as hanging
 WORLD_SIZE = 2
+HANGS = 999  # the code of a rank that has not ended in time
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def run_ranks(job: Job, folder: Path, library: ctypes.CDLL) -> list[Outcome]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
+    store = start(lambda: hold_store(port))  # as torchrun does: it outlives the ranks
     processes = [start(lambda rank=rank: live(job, rank, port, folder, library)) for rank in range(WORLD_SIZE)]
     if job.action == "moment":
         wait_for(lambda: all((folder / f"ready-{rank}").exists() for rank in range(WORLD_SIZE)))
@@ -146,8 +148,18 @@ def run_ranks(job: Job, folder: Path, library: ctypes.CDLL) -> list[Outcome]:
     wait_for(lambda: len(reap(processes, codes)) == WORLD_SIZE)
     for process in set(processes) - set(codes):
         os.kill(process, signal.SIGKILL)
-        codes[os.waitpid(process, 0)[0]] = 999
+        codes[os.waitpid(process, 0)[0]] = HANGS
+    os.kill(store, signal.SIGKILL)
+    os.waitpid(store, 0)
     return [outcome_of(folder, rank, codes[process]) for rank, process in enumerate(processes)]
+
+
+def hold_store(port: int) -> int:
+    """The process in which the ranks find each other."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    time.sleep(10 * SECONDS)
+    del store
+    return 0
 
 
 def start(function: Callable[[], int]) -> int:
@@ -186,7 +198,7 @@ def live(job: Job, rank: int, port: int, folder: Path, library: ctypes.CDLL) -> 
     with (folder / f"output-{rank}").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(address | who)
 

@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 
 from megagrow import checkpoint
-from tests.faults.doomed import Doom, Job, Outcome
+from tests.faults.doomed import HANGS, Doom, Job, Outcome
 from tests.train.runs import make_corpus, metrics
 
 NUM_MOMENTS = 50
 TRAIN_STEPS = 8
 KEPT = [[2, 1], [3, 2, 1], [3, 2]]  # steps that may be there when saving step 3 beside 1 and 2 was cut short
-HANGS = 999
 FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "manifest.sha256"]
 
 

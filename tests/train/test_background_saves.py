@@ -125,6 +125,21 @@ def test_a_stop_waits_for_the_save_under_way_and_saves(corpus: Path, tmp_path: P
     assert not [*(tmp_path / "checkpoints").glob("*.tmp-*")]
 
 
+def test_a_stop_whose_save_fails_is_not_told_as_saved(corpus: Path, tmp_path: Path) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make_batch = trainer.make_batch
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_batch(*args, **kwargs)
+
+    with mock.patch.object(trainer, "make_batch", ask), mock.patch.object(dcp_io._HashedStream, "write", full):
+        assert run(make_config(corpus, tmp_path, checkpoint=CheckpointConfig(interval=0))) == 4
+    assert "No space left on device" in json.loads((tmp_path / "exit.json").read_text())["reason"]
+
+
 def work_beside(directory: Path, stuck: str) -> None:
     """Two ranks with a thread beside each main one; on rank 1 one of the two hangs, and its peer waits for it."""
     group, rank = dist.new_group(backend="gloo"), dist.get_rank()
