@@ -127,3 +127,15 @@ def test_buffers_that_old_folders_hold_are_known() -> None:
     assert unexpected_tensors(buffers, FAMILIES["gpt2"], MODELS["gpt2"]) == []
     frequencies = ["model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert unexpected_tensors(frequencies, FAMILIES["llama"], MODELS["llama"]) == []
+    of_neox = [f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
+    assert unexpected_tensors(of_neox, FAMILIES["gpt_neox"], MODELS["gpt_neox"]) == []
+
+
+def test_heads_of_gpt_neox_hold_their_query_key_and_value() -> None:
+    model = replace(OWN_GPT_NEOX, hidden_size=4, num_heads=2, num_kv_heads=2, head_dim=2, rope_fraction=1.0)
+    tensors = FamilyTensors(FAMILIES["gpt_neox"], model)
+    assert not list(tensors.completed_by("layers.0.attention.query.bias", torch.arange(4)))
+    key_value = torch.tensor([10, 11, 20, 21, 12, 13, 22, 23])
+    ((name, fused),) = tensors.completed_by("layers.0.attention.key_value.bias", key_value)
+    assert name == "gpt_neox.layers.0.attention.query_key_value.bias"
+    assert fused.tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
