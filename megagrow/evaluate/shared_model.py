@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, load_model
-from megagrow.checks import check_model
+from megagrow.checks import check_causal, check_model
 from megagrow.config import ParallelConfig, require
 from megagrow.evaluate.windows import Window
 from megagrow.generate import Sampling, continuations
@@ -33,7 +33,7 @@ class SharedModel:
 
     def __init__(self, model: Transformer, mesh: Mesh, batch_size: int = 16) -> None:
         require(batch_size > 0, f"batch_size={batch_size} must be positive")
-        require_decoder(model.config.objective, "the model")
+        check_causal(model.config, "the model", "to evaluate texts")
         self.model, self.mesh, self.batch_size = model, mesh, batch_size
         self.group, self.num_groups = mesh.world.rank // mesh.tp.size, mesh.world.size // mesh.tp.size
 
@@ -117,13 +117,6 @@ def load_shared_model(
     Raises:
         ConfigError: the model is an encoder, or cannot be cut over the tensor axis.
     """
-    require_decoder(source.model.objective, str(source.path))
+    check_causal(source.model, str(source.path), "to evaluate texts")
     check_model(source.model, ParallelConfig(tensor=mesh.tp.size), str(source.path))
     return SharedModel(load_model(source, mesh.tensor_only(), dtype), mesh, batch_size)
-
-
-def require_decoder(objective: str, name: str) -> None:
-    require(
-        objective == "clm",
-        f"{name} is an encoder (model.objective={objective}), which has no likelihood of a text; evaluate a decoder",
-    )

@@ -143,5 +143,5 @@ def test_a_damaged_model_is_told(prefix: Path) -> None:
 
 def test_encoders_are_refused() -> None:
     encoder = make(dataclasses.replace(BYTES, objective="mlm"))
-    with pytest.raises(ConfigError, match="is an encoder .* evaluate a decoder"):
+    with pytest.raises(ConfigError, match="is an encoder .* to evaluate texts"):
         SharedModel(encoder, shared_model(BYTES).mesh)
