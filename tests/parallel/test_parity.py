@@ -48,6 +48,7 @@ CHOSEN = [
     "tensor 4 (sequence parallel) x replicate 2, replicated key/value heads with norms",
     "tensor 4, ranks without vocabulary, tied",
     "context 2 x pipeline 2 (1F1B) x shard 2, biases (GPT-2)",
+    f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, learned positions from each document's start",
 ]
 
 
