@@ -44,8 +44,8 @@ parity: setup ## every layout against one process; a table, also in benchmarks/r
 faults: setup ## kill saves at every call and runs at random moments, stop nodes and launchers (half an hour)
 	$(bin)/python -m pytest --timeout 3600 -s tests/faults/kill_save.py tests/faults/liveness.py tests/faults/kill_quickstart.py
 
-bench: setup ## the benchmarks; results in benchmarks/results
-	set -e; for file in $(filter-out benchmarks/results_file.py benchmarks/kernel_%.py,$(wildcard benchmarks/*.py)); do $(bin)/python $$file; done
+bench: setup .peers/.installed ## the benchmarks; results in benchmarks/results
+	set -e; for file in $(filter-out benchmarks/results_file.py benchmarks/kernel_%.py,$(wildcard benchmarks/*.py)); do PYTHONPATH=$(abspath .peers) $(bin)/python $$file; done
 
 kernels: setup ## the tests of the kernels, interpreted on the CPU and compiled without a GPU
 	$(bin)/python -m pytest tests/kernels

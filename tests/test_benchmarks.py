@@ -382,3 +382,13 @@ def test_without_a_first_row_no_process_is_started_again(monkeypatch: pytest.Mon
     command = [sys.executable, "-c", "raise ImportError('gone')"]
     content = sys.modules["kernel_process"].supervise(command, {"jobs": ["a", "b"]}, lambda content: None, 9.0)
     assert [row["failed"] for row in content["rows"]] == ["ImportError: gone (exit code 1)"] * 2
+
+
+def test_preprocess_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    preprocess = load("preprocess", monkeypatch)
+    count = preprocess.make_corpus(tmp_path / "corpus.jsonl", 100_000)
+    options = SimpleNamespace(runs=1, workers=[1])
+    rows = preprocess.measure("byte", tmp_path / "corpus.jsonl", "byte", lambda text: text.encode(), options, count)
+    assert [row.unit for row in rows] == ["documents/s", "documents/s", "x"]
+    assert rows[2].value == pytest.approx(rows[1].value / rows[0].value)
+    assert rows[2].holds == (rows[2].value >= preprocess.SHARE)

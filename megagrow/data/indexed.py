@@ -39,7 +39,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _FLOAT_CODES = {6: "float64", 7: "float32"}
-_BLOCK = 1 << 20  # sequences checked at a time: bounds the memory that checking needs
+_BLOCK = 1 << 16  # sequences checked at a time: in the cache, and little memory
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

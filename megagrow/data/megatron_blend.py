@@ -84,34 +84,43 @@ class MegatronDraws:
 
     def _settle(self) -> None:
         """Makes all draws, and again those of stretches that began with wrong counts, until each begins as it must."""
-        ends_DJ = np.empty_like(self._begins_DJ)
-        todo = np.arange(len(self._starts_J))
-        while len(todo):
-            counts_DJ, which_LJ = self._begins_DJ[:, todo], np.empty((self._length, len(todo)), self._which_LJ.dtype)
-            self._advance(counts_DJ, self._starts_J[todo], which_LJ)
-            ends_DJ[:, todo], self._which_LJ[:, todo] = counts_DJ, which_LJ
-            todo = 1 + np.flatnonzero((ends_DJ[:, :-1] != self._begins_DJ[:, 1:]).any(axis=0))
-            self._begins_DJ[:, todo] = ends_DJ[:, todo - 1]
+        ends_DJ = self._begins_DJ.copy()
+        self._advance(ends_DJ, self._starts_J, self._which_LJ)
+        while len(wrong := 1 + np.flatnonzero((ends_DJ[:, :-1] != self._begins_DJ[:, 1:]).any(axis=0))):
+            counts_DJ = ends_DJ.take(wrong - 1, axis=1)  # not by [:, …], whose result lies in memory column by column
+            self._begins_DJ[:, wrong] = counts_DJ
+            which_LJ = np.empty((self._length, len(wrong)), self._which_LJ.dtype)
+            self._advance(counts_DJ, self._starts_J[wrong], which_LJ)
+            ends_DJ[:, wrong], self._which_LJ[:, wrong] = counts_DJ, which_LJ
 
     def _advance(
         self, counts_DJ: NDArray[np.float64], starts_J: NDArray[np.int64], which_LJ: NDArray[np.int8 | np.int16]
     ) -> None:
         """Makes as many draws as `which_LJ` has rows, from each of `starts_J` on; writes these and the new counts."""
         errors_DJ, largest_J, wins_DJ = np.empty_like(counts_DJ), np.empty(len(starts_J)), counts_DJ > 0
-        datasets_D1 = np.arange(len(counts_DJ))[:, None]
-        draws_J = starts_J.astype(np.float64)
+        datasets_D1 = np.arange(len(counts_DJ), dtype=which_LJ.dtype)[:, None]
+        numbers_DJ = np.empty(counts_DJ.shape, which_LJ.dtype)
+        draws_J, place_J = starts_J.astype(np.float64), np.empty(len(starts_J))
         for which_J in which_LJ:
-            np.multiply(self._weights_D1, np.maximum(draws_J, 1.0), out=errors_DJ)
+            np.maximum(draws_J, 1.0, out=place_J)
+            np.multiply(self._weights_D1, place_J, out=errors_DJ)
             np.subtract(errors_DJ, counts_DJ, out=errors_DJ)
             np.maximum.reduce(errors_DJ, axis=0, out=largest_J)
             np.equal(errors_DJ, largest_J, out=wins_DJ)
-            if np.count_nonzero(wins_DJ) != len(starts_J):  # equal errors: the first dataset's draw
-                np.equal(wins_DJ.argmax(axis=0), datasets_D1, out=wins_DJ)
+            if np.count_nonzero(wins_DJ) != len(starts_J):
+                _keep_first(wins_DJ)  # of equal errors
             np.add(counts_DJ, wins_DJ, out=counts_DJ)
-            which_J[:] = 0
-            for dataset in range(1, len(counts_DJ)):
-                np.putmask(which_J, wins_DJ[dataset], dataset)
+            np.multiply(wins_DJ.view(np.int8), datasets_D1, out=numbers_DJ)
+            np.add.reduce(numbers_DJ, axis=0, dtype=numbers_DJ.dtype, out=which_J)
             draws_J += 1
+
+
+def _keep_first(wins_DJ: NDArray[np.bool_]) -> None:
+    """Leaves in each column the first that is true."""
+    found_J = wins_DJ[0].copy()
+    for wins_J in wins_DJ[1:]:
+        np.greater(wins_J, found_J, out=wins_J)
+        np.logical_or(found_J, wins_J, out=found_J)
 
 
 def blend_sizes(weights: Sequence[float], num_samples: int) -> list[int]:

@@ -60,15 +60,19 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, json_key: str, append_eod: bool) -> None:
         self._tokenizer = tokenizer
         self._json_key = json_key
-        self._end = _end_of_document(tokenizer, append_eod)
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._end = np.array(_end_of_document(tokenizer, append_eod), self._dtype)
 
-    def document(self, text: str) -> list[int]:
+    def document(self, text: str) -> NDArray[Any]:
         """Token ids of one document; none for a text of white space only."""
-        return self._tokenizer.encode(text) + self._end if text.strip() else []
+        if not text or text.isspace():
+            return np.empty(0, self._dtype)
+        if isinstance(self._tokenizer, ByteTokenizer):  # a list of so many small numbers would take most of the time
+            return np.append(self._tokenizer.encode_array(text).astype(self._dtype), self._end)
+        return np.array(self._tokenizer.encode(text) + self._end.tolist(), self._dtype)
 
     def batch(self, batch: Batch) -> _Encoded:
-        tokens: list[int] = []
+        documents: list[NDArray[Any]] = []
         lengths: list[int] = []
         bad: list[str] = []
         num_empty = 0
@@ -80,12 +84,12 @@ class _Encoder:
             except BadRecord as error:
                 bad.append(f"{batch.path}:{line}: {error}")
                 continue
-            num_empty += not ids
-            if ids:
-                tokens += ids
+            num_empty += len(ids) == 0
+            if len(ids):
+                documents.append(ids)
                 lengths.append(len(ids))
-        array = np.array(tokens, self._dtype)
-        return _Encoded(array, lengths, num_empty, bad, batch.position, digest_of(batch))
+        tokens = np.concatenate(documents) if documents else np.empty(0, self._dtype)
+        return _Encoded(tokens, lengths, num_empty, bad, batch.position, digest_of(batch))
 
 
 def preprocess_files(
@@ -174,7 +178,8 @@ def write_texts(
     encoder = _Encoder(tokenizer, "", append_eod=True)
     with IndexedWriter(output_prefix, token_dtype(tokenizer.vocab_size)) as writer:
         for text in texts:
-            if ids := encoder.document(text):
+            ids = encoder.document(text)
+            if len(ids):
                 writer.add_document(ids)
         writer.close(_described(writer, tokenizer, True, split=split, source=source, settings=settings))
 

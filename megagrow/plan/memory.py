@@ -188,7 +188,7 @@ def _buffers(layout: Layout, stages: list[Stage]) -> Parts:
         (not stage.is_last and stage.index + 1 not in own) + (not stage.is_first and stage.index - 1 not in own)
         for stage in stages
     )
-    evaluates = bool(layout.config.data.validation)
+    evaluates = bool(layout.config.data.validation or layout.config.data.split)
     kept = received + (sent if layout.config.parallel.local_stages > 1 else 0) + (received if evaluates else 0)
     return Parts({"pipeline buffers": kept * layout.num_microbatches * layout.activation})
 

@@ -1,7 +1,5 @@
 """Tests megagrow/data/merge.py: nothing but the order of documents changes, and what does not fit is refused."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +11,9 @@ from megagrow.data.merge import merge_datasets
 from megagrow.data.preprocess import write_texts
 from megagrow.data.tokenizer import ByteTokenizer
 from megagrow.errors import DataError
+from tests.data.test_preprocess import run_tool
 
 MakeDataset = Callable[..., Path]
-TOOL = Path(__file__).parents[2] / "tools" / "merge_datasets.py"
 
 
 def test_a_merged_dataset_is_what_writing_all_at_once_gives(make_dataset: MakeDataset, tmp_path: Path) -> None:
@@ -58,11 +56,12 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(make_dataset: MakeD
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_the_tool(make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_the_tool(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prefix, output = make_dataset([[1, 2], [3]]), tmp_path / "merged"
-    command = [sys.executable, str(TOOL), "--output", str(output), "--input"]
-    done = subprocess.run([*command, str(prefix), str(prefix)], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{output}: 4 documents, 6 tokens\n"
+    assert run_tool("merge_datasets.py", ["--output", output, "--input", prefix, prefix], monkeypatch) == 0
+    assert capsys.readouterr().out == f"{output}: 4 documents, 6 tokens\n"
     assert IndexedDataset(output).tokens.tolist() == np.tile([1, 2, 3], 2).tolist()
-    failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert failed.returncode == 3 and "none.idx: no such file" in failed.stderr
+    assert run_tool("merge_datasets.py", ["--output", output, "--input", tmp_path / "none"], monkeypatch) == 3
+    assert "none.idx: no such file" in capsys.readouterr().err

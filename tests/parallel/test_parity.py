@@ -53,6 +53,7 @@ CHOSEN = [
     f"{SEQUENCE} x pipeline 2 (ZBVZeroBubble) x shard 2, BERT",
     f"{SEQUENCE} x context 2 x shard 2, RoBERTa, documents, full recompute",
     "tensor 4, BERT, ranks without vocabulary",
+    f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, learned positions from each document's start",
 ]
 
 
