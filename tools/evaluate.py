@@ -17,7 +17,7 @@ from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.data.indexed import IndexedDataset
 from megagrow.data.tokenizer import load_tokenizer
-from megagrow.evaluate import PerplexitySettings, load_shared_model, num_labels, perplexity, write_result
+from megagrow.evaluate import PerplexitySettings, evaluate_perplexity, load_shared_model, num_labels, write_result
 from megagrow.evaluate.tasks import TaskSettings, check_lm_eval, evaluate_tasks, task_table
 from megagrow.evaluate.transformers_tokenizer import load_transformers_tokenizer
 from megagrow.metrics import Progress
@@ -40,7 +40,7 @@ def on_dataset(options: Namespace, source: Source, mesh: Mesh) -> None:
     dataset, path = IndexedDataset(options.data), options.tokenizer or tokenizer_of(source)
     shared = load_shared_model(source, mesh, options.batch_size, DTYPES[options.precision])
     with Progress(num_labels(dataset, settings), enabled=mesh.is_main) as progress:
-        found = perplexity(shared, dataset, settings, load_tokenizer(path) if path else None, progress)
+        found = evaluate_perplexity(shared, dataset, settings, load_tokenizer(path) if path else None, progress)
     if mesh.is_main:
         if options.output:
             write_result(options.output, source, {"data": options.data, **asdict(settings)}, found.as_dict())

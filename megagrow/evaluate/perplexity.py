@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from megagrow.config import ModelConfig, require
@@ -14,7 +15,7 @@ from megagrow.data.indexed import IndexedDataset
 from megagrow.data.tokenizer import Tokenizer
 from megagrow.errors import DataError
 from megagrow.evaluate.shared_model import SharedModel
-from megagrow.evaluate.windows import Window, document_windows, packed_windows
+from megagrow.evaluate.windows import Window, document_ends, document_windows, packed_windows
 from megagrow.metrics import Progress
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Mesh
@@ -114,7 +115,7 @@ class Perplexity:
         return ratios | asdict(self)
 
 
-def perplexity(
+def evaluate_perplexity(
     shared: SharedModel,
     dataset: IndexedDataset,
     settings: PerplexitySettings,
@@ -154,15 +155,11 @@ def perplexity(
 
 
 def num_labels(dataset: IndexedDataset, settings: PerplexitySettings) -> int:
-    """How many tokens `perplexity` will score."""
-    num_documents = min(dataset.num_documents, settings.max_documents or dataset.num_documents)
-    sequences = int(dataset.document_indices[num_documents])
-    num_tokens, prefix = int(dataset.lengths[:sequences].sum(dtype="int64")), _prefix(dataset, settings)
-    if prefix is not None:
-        return num_tokens
-    if settings.packed:
-        return max(num_tokens - 1, 0)
-    return sum(max(len(dataset.document(i)) - 1, 0) for i in range(num_documents))
+    """How many tokens `evaluate_perplexity` will score."""
+    lengths = np.diff(document_ends(dataset), prepend=0)[: settings.max_documents or None]
+    if _prefix(dataset, settings) is not None:
+        return int(lengths.sum())
+    return max(int(lengths.sum()) - 1, 0) if settings.packed else int((lengths - 1).clip(min=0).sum())
 
 
 def _score(

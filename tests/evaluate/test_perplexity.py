@@ -11,7 +11,7 @@ from megagrow.config import ModelConfig
 from megagrow.data.indexed import IndexedDataset
 from megagrow.data.tokenizer import ByteTokenizer
 from megagrow.errors import ConfigError, DataError
-from megagrow.evaluate import Perplexity, PerplexitySettings, SharedModel, num_labels, perplexity
+from megagrow.evaluate import Perplexity, PerplexitySettings, SharedModel, evaluate_perplexity, num_labels
 from tests.evaluate.samples import BYTES, BYTES_GPT2, TEXTS, shared_model, write_texts
 from tests.growth.models import make
 from tests.ranks import run_ranks
@@ -65,7 +65,7 @@ def documents_of(prefix: Path) -> list[list[int]]:
 
 
 def evaluate(config: ModelConfig, prefix: Path, settings: PerplexitySettings, tensor: int = 1) -> Perplexity:
-    return perplexity(shared_model(config, tensor), IndexedDataset(prefix), settings, ByteTokenizer())
+    return evaluate_perplexity(shared_model(config, tensor), IndexedDataset(prefix), settings, ByteTokenizer())
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -114,7 +114,7 @@ def test_bytes_are_counted_only_where_they_are_known(prefix: Path) -> None:
     other = ByteTokenizer()
     other.fingerprint = "other"
     for tokenizer, reason in [(None, "no tokenizer"), (other, "another tokenizer"), (Lossy(), "does not give back")]:
-        found = perplexity(shared, dataset, PerplexitySettings(), tokenizer)
+        found = evaluate_perplexity(shared, dataset, PerplexitySettings(), tokenizer)
         assert found.num_bytes is None and reason in found.why_no_bytes and reason in found.summary
 
 
@@ -122,23 +122,23 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, prefix: Path) -> None:
     dataset = IndexedDataset(prefix)
     small = shared_model(dataclasses.replace(BYTES, vocab_size=200))
     with pytest.raises(DataError, match="holds token 256, the model's vocab_size is 200"):
-        perplexity(small, dataset, PerplexitySettings())
+        evaluate_perplexity(small, dataset, PerplexitySettings())
     with pytest.raises(ConfigError, match="length=13 exceeds max_seq_length=12"):
-        perplexity(shared_model(BYTES_GPT2), dataset, PerplexitySettings(length=13))
+        evaluate_perplexity(shared_model(BYTES_GPT2), dataset, PerplexitySettings(length=13))
     with pytest.raises(ConfigError, match="stride=9 exceeds length=8"):
-        perplexity(small, dataset, PerplexitySettings(length=8, stride=9))
+        evaluate_perplexity(small, dataset, PerplexitySettings(length=8, stride=9))
     with pytest.raises(ConfigError, match="set packed too"):
         PerplexitySettings(mask_documents=True)
     empty = IndexedDataset(write_texts(tmp_path / "empty", [""], described=False))
     with pytest.raises(DataError, match="no token can be scored"):
-        perplexity(shared_model(BYTES), empty, PerplexitySettings())
+        evaluate_perplexity(shared_model(BYTES), empty, PerplexitySettings())
 
 
 def test_a_damaged_model_is_told(prefix: Path) -> None:
     shared = shared_model(BYTES)
     shared.model.head_VH.fill_(torch.inf)
     with pytest.raises(DataError, match="loss is not finite"):
-        perplexity(shared, IndexedDataset(prefix), PerplexitySettings())
+        evaluate_perplexity(shared, IndexedDataset(prefix), PerplexitySettings())
 
 
 def test_encoders_are_refused() -> None:
