@@ -88,8 +88,12 @@ class ModelConfig:
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        require_size(self, "model", "vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_seq_length")
-        require_not_negative(self, "model", "num_kv_heads", "head_dim", "position_offset", "num_token_types", "norm_eps")
+        require_size(
+            self, "model", "vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_seq_length"
+        )
+        require_not_negative(
+            self, "model", "num_kv_heads", "head_dim", "position_offset", "num_token_types", "norm_eps"
+        )
         if self.num_kv_heads == 0:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.head_dim == 0:

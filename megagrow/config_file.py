@@ -85,9 +85,9 @@ def _typed(value: Any, hint: Any, where: str, path: str) -> Any:
                 continue
             return number
         if isinstance(option, type) and isinstance(value, option) and isinstance(value, bool) == (option is bool):
-            if option is int and not -(2**63) <= value < 2**63:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise ConfigError(f"{where}: {path}={shown(value)} does not fit 64 bits; use a smaller number")
-            if option is str and not _is_plain(value):
+            if isinstance(value, str) and not _is_plain(value):
                 raise ConfigError(f"{where}: {path}={shown(value)} holds a character that is no text; leave it out")
             return value
     allowed = " or ".join(_type_name(option) for option in options)

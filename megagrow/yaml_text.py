@@ -35,7 +35,7 @@ def read_yaml(text: str | bytes, where: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way to choose them)
+    yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATES]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

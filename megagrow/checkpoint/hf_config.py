@@ -178,9 +178,7 @@ def _positive(value: Any, wanted: type, key: str, where: str) -> Any:
     largest = MAX_SIZE if wanted is int else 2**53
     if not is_number or not 0 < value <= largest or wanted(value) != value:
         kind = "whole number" if wanted is int else "number"
-        raise CheckpointError(
-            f"{where}: {key}={shown(value)} must be a positive {kind}, at most {largest}; correct it"
-        )
+        raise CheckpointError(f"{where}: {key}={shown(value)} must be a positive {kind}, at most {largest}; correct it")
     return wanted(value)
 
 
@@ -201,7 +199,8 @@ def _activation(entries: Mapping[str, Any], family: Family, where: str) -> str:
             return ours
     allowed = " or ".join(f"{key}={one!r}" for theirs in activations.values() for one in theirs)
     raise CheckpointError(
-        f"{where}: {key}={shown(value)} is not supported, and without it the logits would change; use a model with {allowed}"
+        f"{where}: {key}={shown(value)} is not supported, and without it the logits would change; "
+        f"use a model with {allowed}"
     )
 
 

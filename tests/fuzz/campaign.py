@@ -1,6 +1,6 @@
 """Feeds malformed files to every reader and prints how many each field has refused: `make fuzz`.
 
-    python -m tests.fuzz.campaign [--per-field 500] [--only FORMAT]
+python -m tests.fuzz.campaign [--per-field 500] [--only FORMAT]
 """
 
 import argparse

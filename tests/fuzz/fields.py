@@ -98,7 +98,9 @@ def texts_with(record: dict[str, Any], path: tuple[str | int, ...], wrong: Liter
     key = path[-1]
     if isinstance(key, str):
         pair = f"{json.dumps(key)}: {MARK}"
-        twice = st.integers(0, 10**6).map(lambda n: template.replace(pair, f"{json.dumps(key)}: {n}, {json.dumps(key)}: 1"))
+        twice = st.integers(0, 10**6).map(
+            lambda n: template.replace(pair, f"{json.dumps(key)}: {n}, {json.dumps(key)}: 1")
+        )
         texts = texts | texts | texts | twice
         if required:
             texts = texts | st.just(json.dumps(_removed(record, path)))

@@ -73,7 +73,9 @@ def _accepts(kind: type, may_be_null: bool) -> Callable[[Any], bool]:
 
 
 def _is_allowed(allowed: tuple[Any, ...]) -> Callable[[Any], bool]:
-    return lambda value: value is None or any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in allowed)
+    return lambda value: (
+        value is None or any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in allowed)
+    )
 
 
 def _index_fields(folder: Path, model: ModelConfig) -> Iterator[Field]:
@@ -94,11 +96,22 @@ def _index_fields(folder: Path, model: ModelConfig) -> Iterator[Field]:
         return HFReader(folder)
 
     first = names[0]
-    bad_names = st.sampled_from(["../a.safetensors", "/a.safetensors", "..", "a\x00.safetensors", "b.safetensors"]) | TEXTS
+    bad_names = (
+        st.sampled_from(["../a.safetensors", "/a.safetensors", "..", "a\x00.safetensors", "b.safetensors"]) | TEXTS
+    )
     file_names = rejecting(lambda value: value == weight_map[first], bad_names)
-    yield Field("index.json", "weight_map", file, texts_with(record, ("weight_map",), rejecting(lambda v: False)), read, "weight_map|tensor")
+    yield Field(
+        "index.json",
+        "weight_map",
+        file,
+        texts_with(record, ("weight_map",), rejecting(lambda v: False)),
+        read,
+        "weight_map|tensor",
+    )
     texts = texts_with(record, ("weight_map", first), file_names, required=False)
-    yield Field("index.json", "weight_map (file names)", folder, texts, read, "weight_map|tensor|safetensors", file.write_bytes)
+    yield Field(
+        "index.json", "weight_map (file names)", folder, texts, read, "weight_map|tensor|safetensors", file.write_bytes
+    )
     extra = TEXTS.filter(lambda name: name not in weight_map).map(
         lambda name: json.dumps({**record, "weight_map": {**weight_map, name: "a.safetensors"}}).encode()
     )

@@ -43,7 +43,7 @@ def fields(folder: Path) -> Iterator[Field]:
         "lengths": "length|pointer|bytes, must be",
         "pointers": "pointer",
         "document_indices": "document_indices",
-        "index_size": "bytes|multimodal",
+        "index_size": "bytes|multimodal|document_|pointer|length",
     }
     for name, pattern in says.items():
         contents = malformed(name)
@@ -104,7 +104,9 @@ def _changed(draw: st.DrawFn, parts: Parts, name: str) -> bytes:
 
 
 def _index(parts: Parts) -> bytes:
-    header = HEADER.pack(*(parts[name] for name in ("magic", "version", "dtype_code", "sequence_count", "document_count")))
+    header = HEADER.pack(
+        *(parts[name] for name in ("magic", "version", "dtype_code", "sequence_count", "document_count"))
+    )
     lengths, pointers, documents = (parts[name] for name in ("lengths", "pointers", "document_indices"))
     body = struct.pack(f"<{len(lengths)}i{len(pointers)}q", *lengths, *pointers)
     return header + body + struct.pack(f"<{len(documents)}q", *documents)

@@ -37,7 +37,9 @@ BROKEN_YAML = [
     "{<<: {a: 1}}",
     *(".nan", ".inf", "-.inf", "0b_", "0x_", "0x" + "f" * 5000, "[" * 300, "{a: 1, a: 2}", "{? [1] : 2}", "\x07", "'"),
 ]
-BROKEN_ANYWHERE_IN_YAML = [text for text in BROKEN if text not in ("NaN", "Infinity", "-Infinity", "", "1e999", "-1e999")]
+BROKEN_ANYWHERE_IN_YAML = [
+    text for text in BROKEN if text not in ("NaN", "Infinity", "-Infinity", "", "1e999", "-1e999")
+]
 
 
 def rejecting(accepts: Callable[[Any], bool], *likely: SearchStrategy[Any], broken: list[str] = BROKEN) -> Literals:

@@ -96,7 +96,9 @@ def _digest_fields(path: Path) -> Iterator[Field]:
         latest.unlink(missing_ok=True)
         digest.write_bytes(content)
 
-    near = st.integers(0, len(right) - 1).flatmap(lambda i: st.binary(max_size=3).map(lambda b: right[:i] + b + right[i + 1 :]))
+    near = st.integers(0, len(right) - 1).flatmap(
+        lambda i: st.binary(max_size=3).map(lambda b: right[:i] + b + right[i + 1 :])
+    )
     wrong = (st.binary(max_size=90) | near).filter(lambda content: content != right)
     read = lambda: checkpoint.read_manifest(path)  # noqa: E731
     yield Field("manifest.sha256", "digest", manifest, wrong, read, "digest", write_digest)
@@ -113,7 +115,14 @@ def _state_fields(folder: Path) -> Iterator[Field]:
     """The state of a run in training, with the model and the ledger in it, and the configuration beside it."""
     ledger = Ledger(phases=[Phase("train", "model", 3, 4, 5.0, 6.0)], events=[{"event": "growth", "step": 1}])
     ledger = dataclasses.replace(ledger, inherited=[Inherited("source", "x", Ledger())])
-    state = RunState(SCALED, "main", grown_at=2, guard=StepGuard([1.5], 1), ledger=ledger, optimizer={"step": 3, "multipliers": {"head.weight": {"lr": 1.0, "eps": 2.0, "weight_decay": 1.0}}})
+    state = RunState(
+        SCALED,
+        "main",
+        grown_at=2,
+        guard=StepGuard([1.5], 1),
+        ledger=ledger,
+        optimizer={"step": 3, "multipliers": {"head.weight": {"lr": 1.0, "eps": 2.0, "weight_decay": 1.0}}},
+    )
     path = checkpoint.save(
         folder, 2, tensors_at(2), state.to_dict(), config=to_dict(Config(model=SCALED)), provenance={"grew_from": []}
     )
@@ -166,7 +175,9 @@ def _ledger_rules(path: tuple[str | int, ...]) -> dict[tuple[str | int, ...], Ca
         (*path, "phases"): lambda value: value == [],
         (*path, "inherited"): lambda value: value == [],
         (*path, "events"): lambda value: isinstance(value, list),
-        (*path, "phases", 0, "phase"): lambda value: value in ("small", "scoring", "ligo", "growth", "teacher", "salt", "train", "evaluation"),
+        (*path, "phases", 0, "phase"): lambda value: (
+            value in ("small", "scoring", "ligo", "growth", "teacher", "salt", "train", "evaluation")
+        ),
         (*path, "phases", 0, "model"): lambda value: isinstance(value, str),
         (*path, "phases", 0, "steps"): lambda value: type(value) is int and 0 <= value < 1e60,
         (*path, "phases", 0, "tokens"): lambda value: is_cost(value) and not isinstance(value, float),

@@ -77,7 +77,15 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
     for path, accepts in rules.items():
         texts = texts_with(record, path, rejecting(accepts))
         says = f"{path[-1]}|sha256" if path == ("scores_sha256",) else path[-1]
-        yield Field("score manifest", ".".join(path), file.parent if "sha256" in says else file, texts, read, says, file.write_bytes)
+        yield Field(
+            "score manifest",
+            ".".join(path),
+            file.parent if "sha256" in says else file,
+            texts,
+            read,
+            says,
+            file.write_bytes,
+        )
     yield Field("score manifest", "(whole file)", file, unparsable(original), read, "JSON")
     file.write_bytes(original)
 
@@ -103,7 +111,9 @@ def _tensor_fields(folder: Path, read: Callable[[], Any]) -> Iterator[Field]:
         lambda change: raw[: change[0]] + bytes([raw[change[0]] ^ change[1]]) + raw[change[0] + 1 :]
     )
     yield Field("scores.safetensors", "(any byte)", file, flipped, read, "sha256", write_unsigned)
-    cut = st.integers(0, len(raw) - 1).map(lambda end: raw[:end]) | st.binary(min_size=1, max_size=40).map(lambda x: raw + x)
+    cut = st.integers(0, len(raw) - 1).map(lambda end: raw[:end]) | st.binary(min_size=1, max_size=40).map(
+        lambda x: raw + x
+    )
     yield Field("scores.safetensors", "(size)", file, cut, read, "safetensors", write_signed)
     lengths = st.integers(0, 2**64 - 1).filter(lambda n: n != size).map(lambda n: struct.pack("<Q", n) + raw[8:])
     yield Field("scores.safetensors", "header length", file, lengths, read, "safetensors|holds", write_signed)

@@ -1,4 +1,4 @@
-"""Ten steps are five, the end of the process, and five in a new one: bit for bit, whatever the run is in the middle of."""
+"""Ten steps are five, the end of the process, and five in a new one, bit for bit, whatever the run is doing."""
 
 import dataclasses
 import json
@@ -69,7 +69,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_new_process_goes_on_bit_for_bit(corpus: Path, trained: Path, scores: Path, tmp_path: Path, case: str) -> None:
+def test_a_new_process_goes_on_bit_for_bit(
+    corpus: Path, trained: Path, scores: Path, tmp_path: Path, case: str
+) -> None:
     fields, stop, parallel = CASES[case]
     num_ranks = 2 if "2," in case else 1
     sections = {name: value for name, value in fields.items() if name != "precision"}
