@@ -43,7 +43,7 @@ def fields(folder: Path) -> Iterator[Field]:
         "lengths": "length|pointer|bytes, must be",
         "pointers": "pointer",
         "document_indices": "document_indices",
-        "index_size": "bytes|multimodal",
+        "index_size": "bytes|multimodal|document_|pointer|length",
     }
     for name, pattern in says.items():
         contents = malformed(name)

@@ -11,7 +11,8 @@ from typing import Any
 
 from megagrow.errors import MegagrowError
 
-SECONDS = 20.0  # for one input of a few kB, which takes milliseconds; the rest is for busy machines
+SECONDS = 10.0  # of the processor, for one input of a few kB, which takes milliseconds
+WAIT_SECONDS = 240.0  # of the clock, in case it waits for something; long, because machines may be busy
 OWN_BYTES = 3 << 19  # beside the file: one block of 1 MiB that files are hashed in, and the interpreter's own objects
 ADDRESS_BYTES = 1 << 30  # that a read may map: torch's allocations are not seen by tracemalloc
 
@@ -31,7 +32,8 @@ def refusal(read: Callable[[], Any], num_bytes: int) -> MegagrowError | None:
     """
     found: MegagrowError | None = None
     tracemalloc.start()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     try:
         read()
     except Exception as error:
@@ -39,7 +41,8 @@ def refusal(read: Callable[[], Any], num_bytes: int) -> MegagrowError | None:
             raise Misbehaved(f"ended in {type(error).__name__}: {error}") from error
         found = error
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
         taken = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     if taken > 2 * num_bytes + OWN_BYTES:
@@ -52,14 +55,15 @@ def watching() -> Iterator[None]:
     """Bounds the address space and turns a hang into an exception, for the calls of `refusal` inside."""
 
     def late(number: int, frame: FrameType | None) -> None:
-        raise Misbehaved(f"no answer within {SECONDS:g} s")
+        raise Misbehaved(f"no answer within {SECONDS:g} s of the processor, {WAIT_SECONDS:g} s of the clock")
 
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    earlier = signal.signal(signal.SIGALRM, late)
+    earlier = {number: signal.signal(number, late) for number in (signal.SIGALRM, signal.SIGPROF)}
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_BYTES, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGALRM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

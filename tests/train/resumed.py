@@ -1,4 +1,4 @@
-"""One part of a job in a process of its own, as a preemption leaves it, with a note of the samples it learned from."""
+"""One part of a job in processes of its own, as a preemption leaves it, and which samples it learned from."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Ten steps are five, the end of the process, and five in a new one: bit for bit, in the middle of whatever it is."""
+"""Ten steps are five, the end of the process, and five in a new one, bit for bit, whatever the run is doing."""
 
 import dataclasses
 import json
