@@ -215,7 +215,7 @@ def stored_optimizer(data: Any, where: str) -> dict[str, Any]:
         type(step) is int
         and 0 <= step < 2**63
         and isinstance(multipliers, dict)
-        and all(isinstance(m, dict) and set(m) == MULTIPLIERS for m in multipliers.values())
+        and all(isinstance(m, dict) and set(m) <= MULTIPLIERS for m in multipliers.values())
         and all(type(x) in (int, float) and 0 <= x < 1e30 for m in multipliers.values() for x in m.values())
     )
     if not holds:
