@@ -27,7 +27,7 @@ def _window(entries: Mapping[str, Any], family: Family, num_layers: int, where: 
     """The window of the layers that have one; None: no layer has."""
     if family.window == "never":
         for key, allowed in (("sliding_window", None), ("use_sliding_window", False)):
-            if entries.get(key) not in (None, allowed):
+            if entries.get(key) is not None and entries[key] is not allowed:
                 raise unsupported(key, entries[key], f"use a model with {key}={allowed}", where)
         return None
     stated = entries.get("sliding_window", DEFAULT_WINDOW)

@@ -341,14 +341,18 @@ class IndexedWriter:
     def _append(self, tokens: NDArray[Any], lengths: Sequence[int]) -> None:
         assert tokens.ndim == 1 and sum(lengths) == len(tokens)
         limits = np.iinfo(self.dtype)
-        if len(tokens) and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
+        if (
+            len(tokens)
+            and tokens.dtype != self.dtype
+            and not (limits.min <= tokens.min() and tokens.max() <= limits.max)
+        ):
             bad = tokens.max() if tokens.max() > limits.max else tokens.min()
             raise DataError(
                 f"{self._final[0]}: token id {bad} does not fit {self.dtype.name}, at most "
                 f"{limits.max}; the vocabulary is larger than the dtype: write int32"
             )
         with os_errors_as_data_errors(self._final[0]):
-            self._tokens_file.write(tokens.astype(self.dtype, copy=False).tobytes())
+            self._tokens_file.write(np.ascontiguousarray(tokens, self.dtype).data)
         self._lengths.extend(lengths)
         self.num_tokens += len(tokens)
 

@@ -189,10 +189,8 @@ class _Unusable(Exception):
 
 def digest_of(batch: Batch) -> bytes:
     """sha256 of a batch's records, which says where one ends and the next begins."""
-    digest = hashlib.sha256()
-    for record in batch.records:
-        digest.update(len(record).to_bytes(8, "little"))
-        digest.update(record)
+    digest = hashlib.sha256(repr([len(record) for record in batch.records]).encode())
+    digest.update(b"".join(batch.records))
     return digest.digest()
 
 

@@ -68,7 +68,10 @@ class _Encoder:
         if not text or text.isspace():
             return np.empty(0, self._dtype)
         if isinstance(self._tokenizer, ByteTokenizer):  # a list of so many small numbers would take most of the time
-            return np.append(self._tokenizer.encode_array(text).astype(self._dtype), self._end)
+            content = self._tokenizer.encode_array(text)
+            ids = np.empty(len(content) + len(self._end), self._dtype)
+            ids[: len(content)], ids[len(content) :] = content, self._end
+            return ids
         return np.array(self._tokenizer.encode(text) + self._end.tolist(), self._dtype)
 
     def batch(self, batch: Batch) -> _Encoded:
