@@ -141,7 +141,7 @@ def test_death_at_random_moments(doom: Doom, saved: Path, tmp_path: Path, asynch
         root, rank = copy(saved, tmp_path, str(number)), number % 2
         delay = moments.uniform(0, outcome.seconds)
         outcomes = doom.run(replace(job, root=str(root), action="moment", rank=rank, delay=delay))
-        assert HANGS not in {outcome.code for outcome in outcomes}
+        assert HANGS not in {outcome.code for outcome in outcomes}, "".join(each.output for each in outcomes)
         seen.append(assert_survives(doom, root, KEPT))
     print(f"step 3 was there after {sum(3 in steps for steps in seen)} of {NUM_MOMENTS} deaths")
 
@@ -208,7 +208,7 @@ def test_a_run_that_dies_fifty_times_is_the_same_run(doom: Doom, corpus: Path, t
     for number in range(NUM_MOMENTS):
         delay = moments.uniform(0.2, longest)
         outcomes = doom.run(replace(job, root=str(broken), action="moment", rank=number % 2, delay=delay))
-        assert HANGS not in {outcome.code for outcome in outcomes}
+        assert HANGS not in {outcome.code for outcome in outcomes}, "".join(each.output for each in outcomes)
     print(f"after {NUM_MOMENTS} deaths: {[path.name for path in checkpoint.candidates(broken / 'checkpoints')][:1]}")
     outcomes = doom.run(replace(job, root=str(broken)))
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
