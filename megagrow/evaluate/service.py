@@ -1,9 +1,9 @@
 """The first rank asks, all ranks work: what a program that knows nothing of ranks can drive."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from megagrow.evaluate.shared_model import SharedModel
 from megagrow.evaluate.windows import Window
 from megagrow.generate import Sampling
 from megagrow.parallel.collectives import broadcast_json
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Service:
 
     def __init__(self, shared: SharedModel, tokenizer: Any) -> None:
         self.shared, self.tokenizer = shared, tokenizer
+        self._others_wait = True  # for what is asked next; while they work, telling them anything would hang
 
     def __enter__(self) -> "Service":
         return self
@@ -55,7 +58,7 @@ class Service:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.is_first:
+        if self.is_first and self._others_wait:
             self._tell(None)
 
     @property
@@ -69,7 +72,7 @@ class Service:
         Args:
             sequences: tokens, and how many of the last ones are scored.
         """
-        return self._score(self._tell({"score": list(sequences)})["score"])
+        return self._ask({"score": list(sequences)}, self._score)
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: Generation) -> list[list[int]]:
         """Continues each prompt up to where `settings` ends it; what ended it is still there.
@@ -79,21 +82,28 @@ class Service:
             seeds: of the sampling, one for each.
             settings: see `Generation`.
         """
-        return self._generate(self._tell({"generate": list(prompts), "seeds": list(seeds), "how": asdict(settings)}))
+        job = {"generate": list(prompts), "seeds": list(seeds), "how": asdict(settings)}
+        return self._ask(job, self._generate)
 
     def serve(self) -> None:
         """Takes part in what the first rank asks for, until it leaves."""
         while (job := self._tell(None)) is not None:
             if "score" in job:
-                self._score(job["score"])
+                self._score(job)
             else:
                 self._generate(job)
+
+    def _ask(self, job: dict[str, Any], work: Callable[[dict[str, Any]], list[Answer]]) -> list[Answer]:
+        self._others_wait = False
+        answers = work(self._tell(job))
+        self._others_wait = True
+        return answers
 
     def _tell(self, job: Any) -> Any:
         return broadcast_json(job, self.shared.mesh.world, self.shared.mesh.device)
 
-    def _score(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        windows = [Window(np.array(tokens, np.int64), num_scored) for tokens, num_scored in sequences]
+    def _score(self, job: dict[str, Any]) -> list[tuple[float, bool]]:
+        windows = [Window(np.array(tokens, np.int64), num_scored) for tokens, num_scored in job["score"]]
         nll_N, greedy_N = self.shared.score(windows)
         return list(zip((-nll_N).tolist(), greedy_N.tolist(), strict=True))
 

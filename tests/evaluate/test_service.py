@@ -101,3 +101,22 @@ def fail_on_the_first_rank() -> str:
 def test_the_others_end_when_the_first_rank_fails() -> None:
     """Rather than wait for ever."""
     assert run_ranks(fail_on_the_first_rank, 3, timeout=60) == ["no such task", "served", "served"]
+
+
+def fail_in_the_middle() -> None:
+    """The others are then inside the model, where nothing can be told to them."""
+    with Service(shared_model(BYTES, tensor=2), Characters()) as service:
+        if not service.is_first:
+            return service.serve()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(service.shared, "_score_batch", fail)
+            service.score(SEQUENCES)
+
+
+def fail(windows: object) -> None:
+    raise MemoryError("no memory left")
+
+
+def test_a_failure_while_all_work_is_told_at_once() -> None:
+    with pytest.raises(MemoryError, match="no memory left"):
+        run_ranks(fail_in_the_middle, 2, timeout=60)
