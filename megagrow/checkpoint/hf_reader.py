@@ -33,7 +33,7 @@ from megagrow.checkpoint.hf_tensors import (
 )
 from megagrow.checkpoint.safetensors_file import DTYPE_NAMES
 from megagrow.config import ModelConfig
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, named, shown
 from megagrow.roles import role_of
 
 WEIGHTS_FILE = "model.safetensors"
@@ -224,13 +224,16 @@ def _catalog(folder: Path) -> dict[str, Stored]:
         with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
                 if key in stored:
-                    raise CheckpointError(f"{path}: tensor {key} stands in {stored[key].file.name} too; remove one")
+                    raise CheckpointError(
+                        f"{path}: tensor {named(key)} stands in {stored[key].file.name} too; remove one"
+                    )
                 header = file.get_slice(key)
                 stored[key] = Stored(path, key, tuple(header.get_shape()), header.get_dtype())
     for key, name in index.items():
         if key not in stored or stored[key].file.name != name:
             raise CheckpointError(
-                f"{folder / name}: tensor {key} is missing, though {INDEX_FILE} places it there; restore the file"
+                f"{folder / name}: tensor {named(key)} is missing, though {INDEX_FILE} places it there; "
+                "restore the file"
             )
     return stored
 
@@ -251,7 +254,7 @@ def _index(folder: Path) -> dict[str, str]:
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain_name(name):
             raise CheckpointError(
-                f"{path}: weight_map places {key} in {name!r}; it must be the plain name of a "
+                f"{path}: weight_map places {named(key)} in {shown(name)}; it must be the plain name of a "
                 ".safetensors file of the folder"
             )
     return weight_map
@@ -259,7 +262,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 def _is_plain_name(name: str) -> bool:
     has_separator = any(sign in name for sign in ("/", "\\", "\0"))
-    return name.endswith(".safetensors") and not has_separator
+    return name.endswith(".safetensors") and not has_separator and name.isprintable() and len(name) <= 255
 
 
 def _renamed(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
@@ -296,17 +299,17 @@ def _check_tensors(stored: Mapping[str, Stored], family: Family, model: ModelCon
         entry = stored[name]
         if entry.shape != shape:
             raise CheckpointError(
-                f"{entry.file}: tensor {entry.key} has shape {list(entry.shape)}, {CONFIG_FILE} "
+                f"{entry.file}: tensor {named(entry.key)} has shape {list(entry.shape)}, {CONFIG_FILE} "
                 f"asks for {list(shape)}; restore the one that belongs to the other"
             )
         if entry.dtype not in DTYPE_NAMES.values():
             raise CheckpointError(
-                f"{entry.file}: tensor {entry.key} is stored as {entry.dtype}; use an unquantized "
+                f"{entry.file}: tensor {named(entry.key)} is stored as {entry.dtype}; use an unquantized "
                 f"model, in {', '.join(DTYPE_NAMES.values())}"
             )
     unexpected = unexpected_tensors(stored, family, model)
     if unexpected:
         raise CheckpointError(
-            f"{stored[unexpected[0]].file}: tensor {stored[unexpected[0]].key} has no place in the "
+            f"{stored[unexpected[0]].file}: tensor {named(stored[unexpected[0]].key)} has no place in the "
             f"model that {CONFIG_FILE} describes, and would be lost; use a folder without it"
         )
