@@ -212,7 +212,7 @@ def _open(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: cannot be read ({reason}); restore the file") from None
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path}: damaged or not a safetensors file ({' '.join(str(error).split())}); restore the file"
+            f"{path}: damaged or not a safetensors file ({shown(str(error))}); restore the file"
         ) from None
 
 

@@ -182,7 +182,7 @@ def load_maps(path: Path | str, device: torch.device | str = "cpu") -> Ligo:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         texts = [metadata[key].encode() for key in ("source", "target")]
     except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path}: is no file of learned maps ({error}); {MAPS_REMEDY}") from None
+        raise CheckpointError(f"{path}: is no file of learned maps ({shown(str(error))}); {MAPS_REMEDY}") from None
     source, target = (_stored_model(text, path) for text in texts)
     _check_sizes(source, target, state, path)
     dtype = next(iter(state.values())).dtype

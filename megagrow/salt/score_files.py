@@ -299,7 +299,9 @@ def _parse_tensors(content: bytes, path: Path) -> Arrays:
     try:
         return safetensors.numpy.load(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a safetensors file ({error}); remove it and score the corpus again") from None
+        raise DataError(
+            f"{path}: not a safetensors file ({shown(str(error))}); remove it and score the corpus again"
+        ) from None
 
 
 def _check_arrays(arrays: Arrays, path: Path, num_samples: int) -> None:
