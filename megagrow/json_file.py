@@ -63,7 +63,7 @@ def _problems(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
         yield named(name), f"is nested more than {MAX_DEPTH} deep"
     elif isinstance(value, dict):
         for key, entry in value.items():
-            if not _is_text(key):
+            if not is_text(key):
                 yield f"key {shown(key)}", "holds half a surrogate pair, which is no text"
             yield from _problems(entry, f"{name}.{key}" if name else key, depth + 1)
     elif isinstance(value, list):
@@ -71,11 +71,12 @@ def _problems(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
             yield from _problems(entry, f"{name}[{index}]", depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         yield named(name), "is not a finite number"
-    elif isinstance(value, str) and not _is_text(value):
+    elif isinstance(value, str) and not is_text(value):
         yield named(name), "holds half a surrogate pair, which is no text"
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: half a surrogate pair cannot."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from megagrow.checkpoint.shards import DTYPES
 from megagrow.errors import CheckpointError, shown
-from megagrow.json_file import parse_object
+from megagrow.json_file import is_text, parse_object
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -131,7 +131,7 @@ class Manifest:
 
 
 def check_json(value: Any, where: str) -> None:
-    """Refuses what JSON would lose or change: other types, keys that are no strings, NaN, infinity.
+    """Refuses what JSON would lose or change: other types, keys that are no strings, NaN, infinity, text that is none.
 
     Raises:
         CheckpointError: names the place, `where` being the name of the whole.
@@ -140,6 +140,8 @@ def check_json(value: Any, where: str) -> None:
         for key, entry in value.items():
             if not isinstance(key, str):
                 raise CheckpointError(f"{where} has the key {key!r}; keys must be strings")
+            if not is_text(key):
+                raise CheckpointError(f"{where} has a key that holds half a surrogate pair, which is no text")
             check_json(entry, f"{where}.{key}")
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):
@@ -147,6 +149,8 @@ def check_json(value: Any, where: str) -> None:
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise CheckpointError(f"{where} is {value}; JSON has finite numbers only, store null")
+    elif isinstance(value, str) and not is_text(value):
+        raise CheckpointError(f"{where} holds half a surrogate pair, which is no text")
     elif not isinstance(value, str | int | bool | None):
         raise CheckpointError(
             f"{where} is a {type(value).__name__}; only JSON values are stored, "

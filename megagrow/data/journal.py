@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ from megagrow.data.records import Batch
 
 SECONDS_BETWEEN_ENTRIES = 10.0
 _BLOCK = 1 << 24
+_HASHED_AHEAD = 16  # batches that wait to be hashed
 
 
 @dataclass(frozen=True)
@@ -86,24 +88,25 @@ class JournaledWriter:
         self.counts = Counts(self.done.num_empty, self.done.num_bad, self.done.bad_examples)
         self._num_batches, self._has_entry = self.done.num_batches, self.done.num_batches > 0
         self._pending, self._last = list[bytes](), time.monotonic()
+        self._hashing, self._hashed = ThreadPoolExecutor(1), list[Future[None]]()  # beside the next batch's encoding
         with os_errors_as_data_errors(self._lengths_path):
             self._lengths_file = open(self._lengths_path, "ab")  # noqa: SIM115 (closed on leaving)
             self._lengths_file.truncate(len(lengths))
 
-    def add(self, digest: bytes, tokens: NDArray[Any], lengths: list[int], counts: Counts) -> None:
+    def add(self, digest: Callable[[], bytes], tokens: NDArray[Any], lengths: list[int], counts: Counts) -> None:
         """Appends the documents of the next batch.
 
         Args:
-            digest: of the batch's records, from `digest_of`.
+            digest: gives that of the batch's records, see `digest_of`; called in a thread.
             tokens: [T] end to end.
             lengths: of the documents, summing to T.
             counts: what has been left out so far, this batch included.
         """
         self.writer.add_documents(tokens, lengths)
         of_lengths = np.asarray(lengths, "<i4").tobytes()
-        self._input.update(digest)
-        self._lengths.update(of_lengths)
-        self._tokens.update(tokens.astype(self.writer.dtype, copy=False).data)
+        if len(self._hashed) > _HASHED_AHEAD:
+            self._hashed.pop(0).result()
+        self._hashed.append(self._hashing.submit(self._hash, digest, of_lengths, tokens))
         self._pending.append(of_lengths)
         self.counts, self._num_batches = counts, self._num_batches + 1
         if time.monotonic() - self._last >= SECONDS_BETWEEN_ENTRIES:
@@ -126,7 +129,13 @@ class JournaledWriter:
         elif kind is not None:
             self.writer.discard()
             self._forget()
+        self._hashing.shutdown(cancel_futures=True)
         self._lengths_file.close()
+
+    def _hash(self, digest: Callable[[], bytes], of_lengths: bytes, tokens: NDArray[Any]) -> None:
+        self._input.update(digest())
+        self._lengths.update(of_lengths)
+        self._tokens.update(tokens.astype(self.writer.dtype, copy=False).data)
 
     def _begin(self, settings: str) -> None:
         self.done = Entry(settings)
@@ -164,7 +173,10 @@ class JournaledWriter:
             self._lengths_file.write(b"".join(self._pending))
             self._lengths_file.flush()
             os.fsync(self._lengths_file.fileno())
+        for hashed in self._hashed:
+            hashed.result()
         self._pending.clear()
+        self._hashed.clear()
         entry = Entry(
             self.done.settings,
             self._num_batches,

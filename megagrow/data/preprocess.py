@@ -8,11 +8,12 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ class _Encoded:
     num_empty: int
     bad: list[str]
     position: int
-    digest: bytes
+    digest: Callable[[], bytes]  # of the batch's records
 
 
 class _Encoder:
@@ -92,7 +93,7 @@ class _Encoder:
                 documents.append(ids)
                 lengths.append(len(ids))
         tokens = np.concatenate(documents) if documents else np.empty(0, self._dtype)
-        return _Encoded(tokens, lengths, num_empty, bad, batch.position, digest_of(batch))
+        return _Encoded(tokens, lengths, num_empty, bad, batch.position, partial(digest_of, batch))
 
 
 def preprocess_files(
@@ -254,4 +255,5 @@ def _start_worker(tokenizer_path: str | Path, json_key: str, append_eod: bool) -
 
 
 def _encode_in_worker(batch: Batch) -> _Encoded:
-    return _worker_encoder.batch(batch)
+    encoded = _worker_encoder.batch(batch)
+    return replace(encoded, digest=partial(bytes, encoded.digest()))  # without the records

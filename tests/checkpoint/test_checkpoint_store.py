@@ -115,7 +115,7 @@ def test_state_config_and_provenance_come_back(tmp_path: Path) -> None:
     state = {
         "loss": 0.1 + 0.2,
         "window": [1e-300, -0.0],
-        "name": "é\ud800",
+        "name": "é",
         "none": None,
         "yes": True,
     }
@@ -137,6 +137,8 @@ def test_state_config_and_provenance_come_back(tmp_path: Path) -> None:
         ({"seen": {"a": [0, {1, 2}]}}, r"state\.seen\.a\[1\] is a set"),
         ({"seen": {3: "three"}}, r"state\.seen has the key 3"),
         ({"best": float("inf")}, r"state\.best is inf"),
+        ({"name": "half \ud800"}, r"state\.name holds half a surrogate pair"),
+        ({"half \ud800": 1}, r"state has a key that holds half a surrogate pair"),
     ],
 )
 def test_what_json_would_change_is_refused(tmp_path: Path, state: dict[str, Any], message: str) -> None:

@@ -150,7 +150,7 @@ REFUSED = [
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic' is not"),
     ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type='longrope' is not"),
     ("llama", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_scaling.rope_type=['yarn'] is not"),
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "type": "linear"}}, "type=linear contradict"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "type": "linear"}}, "type='linear' contradict"),
     ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 must be at least 1"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor='2' must be a positive number"),
