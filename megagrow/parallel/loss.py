@@ -143,6 +143,7 @@ def token_scores(
     vocab_size: int,
     tp: Axis,
     chunk_tokens: int = 1024,
+    *,
     head_bias: Tensor | None = None,
     ties_by_id: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -154,6 +155,7 @@ def token_scores(
     Args:
         hidden_TH, head_VH, labels_T, vocab_size, tp: as in `vocab_parallel_loss`.
         chunk_tokens: tokens whose logits exist at a time.
+        head_bias: [V] of this rank's rows, or None.
         ties_by_id: equal logits of lower ids count too, so that rank 0 is the token that an argmax takes.
 
     Returns:

@@ -323,7 +323,7 @@ def score_given_logits(
     """Scores through the identity as output matrix, which hands the logits on unchanged."""
     tp, vocab = tp_axis(), logits_TV.shape[1]
     head_VH = torch.eye(vocab, dtype=logits_TV.dtype)[chunk(vocab, tp)]
-    return list(token_scores(logits_TV, head_VH, labels_T, vocab, tp, chunk_tokens, ties_by_id))
+    return list(token_scores(logits_TV, head_VH, labels_T, vocab, tp, chunk_tokens, ties_by_id=ties_by_id))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
