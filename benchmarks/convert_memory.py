@@ -8,8 +8,8 @@ logits, each way in a process of its own. What is measured is the process' large
 included, as the kernel counts them. Every tensor that comes back is compared bit by bit with the one that went in.
 """
 
+import importlib
 import json
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -66,7 +66,7 @@ def convert_here(arguments: list[str]) -> None:
     sys.argv = [str(TOOL), *arguments]
     sys.path.insert(0, str(TOOL.parent))
     try:
-        runpy.run_path(str(TOOL), run_name="__main__")
+        importlib.import_module("_command").run(importlib.import_module(TOOL.stem).main)
     except SystemExit as ended:
         if ended.code:
             raise
