@@ -14,6 +14,8 @@ from megagrow.data.tokenizer import Tokenizer
 from megagrow.errors import DataError
 from megagrow.model import Transformer
 
+NOT_FINITE = "not finite: its weights are damaged or overflow; use another checkpoint or a wider dtype"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -109,6 +111,9 @@ def continuations(
 
     Returns:
         The tokens added to each prompt.
+
+    Raises:
+        DataError: the model's logits are not finite.
     """
     added: list[list[int]] = [[] for _ in prompts]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -130,4 +135,6 @@ def _next_logits(model: Transformer, contexts: list[list[int]]) -> Tensor:
     ids_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     with torch.no_grad():
         logits_BV = model.next_logits(ids_BS, torch.tensor([len(row) for row in rows], device=device))
+    if not logits_BV.isfinite().all():
+        raise DataError(f"the model's logits are {NOT_FINITE}")
     return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)).cpu()

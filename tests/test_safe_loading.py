@@ -37,9 +37,15 @@ NAMES = {
     "pandas.read_pickle",
     "pydoc.locate",
     *(f"torch.distributed.checkpoint.{module}FileSystemReader" for module in ("", "filesystem.")),
+    *(f"torch.distributed.checkpoint.{module}load_state_dict" for module in ("", "state_dict_loader.")),
+    "torch.distributed.checkpoint.format_utils",
     "torch.hub",
     "torch.jit.load",
     "torch.package",
+    "torch.serialization.add_safe_globals",
+    "torch.serialization.safe_globals",
+    "yaml.add_constructor",
+    "yaml.add_multi_constructor",
     *(f"yaml.{kind}_load" for kind in ("full", "unsafe")),
     *(f"yaml.{kind}_load_all" for kind in ("full", "unsafe")),
     *(f"yaml.{kind}Loader" for kind in ("", "Full", "Unsafe", "C", "CFull", "CUnsafe")),
@@ -47,7 +53,14 @@ NAMES = {
     "yaml.load_all",
 }
 TORCH_LOAD = {"torch.load", "torch.serialization.load"}
+CHECKPOINT_LOAD = {
+    f"torch.distributed.checkpoint.{module}{name}"
+    for module in ("", "state_dict_loader.")
+    for name in ("load", "async_load")
+}
 NUMPY_LOAD = {"numpy.load", "numpy.lib.npyio.load", "numpy.lib.format.read_array"}
+LOADS = TORCH_LOAD | NUMPY_LOAD | CHECKPOINT_LOAD
+STARS = {"builtins", "numpy", "torch", "torch.distributed.checkpoint", "torch.serialization", "yaml"}
 NEVER_TRUE = {"allow_pickle", "trust_remote_code"}
 END = "it can run code"
 
@@ -68,9 +81,9 @@ def _import_errors(source: Source) -> Iterator[tuple[int, str]]:
         module, _, name = each.module.rpartition(".")
         if each.module.split(".")[0] in MODULES:
             yield each.line, f"imports {each.module}"
-        elif each.module in NAMES | TORCH_LOAD | NUMPY_LOAD or module in NAMES:
+        elif each.module in NAMES | LOADS or module in NAMES:
             yield each.line, f"imports {each.module} by its own name"
-        elif name == "*" and module in {"builtins", "numpy", "torch", "yaml"}:
+        elif name == "*" and module in STARS:
             yield each.line, f"imports everything from {module}"
 
 
@@ -88,7 +101,7 @@ def _reference_errors(tree: ast.Module, names: dict[str, str], called: set[int])
             continue
         if path in NAMES and not (isinstance(node, ast.Name) and node.id in names):
             yield node.lineno, f"uses {path}"
-        elif path in TORCH_LOAD | NUMPY_LOAD and id(node) not in called:
+        elif path in LOADS and id(node) not in called:
             yield node.lineno, f"hands {path} on"
 
 
@@ -106,6 +119,10 @@ def _call_errors(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[int,
             yield node.lineno, f"calls {path} without weights_only=True"
         if path in NUMPY_LOAD and (len(node.args) > 2 or None in given):
             yield node.lineno, f"calls {path} with arguments that may allow pickles"
+        if path in CHECKPOINT_LOAD and ("storage_reader" not in given or _is(given["storage_reader"], None)):
+            yield node.lineno, f"calls {path} without a storage_reader of its own"
+        if "use_safetensors" in given and not _is(given["use_safetensors"], True):
+            yield node.lineno, "passes use_safetensors"
         for name in sorted(NEVER_TRUE & given.keys()):
             if not _is(given[name], False):
                 yield node.lineno, f"passes {name}"
@@ -136,7 +153,7 @@ def _local_names(tree: ast.Module) -> Iterator[tuple[str, str]]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
     yield from names.items()
-    modules = {name.split(".")[0] for name in NAMES | TORCH_LOAD | NUMPY_LOAD}
+    modules = {name.split(".")[0] for name in NAMES | LOADS}
     for node in ast.walk(tree):
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=module)) if (
@@ -210,6 +227,19 @@ HARMFUL = [
     "import torch\ntorch.package.PackageImporter(f)",
     "import torch.distributed.checkpoint as dcp\ndcp.FileSystemReader(f)",
     "import torch.distributed.checkpoint as dcp\nclass Reader(dcp.FileSystemReader): pass",
+    "import torch.distributed.checkpoint as dcp\ndcp.load(state, checkpoint_id=path)",
+    "import torch.distributed.checkpoint as dcp\ndcp.load(state, storage_reader=None)",
+    "import torch.distributed.checkpoint as dcp\ndcp.async_load(state, checkpoint_id=path)",
+    "import torch.distributed.checkpoint as dcp\ndcp.load_state_dict(state, reader)",
+    "import torch.distributed.checkpoint as dcp\nread = dcp.load",
+    "from torch.distributed.checkpoint import load",
+    "from torch.distributed.checkpoint import *",
+    "from torch.distributed.checkpoint.format_utils import dcp_to_torch_save",
+    "from torch.serialization import *",
+    "import torch\ntorch.serialization.add_safe_globals([f])",
+    "import torch\ntorch.serialization.safe_globals([f])",
+    "import yaml\nyaml.add_constructor(tag, f)",
+    "AutoModel.from_pretrained(f, use_safetensors=False)",
     "import yaml\nyaml.load(f, Loader=loader)",
     "import yaml\nyaml.load_all(f, loader)",
     "import yaml\nyaml.unsafe_load(f)",
@@ -256,6 +286,8 @@ HARMLESS = [
     "engine.load(f)\nstore.load(f)",
     "'pickle.load(f) and eval(x)'",
     "import torch.distributed.checkpoint as dcp\nclass Reader(dcp.StorageReader): pass",
+    "import torch.distributed.checkpoint as dcp\ndcp.load(state, storage_reader=reader)",
+    "AutoModel.from_pretrained(f, use_safetensors=True)",
     "import torch.distributed.checkpoint as dcp\nclass R(dcp.FileSystemReader):\n    def read_metadata(self): pass",
 ]
 

@@ -229,27 +229,32 @@ class IndexedWriter:
     prefix the second is refused. Raises DataError when the folder cannot be written or a token id
     does not fit `dtype`.
 
-    `resume` goes on with the temporary file that `suspend` left: how many of its bytes to keep, and
-    the lengths (int32) of the documents in them, of one sequence each.
+    With `keep` the temporary file that `suspend` left stays as it is until `resume` is called.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike, resume: tuple[int, bytes] = (0, b"")) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, keep: bool = False) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         assert self.dtype in _CODES, f"{self.dtype} cannot hold tokens"
         self._final = [tokens_path(prefix), description_path(prefix), index_path(prefix)]
         self._temporary = [path.with_name(path.name + ".tmp") for path in self._final]
-        num_bytes, lengths = resume
-        self._lengths = array("i", lengths)
-        self._document_indices = array("q", range(len(self._lengths) + 1))
-        self.num_tokens = num_bytes // self.dtype.itemsize
+        self._lengths, self._document_indices, self.num_tokens = array("i"), array("q", [0]), 0
         with os_errors_as_data_errors(self._final[0]):
             self._final[0].parent.mkdir(parents=True, exist_ok=True)
-            self._tokens_file = _open_alone(self._temporary[0], num_bytes)
+            self._tokens_file = _open_alone(self._temporary[0], keep)
 
     @property
     def num_documents(self) -> int:
         return len(self._document_indices) - 1
+
+    def resume(self, num_bytes: int, lengths: bytes) -> None:
+        """Go on after what is there: its first `num_bytes`, and the lengths (int32) of the documents in them, of one
+        sequence each."""
+        self._lengths = array("i", lengths)
+        self._document_indices = array("q", range(len(self._lengths) + 1))
+        self.num_tokens = num_bytes // self.dtype.itemsize
+        with os_errors_as_data_errors(self._temporary[0]):
+            self._tokens_file.truncate(num_bytes)
 
     def add_sequence(self, tokens: ArrayLike) -> None:
         """Append one sequence (token ids [T]) to the current document."""
@@ -287,8 +292,11 @@ class IndexedWriter:
         self._document_indices.frombytes((dataset.document_indices[1:] + first).tobytes())
         self.num_tokens += dataset.num_tokens
 
-    def close(self, description: Description | None = None) -> None:
-        """Commit: the files appear under their final names and replace an earlier dataset there."""
+    def close(self, description: Description | None = None, keep: bool = False) -> None:
+        """Commit: the files appear under their final names and replace an earlier dataset there.
+
+        After an error nothing is left, or, with `keep`, what another writer can `resume`.
+        """
         assert self._document_indices[-1] == len(self._lengths), "the last document was not ended"
         try:
             with os_errors_as_data_errors(self._final[0]):
@@ -299,7 +307,7 @@ class IndexedWriter:
                 os.fsync(self._tokens_file.fileno())
                 self._commit(description is not None)
         except BaseException:
-            self.discard()
+            (self.suspend if keep and self._temporary[0].exists() else self.discard)()
             raise
         self._tokens_file.close()
 
@@ -312,6 +320,8 @@ class IndexedWriter:
 
     def suspend(self) -> None:
         """Stop and leave the temporary file; another writer can `resume` what was synced."""
+        for path in self._temporary[1:]:
+            path.unlink(missing_ok=True)
         with suppress(OSError):
             self._tokens_file.close()
 
@@ -378,8 +388,8 @@ class IndexedWriter:
         fsync_path(folder)
 
 
-def _open_alone(path: Path, num_bytes: int) -> IO[bytes]:
-    """Open `path` for writing after its first `num_bytes`, or raise DataError when a live process is writing it."""
+def _open_alone(path: Path, keep: bool) -> IO[bytes]:
+    """Open `path` for writing, emptied unless `keep`, or raise DataError when a live process is writing it."""
     file = open(path, "ab")  # noqa: SIM115 (closed by the writer); "a" keeps what another writer has
     try:
         with suppress(OSError):  # a file system without locks
@@ -389,7 +399,8 @@ def _open_alone(path: Path, num_bytes: int) -> IO[bytes]:
                 raise DataError(f"{path}: another process is writing this dataset") from None
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise DataError(f"{path}: another process has just written this dataset; try again")
-        file.truncate(num_bytes)
+        if not keep:
+            file.truncate(0)
     except BaseException:
         file.close()
         raise

@@ -23,8 +23,11 @@ from megagrow.data.description import Description
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
 from megagrow.data.indexed import IndexedWriter, tokens_path
 from megagrow.data.records import Batch
+from megagrow.errors import DataError, named
+from megagrow.json_file import parse_object
 
 SECONDS_BETWEEN_ENTRIES = 10.0
+MAX_EXAMPLES = 5  # of lines that were left out
 _BLOCK = 1 << 24
 _HASHED_AHEAD = 16  # batches that wait to be hashed
 
@@ -79,12 +82,16 @@ class JournaledWriter:
     ) -> None:
         self._lengths_path, self._journal_path = Path(f"{prefix}.lengths.tmp"), Path(f"{prefix}.journal.tmp")
         self.problem, self.batches, lengths = "", read(), b""
+        self.writer = IndexedWriter(prefix, dtype, keep=True)  # first of all: nobody else writes what is read now
         try:
             lengths = self._take_up(settings, tokens_path(prefix).with_name(tokens_path(prefix).name + ".tmp"))
         except _Unusable as problem:
             self.problem, self.batches = str(problem), read()
             self._begin(settings)
-        self.writer = IndexedWriter(prefix, dtype, (self.done.num_token_bytes, lengths))
+        except BaseException:
+            self.writer.suspend()
+            raise
+        self.writer.resume(self.done.num_token_bytes, lengths)
         self.counts = Counts(self.done.num_empty, self.done.num_bad, self.done.bad_examples)
         self._num_batches, self._has_entry = self.done.num_batches, self.done.num_batches > 0
         self._pending, self._last = list[bytes](), time.monotonic()
@@ -114,8 +121,9 @@ class JournaledWriter:
             self._last = time.monotonic()
 
     def close(self, description: Description) -> None:
-        """Commits the dataset, and forgets how it was made."""
-        self.writer.close(description)
+        """Commits the dataset, and forgets how it was made; after an error all of it is still there to go on with."""
+        self._enter()
+        self.writer.close(description, keep=True)
         self._forget()
 
     def __enter__(self) -> Self:
@@ -155,7 +163,9 @@ class JournaledWriter:
             raise _Unusable("tokenizer, options or names of inputs are others")
         for _ in range(done.num_batches):
             batch = next(self.batches, None)
-            self._input.update(b"" if batch is None else digest_of(batch))
+            if batch is None:
+                raise _Unusable("the input has changed since")
+            self._input.update(digest_of(batch))
         lengths = _read(self._lengths_path, 4 * done.num_documents, self._lengths, keep=True)
         _read(tokens, done.num_token_bytes, self._tokens)
         for what, expected, found in (
@@ -165,6 +175,8 @@ class JournaledWriter:
         ):
             if expected != found.hexdigest():
                 raise _Unusable(f"{what} has changed since")
+        if done.num_token_bytes != np.frombuffer(lengths, "<i4").sum(dtype=np.int64) * self.writer.dtype.itemsize:
+            raise _Unusable(f"{self._journal_path}: num_token_bytes is not what the lengths sum to")
         self.done = done
         return lengths
 
@@ -208,16 +220,22 @@ def digest_of(batch: Batch) -> bytes:
 
 def _read_entry(path: Path) -> Entry:
     try:
-        values = json.loads(path.read_bytes())
-        entry = Entry(**values)
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise _Unusable(f"{path} is damaged") from None
+        values = parse_object(path.read_bytes(), path, DataError, "it is not gone on with")
+    except OSError as error:
+        raise _Unusable(f"{path} cannot be read ({error.strerror})") from None
+    except DataError as problem:
+        raise _Unusable(str(problem)) from None
+    for name in sorted(values.keys() ^ {each.name for each in fields(Entry)}):
+        raise _Unusable(f"{path}: {named(name)} is {'unknown' if name in values else 'missing'}")
+    entry = Entry(**values)
     for each in fields(Entry):
         value = getattr(entry, each.name)
         if type(value) is not (each.type if isinstance(each.type, type) else list):
             raise _Unusable(f"{path}: {each.name} is damaged")
         if isinstance(value, int) and value < 0:
             raise _Unusable(f"{path}: {each.name} is negative")
+    if len(entry.bad_examples) != min(entry.num_bad, MAX_EXAMPLES) or set(map(type, entry.bad_examples)) - {str}:
+        raise _Unusable(f"{path}: bad_examples are not those of num_bad lines")
     return entry
 
 

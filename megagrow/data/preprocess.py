@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megagrow.data.description import Description
 from megagrow.data.indexed import IndexedWriter, token_dtype
-from megagrow.data.journal import Counts, JournaledWriter, digest_of
+from megagrow.data.journal import MAX_EXAMPLES, Counts, JournaledWriter, digest_of
 from megagrow.data.progress import corpus_progress
 from megagrow.data.records import BadRecord, Batch, parse_record, read_batches, total_bytes
 from megagrow.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_file
@@ -155,7 +155,7 @@ def _settings(inputs: Sequence[str | Path], tokenizer: Tokenizer, tokenizer_path
 
 
 def _counted(counts: Counts, part: _Encoded) -> Counts:
-    examples = (counts.bad_examples + part.bad)[:5]
+    examples = (counts.bad_examples + part.bad)[:MAX_EXAMPLES]
     return Counts(counts.num_empty + part.num_empty, counts.num_bad + len(part.bad), examples)
 
 

@@ -57,7 +57,7 @@ class PerplexitySettings:
         """Length and stride for a model.
 
         Raises:
-            ConfigError: they do not fit each other or the model's position table.
+            ConfigError: they do not fit each other or the model's position table, or `prefix` its vocabulary.
         """
         length = self.length or model.max_seq_length
         stride = self.stride or length
@@ -65,6 +65,10 @@ class PerplexitySettings:
         require(
             model.positions != "learned" or length <= model.max_seq_length,
             f"length={length} exceeds max_seq_length={model.max_seq_length}, the rows of the model's position table",
+        )
+        require(
+            self.prefix is None or 0 <= self.prefix < model.vocab_size,
+            f"prefix={self.prefix} is no token of the model, whose vocab_size is {model.vocab_size}",
         )
         return length, stride
 
@@ -143,7 +147,7 @@ def evaluate_perplexity(
         windows = packed_windows(dataset, num_documents, length, stride, prefix, settings.mask_documents)
     else:
         windows = document_windows(dataset, num_documents, length, stride, prefix)
-    nll, num_tokens = _score(shared, windows, dataset, model.vocab_size, progress)
+    nll, num_tokens = _score(shared, windows, dataset, progress)
     if num_tokens == 0:
         raise DataError(f"{dataset.prefix}: no token can be scored in {num_documents} documents; give longer ones")
     reason = _why_no_bytes(dataset, tokenizer, prefix)
@@ -163,33 +167,20 @@ def num_labels(dataset: IndexedDataset, settings: PerplexitySettings) -> int:
 
 
 def _score(
-    shared: SharedModel, windows: Iterator[Window], dataset: IndexedDataset, vocab_size: int, progress: Progress | None
+    shared: SharedModel, windows: Iterator[Window], dataset: IndexedDataset, progress: Progress | None
 ) -> tuple[float, int]:
     nll, num_tokens, begin = 0.0, 0, time.monotonic()
     block_size = BATCHES_AT_ONCE * shared.batch_size * shared.num_groups
     while block := list(islice(windows, block_size)):
-        for window in block:
-            _check_tokens(window, dataset, vocab_size)
-        nll += shared.score(block)[0].sum().item()
+        try:
+            nll += shared.score(block)[0].sum().item()
+        except DataError as error:
+            raise DataError(f"{dataset.prefix}: {error}") from error
         num_tokens += sum(window.num_scored for window in block)
-        if not math.isfinite(nll):
-            raise DataError(
-                f"{dataset.prefix}: the model's loss is not finite after {num_tokens} tokens: its weights are damaged "
-                "or overflow; use another checkpoint or a wider dtype"
-            )
         if progress is not None:
             speed = num_tokens / max(time.monotonic() - begin, 1e-9)
             progress.update(num_tokens, phase="perplexity", loss=nll / num_tokens, tokens_per_second=speed)
     return nll, num_tokens
-
-
-def _check_tokens(window: Window, dataset: IndexedDataset, vocab_size: int) -> None:
-    low, high = int(window.tokens.min()), int(window.tokens.max())
-    if low < 0 or high >= vocab_size:
-        raise DataError(
-            f"{dataset.prefix}: holds token {low if low < 0 else high}, the model's vocab_size is {vocab_size}; "
-            "preprocess with the model's tokenizer"
-        )
 
 
 def _prefix(dataset: IndexedDataset, settings: PerplexitySettings) -> int | None:

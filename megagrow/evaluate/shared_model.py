@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, load_model
 from megagrow.checks import check_causal, check_model
 from megagrow.config import ParallelConfig, require
+from megagrow.errors import DataError
 from megagrow.evaluate.windows import Window
-from megagrow.generate import Sampling, continuations
+from megagrow.generate import NOT_FINITE, Sampling, continuations
 from megagrow.model import Transformer
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
@@ -43,12 +45,18 @@ class SharedModel:
         Returns:
             nll_N: sum of negative log-likelihoods in nats, float64; greedy_N: whether each of the labels is the one
             that an argmax takes.
+
+        Raises:
+            DataError: a token is not in the model's vocabulary, or a log-likelihood is not finite.
         """
+        self._check_tokens([window.tokens for window in windows])
         results_N2 = torch.zeros(len(windows), 2, dtype=torch.float64)
         for places in self._share([len(window.tokens) for window in windows]):
             results_N2[places] = self._score_batch([windows[i] for i in places])
             heartbeat.progress()
         nll_N, misses_N = self._collect(results_N2).unbind(-1)
+        if not nll_N.isfinite().all():
+            raise DataError(f"the model's log-likelihoods are {NOT_FINITE}")
         return nll_N, misses_N == 0
 
     def generate(
@@ -59,7 +67,12 @@ class SharedModel:
         sampling: Sampling,
         is_done: Callable[[list[int]], bool],
     ) -> list[list[int]]:
-        """Continues each prompt, see `generate.continuations`; `is_done` must say the same on every rank."""
+        """Continues each prompt, see `generate.continuations`; `is_done` must say the same on every rank.
+
+        Raises:
+            DataError: a token is not in the model's vocabulary, or a logit is not finite.
+        """
+        self._check_tokens(prompts)
         results_NT = torch.zeros(len(prompts), 1 + max_new_tokens, dtype=torch.long)  # length, tokens
         for places in self._share([len(prompt) for prompt in prompts]):
             batch, own_seeds = [prompts[i] for i in places], [seeds[i] for i in places]
@@ -68,6 +81,17 @@ class SharedModel:
                 results_NT[i, : 1 + len(ids)] = torch.tensor([len(ids), *ids])
             heartbeat.progress()
         return [ids[: ids.pop(0)] for ids in self._collect(results_NT).tolist()]
+
+    def _check_tokens(self, texts: Sequence[Sequence[int] | NDArray[np.int64]]) -> None:
+        """Before the work is shared, so that every rank ends."""
+        vocab_size = self.model.config.vocab_size
+        for tokens in texts:
+            low, high = (int(limit(tokens, initial=0)) for limit in (np.min, np.max))
+            if low < 0 or high >= vocab_size:
+                raise DataError(
+                    f"token {low if low < 0 else high} is outside of the model's vocab_size={vocab_size}; "
+                    "use the tokenizer that the model was trained with"
+                )
 
     def _share(self, lengths: list[int]) -> list[list[int]]:
         """The batches of this tensor group, as places; the longest first, so that a lack of memory shows at once."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.data.tokenizer import load_tokenizer
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError, DataError, shown
 
 INSTALL = "pip install 'megagrow[eval]'"
 
@@ -25,12 +25,11 @@ def load_transformers_tokenizer(path: Path | str) -> Any:
     except ImportError:
         raise ConfigError(f"tasks need the package transformers, which is not installed; {INSTALL}") from None
     with tempfile.TemporaryDirectory() as folder:
+        ours, source = load_tokenizer(path), path  # says what is wrong better than transformers does
         if not (Path(path) / "config.json").is_file():
-            load_tokenizer(path).save(folder)
-            path = folder
+            ours.save(folder)
+            source = folder
         try:
-            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise DataError(
-                f"{path}: transformers cannot load the tokenizer ({' '.join(str(error).split())})"
-            ) from error
+            return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever stumbles over the files beside the tokenizer's
+            raise DataError(f"{path}: transformers cannot load the tokenizer ({shown(str(error))})") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megagrow.data import journal, preprocess, records
+from megagrow.data import indexed, journal, preprocess, records
 from megagrow.data.indexed import IndexedDataset
 from megagrow.data.preprocess import preprocess_files
 from megagrow.errors import DataError
@@ -148,14 +148,17 @@ def rewrite(**values: Any) -> Callable[[Path], None]:
         (flip("out.bin.tmp"), "out.bin.tmp has changed since"),
         (flip("out.lengths.tmp"), "out.lengths.tmp has changed since"),
         (cut("out.bin.tmp"), "out.bin.tmp is shorter than it was"),
-        (cut("out.journal.tmp"), "out.journal.tmp is damaged"),
+        (cut("out.journal.tmp"), "out.journal.tmp: not valid JSON"),
         (lambda folder: (folder / "out.lengths.tmp").unlink(), "out.lengths.tmp cannot be read"),
         (rewrite(num_batches=3), "the input has changed since"),
         (rewrite(num_documents=10**12), "is shorter than it was"),
         (rewrite(num_token_bytes=-1), "num_token_bytes is negative"),
         (rewrite(num_batches="4"), "num_batches is damaged"),
+        (rewrite(num_batches=10**18), "the input has changed since"),
+        (rewrite(num_bad=1, bad_examples=[]), "bad_examples are not those of num_bad lines"),
+        (rewrite(num_bad=1, bad_examples=[7]), "bad_examples are not those of num_bad lines"),
         (rewrite(settings="x"), "tokenizer, options or names of inputs are others"),
-        (rewrite(more=1), "is damaged"),
+        (rewrite(more=1), "out.journal.tmp: more is unknown"),
     ],
 )
 def test_what_is_not_as_it_was_is_done_anew(
@@ -205,3 +208,47 @@ def test_a_stop_before_the_first_entry_leaves_nothing(
     stop_after(9, corpus, monkeypatch)
     assert os.listdir(tmp_path) == ["a.jsonl"]
     assert process(corpus).num_documents == IndexedDataset(tmp_path / "out").num_documents
+
+
+def test_of_two_processes_the_second_reads_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could go on with what the first one has finished since."""
+    stop_after(5, corpus, monkeypatch)
+    take_up, refusals = journal.JournaledWriter._take_up, list[str]()
+
+    def meanwhile(self: journal.JournaledWriter, *args: Any) -> bytes:
+        monkeypatch.undo()
+        with pytest.raises(DataError) as refused:
+            process(corpus)
+        refusals.append(str(refused.value))
+        monkeypatch.setattr(records, "_BATCH_BYTES", 300)
+        return take_up(self, *args)
+
+    monkeypatch.setattr(journal.JournaledWriter, "_take_up", meanwhile)
+    process(corpus)
+    assert len(refusals) == 1 and "another process is writing this dataset" in refusals[0]
+    assert_same(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_end_that_fails_loses_nothing(
+    error: BaseException,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:9])
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "SECONDS_BETWEEN_ENTRIES", 1e9)
+        patch.setattr(indexed, "_write_durably", fail)
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            process(corpus)
+    assert sorted(name for name in os.listdir(tmp_path) if name != "a.jsonl") == LEFT
+    assert process(corpus).num_documents == 101
+    assert "goes on after 101 documents" in capfd.readouterr().err
+    assert_same(tmp_path)

@@ -121,12 +121,15 @@ def test_bytes_are_counted_only_where_they_are_known(prefix: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path, prefix: Path) -> None:
     dataset = IndexedDataset(prefix)
     small = shared_model(dataclasses.replace(BYTES, vocab_size=200))
-    with pytest.raises(DataError, match="holds token 256, the model's vocab_size is 200"):
+    with pytest.raises(DataError, match="corpus: token 256 is outside of the model's vocab_size=200"):
         evaluate_perplexity(small, dataset, PerplexitySettings())
     with pytest.raises(ConfigError, match="length=13 exceeds max_seq_length=12"):
         evaluate_perplexity(shared_model(BYTES_GPT2), dataset, PerplexitySettings(length=13))
     with pytest.raises(ConfigError, match="stride=9 exceeds length=8"):
         evaluate_perplexity(small, dataset, PerplexitySettings(length=8, stride=9))
+    for token in (-1, 257):
+        with pytest.raises(ConfigError, match=f"prefix={token} is no token of the model, whose vocab_size is 257"):
+            evaluate_perplexity(shared_model(BYTES), dataset, PerplexitySettings(prefix=token))
     with pytest.raises(ConfigError, match="set packed too"):
         PerplexitySettings(mask_documents=True)
     empty = IndexedDataset(write_texts(tmp_path / "empty", [""], described=False))
@@ -137,7 +140,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, prefix: Path) -> None:
 def test_a_damaged_model_is_told(prefix: Path) -> None:
     shared = shared_model(BYTES)
     shared.model.head_VH.fill_(torch.inf)
-    with pytest.raises(DataError, match="loss is not finite"):
+    with pytest.raises(DataError, match="log-likelihoods are not finite"):
         evaluate_perplexity(shared, IndexedDataset(prefix), PerplexitySettings())
 
 
