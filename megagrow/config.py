@@ -35,6 +35,9 @@ class RopeScaling:
     truncate: bool = True  # yarn: the range between the two is rounded to whole dimensions
 
     def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"rope_scaling.{name}={value} must be a finite number")
         require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1")
         require_not_negative(self, "rope_scaling", "original_max_positions", "attention_factor")
         require(
@@ -47,8 +50,9 @@ class RopeScaling:
             " and both must be positive",
         )
         require(
-            self.beta_fast >= self.beta_slow > 0,
-            f"rope_scaling.beta_fast={self.beta_fast} must be at least beta_slow={self.beta_slow}, which is positive",
+            1e-6 <= self.beta_slow <= self.beta_fast <= 1e6,
+            f"rope_scaling.beta_fast={self.beta_fast} must be at least rope_scaling.beta_slow={self.beta_slow}, and both "
+            "must lie between 1e-6 and 1e6",
         )
 
 
@@ -118,7 +122,14 @@ class ModelConfig:
             f"rotates ({self.rotary_dim}); rotary positions turn pairs of dimensions: make it even",
         )
         require_size(self, "model", "num_kv_heads", "head_dim")
-        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta} must be positive")
+        require(
+            0 < self.rope_theta < math.inf, f"model.rope_theta={self.rope_theta} must be positive, and a finite number"
+        )
+        require(
+            self.rope_theta > 1 or self.rope_scaling is None or self.rope_scaling.kind != "yarn",
+            f"model.rope_theta={self.rope_theta} must be greater than 1 with rope_scaling.kind=yarn, whose ramp lies "
+            "between long and short periods",
+        )
         require(
             max(self.position_offset, self.num_token_types) <= MAX_SIZE,
             f"model.position_offset={self.position_offset} and model.num_token_types={self.num_token_types} must be at "

@@ -14,6 +14,7 @@ from megagrow.errors import ConfigError, named, shown
 from megagrow.yaml_text import read_yaml
 
 MAX_BYTES = 1 << 18  # of a file; a whole configuration takes 5,000
+RENAMED = {"bias": ("attention_bias", "mlp_bias")}  # fields of old files -> what says it today
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -138,7 +139,11 @@ def option_names(kind: type | None = None, path: str = "") -> list[str]:
 
 def nearest(name: str, known: list[str]) -> str:
     """A hint for an error message: "; did you mean X?", or nothing when no name is close."""
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    section, _, leaf = name.rpartition(".")
+    today = [f"{section}.{field}" for field in RENAMED.get(leaf, ())]
+    if today and set(today) <= set(known):
+        return f"; did you mean {' and '.join(today)}?"
+    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
     close = by_leaf or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -280,6 +280,8 @@ LAYOUTS = [
     (4, ParallelConfig(tensor=2, context=2, sequence_parallel=True), {}),
     (1024, ParallelConfig(tensor=8, pipeline=4, replicate=4), {"num_kv_heads": 8, "num_layers": 32}),
     (12, ParallelConfig(tensor=2), {"vocab_size": 50_256, "hidden_size": 264, "head_dim": 32}),
+    (2, ParallelConfig(), {"num_heads": 4, "num_kv_heads": 4, "head_dim": 80, "rope_fraction": 0.2}),
+    (2, ParallelConfig(), {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "rope_fraction": 0.1}),
     (1, ParallelConfig(), {"vocab_size": 7, "hidden_size": 8, "num_layers": 1, "num_kv_heads": 8, "head_dim": 1}),
 ]
 
@@ -301,6 +303,7 @@ def test_the_reduced_model_is_cut_like_the_real_one(
     assert small.model.vocab_size <= 256 and small.model.hidden_size <= 264 and small.data.seq_length <= 64
     assert small.train.global_batch_size <= 2048
     assert small.train.global_batch_size // layout.data // small.train.microbatch_size > 1
+    assert (small.model.rotary_dim < small.model.head_dim) == (real.rotary_dim < real.head_dim)
     for field in KIND_FIELDS:
         assert getattr(small.model, field) == getattr(real, field)
 

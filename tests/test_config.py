@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from megagrow.config import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    RopeScaling,
     SaltConfig,
     TrainConfig,
     microbatch_size,
 )
 from megagrow.config_file import dump, from_dict, load_file, option_names, to_dict
 from megagrow.errors import ConfigError
+from megagrow.model.rotary import rotary_frequencies
 
 GROUPED = ModelConfig(hidden_size=768, num_heads=24, num_kv_heads=8, ffn_size=1536)
 SMALL = ModelConfig(hidden_size=64, num_heads=4, num_layers=2, ffn_size=128)
@@ -41,6 +44,8 @@ def test_a_dump_reads_back_equal(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("model: {hiden_size: 3}", ["model.hiden_size", "did you mean model.hidden_size?"]),
+        ("model: {bias: true}", ["model.bias", "did you mean model.attention_bias and model.mlp_bias?"]),
+        ("growth: {source: {bias: 1}}", ["growth.source.attention_bias and growth.source.mlp_bias?"]),
         ("optm: {lr: 1}", ["optm", "did you mean optim?"]),
         ("train: {steps: soon}", ["train.steps='soon'", "int"]),
         ("train: {steps: true}", ["train.steps=True", "int"]),
@@ -281,3 +286,34 @@ def test_all_problems_are_listed() -> None:
 def test_the_default_microbatch_divides_the_share(share: int, pipeline: int, size: int) -> None:
     config = config_with(parallel=ParallelConfig(pipeline=pipeline), train=TrainConfig(global_batch_size=share))
     assert microbatch_size(config, pipeline) == size
+
+
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "linear", "factor": math.inf}, "rope_scaling.factor=inf"),
+        ({"factor": math.nan}, "rope_scaling.factor=nan"),
+        ({"kind": "llama3", "high_freq_factor": math.inf}, "rope_scaling.high_freq_factor=inf"),
+        ({"attention_factor": math.inf}, "rope_scaling.attention_factor=inf"),
+        ({"beta_slow": 1e-320}, "rope_scaling.beta_slow=1e-320"),
+        ({"beta_slow": 9e-7}, "rope_scaling.beta_slow=9e-07"),
+        ({"beta_fast": 1e308}, r"rope_scaling.beta_fast=1e\+308"),
+    ],
+)
+def test_a_scaling_that_cannot_be_computed_is_refused(changes: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RopeScaling(**(YARN | changes))
+
+
+def test_yarn_needs_periods_that_differ() -> None:
+    with pytest.raises(ConfigError, match=r"model.rope_theta=1.0 must be greater than 1 with rope_scaling.kind=yarn"):
+        ModelConfig(rope_theta=1.0, rope_scaling=RopeScaling(**YARN))
+    with pytest.raises(ConfigError, match=r"model.rope_theta=inf"):
+        ModelConfig(rope_theta=math.inf)
+    for theta, beta in ((1.0000000000000002, 1e-6), (1e300, 1e6)):
+        model = ModelConfig(rope_theta=theta, rope_scaling=RopeScaling(**YARN, beta_slow=beta, beta_fast=1e6))
+        frequencies, scale = rotary_frequencies(model)
+        assert frequencies.isfinite().all() and math.isfinite(scale)

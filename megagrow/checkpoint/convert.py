@@ -25,7 +25,7 @@ Format = Literal["hf", "megagrow"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-COMPARED_TOKENS = (2, 64)  # samples, tokens per sample
+COMPARED_TOKENS = (2, 512)  # samples, tokens per sample
 ALLOWED_SHARE = 1e-3  # of the largest logit: far above rounding in float32, far below a lost tensor
 
 
@@ -86,13 +86,13 @@ def compare(first: Path, second: Path, dtype: torch.dtype | None = None) -> Comp
     """
     model = open_source(first).model
     shape = (COMPARED_TOKENS[0], min(COMPARED_TOKENS[1], model.max_seq_length))
-    ids_BS = _random_tokens(model, shape)
+    ids_BS, types_BS = _random_tokens(model, shape), _random_types(model, shape)
     libraries = ["megagrow", "megagrow"]
     foreign = [index for index, path in enumerate((first, second)) if hf.is_hf_folder(path)]
     if foreign and importlib.util.find_spec("transformers") is not None:
         libraries[foreign[-1]] = "transformers"
     logits = [
-        _LOGITS[library](path, ids_BS, dtype or torch.float32)
+        _LOGITS[library](path, ids_BS, types_BS, dtype or torch.float32)
         for library, path in zip(libraries, (first, second), strict=True)
     ]
     return Comparison(
@@ -192,12 +192,19 @@ def _random_tokens(model: ModelConfig, shape: tuple[int, int]) -> Tensor:
     return ids_BS + (ids_BS >= model.position_offset - 1)
 
 
-def _own_logits(path: Path, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+def _random_types(model: ModelConfig, shape: tuple[int, int]) -> Tensor | None:
+    """Types of tokens where there are several."""
+    if model.num_token_types < 2:
+        return None
+    return torch.randint(model.num_token_types, shape, generator=torch.Generator().manual_seed(1))
+
+
+def _own_logits(path: Path, ids_BS: Tensor, types_BS: Tensor | None, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
-        return load_model(open_source(path), Mesh.single(), dtype).float().logits(ids_BS)
+        return load_model(open_source(path), Mesh.single(), dtype).float().logits(ids_BS, types_BS)
 
 
-def _transformers_logits(path: Path, ids_BS: Tensor, dtype: torch.dtype) -> Tensor:
+def _transformers_logits(path: Path, ids_BS: Tensor, types_BS: Tensor | None, dtype: torch.dtype) -> Tensor:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -206,7 +213,8 @@ def _transformers_logits(path: Path, ids_BS: Tensor, dtype: torch.dtype) -> Tens
     auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
     model = auto.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     with torch.no_grad():
-        logits: Tensor = model.float().eval()(ids_BS).logits
+        types = {} if types_BS is None else {"token_type_ids": types_BS}
+        logits: Tensor = model.float().eval()(ids_BS, **types).logits
     return logits
 
 

@@ -23,7 +23,7 @@ from megagrow.checkpoint.shards import DTYPES
 from megagrow.errors import CheckpointError, shown
 from megagrow.json_file import is_text, parse_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: model.bias in place of attention_bias and mlp_bias
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 
@@ -114,7 +114,7 @@ class Manifest:
         record = _Record(parse_object(raw, where, CheckpointError, "use an older checkpoint"), str(where))
         version = record.integer("format_version")
         if version != FORMAT_VERSION:
-            record.refuse("format_version", f"is {version}; this megagrow reads {FORMAT_VERSION}")
+            raise CheckpointError(f"{where}: format_version is {version}{_other_version(version)}")
         manifest = Manifest(
             step=record.integer("step"),
             layout=record.object("layout"),
@@ -128,6 +128,16 @@ class Manifest:
         )
         _check_tables(manifest, record)
         return manifest
+
+
+def _other_version(version: int) -> str:
+    """What wrote a version that is not today's, and what to do with it."""
+    if version == 1:
+        return (
+            f", of a megagrow that had model.bias for attention_bias and mlp_bias; this megagrow reads {FORMAT_VERSION}; "
+            "convert it to a Hugging Face folder with the one that wrote it, which all read"
+        )
+    return f"; this megagrow reads {FORMAT_VERSION}; use the megagrow that wrote it"
 
 
 def check_json(value: Any, where: str) -> None:

@@ -129,9 +129,11 @@ def check_exportable(model: ModelConfig) -> None:
             f"{' or '.join(activations)}; use that, or another model.family"
         )
     for name, entry in family.entries.items():
-        if getattr(model, name) == 0 and not isinstance(getattr(model, name), bool):
+        value = getattr(model, name)
+        if value == 0 and not isinstance(value, bool):
+            needed = "a positive number" if isinstance(getattr(ModelConfig, name), float) else "at least 1"
             raise ConfigError(
-                f"model.{name}=0 cannot be exported: {family.architecture} needs at least 1 ({entry.key}); use that, "
+                f"model.{name}={value} cannot be exported: {family.architecture} needs {needed} ({entry.key}); use that, "
                 "or another model.family"
             )
     for name, value in fixed_fields(family, model).items():

@@ -190,6 +190,8 @@ def _are_equal(one: Stored, other: Stored) -> bool:
     """Whether two tensors hold the same, compared some rows at a time."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
+    if not one.shape:  # no parameter is a single number: left to the check of shapes
+        return True
     with _open(one.file) as one_file, _open(other.file) as other_file:
         one_rows, other_rows = one_file.get_slice(one.key), other_file.get_slice(other.key)
         return all(
@@ -272,7 +274,9 @@ def _renamed(stored: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
         old = next((end for end in family.renamed if key.endswith(end)), "")
         name = key.removesuffix(old) + family.renamed[old] if old else key
         if name in renamed:
-            raise CheckpointError(f"{entry.file}: {renamed[name].key} and {key} are the same tensor; remove one")
+            raise CheckpointError(
+                f"{entry.file}: {named(renamed[name].key)} and {named(key)} are the same tensor; remove one"
+            )
         renamed[name] = entry
     return renamed
 

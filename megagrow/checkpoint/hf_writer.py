@@ -15,6 +15,7 @@ from megagrow.checkpoint.hf_tensors import FamilyTensors, written_tensors
 from megagrow.checkpoint.safetensors_file import SafetensorsFile
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
 from megagrow.config import ModelConfig
+from megagrow.data.mlm import check_positions
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.roles import num_parameters, parameter_names
@@ -53,7 +54,8 @@ def write_hf_folder(
         shard_bytes: weights beyond this size are cut into files of at most this size.
 
     Raises:
-        ConfigError: the model's family cannot express it (on all ranks, before the first fetch).
+        ConfigError: the model's family cannot express it (on all ranks, before the first fetch), or its positions do
+            not go with the tokenizer (`mlm.check_positions`).
         CheckpointError: the folder is taken or cannot be written.
         DataError: the tokenizer cannot be read.
     """
@@ -121,6 +123,7 @@ class _Folder:
         check_target(self._folder.path, overwrite)
         tokenizer = load_tokenizer(tokenizer_source) if tokenizer_source else None
         _check_tokenizer(tokenizer, self._model)
+        check_positions(self._model, tokenizer)
         self._folder.start()
         if tokenizer is not None:
             tokenizer.save(self._folder.temporary)

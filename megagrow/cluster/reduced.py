@@ -53,6 +53,9 @@ def reduced_model(layout: Layout, num_layers: int, length: int) -> ModelConfig:
         kv_heads = tensor * min(model.num_kv_heads // tensor, 2)
         heads = kv_heads * min(model.queries_per_kv, 2)
     widest = layout.shard if layout.shard <= WIDEST else 1
+    head_dim, fraction = model.head_dim, model.rope_fraction
+    if head_dim > HEAD_DIM:  # the same share of it is rotated, in pairs
+        head_dim, fraction = HEAD_DIM, max(2, int(HEAD_DIM * fraction) // 2 * 2) / HEAD_DIM
     return replace(
         model,
         vocab_size=shrink(model.vocab_size, VOCAB, tensor),
@@ -60,7 +63,8 @@ def reduced_model(layout: Layout, num_layers: int, length: int) -> ModelConfig:
         num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=min(model.head_dim, HEAD_DIM),
+        head_dim=head_dim,
+        rope_fraction=fraction,
         ffn_size=shrink(model.ffn_size, FFN, tensor),
         max_seq_length=length,
     )

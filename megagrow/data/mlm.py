@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megagrow.config import DataConfig, ModelConfig, require
 from megagrow.data.blend import parse_blend
-from megagrow.data.description import describe
-from megagrow.data.tokenizer import load_tokenizer
+from megagrow.data.description import describe, description_path
+from megagrow.data.tokenizer import Tokenizer, load_tokenizer
+from megagrow.errors import ConfigError, DataError
 from megagrow.model.dropout import token_keys
 from megagrow.torch_ops import mix
 
@@ -78,11 +79,14 @@ def make_masking(data: DataConfig, model: ModelConfig) -> Masking:
     """The masking of a run: its tokens are those of `data.tokenizer`, unless options name them.
 
     Raises:
-        ConfigError: no mask token is known, or one of the tokens is none of the model's vocabulary.
-        DataError: the tokenizer or the dataset's description cannot be read.
+        ConfigError: no mask token is known, one of the tokens is none of the model's vocabulary, or the model's
+            positions do not go with the tokenizer (`check_positions`).
+        DataError: the tokenizer or a dataset's description cannot be read, or another tokenizer made a dataset.
     """
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    check_positions(model, tokenizer)
     described = [found for found in map(describe, parse_blend(data.train).prefixes) if found]
+    _check_datasets(data, tokenizer)
     mask_id = data.mask_token if data.mask_token >= 0 else tokenizer.mask_id if tokenizer else None
     named = f"data.tokenizer={data.tokenizer} has" if data.tokenizer else "without data.tokenizer there is"
     require(
@@ -101,6 +105,34 @@ def make_masking(data: DataConfig, model: ModelConfig) -> Masking:
         "have; use the model's tokenizer, or a larger vocabulary",
     )
     return Masking(mask_id, ids, min(max(sizes, default=model.vocab_size), model.vocab_size), data.seed, data.mask_rate)
+
+
+def check_positions(model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises ConfigError when a model whose positions begin after that of padding takes ordinary text for padding.
+
+    transformers derives the offset from `pad_token_id`, and does not count tokens of that id as positions.
+    """
+    padding = model.position_offset - 1
+    if tokenizer is None or padding < 0 or padding in (tokenizer.pad_id, *tokenizer.special_ids):
+        return
+    known = tokenizer.pad_id if tokenizer.pad_id is not None else min(tokenizer.special_ids, default=None)
+    remedy = "use a tokenizer with a padding token" if known is None else f"set model.position_offset={known + 1}"
+    raise ConfigError(
+        f"model.position_offset={model.position_offset} makes token {padding} the padding of the exported model, but to "
+        f"the tokenizer it is an ordinary one; {remedy}, one more than the id of its padding token"
+    )
+
+
+def _check_datasets(data: DataConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises DataError when a dataset says that another tokenizer made it."""
+    given = {"data.train": data.train, "data.validation": data.validation}
+    for prefix in [prefix for field, value in given.items() if value for prefix in parse_blend(value, field).prefixes]:
+        described = describe(prefix)
+        if tokenizer and described and described["tokenizer_sha256"] != tokenizer.fingerprint:
+            raise DataError(
+                f"{description_path(prefix)}: the dataset was made with another tokenizer than "
+                f"data.tokenizer={data.tokenizer}; give the one that made it, or preprocess the corpus again"
+            )
 
 
 def _uniform(bits: Tensor) -> Tensor:

@@ -18,7 +18,16 @@ from megagrow.parallel.collectives import broadcast_from
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import box, full, local
 from megagrow.parallel.stages import pipeline_stages
-from megagrow.roles import layer_name, leaves, parameter_names, parameter_shapes, role_of, shape_of, split_name
+from megagrow.roles import (
+    first_names,
+    layer_name,
+    leaves,
+    parameter_names,
+    parameter_shapes,
+    role_of,
+    shape_of,
+    split_name,
+)
 
 # Gives a whole source tensor by name. May be a collective: all ranks ask for the same names in the same order.
 Fetch = Callable[[str], Tensor]
@@ -103,6 +112,7 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
 
 def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
     """The pipeline rank that holds each parameter; of a tied embedding the first one."""
+    first = set(first_names(model))
     stages = pipeline_stages(model.num_layers, mesh.parallel)
     rank_of = {layer: stage.rank for stage in stages for layer in stage.layers}
     owners = {}
@@ -111,7 +121,7 @@ def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
         if layer is not None:
             owners[name] = rank_of[layer]
         else:
-            owners[name] = stages[0 if name.startswith("embedding.") else -1].rank
+            owners[name] = stages[0 if name in first else -1].rank
     return owners
 
 

@@ -53,7 +53,8 @@ def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 REFUSED = [
-    ("format_version", 2, "format_version is 2; this megagrow reads 1"),
+    ("format_version", 1, "format_version is 1, .* model.bias.* this megagrow reads 2; convert it to a Hugging Face"),
+    ("format_version", 3, "format_version is 3; this megagrow reads 2; use the megagrow that wrote it"),
     ("format_version", True, "format_version is of type bool"),
     ("step", ..., "step is missing"),
     ("step", "3", "step is of type str, must be int"),

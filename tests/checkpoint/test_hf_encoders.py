@@ -22,6 +22,7 @@ from megagrow.checkpoint.hf import (
 )
 from megagrow.checkpoint.source import open_source
 from megagrow.config import ModelConfig
+from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.checkpoint.hf_folders import (
@@ -37,6 +38,7 @@ from tests.checkpoint.hf_folders import (
 BIAS = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}
 COPY = {"bert": "cls.predictions.decoder.bias", "roberta": "lm_head.decoder.bias"}
 HIDDEN, VOCAB = 24, 61
+PAD = 37  # the first id after a small tokenizer's own, see `save_tokenizer`
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -72,6 +74,14 @@ def test_an_old_name_beside_todays_is_refused(tmp_path: Path) -> None:
     rewrite(folder, lambda tensors: tensors | {old: torch.ones(HIDDEN)})
     with pytest.raises(CheckpointError, match=r"LayerNorm\.(gamma|weight) and .* are the same tensor; remove one"):
         HFReader(folder)
+
+
+def test_names_are_cut_to_a_short_line(tmp_path: Path) -> None:
+    folder, name = save_folder(tmp_path, "bert"), "x\n" * 500 + "LayerNorm."
+    rewrite(folder, lambda tensors: tensors | {name + "gamma": torch.ones(HIDDEN), name + "weight": torch.ones(HIDDEN)})
+    with pytest.raises(CheckpointError, match="are the same tensor") as refused:
+        HFReader(folder)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400 + len(str(folder))
 
 
 EXTRAS = {
@@ -132,6 +142,16 @@ def test_a_tied_models_copies_must_be_equal(tmp_path: Path, family: str) -> None
 
 
 @pytest.mark.parametrize("family", BIAS)
+@pytest.mark.parametrize("values", [(1.0, 1.0), (1.0, 2.0)])
+def test_copies_without_dims_are_of_the_wrong_shape(tmp_path: Path, family: str, values: tuple[float, float]) -> None:
+    folder = save_folder(tmp_path, family)
+    numbers = {BIAS[family]: torch.tensor(values[0]), COPY[family]: torch.tensor(values[1])}
+    rewrite(folder, lambda tensors: tensors | numbers)
+    with pytest.raises(CheckpointError, match=r"has shape \[\]"):
+        HFReader(folder)
+
+
+@pytest.mark.parametrize("family", BIAS)
 def test_with_a_head_of_its_own_the_bias_is_the_one_that_transformers_adds(tmp_path: Path, family: str) -> None:
     folder = save_folder(tmp_path, family, tie_word_embeddings=False)
     stored = tensors_of(folder)
@@ -168,7 +188,8 @@ def test_what_would_change_the_logits_is_refused_by_name(family: str, key: str, 
         (replace(OWN_BERT, position_offset=2), "model.position_offset=2"),
         (replace(OWN_BERT, norm_place="before"), "model.norm_place=before"),
         (replace(OWN_BERT, objective="clm"), "model.objective=clm"),
-        (replace(OWN_ROBERTA, position_offset=0), "model.position_offset=0"),
+        (replace(OWN_ROBERTA, position_offset=0), "model.position_offset=0 .* needs at least 1"),
+        (replace(OWN_BERT, norm_eps=0.0), r"model.norm_eps=0.0 .* needs a positive number \(layer_norm_eps\)"),
         (replace(OWN_ROBERTA, activation="gelu"), "model.activation=gelu"),
     ],
 )
@@ -189,6 +210,20 @@ def test_logits_are_compared_without_padding_tokens() -> None:
     ids = set(_random_tokens(OWN_ROBERTA, (20, 64)).flatten().tolist())
     assert ids == set(range(VOCAB)) - {OWN_ROBERTA.position_offset - 1}
     assert set(_random_tokens(OWN_BERT, (20, 64)).flatten().tolist()) == set(range(VOCAB))
+
+
+@pytest.mark.parametrize(("offset", "accepted"), [(38, True), (39, True), (1, True), (2, False), (3, False)])
+def test_the_token_before_the_first_position_must_be_a_special_one(tmp_path: Path, offset: int, accepted: bool) -> None:
+    """transformers counts no tokens of that id as positions, which would change the logits of ordinary text."""
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", "[PAD]", "[MASK]")
+    assert (load_tokenizer(tokenizer).pad_id, load_tokenizer(tokenizer).special_ids) == (PAD, (0, PAD, PAD + 1))
+    model = replace(OWN_ROBERTA, position_offset=offset)
+    weights = {name: torch.randn(shape) for name, shape in parameter_shapes(model).items()}
+    if accepted:
+        return write_hf_folder(tmp_path / "out", model, weights.__getitem__, tokenizer)
+    with pytest.raises(ConfigError, match=f"model.position_offset={offset} .* set model.position_offset={PAD + 1}"):
+        write_hf_folder(tmp_path / "out", model, weights.__getitem__, tokenizer)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_is_complete(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megagrow import torch_ops
 from megagrow.config import DataConfig, ModelConfig
+from megagrow.data.description import description_path
 from megagrow.data.mlm import Masking, make_masking
-from megagrow.errors import ConfigError
+from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
+from megagrow.errors import ConfigError, DataError
 from megagrow.model.dropout import token_keys
 
 VOCAB = 40
@@ -158,3 +160,36 @@ def test_what_does_not_fit_is_one_line(change: dict, parts: list[str]) -> None:
         make_masking(DataConfig(train="absent", **change), MODEL)
     assert "\n" not in str(refused.value)
     assert all(part in str(refused.value) for part in parts), str(refused.value)
+
+
+@pytest.mark.parametrize(("offset", "accepted"), [(1, True), (5, True), (6, False), (20, False)])
+def test_positions_begin_after_a_special_token(folder: Path, offset: int, accepted: bool) -> None:
+    data, model = DataConfig(train="absent", tokenizer=str(folder)), replace(MODEL, position_offset=offset)
+    if accepted:
+        assert make_masking(data, model).mask_id == 4
+        return
+    with pytest.raises(ConfigError, match=f"model.position_offset={offset} .* set model.position_offset=1"):
+        make_masking(data, model)
+
+
+@pytest.mark.parametrize("field", ["train", "validation"])
+def test_datasets_of_another_tokenizer_are_refused(folder: Path, field: str) -> None:
+    """Each one that says what made it; the others are taken on trust."""
+    fingerprint = load_tokenizer(folder).fingerprint
+    described("huggingface", fingerprint, folder / "same")
+    described("byte", ByteTokenizer().fingerprint, folder / "other")
+    data = DataConfig(train=f"{folder}/same {folder}/unknown", tokenizer=str(folder))
+    assert make_masking(data, MODEL).mask_id == 4
+    with pytest.raises(
+        DataError, match=r"other\.json: .* made with another tokenizer than data\.tokenizer="
+    ) as refused:
+        make_masking(replace(data, **{field: f"{folder}/same {folder}/other"}), MODEL)
+    assert "\n" not in str(refused.value)
+    assert make_masking(replace(data, train=f"{folder}/other", tokenizer="", mask_token=4), MODEL).mask_id == 4
+
+
+def described(kind: str, fingerprint: str, prefix: Path) -> None:
+    """Writes what a dataset says of itself."""
+    counts = {"vocab_size": VOCAB, "eod_id": None, "num_documents": 1, "num_tokens": 1}
+    description = {"tokenizer": kind, "tokenizer_sha256": fingerprint, "split": "train", "source": "test", **counts}
+    description_path(prefix).write_text(json.dumps(description))

@@ -47,7 +47,7 @@ def _manifest_fields(path: Path) -> Iterator[Field]:
         return lambda value: any(type(value) is type(one) and value == one for one in values)
 
     rules: dict[tuple[str | int, ...], tuple[Callable[[Any], bool], str]] = {
-        ("format_version",): (is_one_of(1), "format_version"),
+        ("format_version",): (is_one_of(2), "format_version"),
         ("step",): (is_count, "step"),
         ("layout",): (is_object, "layout"),
         ("config",): (is_object, "config"),

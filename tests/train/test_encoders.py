@@ -106,16 +106,29 @@ def test_every_layout_trains_the_same(
     assert final_loss(tmp_path / "many") == pytest.approx(final_loss(tmp_path / "one"), rel=2e-5)
 
 
-def test_growth_keeps_what_an_encoder_computes(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_growth_keeps_what_an_encoder_computes(corpus: Path, tmp_path: Path, pipeline: int) -> None:
     wide = dataclasses.replace(LARGE_BERT, num_layers=BERT.num_layers)
-    assert run(grown(encoder_config(corpus, tmp_path, model=wide), "clone")) == 0
+    config = grown(encoder_config(corpus, tmp_path, model=wide), "clone")
+    assert run_ranks(run_on_ranks, pipeline, config, pipeline=pipeline) == [0] * pipeline
     (event,) = ledger(tmp_path)["events"]
     assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
 
 
-def test_learned_maps_grow_an_encoder(corpus: Path, tmp_path: Path) -> None:
-    assert run(grown(encoder_config(corpus, tmp_path, model=LARGE_BERT), "ligo")) == 0
-    assert [line["phase"] for line in metrics(tmp_path)] == ["small"] * 3 + ["ligo"] * 3 + ["train"] * 3
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_learned_maps_grow_an_encoder(corpus: Path, tmp_path: Path, pipeline: int) -> None:
+    """What they learn shows from the second step on, against maps that stay as they begin, and lowers the loss."""
+    losses = {}
+    for lr in (0.0, 0.03):
+        config = grown(encoder_config(corpus, tmp_path / str(lr), model=LARGE_BERT), "ligo")
+        config = dataclasses.replace(config, growth=dataclasses.replace(config.growth, ligo_lr=lr))
+        assert run_ranks(run_on_ranks, pipeline, config, pipeline=pipeline) == [0] * pipeline
+        lines = metrics(tmp_path / str(lr))
+        assert [line["phase"] for line in lines] == ["small"] * 3 + ["ligo"] * 3 + ["train"] * 3
+        losses[lr] = [line["loss"] for line in lines]
+    assert losses[0.03][:4] == losses[0.0][:4]
+    assert all(learned != kept for learned, kept in zip(losses[0.03][4:], losses[0.0][4:], strict=True)), losses
+    assert losses[0.03][5] < losses[0.0][5] - 0.1, losses
 
 
 def test_a_source_is_tried_on_masked_samples(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
