@@ -4,12 +4,13 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
 from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.source import Source
+from megagrow.config import require
 from megagrow.errors import DataError, MegagrowError
 
 SHARED_ERROR_SECONDS = 3.0
@@ -20,6 +21,13 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
+
+
+def refuse_options(parser: Arguments, options: argparse.Namespace, names: Iterable[str], when: str) -> None:
+    """Options that would do nothing must not be given."""
+    for name in names:
+        given = getattr(options, name) != parser.get_default(name)
+        require(not given, f"--{name.replace('_', '-')} has no effect {when}; leave it out")
 
 
 def find_tokenizer(given: str, source: Source) -> str | Path:

@@ -11,10 +11,11 @@ from argparse import Namespace
 from dataclasses import asdict
 
 import torch
-from _command import Arguments, find_tokenizer, run
+from _command import Arguments, find_tokenizer, refuse_options, run
 
 from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.source import Source, open_source
+from megagrow.data.files import check_folder
 from megagrow.data.indexed import IndexedDataset
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.evaluate import PerplexitySettings, evaluate_perplexity, load_shared_model, num_labels, write_result
@@ -29,6 +30,10 @@ WAITING_SECONDS = 86_400.0  # what ranks may wait while the first one prepares a
 
 def main() -> None:
     options = parser().parse_args()
+    mode, other = ("--tasks", PerplexitySettings) if options.tasks else ("--data", TaskSettings)
+    refuse_options(parser(), options, other.__dataclass_fields__.keys() - {"tasks"}, f"with {mode}")
+    if options.output:
+        check_folder(options.output)
     source = open_source(options.checkpoint)
     mesh = make_inference_mesh(options.tensor, WAITING_SECONDS)
     (on_tasks if options.tasks else on_dataset)(options, source, mesh)
@@ -42,9 +47,9 @@ def on_dataset(options: Namespace, source: Source, mesh: Mesh) -> None:
     with Progress(num_labels(dataset, settings), enabled=mesh.is_main) as progress:
         found = evaluate_perplexity(shared, dataset, settings, load_tokenizer(path) if path else None, progress)
     if mesh.is_main:
+        print(found.summary)
         if options.output:
             write_result(options.output, source, {"data": options.data, **asdict(settings)}, found.as_dict())
-        print(found.summary)
 
 
 def on_tasks(options: Namespace, source: Source, mesh: Mesh) -> None:
@@ -55,9 +60,9 @@ def on_tasks(options: Namespace, source: Source, mesh: Mesh) -> None:
     with Progress(0, enabled=mesh.is_main) as progress:
         found = evaluate_tasks(shared, tokenizer, settings, progress)
     if found is not None:
+        print(task_table(found))
         if options.output:
             write_result(options.output, source, asdict(settings), found)
-        print(task_table(found))
 
 
 def parser() -> Arguments:

@@ -3,8 +3,9 @@
 Shape legend: B = draws, D = datasets
 """
 
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,6 +44,13 @@ class BlendStart:
         counts_D = EvenDraws(list(self.weights.values())).counts(cursor - self.start)
         since = dict(zip(self.weights, counts_D.tolist(), strict=True))
         return self.firsts | {prefix: self.firsts.get(prefix, 0) + count for prefix, count in since.items()}
+
+    def renamed(self, prefixes: Iterable[str]) -> "BlendStart":
+        """The same with each dataset under the one of `prefixes` that leads to the same file."""
+        new = {os.path.realpath(prefix): prefix for prefix in prefixes}
+        weights = {new.get(os.path.realpath(prefix), prefix): weight for prefix, weight in self.weights.items()}
+        firsts = {new.get(os.path.realpath(prefix), prefix): count for prefix, count in self.firsts.items()}
+        return BlendStart(weights, self.start, firsts)
 
     def changed(self, weights: dict[str, float], cursor: int) -> "BlendStart":
         """Another blend from here on: nothing is lost or repeated, each dataset goes on at its cursor."""
@@ -100,11 +108,16 @@ def _number(word: str) -> float | None:
 def _check(blend: Blend, field: str) -> None:
     if len(blend.prefixes) > MAX_DATASETS:
         raise ConfigError(f"{field} names {len(blend.prefixes)} datasets, more than {MAX_DATASETS}; merge some of them")
+    places: dict[str, str] = {}
     for prefix, weight in zip(blend.prefixes, blend.weights or [1.0] * len(blend.prefixes), strict=True):
         if not prefix or blend.prefixes.count(prefix) > 1:
             raise ConfigError(f"{field} names {prefix or 'an empty prefix'!r} more than once; add its weights up")
+        if (first := places.setdefault(os.path.realpath(prefix), prefix)) != prefix:
+            raise ConfigError(f"{field} names one dataset as {first} and as {prefix}; name it once, add its weights up")
         if not 0 < weight < float("inf"):
             raise ConfigError(f"{field}: the weight of {prefix} is {weight}, must be positive; leave the dataset out")
+    if not sum(blend.weights or []) < float("inf"):
+        raise ConfigError(f"{field}: the weights add up to infinity; only their ratios count, give smaller ones")
 
 
 class EvenDraws:

@@ -5,7 +5,6 @@ Shape legend: B = samples, S = seq_length
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -98,17 +97,11 @@ class PackedDataset(Samples):
     def documents(self, ids: ArrayLike) -> NDArray[np.int64]:
         """The document [B, S] of every input of the samples `ids` [B], as its number in the file."""
         positions_BS = np.asarray(ids, np.int64)[:, None] * self.seq_length + np.arange(self.seq_length)
-        return np.searchsorted(self._document_ends, positions_BS, side="right")
+        return np.searchsorted(self.indexed.document_ends, positions_BS, side="right")
 
     def _tokens(self, ids_B: NDArray[np.int64]) -> NDArray[np.int64]:
         positions_BS1 = ids_B[:, None] * self.seq_length + np.arange(self.seq_length + 1)
         return self.indexed.tokens[positions_BS1].astype(np.int64)
-
-    @cached_property
-    def _document_ends(self) -> NDArray[np.int64]:
-        """Where each document ends, in tokens; 8 bytes per document, made when first asked for."""
-        first_tokens = np.concatenate([[0], np.cumsum(self.indexed.lengths, dtype=np.int64)])
-        return first_tokens[self.indexed.document_indices[1:]]
 
 
 class JoinedDatasets(Samples):

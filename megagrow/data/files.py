@@ -1,5 +1,6 @@
 """Files that are either whole or absent: temporary names, fsync, rename."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -38,6 +39,17 @@ def fsync_path(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_folder(path: str | Path) -> None:
+    """Make the folder of a file that is written later. Raises DataError when nothing can be written there."""
+    path = Path(path)
+    with os_errors_as_data_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

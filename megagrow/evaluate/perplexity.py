@@ -15,7 +15,7 @@ from megagrow.data.indexed import IndexedDataset
 from megagrow.data.tokenizer import Tokenizer
 from megagrow.errors import DataError
 from megagrow.evaluate.shared_model import SharedModel
-from megagrow.evaluate.windows import Window, document_ends, document_windows, packed_windows
+from megagrow.evaluate.windows import Window, document_windows, packed_windows
 from megagrow.metrics import Progress
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Mesh
@@ -160,7 +160,7 @@ def evaluate_perplexity(
 
 def num_labels(dataset: IndexedDataset, settings: PerplexitySettings) -> int:
     """How many tokens `evaluate_perplexity` will score."""
-    lengths = np.diff(document_ends(dataset), prepend=0)[: settings.max_documents or None]
+    lengths = np.diff(dataset.document_ends, prepend=0)[: settings.max_documents or None]
     if _prefix(dataset, settings) is not None:
         return int(lengths.sum())
     return max(int(lengths.sum()) - 1, 0) if settings.packed else int((lengths - 1).clip(min=0).sum())

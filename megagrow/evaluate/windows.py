@@ -70,7 +70,7 @@ def packed_windows(
         prefix: the token before the first document; None: its first token is not scored.
         mask_documents: attention stays inside a document.
     """
-    ends = document_ends(dataset)[:num_documents]
+    ends = dataset.document_ends[:num_documents]
     num_tokens, shift = int(ends[-1]) if len(ends) else 0, int(prefix is not None)
     for start, stop, num_scored in spans(num_tokens + shift, length, stride):
         tokens = dataset.tokens[max(0, start - shift) : stop - shift].astype(np.int64)
@@ -78,13 +78,6 @@ def packed_windows(
         positions = np.arange(start, stop - 1) - shift
         documents = np.searchsorted(ends, positions, side="right") if mask_documents else None
         yield Window(tokens, num_scored, documents)
-
-
-def document_ends(dataset: IndexedDataset) -> NDArray[np.int64]:
-    """Where each document ends among the dataset's tokens."""
-    first_tokens = np.concatenate([[0], np.cumsum(dataset.lengths, dtype=np.int64)])
-    ends: NDArray[np.int64] = first_tokens[dataset.document_indices[1:]]
-    return ends
 
 
 def _with_prefix(tokens: NDArray[np.int64], prefix: int | None) -> NDArray[np.int64]:

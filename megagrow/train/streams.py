@@ -60,6 +60,7 @@ def continue_blend(saved: BlendStart | None, weights: dict[str, float], cursor: 
     """
     if saved is None:
         return BlendStart(weights)
+    saved = saved.renamed(weights)
     if list(saved.weights.items()) == list(weights.items()):
         return saved
     if not may_change:
@@ -73,6 +74,12 @@ def continue_blend(saved: BlendStart | None, weights: dict[str, float], cursor: 
 def describe_blend(weights: Mapping[str, float]) -> str:
     """A blend in words."""
     return " ".join(f"{weight:g} {prefix}" for prefix, weight in weights.items())
+
+
+def describe_cursors(begun: BlendStart, cursor: int) -> str:
+    """Where each dataset goes on when the run has consumed `cursor` samples, in words."""
+    consumed = begun.consumed(cursor)
+    return ", ".join(f"{prefix} at {count}{'' if count else ' (new)'}" for prefix, count in consumed.items())
 
 
 def open_stream(datasets: Sequence[Samples], begun: BlendStart, config: Config) -> Stream:

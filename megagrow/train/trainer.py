@@ -15,7 +15,7 @@ from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source
 from megagrow.checks import check_growable, check_model
-from megagrow.config import Config, ModelConfig
+from megagrow.config import Config, ModelConfig, order_size
 from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
 from megagrow.errors import CheckpointError, NonFiniteError, Preempted
@@ -35,7 +35,14 @@ from megagrow.train.part import Part, build_part, compute_dtype, initialize_part
 from megagrow.train.salt_stage import SaltStage, ledger_of
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
-from megagrow.train.streams import blend_weights, continue_blend, make_evaluator, open_stream, open_training_data
+from megagrow.train.streams import (
+    blend_weights,
+    continue_blend,
+    describe_cursors,
+    make_evaluator,
+    open_stream,
+    open_training_data,
+)
 
 
 class Trainer:
@@ -70,6 +77,8 @@ class Trainer:
             self.state.cursors["all"],
             config.data.change_blend,
         )
+        if self.state.blend.start == self.state.cursors["all"] > 0:
+            self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
         self.salt = SaltStage(config, mesh, self.datasets, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
@@ -355,12 +364,25 @@ class Trainer:
         found = self._resume()
         assert found is not None, "a checkpoint was there"
         self.learner, restored = found
+        self._check_spare_samples(restored, what)
         restored.cursors, restored.blend, restored.rolled_back_at = dict(state.cursors), state.blend, state.step
         restored.tokens, restored.ledger.phases = state.tokens, state.ledger.phases  # thrown away, but spent
         self.state = restored
         self.salt.rejoin(restored)
         self.metrics.rewind(restored.step)
         self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
+
+    def _check_spare_samples(self, restored: RunState, what: str) -> None:
+        """Megatron's order has an end, and steps that are done again take samples that nobody counted on."""
+        config = self.config
+        learning = config.growth.ligo_steps if config.growth.method == "ligo" else 0
+        steps = config.train.steps + learning - restored.train_step - restored.ligo_step
+        needed = self.state.cursors["all"] + steps * config.train.global_batch_size
+        if config.data.order == "megatron" and needed > order_size(config):
+            raise NonFiniteError(
+                f"{what}; to roll back takes {needed} samples, data.order=megatron has {order_size(config)}: lower "
+                f"optim.lr, or begin anew with --data.num-samples {needed} or more"
+            )
 
     def _save(self) -> None:
         began = time.perf_counter()

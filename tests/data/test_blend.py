@@ -83,3 +83,12 @@ def test_a_changed_blend_loses_and_repeats_nothing(changes: list[tuple[int, list
         assert sum(consumed.values()) == cursor
         assert {name: len(ids) for name, ids in seen.items()} == {k: v for k, v in consumed.items() if v}
     assert all(ids == list(range(len(ids))) for ids in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [("data/a ./data/a", "names one dataset as data/a and as ./data/a"), ("1e308 A 1e308 B", "add up to infinity")],
+)
+def test_one_dataset_twice_and_weights_without_a_sum_are_refused(value: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_blend(value)

@@ -108,3 +108,20 @@ def test_epochs_lose_and_repeat_nothing(prefixes: dict[str, str]) -> None:
     for epoch in range(len(ids) // len(dataset)):
         part = ids[epoch * len(dataset) : (epoch + 1) * len(dataset)]
         assert sorted(part) == list(range(len(dataset)))
+
+
+def test_a_dataset_is_the_same_under_another_spelling(
+    prefixes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cursor is not lost, whether the blend changes or not."""
+    folder = Path(prefixes["a"]).parent
+    monkeypatch.chdir(folder)
+    plain = run([(0, make_config("1 a 1 b", "megagrow"))], [9], 0)
+    for spelling in ("./a", prefixes["a"]):
+        respelled = run(
+            [(0, make_config("1 a 1 b", "megagrow")), (9, make_config(f"1 {spelling} 1 b", "megagrow"))], [], 0
+        )
+        assert [sample[1:] for sample in respelled] == [sample[1:] for sample in plain]
+    begun = BlendStart({"a": 1.0}, 3, {"a": 7, "b": 2})
+    changed = continue_blend(begun, {"./b": 1.0, prefixes["a"]: 2.0}, 13, True)
+    assert changed.firsts == {prefixes["a"]: 17, "./b": 2}

@@ -10,6 +10,7 @@ import pytest
 
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import open_source
+from megagrow.errors import DataError
 from megagrow.evaluate import write_result
 from tests.evaluate.samples import BYTES, TEXTS, write_texts
 from tests.growth.models import make, tensors_of
@@ -79,6 +80,9 @@ def test_it_runs_on_several_ranks(tmp_path: Path, model: Path, corpus: Path) -> 
         (["MODEL", "--data", "CORPUS", "--batch-size", "0"], 2, "batch_size=0 must be positive"),
         (["MODEL", "--data", "CORPUS", "--tensor", "2"], 2, "--tensor 2 does not divide the 1 launched ranks"),
         (["MODEL", "--tasks", "x", "--limit", "-1"], 2, "limit=-1 must not be negative"),
+        (["MODEL", "--data", "CORPUS", "--limit", "5"], 2, "--limit has no effect with --data"),
+        (["MODEL", "--tasks", "x", "--packed"], 2, "--packed has no effect with --tasks"),
+        (["MODEL", "--data", "CORPUS", "--prefix", "300"], 2, "prefix=300 is no token of the model"),
         (["MODEL", "--tasks", "x"], 2, "tasks need the package lm_eval, which is not installed; pip install"),
     ],
 )
@@ -109,3 +113,20 @@ def test_a_result_file_is_strict_json(tmp_path: Path, model: Path) -> None:
 
     read = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
     assert read["results"] == {"a": [1.5, None, {"b": None}], "3": "text"}
+
+
+def test_a_result_is_shown_even_if_it_cannot_be_written(
+    tmp_path: Path, model: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A place where nothing can be written is told before the work."""
+    assert run_tool(model, "--data", corpus, "--output", tmp_path) == 3
+    shown = capsys.readouterr()
+    assert "Is a directory" in shown.err and not shown.out
+
+    def fail(path: Path, content: bytes) -> None:
+        raise DataError(f"{path}: No space left on device")
+
+    monkeypatch.setattr("megagrow.evaluate.result_file.write_atomically", fail)
+    assert run_tool(model, "--data", corpus, "--output", tmp_path / "result.json") == 3
+    shown = capsys.readouterr()
+    assert "No space left on device" in shown.err and "perplexity" in shown.out

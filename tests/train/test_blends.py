@@ -47,6 +47,7 @@ def test_a_blend_changes_when_the_user_says_so(
     assert run(with_data(after, change_blend=True)) == 0
     shown = capfd.readouterr()
     assert f"data.train was {blend} when step-4 was saved and is 1 {corpus}/part1 1" in shown.err + shown.out
+    assert f"goes on: {corpus}/part0 at 11, {corpus}/part1 at 5, {corpus}/part2 at 0 (new)" in shown.err + shown.out
     state = saved_blend(tmp_path, 8)
     assert state["start"] == 16 and state["firsts"] == {f"{corpus}/part0": 11, f"{corpus}/part1": 5}
     cut_back(tmp_path, 6)

@@ -363,6 +363,19 @@ def test_bad_steps_roll_back_once_and_skip_the_data(
     assert train["steps"] == 8, "what was thrown away was spent all the same"
 
 
+@pytest.mark.parametrize("num_samples", [0, 8 * 4])
+def test_a_roll_back_in_megatrons_order_needs_spare_samples(
+    num_samples: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Six steps of four samples, of which two are done again; that there are too few is told at once."""
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    poison(monkeypatch, {3, 4})
+    config = make_config(corpus, tmp_path, optim=optim, checkpoint=CheckpointConfig(interval=3))
+    data = dataclasses.replace(config.data, order="megatron", num_samples=num_samples)
+    assert run(dataclasses.replace(config, data=data)) == (0 if num_samples else 5)
+    assert num_samples or "takes 32 samples, data.order=megatron has 24" in capfd.readouterr().err
+
+
 def test_steps_that_stay_bad_stop_the_run_with_5(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
