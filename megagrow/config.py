@@ -51,8 +51,8 @@ class RopeScaling:
         )
         require(
             1e-6 <= self.beta_slow <= self.beta_fast <= 1e6,
-            f"rope_scaling.beta_fast={self.beta_fast} must be at least rope_scaling.beta_slow={self.beta_slow}, and both "
-            "must lie between 1e-6 and 1e6",
+            f"rope_scaling.beta_fast={self.beta_fast} must be at least rope_scaling.beta_slow={self.beta_slow}, and "
+            "both must lie between 1e-6 and 1e6",
         )
 
 

@@ -122,7 +122,7 @@ def roberta_model(layers: int, hidden: int) -> ModelConfig:
 def llama_125m() -> Config:
     """A Llama of 134M parameters (12 x 768, vocabulary 32,000) on 2.6B tokens, Chinchilla's 20 per parameter.
 
-    Cost: 2.4e18 FLOPs. Not yet run to its end here.
+    Cost: 2.3e18 FLOPs. Not yet run to its end here.
     torchrun --nproc-per-node 8 -m megagrow llama_125m --data.train PREFIX --data.validation PREFIX --data.tokenizer T
     """
     return Config(
@@ -176,7 +176,7 @@ def bert_base() -> Config:
 def roberta_base() -> Config:
     """RoBERTa base (125M parameters) with the paper's batch, steps and optimizer.
 
-    Cost: 1.7e21 FLOPs for 2.0T tokens. Not yet run to its end here.
+    Cost: 1.7e21 FLOPs for 2.1T tokens. Not yet run to its end here.
     torchrun --nproc-per-node 8 -m megagrow roberta_base --data.train PREFIX --data.validation PREFIX --data.tokenizer T
     """
     return Config(
@@ -206,7 +206,7 @@ def roberta_base() -> Config:
 def grow_llama_125m() -> Config:
     """Doubles the depth and the width of `llama_125m` by LiGO, with SALT for the first sixth of the run.
 
-    Cost: the large model's 8.6e18 FLOPs per 2.6B tokens, plus 4 % for learning the maps and teaching. Not yet run to
+    Cost: the large model's 1.38e19 FLOPs for 2.6B tokens, plus 4 % for learning the maps and teaching. Not yet run to
     its end here; the shares of learning and stage 1 are those of the papers.
     torchrun --nproc-per-node 8 -m megagrow grow_llama_125m --init.from runs/llama_125m --salt.teacher runs/llama_125m …
     """

@@ -134,8 +134,8 @@ def _other_version(version: int) -> str:
     """What wrote a version that is not today's, and what to do with it."""
     if version == 1:
         return (
-            f", of a megagrow that had model.bias for attention_bias and mlp_bias; this megagrow reads {FORMAT_VERSION}; "
-            "convert it to a Hugging Face folder with the one that wrote it, which all read"
+            f", of a megagrow that had model.bias for attention_bias and mlp_bias; this megagrow reads {FORMAT_VERSION}"
+            "; convert it to a Hugging Face folder with the one that wrote it, which all read"
         )
     return f"; this megagrow reads {FORMAT_VERSION}; use the megagrow that wrote it"
 

@@ -133,8 +133,8 @@ def check_exportable(model: ModelConfig) -> None:
         if value == 0 and not isinstance(value, bool):
             needed = "a positive number" if isinstance(getattr(ModelConfig, name), float) else "at least 1"
             raise ConfigError(
-                f"model.{name}={value} cannot be exported: {family.architecture} needs {needed} ({entry.key}); use that, "
-                "or another model.family"
+                f"model.{name}={value} cannot be exported: {family.architecture} needs {needed} ({entry.key}); use "
+                "that, or another model.family"
             )
     for name, value in fixed_fields(family, model).items():
         if getattr(model, name) != value:

@@ -31,6 +31,7 @@ from megagrow.checkpoint.hf_tensors import (
     places,
     unexpected_tensors,
 )
+from megagrow.checkpoint.hf_windows import check_windows
 from megagrow.checkpoint.safetensors_file import DTYPE_NAMES
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError, named, shown
@@ -59,6 +60,7 @@ class HFReader:
         folder: the folder.
         model: its configuration.
         token_ids: the special token ids that config.json states.
+        window: tokens that some layer's attention is bounded to, no less than the stated context; None: all are seen.
         dropped: tensors that the model has no place for, and that its logits do not depend on.
 
     Raises:
@@ -72,6 +74,8 @@ class HFReader:
         self.model = model_config_from_hf(self.folder)
         self.token_ids = special_token_ids(entries)
         self._family = FAMILIES[self.model.family]
+        sizes = self.model.num_layers, self.model.max_seq_length
+        self.window = check_windows(entries, self._family, *sizes, str(self.folder / CONFIG_FILE))
         self._stored = _with_body(_renamed(_catalog(self.folder), self._family), self._family)
         self.dropped = self._take_extras() + self._take_copies()
         self._tied_head = self._take_tied_head()

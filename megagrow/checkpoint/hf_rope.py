@@ -120,7 +120,7 @@ def _of_yarn(settings: Mapping[str, Any], place: str, number: Callable[[str], fl
     fields: dict[str, Any] = {}
     if settings.get("truncate") is not None:
         fields["truncate"] = switch(settings["truncate"], f"{place}.truncate", where)
-    scales = [number(key) for key in ("mscale", "mscale_all_dim") if settings.get(key)]
+    scales = [number(key) for key in ("mscale", "mscale_all_dim") if settings.get(key) not in (None, 0)]
     if len(scales) == 2 and settings.get("attention_factor") is None:
         upper, lower = (0.1 * scale * math.log(number("factor")) + 1.0 for scale in scales)
         fields["attention_factor"] = upper / lower

@@ -12,8 +12,12 @@ DEFAULT_FULL_LAYERS = 28  # of Qwen2 and Qwen3, before those with a window
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def check_windows(entries: Mapping[str, Any], family: Family, num_layers: int, context: int, where: str) -> None:
-    """Raises CheckpointError when some layer's window is shorter than the context that config.json states."""
+def check_windows(entries: Mapping[str, Any], family: Family, num_layers: int, context: int, where: str) -> int | None:
+    """The window of the layers that have one, in tokens; None: all see everything.
+
+    Raises:
+        CheckpointError: it is shorter than the context that config.json states.
+    """
     window = _window(entries, family, num_layers, where)
     if window is not None and window < context:
         raise CheckpointError(
@@ -21,6 +25,7 @@ def check_windows(entries: Mapping[str, Any], family: Family, num_layers: int, c
             "megagrow's attention sees all of it, and the logits of longer texts would change; use a model without "
             f"sliding window, or set max_position_embeddings={window} to use this one within its window"
         )
+    return window
 
 
 def _window(entries: Mapping[str, Any], family: Family, num_layers: int, where: str) -> int | None:

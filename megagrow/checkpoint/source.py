@@ -50,6 +50,7 @@ class Source:
         read: reads any stored tensor by its name in the checkpoint (own checkpoints; Adam's moments are there).
         optimizer: Adam's step and multipliers, when the moments are stored too.
         dropped: parameters on disk that the model does without.
+        window: tokens that its attention is bounded to where it comes from, and not here; None: nowhere.
     """
 
     path: Path
@@ -62,12 +63,19 @@ class Source:
     read: Callable[[str], Tensor]
     optimizer: dict[str, Any] | None = None
     dropped: tuple[str, ...] = ()
+    window: int | None = None
 
     @property
     def note(self) -> str:
-        """One line that names what was dropped; "" when nothing was."""
-        names = ", ".join(self.dropped)
-        return f"{self.path}: dropped, as the model's logits do not depend on it: {names}" if names else ""
+        """One line that names what was dropped, and a window that is not kept; "" when there is neither."""
+        said = []
+        if self.dropped:
+            said.append(f"dropped, as the model's logits do not depend on it: {', '.join(self.dropped)}")
+        if self.window is not None:
+            said.append(
+                f"attention reaches beyond the sliding window of {self.window} tokens, so use no longer sequences"
+            )
+        return f"{self.path}: {'; '.join(said)}" if said else ""
 
 
 def open_source(path: Path | str) -> Source:
@@ -165,7 +173,16 @@ def _open_hf(path: Path) -> Source:
     reader = hf.HFReader(path)
     identity, dropped = _folder_identity(path), tuple(reader.dropped)
     return Source(
-        path, reader.model, reader.fetch, reader.dtype_of, identity, None, str(path), reader.fetch, dropped=dropped
+        path,
+        reader.model,
+        reader.fetch,
+        reader.dtype_of,
+        identity,
+        None,
+        str(path),
+        reader.fetch,
+        dropped=dropped,
+        window=reader.window,
     )
 
 

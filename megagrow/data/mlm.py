@@ -118,8 +118,8 @@ def check_positions(model: ModelConfig, tokenizer: Tokenizer | None) -> None:
     known = tokenizer.pad_id if tokenizer.pad_id is not None else min(tokenizer.special_ids, default=None)
     remedy = "use a tokenizer with a padding token" if known is None else f"set model.position_offset={known + 1}"
     raise ConfigError(
-        f"model.position_offset={model.position_offset} makes token {padding} the padding of the exported model, but to "
-        f"the tokenizer it is an ordinary one; {remedy}, one more than the id of its padding token"
+        f"model.position_offset={model.position_offset} makes token {padding} the padding of the exported model, but "
+        f"to the tokenizer it is an ordinary one; {remedy}, one more than the id of its padding token"
     )
 
 

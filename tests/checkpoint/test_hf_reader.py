@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import save_file
 
 from megagrow.checkpoint.hf import HFReader, is_hf_folder
+from megagrow.checkpoint.source import open_source
 from megagrow.errors import CheckpointError
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.checkpoint.hf_folders import LLAMA, random_model, save_folder, tensors_of
@@ -241,3 +242,11 @@ def test_folders_of_hugging_face_are_recognised(tmp_path, llama) -> None:
     (llama / "config.json").write_text("{")
     assert is_hf_folder(llama)
     assert "config.json: not valid JSON" in refusal(llama)
+
+
+@pytest.mark.parametrize(("window", "note"), [(None, ""), (40, "the sliding window of 40 tokens")])
+def test_a_window_that_is_not_kept_is_said(tmp_path: Path, window: int | None, note: str) -> None:
+    """Nothing keeps a run from sequences that are longer than the context which the folder states."""
+    source = open_source(save_folder(tmp_path, "mistral", sliding_window=window))
+    assert source.window == window
+    assert note in source.note and bool(source.note) == bool(note) and "\n" not in source.note

@@ -1,8 +1,8 @@
 """Hugging Face folders: every entry of config.json that is read, for every family, and the index of the weights."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from megagrow.checkpoint.hf_config import ONLY_ANYWHERE
 from megagrow.checkpoint.hf_families import FAMILIES
 from megagrow.checkpoint.hf_family import Entry, Family, Rope
 from megagrow.checkpoint.hf_tensors import expected_tensors
-from megagrow.config import ModelConfig, RopeScaling
+from megagrow.config import ModelConfig
+from megagrow.model.rotary import rotary_frequencies
 from tests.checkpoint import hf_folders as samples
 from tests.fuzz.fields import Field, texts_with, unparsable
 from tests.fuzz.literals import TEXTS, is_number, rejecting
@@ -33,8 +34,19 @@ MODELS = {
         samples.OWN_ROBERTA,
     )
 }
-SCALED = replace(samples.OWN_LLAMA, rope_scaling=RopeScaling("llama3", 8.0, 16))
 MAX_SIZE = 2**31 - 1
+SCALED = ("llama3", "yarn in full", "yarn, DeepSeek's")  # of the samples
+# Kind and entry of a scaled rotation -> least and largest number, beside the others of the samples.
+BOUNDS = {
+    ("llama3", "factor"): (1, 2**53),
+    ("llama3", "low_freq_factor"): (5e-324, 4 - 1e-9),
+    ("llama3", "high_freq_factor"): (1 + 1e-9, 2**53),
+    ("yarn", "factor"): (1, 2**53),
+    ("yarn", "beta_fast"): (1.0, 1e6),
+    ("yarn", "beta_slow"): (1e-6, 8.0),
+    ("yarn", "rope_theta"): (1 + 1e-9, 2**53),
+}
+EXTREME = st.sampled_from([5e-324, 1e-320, 1e-7, 1e7, 1e300, 0.0, 1.0, -1.0, 0.5])
 KINDS_OF_SCALING = ("default", "linear", "llama3", "yarn")
 Rules = dict[str, tuple[Callable[[Any], bool], bool]]  # entry -> which values it may hold, whether it must be there
 
@@ -43,7 +55,8 @@ def fields(folder: Path) -> Iterator[Field]:
     assert MODELS.keys() == FAMILIES.keys()
     for name, model in MODELS.items():
         yield from _config_fields(folder / name, FAMILIES[name], model)
-    yield from _scaling_fields(folder / "scaled")
+    for name in SCALED:
+        yield from _scaling_fields(folder / name, samples.ROPE_SCALINGS[name] | {"rope_theta": 5e5})
     yield from _index_fields(folder / "sharded", samples.OWN_LLAMA)
 
 
@@ -127,23 +140,33 @@ def _rope_rules(rope: Rope, model: ModelConfig) -> Rules:
     return rules | ({rope.fraction: (is_stated(model.rope_fraction), False)} if rope.fraction else {})
 
 
-def _scaling_fields(folder: Path) -> Iterator[Field]:
-    """The settings of a scaled rotation."""
+def _scaling_fields(folder: Path, settings: dict[str, Any]) -> Iterator[Field]:
+    """The settings of a scaled rotation, in `rope_parameters` alone; what is accepted has to be computed as well."""
     folder.mkdir()
     file = folder / "config.json"
-    record = hf_config_from_model(SCALED)
+    record = hf_config_from_model(samples.OWN_LLAMA) | {"rope_parameters": settings, "rope_theta": None}
+
+    def read() -> Any:
+        frequencies, scale = rotary_frequencies(model_config_from_hf(folder))
+        assert frequencies.isfinite().all() and math.isfinite(scale)
+
     file.write_text(json.dumps(record))
-    assert model_config_from_hf(folder) == SCALED
-    settings = record["rope_parameters"]
+    read()
     for key in settings:
-        if key == "rope_type":
-            accepts = lambda other: other in KINDS_OF_SCALING if isinstance(other, str) else other is None  # noqa: E731
-        else:
-            accepts = lambda other: other is None or (is_number(other) and other > 0)  # noqa: E731
-        path = ("rope_parameters", key)
-        texts = texts_with(record, path, rejecting(accepts, TEXTS), required=False)
-        says = f"{key}|rope_parameters|rope_scaling"
-        yield Field("config.json (rope)", key, file, texts, lambda: model_config_from_hf(folder), says)
+        wrong = rejecting(_may_be_setting(key, settings["rope_type"]), TEXTS, EXTREME)
+        texts = texts_with(record, ("rope_parameters", key), wrong, required=False)
+        yield Field("config.json (rope)", key, file, texts, read, f"{key}|rope_parameters|rope_scaling")
+
+
+def _may_be_setting(key: str, kind: str) -> Callable[[Any], bool]:
+    """Whether a setting may hold a value by itself."""
+    if key == "rope_type":
+        return lambda value: value in KINDS_OF_SCALING if isinstance(value, str) else value is None
+    if key == "truncate":
+        return _may_be_switch
+    least, most = BOUNDS.get((kind, key), (5e-324, 2**53))
+    unset = (None, False, 0) if key.startswith("mscale") else (None,)
+    return lambda value: value in unset or (is_number(value) and least <= value <= most)
 
 
 def _is_allowed(allowed: tuple[Any, ...]) -> Callable[[Any], bool]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megagrow.checks import check
 from megagrow.config import Config
-from megagrow.evaluate import make_batch
+from megagrow.data.mlm import Masking
+from megagrow.evaluate import make_batch, make_masked_batch
 from megagrow.model.dropout import token_keys
 from megagrow.optim import Optimizer, clip_gradients
 from megagrow.parallel.context import cut
@@ -140,14 +141,16 @@ def local_batch(config: Config, mesh: Mesh, dtype: torch.dtype, update: int) -> 
     mine = torch.arange(BATCH).chunk(mesh.dp.size)[mesh.dp.rank]
     how = config.data.mask_documents, config.data.reset_positions
     documents = make_documents()[mine] if any(how) else None
-    batch = make_batch(make_tokens(config.model.vocab_size)[mine], BATCH, mesh, documents, *how)
-    counts = share(make_counts(), mesh.dp, mesh.cp)
+    if config.model.is_causal:
+        batch = make_batch(make_tokens(config.model.vocab_size)[mine], BATCH, mesh, documents, *how)
+        counts = share(make_counts(), mesh.dp, mesh.cp)
+        weights = batch.weights.to(dtype) * counts.to(dtype) * (BATCH * SEQ / float(make_counts().sum()))
+    else:
+        tokens, masking = make_masked_tokens(config.model.vocab_size)
+        batch = make_masked_batch(tokens[mine], torch.arange(BATCH)[mine], masking, mesh, documents, *how)
+        weights = batch.weights.to(dtype)
     keys = token_keys(5, update, torch.arange(BATCH), torch.arange(SEQ)) if config.train.dropout else None
-    return replace(
-        batch,
-        weights=batch.weights.to(dtype) * counts.to(dtype) * (BATCH * SEQ / float(make_counts().sum())),
-        dropout_keys=None if keys is None else share(keys, mesh.dp, mesh.cp),
-    )
+    return replace(batch, weights=weights, dropout_keys=None if keys is None else share(keys, mesh.dp, mesh.cp))
 
 
 def share(x: Tensor, dp: Axis, cp: Axis) -> Tensor:
@@ -158,6 +161,13 @@ def share(x: Tensor, dp: Axis, cp: Axis) -> Tensor:
 def make_tokens(vocab_size: int) -> Tensor:
     """Random samples [BATCH, SEQ + 1]."""
     return torch.randint(0, vocab_size, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(7))
+
+
+def make_masked_tokens(vocab_size: int) -> tuple[Tensor, Masking]:
+    """Samples for an encoder, and a masking that chooses those of their tokens that count: the others are special."""
+    counts = torch.cat([make_counts(), torch.zeros(BATCH, 1)], dim=1)
+    tokens = torch.where(counts > 0, 1 + make_tokens(vocab_size) % (vocab_size - 2), 0)
+    return tokens, Masking(mask_id=vocab_size - 1, special_ids=(0,), vocab_size=vocab_size, seed=7, rate=1.0)
 
 
 def make_counts() -> Tensor:

@@ -16,13 +16,14 @@ from megagrow.config import Config, ModelConfig, ParallelConfig, Schedule
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.shards import local
 from megagrow.train.part import build_part, initialize_part
-from tests.parallel.layouts import BY_NAME, GPT2, LAYOUTS, LLAMA, QWEN, Layout, make_layout
+from tests.parallel.layouts import BERT, BY_NAME, GPT2, LAYOUTS, LLAMA, QWEN, Layout, make_layout
 from tests.parallel.parity import (
     GRADIENT_BOUND,
     WEIGHT_BOUND,
     compare,
     gradient_errors,
     local_batch,
+    make_counts,
     one_process,
     parity,
     token_counts,
@@ -95,6 +96,14 @@ def test_no_two_ranks_or_microbatches_have_equally_many_tokens_that_count(layout
     assert len(set(totals)) == len(totals), totals
     assert len(counts[0]) > 1
     assert all(len(set(of_rank)) == len(of_rank) for of_rank in counts), counts
+
+
+def test_encoders_are_to_predict_the_tokens_that_count() -> None:
+    """So that their number, which the loss is divided by, differs between ranks and microbatches too."""
+    batch = local_batch(make_layout(1, model=BERT).config, Mesh.single(), torch.float64, 0)
+    assert torch.equal(batch.weights > 0, make_counts() > 0)
+    assert float(batch.weights.sum()) == pytest.approx(1, abs=1e-5)
+    assert 0.5 < float((batch.ids != batch.labels)[batch.weights > 0].double().mean()) < 1
 
 
 @dataclass(frozen=True)
