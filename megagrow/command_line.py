@@ -98,10 +98,15 @@ def _derived_again(base: Config, changed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(name: str, text: str) -> Any:
+    """What the text stands for: itself where text may stand (2024, 'x', runs/a #1), a list where one may, or YAML."""
     try:
         value = read_yaml(text, "command line")
-        check_value(value, name, "command line")
     except ConfigError:
-        check_value(text, name, "command line")  # "2024" is text where text is wanted
-        return text
-    return value
+        value = text
+    first, second = (value, text) if isinstance(value, list) else (text, value)
+    try:
+        check_value(first, name, "command line")
+    except ConfigError:
+        check_value(second, name, "command line")
+        return second
+    return first

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -167,4 +168,6 @@ def load_file(path: Path) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as JSON text (which is YAML too, so a dump can be run again)."""
-    return json.dumps(to_dict(config), indent=1) + "\n"
+    text = json.dumps(to_dict(config), indent=1, ensure_ascii=False)
+    # YAML takes no pairs of surrogates, and no raw control characters: only what is beyond 16 bits stays as it is.
+    return re.sub(r"[\x7f-\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from megagrow.command_line import parse
-from megagrow.config_file import MAX_BYTES, load_file
+from megagrow.config_file import MAX_BYTES, dump, load_file
 from megagrow.errors import CheckpointError, ConfigError, DataError, shown
 from megagrow.growth.ligo import load_maps
 from megagrow.json_file import parse_object
@@ -49,7 +49,14 @@ BAD_YAML: dict[str, tuple[Any, str]] = {
     "a tag": ("model: !!python/object/apply:os.mkdir ['x']", "the tag .* is refused.*line 1"),
     "a tag that its value does not fit": ("model: {num_layers: !!int x}", "the tag .* is refused"),
     "a key twice": ("train: {steps: 1}\ntrain: {steps: 2}", "key 'train' stands twice.*line 2"),
-    "a number without digits": ("model: {num_layers: 0x_}", "not valid YAML"),
+    "a list as a key": ("{[a]: 2}", "not valid YAML: .*unhashable key.*line 1"),
+    "a list as the key of a section": ("model: {? [1] : 2}", "not valid YAML: .*unhashable key.*line 1"),
+    "no character of Unicode": ('run: {dir: "\\UFFFFFFFF"}', "not valid YAML"),
+    "a merged section": ("train: {steps: 1, <<: {steps: 2}}", "unknown key train.<<"),
+    "a default value": ("train: {=: 1}", "unknown key train.="),
+    "a number without digits": ("model: {num_layers: 0x_}", "model.num_layers='0x_' must be int"),
+    "minutes and seconds": ("train: {steps: 1:30}", "train.steps='1:30' must be int"),
+    "minutes and seconds with a fraction": ("optim: {lr: 1:30.5}", "optim.lr='1:30.5' must be a finite number"),
     "5,000 digits": ("train: {steps: " + "9" * 5000 + "}", "not valid YAML"),
     "a large hexadecimal": ("train: {steps: 0x" + "f" * 9000 + "}", "train.steps=an integer of more than 80 digits"),
     "more than 64 bits": ("data: {seed: 9223372036854775808}", "data.seed=9223372036854775808 does not fit 64 bits"),
@@ -83,6 +90,31 @@ def test_configurations_are_read_strictly(tmp_path: Path, case: str) -> None:
 def test_a_date_is_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("run: {dir: 2026-01-31}")
     assert load_file(tmp_path / "run.yaml").run.dir == "2026-01-31"
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("train: {steps: 0012, seed: 0x1F}\ndata: {seed: 0o17}\noptim: {lr: 1e-05}")
+    config = load_file(tmp_path / "run.yaml")
+    assert (config.train.steps, config.train.seed, config.data.seed, config.optim.lr) == (12, 31, 15, 1e-05)
+
+
+@pytest.mark.parametrize("text", ["runs/a #1", "'x'", '"x"', "0012", "1:30", "null", "yes", "[a]", "a: b", " a "])
+def test_options_keep_the_text_where_text_is_wanted(text: str) -> None:
+    assert parse(["quickstart_small", "--run.dir", text]).run.dir == text
+
+
+def test_options_read_numbers_and_lists_where_those_are_wanted() -> None:
+    config = parse(["quickstart_small", "--train.steps", "0012", "--data.train", "[0.7, A, 0.3, B]"])
+    assert config.train.steps == 12 and config.data.train == (0.7, "A", 0.3, "B")
+    with pytest.raises(ConfigError, match="train.steps='1:30' must be int"):
+        parse(["quickstart_small", "--train.steps", "1:30"])
+
+
+def test_a_dump_holds_every_character(tmp_path: Path) -> None:
+    """JSON's escapes are pairs of surrogates beyond 16 bits, which YAML does not put together."""
+    config = parse(["quickstart_small", "--run.dir", "runs/\U0001f600 é \x7f \u2028"])
+    (tmp_path / "run.json").write_text(dump(config), encoding="utf-8")
+    assert load_file(tmp_path / "run.json") == config
 
 
 def test_options_may_add_a_section_and_lists() -> None:

@@ -18,11 +18,12 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
-from megagrow.checkpoint.remote import RemotePath, remote
+from megagrow.checkpoint.remote import MISSING, RemotePath, remote
 from megagrow.data.files import fsync_path, os_errors_name
 from megagrow.errors import CheckpointError
 from megagrow.json_file import parse_object
@@ -81,20 +82,23 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prune(newest: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Deletes checkpoints before `newest` so that `keep_last` remain; a failure is only a warning.
+def prune(newest: Path, keep_last: int, keep_every: int = 0, passed_over: Collection[str] = ()) -> None:
+    """Deletes checkpoints before `newest` so that `keep_last` good ones remain; a failure is only a warning.
 
     Steps after `newest` are left alone: a run that went back to it has not vouched for them. Multiples of `keep_every`
-    (0: none) stay for ever.
+    (0: none) stay for ever. Those named in `passed_over`, and those with a bad manifest, are damaged and do not count.
     """
-    directories = step_directories(newest.parent)
-    for path in directories[directories.index(newest) :][keep_last:]:
-        if keep_every and _step(path) % keep_every == 0:
-            continue
-        try:
-            _delete(path if remote(path) else _to_trash(path))
-        except OSError as error:
-            logger.warning("cannot delete the old checkpoint %s: %s", path, error)
+    try:
+        older = [path for path in step_directories(newest.parent) if _step(path) < _step(newest)]
+    except OSError as error:
+        logger.warning("cannot look for old checkpoints to delete: %s", error)
+        return
+    num_kept = 1
+    for path in older:
+        if num_kept < keep_last:
+            num_kept += path.name not in passed_over and _has_good_manifest(path)
+        elif not keep_every or _step(path) % keep_every:
+            _delete_old(path)
 
 
 def set_aside(path: Path) -> Path:
@@ -125,22 +129,43 @@ def is_left_over(path: Path) -> bool:
     return bool(is_uncommitted or _LEFTOVER.fullmatch(path.name))
 
 
+def is_unreachable(path: Path, error: CheckpointError) -> bool:
+    """Whether a store has not answered, rather than that `path` is damaged: nothing may follow from it."""
+    cause = error.__cause__
+    return remote(path) is not None and isinstance(cause, OSError) and not isinstance(cause, MISSING)
+
+
 def read_checked_manifest(path: Path) -> bytes:
     """The bytes of a manifest, compared with the digest beside it and the one in `latest`.
 
     Raises:
-        CheckpointError: a file is missing, or a digest differs.
+        CheckpointError: a file is missing or cannot be read, or a digest differs.
     """
-    if not (path / MANIFEST).is_file():
+    if not _is_file(path / MANIFEST):
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
     raw, noted = _read(path / MANIFEST), _read(path / DIGEST)
     digest = hashlib.sha256(raw).hexdigest()
     if noted != f"{digest}  {MANIFEST}\n".encode():
         raise CheckpointError(f"{path / MANIFEST}: damaged, its digest is not the one in {DIGEST}")
     pointer = path.absolute().parent / LATEST
-    if pointer.is_file() and digest != _latest_digest(pointer).get(path.name, digest):
+    if _is_file(pointer) and digest != _latest_digest(pointer).get(path.name, digest):
         raise CheckpointError(f"{path / MANIFEST}: replaced, its digest is not the one in {pointer}")
     return raw
+
+
+def _has_good_manifest(path: Path) -> bool:
+    try:
+        read_checked_manifest(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _delete_old(path: Path) -> None:
+    try:
+        _delete(path if remote(path) else _to_trash(path))
+    except OSError as error:
+        logger.warning("cannot delete the old checkpoint %s: %s", path, error)
 
 
 def _to_trash(path: Path) -> Path:
@@ -166,6 +191,13 @@ def _latest_digest(pointer: Path) -> dict[str, str]:
     except (CheckpointError, KeyError) as error:
         logger.warning("%s is damaged (%s); checkpoints are found without it", pointer, error)
         return {}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or type(error).__name__}") from error
 
 
 def _read(path: Path) -> bytes:

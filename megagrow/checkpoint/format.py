@@ -263,19 +263,17 @@ def _item(record: _Record) -> Item:
 
 def _check_tables(manifest: Manifest, record: _Record) -> None:
     """The three tables agree: items lie inside tensors and files, and leave no gap in either."""
-    elements: dict[str, int] = defaultdict(int)
     places: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    boxes = set()
     for index, item in enumerate(manifest.items):
-        problem = _item_problem(manifest, item)
-        if problem or (item.tensor, item.offsets) in boxes:
-            record.refuse(f"items[{index}]", problem or "stands twice")
-        boxes.add((item.tensor, item.offsets))
-        elements[item.tensor] += math.prod(item.sizes)
+        if problem := _item_problem(manifest, item):
+            record.refuse(f"items[{index}]", problem)
         places[item.file].append((item.start, item.num_bytes))
     for name, tensor in manifest.tensors.items():
-        if elements[name] != math.prod(tensor.shape):
+        items = manifest.items_of[name]
+        if sum(math.prod(item.sizes) for item in items) != math.prod(tensor.shape):
             record.refuse(f"tensors.{shown(name)}", "is not covered by the items")
+        if _overlap(items):
+            record.refuse(f"tensors.{shown(name)}", "has items that overlap")
     for name, file in manifest.files.items():
         if file.sha256 is None and not _cover(places[name], file.num_bytes):
             record.refuse(f"files.{shown(name)}", "has neither a digest nor items without gap")
@@ -289,6 +287,25 @@ def _cover(spans: list[tuple[int, int]], num_bytes: int) -> bool:
             return False
         end += length
     return end == num_bytes
+
+
+def _overlap(items: list[Item]) -> bool:
+    """Whether an element lies in two of the boxes: a sweep over the dim that is cut most, pairwise where it stands."""
+    if not items[0].offsets:
+        return len(items) > 1  # a scalar
+    dim = max(range(len(items[0].offsets)), key=lambda dim: len({item.offsets[dim] for item in items}))
+    active: list[Item] = []
+    for item in sorted(items, key=lambda item: item.offsets[dim]):
+        active = [other for other in active if other.offsets[dim] + other.sizes[dim] > item.offsets[dim]]
+        if any(_meet(item, other) for other in active):
+            return True
+        active.append(item)
+    return False
+
+
+def _meet(one: Item, other: Item) -> bool:
+    dims = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(a < b + b_size and b < a + a_size for a, a_size, b, b_size in dims)
 
 
 def _item_problem(manifest: Manifest, item: Item) -> str | None:

@@ -3,10 +3,14 @@
     s3://bucket/run   gs://bucket/run   memory://run        RemotePath, with what checkpoints need of pathlib.Path
     /local/run        file:///local/run                     Path
 
-Remote folders are not taken to have an atomic rename, nor to know folders that are empty.
+Remote folders are not taken to have an atomic rename, nor to know folders that are empty. Only FileNotFoundError means
+that something is not there: a store that is busy, or wants credentials, has given no answer, which is an OSError here.
+(fsspec's own `exists`, `isfile` and `isdir` answer "no" then.)
 """
 
+import errno
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,6 +20,7 @@ from megagrow.errors import CheckpointError
 
 SEPARATOR = "://"
 LOCAL = ("file", "local")
+MISSING = (FileNotFoundError, NotADirectoryError)  # the latter for what would lie in a file
 
 
 class RemotePath:
@@ -68,51 +73,78 @@ class RemotePath:
 
     def exists(self) -> bool:
         """Whether there is a file or folder."""
-        return bool(self.filesystem.exists(self.key))
+        return self._kind() is not None
 
     def is_file(self) -> bool:
         """Whether it is a file."""
-        return bool(self.filesystem.isfile(self.key))
+        return self._kind() == "file"
 
     def is_dir(self) -> bool:
         """Whether it is a folder, with something in it."""
-        return bool(self.filesystem.isdir(self.key))
+        return self._kind() == "directory"
 
     def iterdir(self) -> Iterator["RemotePath"]:
         """What is in the folder; nothing where there is none."""
         self.filesystem.invalidate_cache()
-        names = self.filesystem.ls(self.key, detail=False) if self.exists() else []
+        names = []
+        with self._os_errors(), suppress(*MISSING):
+            names = self.filesystem.ls(self.key, detail=False)
         return iter([self / str(name).rstrip("/").rpartition("/")[2] for name in names])
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Makes the folder where the store knows empty ones."""
-        self.filesystem.makedirs(self.key, exist_ok=True)
+        with self._os_errors():
+            self.filesystem.makedirs(self.key, exist_ok=True)
 
     def open(self, mode: str) -> IO[Any]:
         """As a binary file."""
-        return self.filesystem.open(self.key, mode)
+        with self._os_errors():
+            return self.filesystem.open(self.key, mode)
 
     def read_bytes(self) -> bytes:
         """The whole file."""
-        return bytes(self.filesystem.cat_file(self.key))
+        with self._os_errors():
+            return bytes(self.filesystem.cat_file(self.key))
 
     def num_bytes(self) -> int:
         """Size of the file."""
         self.filesystem.invalidate_cache()
-        return int(self.filesystem.size(self.key))
+        with self._os_errors():
+            return int(self.filesystem.size(self.key))
 
     def unlink(self) -> None:
         """Deletes the file."""
-        self.filesystem.rm_file(self.key)
+        with self._os_errors():
+            self.filesystem.rm_file(self.key)
 
     def rmdir(self) -> None:
         """Deletes the folder where the store knows empty ones."""
-        if self.filesystem.isdir(self.key):
-            self.filesystem.rmdir(self.key)
+        if self.is_dir():
+            with self._os_errors():
+                self.filesystem.rmdir(self.key)
 
     def move(self, target: "RemotePath") -> None:
         """Copies the folder and deletes it."""
-        self.filesystem.mv(self.key, target.key, recursive=True)
+        with self._os_errors():
+            self.filesystem.mv(self.key, target.key, recursive=True)
+
+    def _kind(self) -> str | None:
+        """`file`, `directory`, or None where there is nothing."""
+        with self._os_errors(), suppress(*MISSING):
+            return str(self.filesystem.info(self.key)["type"])
+        return None
+
+    @contextmanager
+    def _os_errors(self) -> Iterator[None]:
+        """Whatever fsspec raises becomes an OSError that names the URL; what is missing stays FileNotFoundError."""
+        try:
+            yield
+        except MISSING:
+            raise
+        except Exception as error:
+            reason = isinstance(error, OSError) and error.strerror
+            text = " ".join(str(error).split())
+            raise OSError(errno.EIO, reason or f"{type(error).__name__}: {text}", self.url) from error
 
 
 def as_path(place: Path | str) -> Path:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -43,6 +44,8 @@ class Saver:
     ) -> None:
         self.group, self.asynchronous = group, asynchronous
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.facts: dict[str, Any] = {}  # for the provenance of every save, where the first rank of `group` has them
+        self.passed_over: set[str] = set()  # checkpoints that were found damaged: they do not count among keep_last
         self._copy = HostCopy()
         self._thread: Thread | None = None
         self._written: Future[Path] = Future()
@@ -105,7 +108,9 @@ class Saver:
                 self._written.set_exception(error)
 
     def _write(self, root: Path, step: int, take: Callable[[], Snapshot]) -> Path:
-        return store.write(root, step, take, self.group, self.keep_last, self.keep_every)
+        path = store.write(root, step, take, self.group, self.keep_last, self.keep_every, self.passed_over)
+        self.passed_over.discard(path.name)  # the damaged one of this step has another name now
+        return path
 
 
 def _outcome(function: Callable[[], Snapshot]) -> "Future[Snapshot]":

@@ -87,7 +87,11 @@ def open_source(path: Path | str) -> Source:
         CheckpointError: nothing usable is there.
     """
     path = as_path(path)
-    if not path.is_dir():
+    try:
+        is_there = path.is_dir()
+    except OSError as error:  # a store that does not answer
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not is_there:
         raise CheckpointError(f"{path}: no such folder; give a checkpoint, a run directory or a Hugging Face folder")
     if remote(path) is None and hf.is_hf_folder(path):
         return _open_hf(path)

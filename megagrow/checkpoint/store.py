@@ -1,7 +1,8 @@
 """Saving and loading: any layout loads what any other saved, and nothing is used unverified."""
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, is_initialized
 
 from megagrow.checkpoint import directory
-from megagrow.checkpoint.agreement import Ranks, some
+from megagrow.checkpoint.agreement import Ranks, cause_of, some
 from megagrow.checkpoint.dcp_io import ItemReader, digest_of, open_sized, read_items, write_items
 from megagrow.checkpoint.format import MANIFEST, Manifest, check_json
 from megagrow.checkpoint.remote import as_path
@@ -99,8 +100,12 @@ def write(
     group: ProcessGroup | None = None,
     keep_last: int = 0,
     keep_every: int = 0,
+    passed_over: Collection[str] = (),
 ) -> Path:
-    """What `save` does with a snapshot; `take` gives this rank's, and fails the save on all ranks where it raises."""
+    """What `save` does with a snapshot; `take` gives this rank's, and fails the save on all ranks where it raises.
+
+    `passed_over` names damaged checkpoints, which do not count among the `keep_last`.
+    """
     root, ranks = as_path(root), Ranks(group)
     action = f"cannot save step {step} in {root}"
     taken = ranks.together(action, take)
@@ -120,16 +125,17 @@ def write(
                 items=written.items,
             )
             _check_files(temporary, manifest)
-            path = directory.publish(temporary, manifest)
-            if keep_last:
-                directory.prune(path, keep_last, keep_every)
-            return path
+            return directory.publish(temporary, manifest)
 
-        return ranks.first(action, commit)
+        path = ranks.first(action, commit)
     except CheckpointError:
         if ranks.is_first:
             directory.discard(temporary)
         raise
+    if keep_last:
+        prune = functools.partial(directory.prune, path, keep_last, keep_every, passed_over)
+        ranks.first(f"cannot delete old checkpoints in {root}", prune)
+    return path
 
 
 def load(
@@ -180,16 +186,22 @@ def candidates(root: Path) -> list[Path]:
     here.
 
     Raises:
-        CheckpointError: there are checkpoints, and the manifests of all of them are damaged.
+        CheckpointError: there are checkpoints, and the manifests of all of them are damaged; or a remote folder does
+            not answer, and might hold newer ones.
     """
     root = as_path(root)
-    paths = [root] if (root / MANIFEST).is_file() else directory.step_directories(root)
+    try:
+        paths = [root] if (root / MANIFEST).is_file() else directory.step_directories(root)
+    except OSError as error:
+        raise CheckpointError(f"cannot look for checkpoints in {root}: {cause_of(error)}") from error
     intact, problems = [], []
     for path in paths:
         try:
             directory.read_checked_manifest(path)
             intact.append(path)
         except CheckpointError as error:
+            if directory.is_unreachable(path, error):
+                raise
             problems.append(str(error))
     if problems and not intact:
         raise CheckpointError(f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away")
@@ -252,6 +264,8 @@ def _make_room(root: Path, step: int) -> Path:
         try:
             verify(path)
         except CheckpointError as error:
+            if directory.is_unreachable(path, error):
+                raise
             logger.warning("%s; it is kept as %s", error, directory.set_aside(path))
         else:
             raise CheckpointError(f"{path} exists and is intact; move it away to save this step again")

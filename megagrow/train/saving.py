@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint import store
+from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.saver import Saver
@@ -21,9 +22,12 @@ FIXED_SECTIONS = ("model", "data", "growth")
 
 
 def make_saver(config: Config, mesh: Mesh) -> Saver:
-    """What saves this run's checkpoints."""
+    """What saves this run's checkpoints; notes the code as it is now, when the run begins."""
     options = config.checkpoint
-    return Saver(mesh.checkpoint_group, options.asynchronous, options.keep_last, options.keep_every)
+    saver = Saver(mesh.checkpoint_group, options.asynchronous, options.keep_last, options.keep_every)
+    if Ranks(mesh.checkpoint_group).is_first:
+        saver.facts = code_version()
+    return saver
 
 
 def save(saver: Saver, learner: Learner, state: RunState, config: Config) -> None:
@@ -31,7 +35,7 @@ def save(saver: Saver, learner: Learner, state: RunState, config: Config) -> Non
 
     def take() -> store.Snapshot:
         state.optimizer = learner.state()
-        facts = provenance(state, config)
+        facts = {**saver.facts, **provenance(state, config)}
         return store.snapshot(learner.tensors(), state.to_dict(), to_dict(config), facts, saver.group)
 
     saver.save(root_of(config), state.step, take)
@@ -43,18 +47,22 @@ def root_of(config: Config) -> Path:
 
 
 def provenance(state: RunState, config: Config) -> dict[str, Any]:
-    """Where a checkpoint comes from: the code, and what the run began with and grew from."""
+    """Where a checkpoint comes from: what the run began with and grew from."""
     return {
-        **code_version(),
         "init": config.init.from_,
         "inherited": [{"label": each.label, "identity": each.identity} for each in state.ledger.inherited],
         "grew_from": grew_from(state),
     }
 
 
-def saved(config: Config) -> list[Path]:
-    """The run's checkpoints, newest first."""
-    return store.candidates(root_of(config))
+def saved(config: Config, mesh: Mesh) -> list[Path]:
+    """The run's checkpoints, newest first, as the first rank sees them; a collective.
+
+    Raises:
+        CheckpointError: on every rank: there are none but damaged ones, or their folder cannot be read.
+    """
+    root = root_of(config)
+    return Ranks(mesh.checkpoint_group).first(f"cannot resume from {root}", lambda: store.candidates(root))
 
 
 def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunState:

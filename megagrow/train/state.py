@@ -1,5 +1,6 @@
 """What a run knows beside its tensors: plain data that goes into every checkpoint's manifest."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -85,7 +86,7 @@ class RunState:
         values = {
             **data,
             "model": stored_model(data["model"], where),
-            "blend": None if data["blend"] is None else _blend(data["blend"], where),
+            "blend": None if data["blend"] is None else _blend(data["blend"], data["cursors"]["all"], where),
             "optimizer": stored_optimizer(data["optimizer"], where),
             "guard": StepGuard(**data["guard"]),
             "ledger": Ledger.from_dict(data["ledger"], f"{where}: state.ledger"),
@@ -93,20 +94,28 @@ class RunState:
         return cls(**values)
 
 
-def _blend(data: Any, where: str) -> BlendStart:
+def _blend(data: Any, cursor: int, where: str) -> BlendStart:
     """The blend of a saved state, checked: it decides which samples come next."""
     if not isinstance(data, dict) or set(data) != {"weights", "start", "firsts"}:
         raise CheckpointError(f"{where}: state.blend must hold weights, start and firsts")
     weights, start, firsts = data["weights"], data["start"], data["firsts"]
-    if not isinstance(weights, dict) or not weights or not all(_is_number(w) and w > 0 for w in weights.values()):
-        raise CheckpointError(f"{where}: state.blend.weights must be positive numbers by dataset")
+    if not isinstance(weights, dict) or not weights or not all(_is_size(w) and w > 0 for w in weights.values()):
+        raise CheckpointError(f"{where}: state.blend.weights must be positive numbers by dataset, below 1e30")
     if not isinstance(firsts, dict) or not all(_is_count(n) for n in (start, *firsts.values())):
         raise CheckpointError(f"{where}: state.blend.start and .firsts must be numbers of samples")
+    if start > cursor:
+        raise CheckpointError(f"{where}: state.blend.start is {start}, beyond state.cursors.all, which is {cursor}")
     return BlendStart({prefix: float(weight) for prefix, weight in weights.items()}, start, firsts)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
+    """Finite, and no larger than what floats hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_size(value: Any) -> bool:
+    """A number that sums and squares of it do not overflow."""
+    return _is_number(value) and abs(value) < 1e30
 
 
 def _is_count(value: Any) -> bool:
@@ -119,7 +128,15 @@ def _is_guard(value: Any) -> bool:
         and set(value) == set(StepGuard.__dataclass_fields__)
         and _is_count(value["bad_steps"])
         and isinstance(value["losses"], list)
-        and all(type(loss) in (int, float) for loss in value["losses"])
+        and all(map(_is_size, value["losses"]))
+    )
+
+
+def _is_event(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"loss_before", "loss_initial"}
+        and all(loss is None or _is_number(loss) for loss in value.values())
     )
 
 
@@ -135,7 +152,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, dict) and set(v) == {"all", "selected"} and all(map(_is_count, v.values())),
         "numbers of samples of the streams all and selected",
     ),
-    "guard": (_is_guard, "losses, a list of numbers, and bad_steps, a whole number"),
+    "guard": (_is_guard, "losses, a list of numbers below 1e30, and bad_steps, a whole number"),
     "rolled_back_at": (lambda v: v == -1 or _is_count(v), "a step, or -1"),
-    "pending_event": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+    "pending_event": (lambda v: v is None or _is_event(v), "loss_before and loss_initial, numbers or null; or null"),
 }

@@ -1,6 +1,7 @@
 """The loop: which step comes next, and what follows each step."""
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,13 +87,14 @@ class Trainer:
     def _resume(self) -> tuple[Learner, RunState] | None:
         """The newest checkpoint of the run that can be read whole; None when the run is new."""
         problem: CheckpointError | None = None
-        for path in saving.saved(self.config):
+        for path in saving.saved(self.config, self.mesh):
             state = saving.read_state(path, self.config, self.progress.message)
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
                 saving.load(path, learner, self.mesh)
             except CheckpointError as error:
                 self.progress.message(f"warning: {error}; trying the one before it")
+                self.saver.passed_over.add(path.name)
                 problem = error
                 continue
             growing.after_load(learner, state)
@@ -189,10 +191,10 @@ class Trainer:
     def _grow_if_due(self) -> None:
         state, config = self.state, self.config
         if state.phase == "small" and state.train_step >= config.growth.at_step:
-            before = self._validate(self.learner)
+            before = self._loss_for_event()
             with self._growing(state.model):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
-            state.pending_event = {"loss_before": before, "loss_initial": self._validate(self.learner)}
+            state.pending_event = {"loss_before": before, "loss_initial": self._loss_for_event()}
         if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
             with self._growing(state.model):
                 self.learner = growing.finish(self.learner, state, config)
@@ -216,7 +218,7 @@ class Trainer:
     def _record_growth(self) -> None:
         state = self.state
         assert state.pending_event is not None
-        after = self._validate(self.learner)
+        after = self._loss_for_event()
         event = {"method": self.config.growth.method, "loss_after": after, **state.pending_event}
         state.ledger.add_event("growth", state.step, **event)
         state.pending_event = None
@@ -312,6 +314,11 @@ class Trainer:
         self.state.ledger.add("evaluation", flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))
         return loss
 
+    def _loss_for_event(self) -> float | None:
+        """The validation loss now; None where there is none, or none that a checkpoint can hold."""
+        loss = self._validate(self.learner)
+        return loss if loss is not None and math.isfinite(loss) else None
+
     def _log(self, phase: str, result: StepResult, seconds: float, validation: float | None) -> None:
         state, config = self.state, self.config
         rate = config.train.global_batch_size * config.data.seq_length / seconds
@@ -357,7 +364,7 @@ class Trainer:
         self._wait_for_save()
         state = self.state
         what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
-        if state.rolled_back_at >= 0 or not saving.saved(self.config):
+        if state.rolled_back_at >= 0 or not saving.saved(self.config, self.mesh):
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
         del self.learner  # two models need not fit
         gc.collect()

@@ -1,6 +1,7 @@
 """Every field of a manifest is checked, and the message names file and field."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ REFUSED = [
     ("items/0/start", 2**62, r"items\[0\] reaches beyond its file"),
     ("items/0/num_bytes", 15, r"items\[0\] has fewer bytes"),
     ("items/0/sha256", 7, r"items\[0\]: sha256 is of type int"),
-    ("items/2/offsets", [0, 0], r"items\[2\] stands twice"),
+    ("items/2/offsets", [0, 0], "tensors.'w' has items that overlap"),
     ("items/2", ..., "tensors.'w' is not covered"),
 ]
 
@@ -136,6 +137,35 @@ def test_a_file_outside_the_directory_is_refused(name: str) -> None:
 def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(CheckpointError, match=rf"{WHERE}: "):
         Manifest.parse(raw, WHERE)
+
+
+def boxes(*places: tuple[list[int], list[int]]) -> bytes:
+    """A manifest in which a tensor [4, 4] is stored in boxes of these offsets and sizes."""
+    record = json.loads(manifest().to_bytes())
+    start = 0
+    record["tensors"], record["items"] = {"w": {"dtype": "uint8", "shape": [4, 4]}}, []
+    for offsets, sizes in places:
+        size = math.prod(sizes)
+        item = {"tensor": "w", "offsets": offsets, "sizes": sizes, "start": start, "num_bytes": size}
+        record["items"].append({**item, "file": "__0_0.distcp", "sha256": DIGEST})
+        start += size
+    record["files"] = {"__0_0.distcp": {"num_bytes": start, "sha256": None}}
+    return json.dumps(record).encode()
+
+
+def test_boxes_that_overlap_and_leave_a_gap_as_large_are_refused() -> None:
+    left, right, below = ([0, 0], [2, 2]), ([0, 2], [2, 2]), ([2, 0], [2, 4])
+    assert len(Manifest.parse(boxes(left, right, below), WHERE).items) == 3
+    for wrong in (
+        (left, ([0, 1], [2, 2]), below),
+        (left, right, ([1, 0], [2, 4])),
+        (below, ([1, 1], [2, 2]), right),
+        (([0, 0], [3, 2]), ([2, 0], [1, 2]), ([0, 2], [4, 2])),
+    ):
+        with pytest.raises(CheckpointError, match="tensors.'w' has items that overlap"):
+            Manifest.parse(boxes(*wrong), WHERE)
+    with pytest.raises(CheckpointError, match="tensors.'w' is not covered"):
+        Manifest.parse(boxes(left, right), WHERE)
 
 
 def test_a_key_that_stands_twice_is_refused() -> None:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megagrow import checkpoint
-from megagrow.checkpoint import directory
+from megagrow.checkpoint import directory, store
+from megagrow.checkpoint.saver import Saver
 from megagrow.checkpoint.shards import Deferred
 from megagrow.errors import CheckpointError
 from megagrow.plan.measure import peak_memory
@@ -284,6 +285,29 @@ def test_keep_last_never_deletes_what_was_just_saved(tmp_path: Path) -> None:
     save_step(tmp_path, 5)
     save_step(tmp_path, 7, keep_last=1)
     assert names_in(tmp_path) == {"step-10", "step-7", "latest"}
+
+
+def test_damaged_checkpoints_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save_step(tmp_path, step)
+    flip_last_byte(tmp_path / "step-30" / "__0_0.distcp")
+    flip_last_byte(tmp_path / "step-20" / "manifest.json")
+    saver = Saver(asynchronous=False, keep_last=2)
+    saver.passed_over.add("step-30")
+    for step, left in ((35, {10, 20, 30, 35}), (40, {35, 40})):
+        saver.save(tmp_path, step, lambda step=step: store.snapshot(tensors_at(step), {}, {}, {}))
+        assert names_in(tmp_path) == {*(f"step-{number}" for number in left), "latest"}
+
+
+def test_a_damaged_step_counts_again_once_it_is_saved_again(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save_step(tmp_path, step)
+    flip_last_byte(tmp_path / "step-20" / "__0_0.distcp")
+    saver = Saver(asynchronous=False, keep_last=2)
+    saver.passed_over.add("step-20")
+    for step in (20, 30):
+        saver.save(tmp_path, step, lambda step=step: store.snapshot(tensors_at(step), {}, {}, {}))
+    assert {path.name for path in checkpoint.candidates(tmp_path)} == {"step-30", "step-20"}
 
 
 def test_what_cannot_be_deleted_is_a_warning(

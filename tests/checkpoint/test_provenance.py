@@ -3,11 +3,12 @@
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from megagrow import __version__, checkpoint
 from megagrow.checkpoint import provenance
-from megagrow.train import run
+from megagrow.train import run, saving
 from tests.train.runs import make_config, make_corpus
 
 
@@ -45,3 +46,12 @@ def test_a_run_tells_code_source_and_costs(tmp_path: Path) -> None:
     code = {"version": __version__, "torch": torch.__version__, **provenance._commit(provenance.ROOT)}
     assert manifest.provenance == {**code, "init": "", "inherited": [], "grew_from": []}
     assert manifest.config["train"]["steps"] == 2 and manifest.state["ledger"]["phases"]
+
+
+def test_the_code_is_noted_once_when_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["as it began", "a later one", "the last one"])
+    monkeypatch.setattr(saving, "code_version", lambda: {"commit": next(commits)})
+    assert run(make_config(make_corpus(tmp_path), tmp_path / "run")) == 0
+    manifests = [checkpoint.read_manifest(path) for path in checkpoint.candidates(tmp_path / "run/checkpoints")]
+    assert [manifest.provenance["commit"] for manifest in manifests] == ["as it began"] * 3
+    assert next(commits) == "a later one"

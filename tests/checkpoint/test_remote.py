@@ -163,6 +163,95 @@ def test_only_dead_saves_are_no_checkpoint(root: Path) -> None:
     assert names_in(root) == {"step-1"} and checkpoint.candidates(root) == []
 
 
+class Busy(MemoryFileSystem):
+    """A store that answers some questions with an error; what fsspec makes of it is that nothing is there."""
+
+    protocol = "busy"
+    exists, isfile, isdir = (getattr(fsspec.AbstractFileSystem, name) for name in ("exists", "isfile", "isdir"))
+    error: Exception | None = None
+    number = asked = 0  # which of the questions has no answer (0: none has one), and how many were asked
+
+    @classmethod
+    def fail(cls, error: Exception | None, number: int = 0) -> None:
+        cls.error, cls.number, cls.asked = error, number, 0
+
+    def _answer(self) -> None:
+        Busy.asked += 1
+        if Busy.error is not None and Busy.number in (0, Busy.asked):
+            raise Busy.error
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        self._answer()
+        return super().info(path, **kwargs)
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        self._answer()
+        return super().ls(path, detail, **kwargs)
+
+
+@pytest.fixture
+def busy(root: Path) -> Iterator[Path]:
+    fsspec.register_implementation("busy", Busy, clobber=True)
+    yield as_path("busy://bucket/run")
+    Busy.fail(None)
+
+
+BUSY, NO_CREDENTIALS = OSError("503 SlowDown"), RuntimeError("Unable to locate credentials")
+
+
+@pytest.mark.parametrize("error", [BUSY, NO_CREDENTIALS], ids=["busy", "no credentials"])
+def test_no_answer_is_not_an_empty_folder(busy: Path, error: Exception) -> None:
+    for step in (1, 2):
+        save_step(busy, step)
+    Busy.fail(None)
+    assert [path.name for path in checkpoint.candidates(busy)] == ["step-2", "step-1"]
+    for number in range(Busy.asked + 1):
+        Busy.fail(error, number)
+        with pytest.raises(CheckpointError, match=r"busy://bucket/run.*(503 SlowDown|Unable to locate credentials)"):
+            checkpoint.candidates(busy)
+    Busy.fail(error)
+    with pytest.raises(CheckpointError, match=r"busy://bucket/run: cannot be read.*(503|credentials)"):
+        open_source("busy://bucket/run")
+
+
+def test_no_answer_deletes_no_checkpoint(busy: Path) -> None:
+    """Whichever question has no answer: the checkpoints from before stay whole, and so does one that is committed."""
+    save_step(busy, 1)
+    Busy.fail(None)
+    save_step(busy, 2, keep_last=3)
+    num_asked, failed = Busy.asked, 0
+    assert num_asked > 5
+    for number in range(1, num_asked + 1):
+        before = [path.name for path in checkpoint.candidates(busy)]
+        Busy.fail(BUSY, number)
+        try:
+            save_step(busy, number + 2, keep_last=3)
+        except CheckpointError:
+            failed += 1
+            expected = before
+        else:
+            expected = [f"step-{number + 2}", *before]
+        Busy.fail(None)
+        found = [path.name for path in checkpoint.candidates(busy)]
+        assert found in (expected, expected[:3]), number
+        for name in found:
+            checkpoint.verify(busy / name)
+    assert failed
+
+
+def test_no_answer_sets_no_checkpoint_aside(busy: Path) -> None:
+    save_step(busy, 2)
+    Busy.fail(None)
+    with pytest.raises(CheckpointError, match="exists and is intact"):
+        save_step(busy, 2)
+    for number in range(1, Busy.asked + 1):
+        Busy.fail(BUSY, number)
+        with pytest.raises(CheckpointError):
+            save_step(busy, 2)
+        Busy.fail(None)
+        assert names_in(busy) == {"step-2", "latest"}
+
+
 class Objects(LocalFileSystem):
     """Stands for a store that several ranks see and that cannot rename."""
 

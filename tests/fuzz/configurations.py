@@ -98,7 +98,7 @@ def _accepts(hint: Any, name: str) -> Callable[[Any], bool]:
 
 def _is(value: Any, option: Any, name: str) -> bool:
     if dataclasses.is_dataclass(option):
-        return False  # a mapping would have to be right in itself; its fields have their own turn
+        return value == {}  # another mapping would have to be right in itself; its fields have their own turn
     if typing.get_origin(option) is Literal:
         return value in typing.get_args(option)
     if typing.get_origin(option) is tuple:

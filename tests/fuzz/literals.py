@@ -1,7 +1,7 @@
 """What may stand in a JSON or YAML file where something else is wanted, as text, so that it need not be valid."""
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +64,7 @@ def is_count(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Finite, and no truth value."""
-    return type(value) in (int, float) and abs(value) < 1e308 and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_digest(value: Any) -> bool:

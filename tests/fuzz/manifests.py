@@ -14,6 +14,7 @@ from megagrow import checkpoint
 from megagrow.checkpoint.source import open_source
 from megagrow.config import Config, ModelConfig, RopeScaling
 from megagrow.config_file import to_dict
+from megagrow.data.blend import BlendStart
 from megagrow.ledger import Inherited, Ledger, Phase
 from megagrow.optim import StepGuard
 from megagrow.train.saving import read_state
@@ -119,7 +120,10 @@ def _state_fields(folder: Path) -> Iterator[Field]:
         SCALED,
         "main",
         grown_at=2,
+        cursors={"all": 7, "selected": 0},
+        blend=BlendStart({"a": 1.0, "b": 3.0}, 5, {"a": 2, "b": 3}),
         guard=StepGuard([1.5], 1),
+        pending_event={"loss_before": 2.0, "loss_initial": None},
         ledger=ledger,
         optimizer={"step": 3, "multipliers": {"head.weight": {"lr": 1.0, "eps": 2.0, "weight_decay": 1.0}}},
     )
@@ -130,10 +134,12 @@ def _state_fields(folder: Path) -> Iterator[Field]:
     config = Config(model=SCALED)
     read_state(path, config, print)
     for place, accepts in {**_state_rules(), **_ledger_rules(("ledger",))}.items():
-        texts = texts_with(record, ("state", *place), rejecting(accepts))
+        of_one = place[0] == "blend" and len(place) > 2  # of its datasets
+        texts = texts_with(record, ("state", *place), rejecting(accepts), required=not of_one)
         name = ".".join("N" if isinstance(key, int) else key for key in ("state", *place))
         says = str(place[-1] if isinstance(place[-1], str) else place[-2])
-        says = "optimizer" if place[0] == "optimizer" else says
+        says = place[0] if place[0] in ("optimizer", "blend", "pending_event") else says
+        says = "cursors|blend" if place[0] == "cursors" else says
         file = path / "manifest.json"
         yield Field("manifest.json", name, file, texts, lambda: read_state(path, config, print), says, _signed(path))
     for name, accepts in accepts_of("model.").items():
@@ -144,6 +150,10 @@ def _state_fields(folder: Path) -> Iterator[Field]:
             yield Field("manifest.json", f"state.{name}", file, texts, lambda: open_source(path), says, _signed(path))
 
 
+def is_size(value: Any) -> bool:
+    return is_number(value) and abs(value) < 1e30
+
+
 def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
     counts = ("step", "train_step", "ligo_step", "tokens")
     return {
@@ -152,17 +162,27 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
         ("phase",): lambda value: value in ("small", "ligo", "main"),
         ("grown_at",): lambda value: value is None or is_count(value),
         ("cursors",): lambda value: False,
-        ("cursors", "all"): is_count,
+        ("cursors", "all"): lambda value: is_count(value) and value >= 5,  # where the blend starts
         ("cursors", "selected"): is_count,
         ("guard",): lambda value: False,
-        ("guard", "losses"): lambda value: isinstance(value, list) and all(map(is_number, value)),
+        ("guard", "losses"): lambda value: isinstance(value, list) and all(map(is_size, value)),
         ("guard", "bad_steps"): is_count,
         ("ledger",): lambda value: False,
         ("rolled_back_at",): lambda value: is_count(value) or (type(value) is int and value == -1),
         ("optimizer",): lambda value: False,
         ("optimizer", "step"): is_count,
         ("optimizer", "multipliers"): lambda value: value == {},
-        ("pending_event",): lambda value: value is None or is_object(value),
+        ("blend",): lambda value: value is None,
+        ("blend", "weights"): lambda value: (
+            is_object(value) and value != {} and all(is_size(x) and x > 0 for x in value.values())
+        ),
+        ("blend", "weights", "a"): lambda value: is_size(value) and value > 0,
+        ("blend", "start"): lambda value: is_count(value) and value <= 7,
+        ("blend", "firsts"): lambda value: is_object(value) and all(map(is_count, value.values())),
+        ("blend", "firsts", "a"): is_count,
+        ("pending_event",): lambda value: value is None,
+        ("pending_event", "loss_before"): lambda value: value is None or is_number(value),
+        ("pending_event", "loss_initial"): lambda value: value is None or is_number(value),
     }
 
 

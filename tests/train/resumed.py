@@ -52,14 +52,14 @@ def train_on_rank(config: Config, stop_after: int | None) -> int:
 
 @contextmanager
 def samples_noted(directory: Path) -> Iterator[None]:
-    """Every batch leaves a line in DIR/samples-RANK.jsonl: the ids of this rank's samples, in their order."""
+    """Every batch leaves a line in DIR/samples-RANK.jsonl: dataset and id of this rank's samples, in their order."""
     batch, rank = Stream.batch, os.environ.get("RANK", "0")
 
     def noted(self: Stream, *args: Any) -> Any:
-        ids, tokens = batch(self, *args)
+        drawn = batch(self, *args)
         with (directory / f"samples-{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([int(i) for i in ids]) + "\n")
-        return ids, tokens
+            file.write(json.dumps([drawn.which.tolist(), drawn.ids.tolist()]) + "\n")
+        return drawn
 
     with mock.patch.object(Stream, "batch", noted):
         yield

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,13 +17,24 @@ import torch.distributed as dist
 from megagrow import ops
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import open_source
-from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, OptimConfig, SaltConfig
+from megagrow.config import (
+    CheckpointConfig,
+    Config,
+    GrowthConfig,
+    InitConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SaltConfig,
+)
 from megagrow.errors import DataError
 from megagrow.optim import StepGuard
+from megagrow.parallel.mesh import make_mesh
 from megagrow.roles import parameter_names
 from megagrow.salt.teacher import Teacher
-from megagrow.train import learner, run, trainer
+from megagrow.train import learner, run, saving, trainer
 from megagrow.train.learner import ModelLearner
+from tests.checkpoint.samples import save_step
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
 
@@ -262,6 +274,41 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     assert run(config) == 0
     assert "step-4" in capfd.readouterr().err
     assert_same_run(tmp_path / "damaged", tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_no_reason_to_delete_the_good_one(corpus: Path, tmp_path: Path) -> None:
+    """After a fall-back to step 2, with 4 damaged, the save of step 5 keeps two good ones."""
+    directory, kept = tmp_path / "run", CheckpointConfig(interval=5, keep_last=2)
+    assert run(make_config(corpus, directory)) == 0
+    cut_back(directory, 4)
+    (file,) = (directory / "checkpoints/step-4").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert run(make_config(corpus, directory, steps=5, checkpoint=kept)) == 0
+    assert {"step-2", "step-5"} <= {path.name for path in (directory / "checkpoints").iterdir()}
+
+
+def test_a_growth_whose_losses_are_not_finite_can_be_saved(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.Trainer, "_validate", lambda self, learner: math.nan)
+    assert run(grown(make_config(corpus, tmp_path, checkpoint=CheckpointConfig(interval=1)), "ligo")) == 0
+    (event,) = ledger(tmp_path)["events"]
+    assert (event["loss_before"], event["loss_initial"], event["loss_after"]) == (None, None, None)
+
+
+def first_rank_sees(root: str) -> list[str]:
+    """The names that a rank resumes from, where the others see nothing."""
+    mesh = make_mesh(ParallelConfig())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if dist.get_rank() > 0:
+            monkeypatch.setattr(store, "candidates", lambda root: [])
+        return [path.name for path in saving.saved(Config(run=RunConfig(dir=root)), mesh)]
+
+
+def test_all_ranks_resume_from_what_the_first_one_sees(tmp_path: Path) -> None:
+    save_step(tmp_path / "checkpoints", 1)
+    save_step(tmp_path / "checkpoints", 2)
+    assert run_ranks(first_rank_sees, 2, str(tmp_path)) == [["step-2", "step-1"]] * 2
 
 
 def test_a_signal_saves_and_exits_7(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
