@@ -102,7 +102,9 @@ def _is(value: Any, option: Any, name: str) -> bool:
     if typing.get_origin(option) is Literal:
         return value in typing.get_args(option)
     if typing.get_origin(option) is tuple:
-        return isinstance(value, list) and all(type(x) is int and 0 <= x <= MAX_SIZE for x in value)
+        (item,) = {*typing.get_args(option)} - {...}
+        holds = _is_index if item is int else _accepts(item, name)
+        return isinstance(value, list) and all(map(holds, value))
     if option is float:
         return _is_float(value) and _in_range(float(value), name)
     if option is int:
@@ -110,6 +112,10 @@ def _is(value: Any, option: Any, name: str) -> bool:
     if option is str:
         return isinstance(value, str) and "\0" not in value
     return type(value) is option
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def _is_float(value: Any) -> bool:
