@@ -60,7 +60,7 @@ def _integer(text: str) -> int | float:
 def _problems(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
     """(dotted name, what is wrong) of every value that JSON's grammar lets through and that is refused here."""
     if depth > MAX_DEPTH:
-        yield named(name), f"is nested more than {MAX_DEPTH} deep"
+        yield named(name.split("[", 1)[0]), f"is nested more than {MAX_DEPTH} deep"
     elif isinstance(value, dict):
         for key, entry in value.items():
             if not is_text(key):

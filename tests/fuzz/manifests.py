@@ -171,7 +171,8 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
         ("rolled_back_at",): lambda value: is_count(value) or (type(value) is int and value == -1),
         ("optimizer",): lambda value: False,
         ("optimizer", "step"): is_count,
-        ("optimizer", "multipliers"): lambda value: value == {},
+        # Those that a parameter leaves out are 1.
+        ("optimizer", "multipliers"): lambda value: is_object(value) and all(m == {} for m in value.values()),
         ("blend",): lambda value: value is None,
         ("blend", "weights"): lambda value: (
             is_object(value) and value != {} and all(is_size(x) and x > 0 for x in value.values())
