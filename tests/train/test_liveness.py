@@ -234,7 +234,7 @@ def test_long_healthy_work_makes_marks(corpus: Path, tmp_path: Path, monkeypatch
     (tmp_path / "model.safetensors").write_bytes(bytes(5000))
     (tmp_path / "config.json").write_bytes(bytes(10))
     assert marks_of(source._folder_identity, tmp_path) == 6
-    assert marks_of(directory.prune, tmp_path / "run/checkpoints/step-1", 0) > 3
+    assert marks_of(directory.prune, tmp_path / "run/checkpoints/step-2", 1) > 3
     assert not (tmp_path / "run/checkpoints/step-1").exists()
 
 
