@@ -171,7 +171,10 @@ def test_neither_thread_hides_that_the_other_hangs(tmp_path: Path, stuck: str, p
         run_ranks(work_beside, 2, tmp_path, stuck, timeout=30)
     end = json.loads((tmp_path / "exit.json").read_text())
     assert (end["code"], end["rank"], end["step"]) == (6, 1, 7)
-    assert f"has made no progress for {TIMEOUT:g} s: phase {phase}, last step 7, at test_background_saves.py" in end["reason"]
+    assert (
+        f"has made no progress for {TIMEOUT:g} s: phase {phase}, last step 7, at test_background_saves.py"
+        in end["reason"]
+    )
 
 
 def hang_in_a_file(config: Config) -> int:
