@@ -350,6 +350,7 @@ def fail_on_the_last_rank(config: Config) -> tuple[int, int]:
 
     def failing(self: trainer.Trainer, salt_on: bool) -> object:
         if last:
+            time.sleep(2)  # until the ranks' boards know each other
             raise DataError("a file of this rank is gone")
         deadline = time.monotonic() + 20
         while not (Path(config.run.dir) / "exit.json").exists() and time.monotonic() < deadline:
