@@ -47,7 +47,7 @@ LEAVE_SECONDS = 10.0  # which the others get to end by themselves after the orde
 COLLECTIVE_FACTOR = 4.0  # a collective may wait this many times as long as the watchdog: others may be at work
 STACKS = "stacks"
 
-_runs = itertools.count()  # the same on all ranks of a process group
+_runs = itertools.count()  # of this process
 
 
 class Watchdog:
@@ -80,7 +80,9 @@ class Watchdog:
         heartbeat.share(self._page)
         if dist.is_initialized() and dist.get_world_size() > 1:
             store = distributed_c10d._get_default_store()
-            self._board = Board(store, self.rank, dist.get_world_size(), run)
+            # Counted in the group's store: a process may have had runs that its peers here had no part in.
+            run_of_group = int(store.add(f"megagrow/runs/{self.rank}", 1))
+            self._board = Board(store, self.rank, dist.get_world_size(), run_of_group)
         self._bell, self._ringer = os.pipe()  # what is written to it ends the thread's pauses
         self._thread = Thread(target=self._watch, name=f"watchdog-{run}", daemon=True)
         self._thread.start()
