@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,36 +65,36 @@ class _Encoder:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._end = np.array(_end_of_document(tokenizer, append_eod), self._dtype)
 
-    def document(self, text: str) -> NDArray[Any]:
-        """Token ids of one document; none for a text of white space only."""
-        if not text or text.isspace():
-            return np.empty(0, self._dtype)
-        if isinstance(self._tokenizer, ByteTokenizer):  # a list of so many small numbers would take most of the time
-            content = self._tokenizer.encode_array(text)
-            ids = np.empty(len(content) + len(self._end), self._dtype)
-            ids[: len(content)], ids[len(content) :] = content, self._end
-            return ids
-        return np.array(self._tokenizer.encode(text) + self._end.tolist(), self._dtype)
-
     def batch(self, batch: Batch) -> _Encoded:
-        documents: list[NDArray[Any]] = []
-        lengths: list[int] = []
+        texts: list[str] = []
         bad: list[str] = []
-        num_empty = 0
         for line, record in enumerate(batch.records, batch.first_line):
             if batch.is_json and not record.strip():
                 continue
             try:
-                ids = self.document(parse_record(record, batch.is_json, self._json_key))
+                texts.append(parse_record(record, batch.is_json, self._json_key))
             except BadRecord as error:
                 bad.append(f"{batch.path}:{line}: {error}")
-                continue
-            num_empty += len(ids) == 0
-            if len(ids):
-                documents.append(ids)
-                lengths.append(len(ids))
-        tokens = np.concatenate(documents) if documents else np.empty(0, self._dtype)
+        tokens, lengths = self.documents(texts)
+        num_empty = len(texts) - len(lengths)
         return _Encoded(tokens, lengths, num_empty, bad, batch.position, partial(digest_of, batch))
+
+    def documents(self, texts: Sequence[str]) -> tuple[NDArray[Any], list[int]]:
+        """Token ids end to end, and the length of each document; texts of white space only are left out."""
+        filled = [text for text in texts if text and not text.isspace()]
+        if isinstance(self._tokenizer, ByteTokenizer):
+            return self._bytes([self._tokenizer.encode_bytes(text) for text in filled])
+        end = self._end.tolist()
+        encoded = [ids for text in filled if (ids := self._tokenizer.encode(text) + end)]
+        return np.array(list(chain.from_iterable(encoded)), self._dtype), [len(ids) for ids in encoded]
+
+    def _bytes(self, encoded: Sequence[bytes]) -> tuple[NDArray[Any], list[int]]:
+        """All documents at once: reading the JSON takes hardly longer than a few numpy calls for each of them."""
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        content = np.frombuffer(b"".join(encoded), np.uint8).astype(self._dtype)
+        ends = np.repeat(lengths.cumsum(), len(self._end))
+        tokens = np.insert(content, ends, np.tile(self._end, len(encoded)))
+        return tokens, (lengths + len(self._end)).tolist()
 
 
 def preprocess_files(
@@ -182,9 +183,7 @@ def write_texts(
     encoder = _Encoder(tokenizer, "", append_eod=True)
     with IndexedWriter(output_prefix, token_dtype(tokenizer.vocab_size)) as writer:
         for text in texts:
-            ids = encoder.document(text)
-            if len(ids):
-                writer.add_document(ids)
+            writer.add_documents(*encoder.documents([text]))
         writer.close(_described(writer, tokenizer, True, split=split, source=source, settings=settings))
 
 

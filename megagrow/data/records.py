@@ -77,7 +77,8 @@ def parse_record(record: bytes, is_json: bool, json_key: str) -> str:
         raise BadRecord(f"has no key {json_key!r}, only {', '.join(map(repr, fields))[:80]}")
     if not isinstance(fields[json_key], str):
         raise BadRecord(f"{json_key!r} must be a string, is {type(fields[json_key]).__name__}")
-    return _without_surrogates(fields[json_key])
+    # The file is UTF-8, which has no surrogates: only escapes can make them.
+    return _without_surrogates(fields[json_key]) if b"\\u" in record else fields[json_key]
 
 
 def read_texts(paths: Sequence[str | Path], json_key: str = "text") -> Iterator[str]:

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import sentencepiece
 import tokenizers
-from numpy.typing import NDArray
 
 from megagrow.data import sentencepiece_export
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
@@ -219,13 +217,12 @@ class ByteTokenizer:
         self.fingerprint = _fingerprint(enumerate([*_byte_characters(), END_OF_DOCUMENT]))
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.encode_array(text).tolist()
-        return ids
+        return list(self.encode_bytes(text))
 
-    def encode_array(self, text: str) -> NDArray[np.uint8]:
-        """The same as an array, which takes no time."""
+    def encode_bytes(self, text: str) -> bytes:
+        """The same ids as bytes, which takes no time."""
         _refuse_surrogates(text)
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
+        return text.encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")

@@ -31,6 +31,7 @@ from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.salt.schedule import is_stage_one
 from megagrow.train import growing, saving
+from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, StepResult, map_lr
 from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
 from megagrow.train.salt_stage import SaltStage, ledger_of
@@ -155,13 +156,14 @@ class Trainer:
         with self.progress, Profiling(self.config.run, self.mesh.world.rank, self.mesh.device) as profiling:
             if self.state.step == 0 and self.evaluator and not self.config.init.from_:
                 self.progress.message(f"{describe_model(self.state.model)}, {self.mesh.world.size} rank(s)")
-            with self._no_save_left_behind():
+            with self._no_save_left_behind(), collected_between_steps():
                 while not self.state.is_done(self.config):
                     if stop.agreed(self.mesh, self.saver.has_failed):
                         self._save_and_stop(stop)
                     self._grow_if_due()
                     with profiling.step(self.state.step):
                         self._step()
+                    collect_if_due(self.state.step)
                 self._save()
                 self._wait_for_save()
             self.metrics.close()
@@ -210,6 +212,7 @@ class Trainer:
         heartbeat.enter("grow", state.step)
         began = time.perf_counter()
         yield
+        gc.collect()  # the small model's modules hold each other
         spent = flops.ligo_generation_flops(source, config.model) if config.growth.method == "ligo" else 0.0
         seconds = time.perf_counter() - began
         state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(config.model))
