@@ -19,6 +19,7 @@ from megagrow.checkpoint.source import open_source
 from megagrow.config_file import load_file
 from megagrow.data.description import describe
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
+from megagrow.data.preprocess import preprocess_files
 from megagrow.data.records import read_texts
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import MegagrowError
@@ -184,6 +185,20 @@ def test_a_payload_within_a_run_s_state_stays_data(tmp_path: Path) -> None:
     )
     assert checkpoint.load(path, {"x": torch.zeros(2)}) == state
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: payload.__name__)
+def test_a_payload_in_the_place_of_a_journal_starts_preprocessing_anew(
+    tmp_path: Path, payload: Callable[[Path], bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    canary, journal = tmp_path / "canary", tmp_path / "out.journal.tmp"
+    (tmp_path / "text.jsonl").write_text('{"text": "grow"}\n')
+    for name in ("bin", "lengths"):
+        (tmp_path / f"out.{name}.tmp").touch()
+    journal.write_bytes(payload(canary))
+    assert preprocess_files([tmp_path / "text.jsonl"], "byte", tmp_path / "out").num_documents == 1
+    assert "starts anew" in capsys.readouterr().err
+    assert not canary.exists() and not journal.exists()
 
 
 def test_compressed_records_stay_text(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from megagrow.parallel.heartbeat import Beat, Page
 from megagrow.parallel.neighbours import Neighbours
 
 ANSWER_SECONDS = 3.0  # in which a rank that is alive answers a call
-FILE_SECONDS = 1.0  # which a file system gets for what is written before the end: it may be what hangs
+FILE_SECONDS = 1.0  # which a file system gets for stacks before the end: it may be what hangs
 PUBLISH_SECONDS = 1.0  # which the rank that tells the user gets before the others leave and torchrun ends it
 LEAVE_SECONDS = 10.0  # which the others get to end by themselves after the orderly end of a rank
 COLLECTIVE_FACTOR = 4.0  # a collective may wait this many times as long as the watchdog: others may be at work
@@ -349,8 +349,8 @@ class _Idle:
         return new
 
 
-def problem_with(write: Callable[[], None]) -> str:
-    """What keeps `write` from being done in `FILE_SECONDS`; empty when it is done."""
+def problem_with(write: Callable[[], None], seconds: float = FILE_SECONDS) -> str:
+    """What keeps `write` from being done in so many seconds; empty when it is done."""
     problems = ["the file system does not answer"]
 
     def attempt() -> None:
@@ -362,7 +362,7 @@ def problem_with(write: Callable[[], None]) -> str:
 
     thread = Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(FILE_SECONDS)
+    thread.join(seconds)
     return problems[0]
 
 

@@ -30,6 +30,7 @@ from megagrow.train.trainer import Trainer
 
 SHARED_ERROR_SECONDS = 3.0
 END_SECONDS = 60.0  # which this process gets to end once it has said why
+EXIT_SECONDS = 3.0  # which a file system gets for exit.json, which launchers read: a busy disk may need more than one
 JOIN_SECONDS = (
     60.0  # which ranks may be apart at least when they meet, however short `run.timeout` is: they import first
 )
@@ -184,5 +185,5 @@ def _tell(directory: Path, ending: Ending) -> None:
         if read_exit(directory) is None:
             write_exit(directory, ending.code, ending.reason, ending.step, ending.rank, ending.host)
 
-    if problem := problem_with(write):
+    if problem := problem_with(write, EXIT_SECONDS):
         print(f"megagrow: warning: {directory}: {problem}; exit.json may be missing", file=sys.stderr, flush=True)

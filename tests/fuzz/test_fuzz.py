@@ -20,7 +20,7 @@ from tests.fuzz.campaign import all_fields
 from tests.fuzz.fields import Field, count_refusals
 from tests.fuzz.watch import Misbehaved, refusal, watching
 
-PER_FIELD = 3
+PER_FIELD = 2
 
 
 def test_every_field_refuses_what_is_malformed(tmp_path: Path) -> None:
@@ -32,10 +32,10 @@ def test_every_field_refuses_what_is_malformed(tmp_path: Path) -> None:
 
 
 def test_it_holds_without_asserts(tmp_path: Path) -> None:
-    command = [sys.executable, "-O", "-m", "tests.fuzz.campaign", "--per-field", "20", "--only", ".idx"]
+    command = [sys.executable, "-O", "-m", "tests.fuzz.campaign", "--per-field", "10", "--only", ".idx"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "200" in done.stdout and "asserts off" in done.stdout
+    assert "100" in done.stdout and "asserts off" in done.stdout
 
 
 def hang() -> None:

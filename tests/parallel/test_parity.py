@@ -34,7 +34,6 @@ from tests.ranks import run_ranks
 
 SEQUENCE = "tensor 2 (sequence parallel)"
 CHOSEN = [
-    f"{SEQUENCE} x context 2",
     "tensor 2 x replicate 2",
     "tensor 2 x pipeline 2 (InterleavedZeroBubble)",
     "replicate 2 x shard 2",
@@ -50,11 +49,7 @@ CHOSEN = [
     "tensor 4, ranks without vocabulary, tied",
     "context 2 x pipeline 2 (1F1B) x shard 2, biases (GPT-2)",
     f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, GPT-NeoX",
-    "tensor 4 x context 2, Qwen2, one key/value head, YaRN",
     f"{SEQUENCE} x pipeline 2 (ZBVZeroBubble) x shard 2, BERT",
-    f"{SEQUENCE} x context 2 x shard 2, RoBERTa, documents, full recompute",
-    "tensor 4, BERT, ranks without vocabulary",
-    f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, learned positions from each document's start",
 ]
 
 
