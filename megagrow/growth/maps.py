@@ -20,6 +20,7 @@ from torch import Tensor
 Scale = float | Tensor  # one number for the whole axis, or one per target element [T]
 Form = Literal["out", "in"]  # O or I
 Elements = slice | Tensor  # target elements of an axis: a range, or indices
+NEW = -1  # in an index: a target element with no source element
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,35 @@ class DenseMap:
         return rows @ x if dim == 0 else x @ rows.T
 
 
-AxisMap = SparseMap | DenseMap
+@dataclass(frozen=True, eq=False)
+class ExtendedMap:
+    """[I; C] up to the order of its rows: some target elements copy a source element for good, the others are learned.
+
+    Attributes:
+        index: [T] int64, the source element of each kept element; NEW for the learned ones.
+        matrix: [N, S] the rows of the learned elements, in their order: C.
+        out_scale, in_scale: diagonals of O and I.
+    """
+
+    index: Tensor
+    matrix: Tensor
+    out_scale: Scale = 1.0
+    in_scale: Scale = 1.0
+
+    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x, in C's dtype; only rows of C are multiplied."""
+        index, x = self.index[elements], x.to(self.matrix.dtype)
+        is_new = index == NEW
+        row_of_C = (self.index == NEW).cumsum(0) - 1
+        rows = self.matrix[_as_range(row_of_C[elements][is_new])]
+        learned = rows @ x if dim == 0 else x @ rows.T
+        kept = x.index_select(dim, index[~is_new].to(x.device))
+        places = torch.cat((torch.where(~is_new)[0], torch.where(is_new)[0])).argsort()
+        joined = torch.cat((kept, learned), dim)
+        return joined if isinstance(_as_range(places), slice) else joined.index_select(dim, places.to(x.device))
+
+
+AxisMap = SparseMap | DenseMap | ExtendedMap
 
 
 @dataclass(frozen=True)
@@ -73,7 +102,10 @@ class LayerMap:
 
 @dataclass(frozen=True, eq=False)
 class LayerMix:
-    """Weighted sums of layers: w [target layers, source layers] for each leaf of `roles.leaves`."""
+    """Weighted sums of layers: w [parts, target layers, source layers] for each leaf of `roles.leaves`.
+
+    What is fused in a leaf (key and value, gate and up) has weights of its own.
+    """
 
     weights: Mapping[str, Tensor]
 
@@ -118,7 +150,16 @@ def first_copies(index: Tensor) -> Tensor:
     """[T] bool: whether a target element is the first copy of its source element."""
     first_place: dict[int, int] = {}
     for place, unit in enumerate(index.tolist()):
-        first_place.setdefault(unit, place)
+        if unit != NEW:
+            first_place.setdefault(unit, place)
     is_first = torch.zeros(len(index), dtype=torch.bool)
     is_first[list(first_place.values())] = True
     return is_first
+
+
+def _as_range(places: Tensor) -> slice | Tensor:
+    """Consecutive places as a slice, which copies nothing."""
+    if len(places) == 0:
+        return slice(0, 0)
+    first = int(places[0])
+    return slice(first, first + len(places)) if bool((places.diff() == 1).all()) else places

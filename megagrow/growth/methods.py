@@ -34,6 +34,8 @@ class Recipe:
         layers: w of the formula.
         axes: map name of `roles.Role` -> O and I of the formula; an axis that does not grow is absent. Under multi-head
             attention `heads` and `value` are the same object.
+        layer_axes: maps of one target layer, which stand before those of `axes` there.
+        source_axes: maps of one source layer; its parameters are widened by them before layers are mixed.
         keeps_function: whether the target computes exactly what the source does.
     """
 
@@ -43,11 +45,19 @@ class Recipe:
     layers: LayerMap | LayerMix
     axes: Mapping[str, AxisMap]
     keeps_function: bool = False
+    layer_axes: Mapping[int, Mapping[str, AxisMap]] | None = None
+    source_axes: Mapping[int, Mapping[str, AxisMap]] | None = None
 
     @property
     def copies(self) -> bool:
         """Whether every target entry is a scaled copy of one source entry, as the rule for Adam's moments needs."""
         return isinstance(self.layers, LayerMap) and all(isinstance(m, SparseMap) for m in self.axes.values())
+
+    def axes_of(self, name: str) -> Mapping[str, AxisMap]:
+        """The maps that grow a target parameter, by map name."""
+        layer, _ = split_name(name)
+        own = (self.layer_axes or {}).get(layer, {}) if layer is not None else {}
+        return {**self.axes, **own} if own else self.axes
 
     def source_name(self, name: str) -> str:
         """The source parameter that a target parameter copies; of copied layers only."""

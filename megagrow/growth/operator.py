@@ -27,7 +27,7 @@ from megagrow.config import ModelConfig
 from megagrow.growth.maps import AxisMap, Elements, Form, Scale
 from megagrow.growth.methods import Recipe
 from megagrow.parallel.shards import Box
-from megagrow.roles import axis_unit, role_of, shape_of
+from megagrow.roles import after_transform, axis_unit, role_of, shape_of
 
 Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg; exp_avg_sq
 
@@ -113,10 +113,12 @@ def _dims(recipe: Recipe, name: str, quantity: Quantity) -> list[_Dim]:
     forms = _forms(name, target)
     if quantity != "value":
         forms = tuple("in" if form == "out" else "out" for form in forms)
-    out_maps = tuple(recipe.axes.get(map_name) for map_name in role.out_maps)
-    dims = [_Dim(out_maps, forms[0], axis_unit(role.out, target))]
+    axes, (out_maps, in_map) = recipe.axes_of(name), (role.out_maps, role.in_map)
+    if "transform" in axes and name in after_transform(target):
+        out_maps, in_map = (out_maps, "transform") if role.kind == "head" else (("transform",), in_map)
+    dims = [_Dim(tuple(map(axes.get, out_maps)), forms[0], axis_unit(role.out, target))]
     if role.in_ is not None:
-        dims.append(_Dim((recipe.axes.get(role.in_map),), forms[1], axis_unit(role.in_, target)))
+        dims.append(_Dim((axes.get(in_map),), forms[1], axis_unit(role.in_, target)))
     return dims
 
 
