@@ -7,7 +7,7 @@ that its own shards need, and forgets it. No target tensor ever exists whole.
 # Shape suffix legend: P = fused parts; K, J = target and source layers; N = elements of one part; R = rows of a box.
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap, LayerMix
-from megagrow.growth.methods import Recipe
 from megagrow.growth.operator import Quantity, grow_box
+from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
 from megagrow.parallel.mesh import Mesh
@@ -69,11 +69,11 @@ def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "va
     whole = tuple(slice(0, size) for size in shape_of(role_of(name), recipe.target))
     layer, leaf = split_name(name)
     with torch.no_grad():
-        if layer is None or isinstance(recipe.layers, LayerMap):
-            grown = grow_box(recipe, name, noting_dtype(recipe.source_name(name)), whole, quantity)
+        if layer is None:
+            grown = grow_box(recipe, name, noting_dtype(name), whole, quantity)
         else:
             boxes, device = {name: whole}, torch.device("cpu")
-            ((_, grown),) = _grown_layers(recipe, leaf, noting_dtype, boxes, device, quantity)
+            ((_, grown),) = _grown_layers(recipe, leaf, noting_dtype, boxes, device, quantity, {layer})
         return grown.to(dtypes[0])
 
 
@@ -136,27 +136,49 @@ def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
 
 
 def _grown_layers(
-    recipe: Recipe, leaf: str, fetch: Fetch, boxes: Mapping[str, Box], device: torch.device, quantity: Quantity
+    recipe: Recipe,
+    leaf: str,
+    fetch: Fetch,
+    boxes: Mapping[str, Box],
+    device: torch.device,
+    quantity: Quantity,
+    read_for: Collection[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """One parameter of all layers that are wanted."""
+    """One parameter of all layers that are wanted; copies read the sources of the layers `read_for` only, or of all."""
     if isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
         yield from _widened_then_mixed(recipe, recipe.layers, leaf, fetch, boxes, device)
         return
     if isinstance(recipe.layers, LayerMix):
         sources = _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, boxes)
     else:
-        sources = _copied_layers(recipe.layers, leaf, fetch, boxes)
+        sources = _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for)
     for name, source in sources:
         yield name, grow_box(recipe, name, source.to(device), boxes[name], quantity)
 
 
-def _copied_layers(layers: LayerMap, leaf: str, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    for j in sorted(set(layers.index)):
-        source = fetch(layer_name(j, leaf))
+def _copied_layers(
+    recipe: Recipe,
+    layers: LayerMap,
+    leaf: str,
+    fetch: Fetch,
+    wanted: Container[str],
+    read_for: Collection[int] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    reads_next = recipe.reads_next(layer_name(0, leaf))
+    held: dict[int, Tensor] = {}
+    for j in sorted({copied for k, copied in enumerate(layers.index) if read_for is None or k in read_for}):
+        needed = {j, _next(recipe, j)} if reads_next else {j}
+        held = {i: held[i] if i in held else fetch(layer_name(i, leaf)) for i in sorted(needed)}
+        source = torch.cat([held[j], held[_next(recipe, j)]]) if reads_next else held[j]
         for k, copied in enumerate(layers.index):
             if copied == j and layer_name(k, leaf) in wanted:
                 yield layer_name(k, leaf), source
         del source
+
+
+def _next(recipe: Recipe, layer: int) -> int:
+    """The layer after a source layer; the last one stands for its own."""
+    return min(layer + 1, recipe.source.num_layers - 1)
 
 
 def _weighted_layers(
@@ -185,7 +207,7 @@ def _widened_then_mixed(
     for j in range(recipe.source.num_layers):
         source = fetch(layer_name(j, leaf))
         if names:
-            own = replace(recipe, axes={**recipe.axes, **recipe.source_axes[j]})
+            own = replace(recipe, axes=recipe.source_axes[j])
             widened.append(grow_box(own, names[0], source.to(device), boxes[names[0]]))
         del source
     # Mixing goes backward once for each target layer, widening once for all of them: here the graph is cut.

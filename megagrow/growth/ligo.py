@@ -26,6 +26,7 @@ from megagrow.growth.ligo_maps import (
     Variant,
     base_map,
     initial_depth,
+    initial_fill,
     initial_width,
     is_alias,
     keeps_old_rows,
@@ -34,7 +35,7 @@ from megagrow.growth.ligo_maps import (
     width_maps,
 )
 from megagrow.growth.maps import AxisMap, DenseMap, ExtendedMap, LayerMix
-from megagrow.growth.methods import Recipe
+from megagrow.growth.recipe import Recipe
 from megagrow.parallel.collectives import broadcast_from, sum_over
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import box, counted_here, local
@@ -57,6 +58,7 @@ class Ligo:
     Attributes:
         widths: map name -> [T, S], or [N, S] where only new rows are learned.
         depth: leaf of a layer -> [parts, target layers, source layers].
+        fill: leaf of a layer -> [target layers], or other parameter -> [1]: factors of random entries.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Ligo:
             leaf: nn.Parameter(initial_depth(start, leaf, variant, init, noise, seed).to(device, dtype))
             for leaf in leaves(start.target)
         }
+        filled = initial_fill(start, variant)
+        self.fill = {name: nn.Parameter(scales.to(device, dtype)) for name, scales in filled.items()}
 
     def recipe(self) -> Recipe:
         """The maps as they are now, as a recipe; differentiable in them."""
@@ -96,14 +100,24 @@ class Ligo:
         for maps in axes.values():
             maps |= {"heads": maps["value"]} if "value" in maps and is_alias(self.start, "heads") else {}
         shared = axes.pop(None)
-        own = {layer: maps for layer, maps in axes.items() if layer is not None} or None
-        kind = {"source_axes": own} if self.variant == "source_layer" else {"layer_axes": own}
-        mix = LayerMix(self.depth)
-        return dataclasses.replace(self.start, method="ligo", layers=mix, axes=shared, keeps_function=False, **kind)
+        own = {layer: shared | maps for layer, maps in axes.items() if layer is not None} or None
+        is_by_source = self.variant == "source_layer"
+        return dataclasses.replace(
+            self.start,
+            method="ligo",
+            layers=LayerMix(self.depth),
+            axes=shared,
+            keeps_function=False,
+            source_axes=own if is_by_source else None,
+            layer_axes=None if is_by_source else own,
+            silent=frozenset(),
+            fill_scales=self.fill,
+        )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All that is learned here, by name: `width.hidden`, `width.layers.3.ffn`, `depth.attention.query.weight`, …"""
-        return {**self.widths, **{f"depth.{leaf}": weights for leaf, weights in self.depth.items()}}
+        shared = {f"depth.{leaf}": weights for leaf, weights in self.depth.items()}
+        return {**self.widths, **shared, **{f"fill.{name}": scales for name, scales in self.fill.items()}}
 
     def generate(self, fetch: Fetch, targets: Mapping[str, Tensor]) -> None:
         """Writes every target shard of this rank from the source and the maps; see `grow.grow_into`."""
@@ -189,7 +203,8 @@ class Ligo:
     def _axis_map(self, matrix: Tensor, axis: str, layer: int | None) -> AxisMap:
         base = base_map(self.start, axis, layer)
         if keeps_old_rows(self.variant):
-            return ExtendedMap(kept_index(base), matrix, base.out_scale, base.in_scale)
+            is_filled = base.is_new if self.variant == "full_rank" else torch.zeros_like(base.is_new)
+            return ExtendedMap(kept_index(base), matrix, is_filled, base.out_scale, base.in_scale)
         return DenseMap(matrix, base.out_scale, base.in_scale)
 
 

@@ -22,9 +22,11 @@ from torch.nn.functional import one_hot
 
 from megagrow.config import ModelConfig, require
 from megagrow.growth.maps import NEW, LayerMap, SparseMap, first_copies, to_elements
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
+from megagrow.growth.operator import has_random_entries
+from megagrow.growth.recipe import Recipe
 from megagrow.model.transformer import name_seed
-from megagrow.roles import layer_name, leaves, role_of
+from megagrow.roles import layer_name, leaves, parameter_names, role_of, split_name
 
 Variant = Literal["tied", "source_layer", "target_layer", "full_rank"]
 
@@ -47,10 +49,10 @@ def start_recipe(init: str, source: ModelConfig, target: ModelConfig) -> Recipe:
         return _appended(source, target)
     recipe = make_recipe("ligo" if init == "clone" else init, source, target)
     require(
-        recipe.copies,
-        f"growth.ligo_init={init} takes more than copies, where learned maps cannot start; use clone or authors",
+        recipe.copies and recipe.next_rows is None,
+        f"growth.ligo_init={init} takes more than copies of one layer, where learned maps cannot start; use clone",
     )
-    return replace(recipe, method=init)
+    return replace(recipe, method=init, noise=0.0)
 
 
 def keeps_old_rows(variant: Variant) -> bool:
@@ -84,14 +86,16 @@ def map_shapes(start: Recipe, variant: Variant) -> dict[str, tuple[int, ...]]:
         rows = int((~first_copies(base.index)).sum()) if keeps_old_rows(variant) else len(base.index)
         shapes[name] = rows, base.num_source
     depth = start.target.num_layers, start.source.num_layers
-    return shapes | {
-        f"depth.{leaf}": (len(role_of(layer_name(0, leaf)).parts), *depth) for leaf in leaves(start.target)
-    }
+    return (
+        shapes
+        | {f"depth.{leaf}": (len(role_of(layer_name(0, leaf)).parts), *depth) for leaf in leaves(start.target)}
+        | {f"fill.{name}": tuple(scales.shape) for name, scales in initial_fill(start, variant).items()}
+    )
 
 
 def base_map(start: Recipe, axis: str, layer: int | None = None) -> SparseMap:
     """The copies at which a map starts."""
-    axes = start.axes if layer is None else start.axes_of(layer_name(layer, ""))
+    axes = start.axes if layer is None else (start.layer_axes or {}).get(layer, start.axes)
     base = axes["hidden" if axis == "transform" else axis]
     assert isinstance(base, SparseMap)
     return base
@@ -126,17 +130,37 @@ def initial_width(base: SparseMap, variant: Variant, init: str, noise: float, se
 
 
 def initial_depth(start: Recipe, leaf: str, variant: Variant, init: str, noise: float, seed: int) -> Tensor:
-    """[P, K, J] the recipe's layer copies; if the depth grows, with a little of every layer. Rows sum to 1."""
+    """[P, K, J] the recipe's layer copies; if the depth grows, with a little of every layer.
+
+    Rows sum to 1; where a layer begins as the identity, those of what it adds to the residual stream are 0.
+    """
     assert isinstance(start.layers, LayerMap)
     parts = len(role_of(layer_name(0, leaf)).parts)
     copies = one_hot(torch.tensor(start.layers.index), start.source.num_layers).double()
     copies = copies.expand(parts, -1, -1).clone()
+    silent = [start.is_silent(layer_name(k, leaf)) for k in range(start.target.num_layers)]
+    copies[:, silent] = 0
     grows = start.target.num_layers != start.source.num_layers
     if init != AUTHORS and (not noise or not grows or variant == "full_rank"):
         return copies
     uniform = torch.rand(copies.shape, generator=_generator(seed, f"depth.{leaf}"), dtype=torch.double)
     weights = torch.where(copies == 1, 1.0, uniform * DEPTH_NOISE)
-    return weights / weights.sum(-1, keepdim=True)
+    weights /= weights.sum(-1, keepdim=True)
+    weights[:, silent] = 0
+    return weights
+
+
+def initial_fill(start: Recipe, variant: Variant) -> dict[str, Tensor]:
+    """Leaf of a layer -> [K] the factors of its random entries, other parameter -> [1]; in `full_rank` only."""
+    if variant != "full_rank":
+        return {}
+    scales = {}
+    for name in parameter_names(start.target):
+        layer, leaf = split_name(name)
+        if has_random_entries(start, name):
+            scales.setdefault(leaf, torch.ones(1 if layer is None else start.target.num_layers))
+            scales[leaf][layer or 0] = 0.0 if start.is_silent(name) else 1.0
+    return scales
 
 
 def _appended(source: ModelConfig, target: ModelConfig) -> Recipe:

@@ -12,20 +12,24 @@ A small model's activation x becomes O x, and a reader W becomes W Iᵀ; so W x 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megagrow.growth.noise import mean
+
 Scale = float | Tensor  # one number for the whole axis, or one per target element [T]
 Form = Literal["out", "in"]  # O or I
 Elements = slice | Tensor  # target elements of an axis: a range, or indices
-NEW = -1  # in an index: a target element with no source element
+
+NEW = -1  # in an index: a target element without a source element
 
 
 @dataclass(frozen=True, eq=False)
 class SparseMap:
-    """Copies: target element t is source element index[t]. A gather, never a matrix product.
+    """Copies: target element t is source element index[t], or has none (`NEW`). A gather, never a matrix product.
 
     Attributes:
         index: [T] int64.
@@ -38,9 +42,26 @@ class SparseMap:
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
-        """The rows `elements` of M applied to dim `dim` of x."""
-        return x.index_select(dim, self.index[elements].to(x.device))
+    @cached_property
+    def has_new(self) -> bool:
+        """Whether some target elements have no source element."""
+        return bool((self.index == NEW).any())
+
+    @cached_property
+    def is_new(self) -> Tensor:
+        """[T] bool: which target elements have no source element."""
+        return self.index == NEW
+
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones."""
+        index = self.index[elements]
+        new = (index == NEW).nonzero().flatten() if self.has_new else index[:0]
+        grown = x.index_select(dim, (index.clamp(min=0) if len(new) else index).to(x.device))
+        if not len(new):
+            return grown
+        rest = mean(x, dim) if average else torch.zeros((), dtype=x.dtype, device=x.device)
+        shape = [len(new) if d == dim else size for d, size in enumerate(x.shape)]
+        return grown.index_copy_(dim, new.to(x.device), rest.expand(shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +77,7 @@ class DenseMap:
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in the map's dtype; only these rows are multiplied."""
         rows, x = self.matrix[elements], x.to(self.matrix.dtype)
         return rows @ x if dim == 0 else x @ rows.T
@@ -69,23 +90,37 @@ class ExtendedMap:
     Attributes:
         index: [T] int64, the source element of each kept element; NEW for the learned ones.
         matrix: [N, S] the rows of the learned elements, in their order: C.
+        is_new: [T] bool, learned elements that get what a recipe gives to those without a source besides.
         out_scale, in_scale: diagonals of O and I.
     """
 
     index: Tensor
     matrix: Tensor
+    is_new: Tensor
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
+    @cached_property
+    def has_new(self) -> bool:
+        """Whether there are elements that `is_new` marks."""
+        return bool(self.is_new.any())
+
+    @cached_property
+    def row_of_C(self) -> Tensor:
+        """[T] the row of `matrix` of each learned element."""
+        return (self.index == NEW).cumsum(0) - 1
+
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in C's dtype; only rows of C are multiplied."""
         index, x = self.index[elements], x.to(self.matrix.dtype)
-        is_new = index == NEW
-        row_of_C = (self.index == NEW).cumsum(0) - 1
-        rows = self.matrix[_as_range(row_of_C[elements][is_new])]
+        is_learned = index == NEW
+        rows = self.matrix[_as_range(self.row_of_C[elements][is_learned])]
         learned = rows @ x if dim == 0 else x @ rows.T
-        kept = x.index_select(dim, index[~is_new].to(x.device))
-        places = torch.cat((torch.where(~is_new)[0], torch.where(is_new)[0])).argsort()
+        if average and self.has_new:
+            is_new = self.is_new[elements][is_learned].to(x.device, x.dtype)
+            learned = learned + mean(x, dim) * (is_new if dim == x.ndim - 1 else is_new[:, None])
+        kept = x.index_select(dim, index[~is_learned].to(x.device))
+        places = torch.cat((torch.where(~is_learned)[0], torch.where(is_learned)[0])).argsort()
         joined = torch.cat((kept, learned), dim)
         return joined if isinstance(_as_range(places), slice) else joined.index_select(dim, places.to(x.device))
 
@@ -148,13 +183,33 @@ def to_elements(units: Tensor, unit_size: int) -> Tensor:
 
 def first_copies(index: Tensor) -> Tensor:
     """[T] bool: whether a target element is the first copy of its source element."""
-    first_place: dict[int, int] = {}
-    for place, unit in enumerate(index.tolist()):
-        if unit != NEW:
-            first_place.setdefault(unit, place)
-    is_first = torch.zeros(len(index), dtype=torch.bool)
-    is_first[list(first_place.values())] = True
-    return is_first
+    return (replica_rank(index) == 0) & (index != NEW)
+
+
+def replica_rank(index: Tensor) -> Tensor:
+    """[T] which copy of its source element each target element is: 0 for the first one."""
+    order = index.argsort(stable=True)
+    ordered = index[order]
+    rank = torch.empty_like(index)
+    rank[order] = torch.arange(len(index)) - torch.searchsorted(ordered, ordered)
+    return rank
+
+
+def replica_count(index: Tensor) -> Tensor:
+    """[T] how many copies there are of each target element's source element; 1 for those without."""
+    counts = torch.bincount(index[index != NEW], minlength=1)
+    return torch.where(index == NEW, 1, counts[index])
+
+
+def replica_pairs(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Replicas two by two: the target element that comes first in each one's pair [T], and +1, -1, or 0 without one."""
+    order, rank, count = index.argsort(stable=True), replica_rank(index), replica_count(index)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(index))
+    is_second = rank % 2 == 1
+    first = order[place - is_second.long()]
+    is_paired = (is_second | (rank + 1 < count)) & (index != NEW)
+    return first, torch.where(is_paired, 1 - 2 * is_second.long(), 0)
 
 
 def _as_range(places: Tensor) -> slice | Tensor:

@@ -19,8 +19,9 @@ from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import save_maps
 from megagrow.growth.ligo_maps import start_recipe
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_multipliers, grow_optimizer
+from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill
