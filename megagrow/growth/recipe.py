@@ -48,8 +48,8 @@ class Recipe:
         layer_axes: target layer -> maps that replace all of `axes` there.
         source_axes: source layer -> maps that replace all of `axes` for its parameters, which are widened before layers
             are mixed.
-        fill_scales: leaf of a layer, or parameter outside the layers -> learned factors of its random entries, which are
-            added to what the maps give then; None: they stand alone.
+        fill_scales: leaf of a layer, or parameter outside the layers -> learned factors of its random entries, which
+            are added to what the maps give then; None: they stand alone.
         next_rows: maps of the rows inside layers that point into the rows of a source layer and of the next one, laid
             end to end (the last layer stands for its own next); they replace those of `axes` for rows of matrices and
             biases. None: rows come from one layer.

@@ -57,9 +57,12 @@ class Matrices:
 def generate(
     source: ModelConfig, target: ModelConfig, small: Maps, maps: Maps, variant: str = "tied", ratio: bool = True
 ) -> dict[str, Tensor]:
-    """The target's parameters from the source's and the maps (`width.*`, `depth.*`); differentiable."""
+    """The target's parameters from the source's and the maps (`width.*`, `depth.*`); differentiable.
+
+    Of `full_rank` all but the random blocks: new gains of norms are the mean of the old ones besides.
+    """
     shared_heads = all(model.num_heads == model.num_kv_heads for model in (source, target))
-    matrices = Matrices(maps, variant == "target_layer", shared_heads, ratio)
+    matrices = Matrices(maps, variant in ("target_layer", "full_rank"), shared_heads, ratio)
     A, B = matrices.A, matrices.B
     grown = {}
     for i in range(target.num_layers):
@@ -95,6 +98,10 @@ def generate(
         else:
             assert name == "head.bias"
             grown[name] = x
+    if variant == "full_rank":
+        for name in [name for name in grown if name.endswith("norm.weight")]:
+            new = torch.arange(target.hidden_size) >= source.hidden_size
+            grown[name] = grown[name] + new * grown[name][~new].mean()
     return grown
 
 

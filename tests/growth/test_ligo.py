@@ -1,6 +1,7 @@
 """LiGO's maps: where they start, what they generate, and the gradients that come back to them."""
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,21 +16,22 @@ from megagrow.errors import CheckpointError, DataError
 from megagrow.growth.grow import grow_whole, mesh_fetch
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import load_maps, save_maps
-from megagrow.growth.ligo_maps import Variant, start_recipe
+from megagrow.growth.ligo_maps import Variant, keeps_old_rows, start_recipe
 from megagrow.growth.methods import make_recipe
+from megagrow.growth.recipe import Fill
 from megagrow.model import Transformer
 from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.parallel.shards import fill, full
 from megagrow.parallel.stages import own_stages
-from megagrow.roles import leaves
+from megagrow.roles import leaves, split_name
 from megagrow.train.part import build_part, gradients
 from tests.growth import dense_ligo, models
 from tests.growth.models import distance, make, make_ids, tensors_of, widened
 from tests.ranks import run_ranks
 
-VARIANTS: list[Variant] = ["tied", "source_layer", "target_layer"]
+VARIANTS: list[Variant] = ["tied", "source_layer", "target_layer", "full_rank"]
 WIDTH = {"hidden": 2, "query": 2, "kv": 2, "ffn": 2}
 PAIRS = {
     "gqa": (models.LLAMA, widened(models.LLAMA, **WIDTH, layers=3)),
@@ -51,7 +53,9 @@ def make_ligo(
     source: ModelConfig, target: ModelConfig, variant: Variant = "tied", layers: Collection[int] | None = None
 ) -> Ligo:
     """Maps that have moved away from where they start everywhere, so that every entry counts."""
-    start = start_recipe("authors" if variant == "target_layer" else "clone", source, target)
+    start = start_recipe("authors" if variant in ("target_layer", "full_rank") else "clone", source, target)
+    if variant == "full_rank":
+        start = dataclasses.replace(start, fill=Fill(free=frozenset(itertools.product(start.axes, ("out", "in")))))
     ligo = Ligo(start, 0.5, dtype=torch.double, variant=variant, layers=layers)
     with torch.no_grad():
         for name, parameter in ligo.parameters().items():
@@ -63,8 +67,19 @@ def make_ligo(
 def reference(ligo: Ligo, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The target's parameters by the formulas written out."""
     source, target = ligo.start.source, ligo.start.target
-    is_scaled = ligo.start.method == "clone"
-    return dense_ligo.generate(source, target, tensors_of(make(source)), maps, ligo.variant, is_scaled)
+    is_scaled, small = ligo.start.method == "clone", tensors_of(make(source))
+    grown = dense_ligo.generate(source, target, small, maps, ligo.variant, is_scaled)
+    if ligo.variant != "full_rank":
+        return grown
+    without = dataclasses.replace(ligo.start, fill=Fill())
+    for name, tensor in grown.items():
+        filled, empty = (grow_whole(recipe, small.__getitem__, name) for recipe in (ligo.start, without))
+        layer, leaf = split_name(name)
+        scales = maps.get(f"fill.{leaf}")
+        assert (scales is not None) == bool((filled != empty).any()), name
+        if scales is not None:
+            grown[name] = tensor + scales[layer or 0] * (filled - empty)
+    return grown
 
 
 def reference_gradients(ligo: Ligo, ids: Tensor) -> dict[str, Tensor]:
@@ -138,7 +153,7 @@ def learning_step(source: ModelConfig, target: ModelConfig, variant: Variant, me
 
 CASES: list[tuple[str, Variant]] = [
     *(("gqa", "tied"), ("everything", "tied"), ("everything", "source_layer")),
-    *(("gqa", "target_layer"), ("bert", "target_layer")),
+    *(("gqa", "target_layer"), ("bert", "target_layer"), ("everything", "full_rank")),
 ]
 LAYOUTS = [(2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2), (4, 2, 1), (4, 1, 2), (8, 2, 2)]
 
@@ -153,7 +168,7 @@ def test_shards_and_their_gradients_equal_one_process(layout: tuple[int, int, in
         expected = reference_gradients(ligo, make_ids(ligo.start.source, batch=4))
         weights = reference(ligo, ligo.state_dict())
         norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
-        of_layer = [name for name in expected if variant == "target_layer" and ".layers." in name]
+        of_layer = [name for name in expected if keeps_old_rows(variant) and ".layers." in name]
         found: dict[str, Tensor] = {}
         for generated, of_maps, its_norm in (result[case] for result in results):
             assert distance(generated, {name: weights[name] for name in generated}) <= 1e-12
