@@ -44,7 +44,7 @@ def show_maps(path: Path) -> None:
     ligo, maps = describe_maps(path)
     pair = [f"{num_parameters(model) / 1e6:.2f}M" for model in (ligo.start.source, ligo.start.target)]
     total = sum(math.prod(each.shape) for each in maps)
-    begun = f"began as {ligo.start.method}, noise {ligo.noise:g}, seed {ligo.seed}"
+    begun = f"began as {ligo.start.method}, noise {ligo.noise:g}, seed {ligo.start.seed}"
     table = Table("map", "shape", title=f"{path}: LiGO, {ligo.variant}, {' -> '.join(pair)}, {begun}")
     for column in ("elements", "row sums", "farthest from its start", "effective rank"):
         table.add_column(column, justify="right")

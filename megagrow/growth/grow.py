@@ -168,7 +168,9 @@ def _copied_layers(
     held: dict[int, Tensor] = {}
     for j in sorted({copied for k, copied in enumerate(layers.index) if read_for is None or k in read_for}):
         needed = {j, _next(recipe, j)} if reads_next else {j}
-        held = {i: held[i] if i in held else fetch(layer_name(i, leaf)) for i in sorted(needed)}
+        held = {i: tensor for i, tensor in held.items() if i in needed}
+        for i in sorted(needed - held.keys()):
+            held[i] = fetch(layer_name(i, leaf))
         source = torch.cat([held[j], held[_next(recipe, j)]]) if reads_next else held[j]
         for k, copied in enumerate(layers.index):
             if copied == j and layer_name(k, leaf) in wanted:

@@ -48,9 +48,9 @@ class Ligo:
 
     Args:
         start: where the maps start, see `ligo_maps.start_recipe`. Its scales stay; its copies become learned rows.
+            Initial maps depend on (its seed, map name) only.
         noise: breaks the symmetry of copies: standard deviation of the entries of rows that are no first copies, times
             √(source size). 0 starts exactly at the recipe, in depth too.
-        seed: initial maps depend on (seed, map name) only.
         device, dtype: of the maps, and of the arithmetic.
         variant: which maps there are, and what of them is learned.
         layers: the target layers whose own maps are held here; None: all.
@@ -65,27 +65,25 @@ class Ligo:
         self,
         start: Recipe,
         noise: float = 0.0,
-        seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         variant: Variant = "tied",
         layers: Collection[int] | None = None,
     ) -> None:
         assert start.copies, "only copies can be made dense"
-        self.start, self.variant, self.noise, self.seed, self._dtype = start, variant, noise, seed, dtype
+        self.start, self.variant, self.noise, self._dtype = start, variant, noise, dtype
         self._places = {
             name: (axis, layer)
             for name, (axis, layer) in width_maps(start, variant).items()
             if layer is None or variant == "source_layer" or layers is None or layer in layers
         }
-        init = start.method
 
         def initial(name: str, place: tuple[str, int | None]) -> Tensor:
-            return initial_width(base_map(start, *place), variant, init, noise, seed, name).to(device, dtype)
+            return initial_width(base_map(start, *place), start, variant, noise, name).to(device, dtype)
 
         self.widths = {name: nn.Parameter(initial(name, place)) for name, place in self._places.items()}
         self.depth = {
-            leaf: nn.Parameter(initial_depth(start, leaf, variant, init, noise, seed).to(device, dtype))
+            leaf: nn.Parameter(initial_depth(start, leaf, variant, noise).to(device, dtype))
             for leaf in leaves(start.target)
         }
         filled = initial_fill(start, variant)

@@ -50,7 +50,7 @@ def save_maps(ligo: Ligo, path: Path | str, state: Mapping[str, Tensor] | None =
         path: of the file.
         state: the maps of all ranks (`Ligo.gathered`); None: this process holds all.
     """
-    begun = {"variant": ligo.variant, "init": ligo.start.method, "noise": ligo.noise, "seed": ligo.seed}
+    begun = {"variant": ligo.variant, "init": ligo.start.method, "noise": ligo.noise, "seed": ligo.start.seed}
     models = {"source": to_dict(ligo.start.source), "target": to_dict(ligo.start.target)}
     metadata = {**{name: json.dumps(model) for name, model in models.items()}, "maps": json.dumps(begun)}
     tensors = {name: tensor.contiguous() for name, tensor in (state or ligo.state_dict()).items()}
@@ -93,12 +93,12 @@ def _read(path: Path | str, device: torch.device | str) -> tuple[Ligo, dict[str,
     _check_sizes(source, target, state, path)
     begun = _begun(metadata, path)
     try:
-        start = start_recipe(begun["init"], source, target)
+        start = start_recipe(begun["init"], source, target, begun["seed"])
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
     check_shapes(map_shapes(start, begun["variant"]), state, str(path))
     dtype = next(iter(state.values())).dtype
-    return Ligo(start, begun["noise"], begun["seed"], device, dtype, begun["variant"]), state
+    return Ligo(start, begun["noise"], device, dtype, begun["variant"]), state
 
 
 def _begun(metadata: Mapping[str, str], path: Path | str) -> dict[str, Any]:

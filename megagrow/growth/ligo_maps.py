@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from megagrow.config import ModelConfig, require
-from megagrow.growth.maps import NEW, LayerMap, SparseMap, first_copies, to_elements
+from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap, first_copies
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.operator import has_random_entries
 from megagrow.growth.recipe import Recipe
+from megagrow.growth.width import unit_axes
 from megagrow.model.transformer import name_seed
 from megagrow.roles import layer_name, leaves, parameter_names, role_of, split_name
 
@@ -35,24 +36,30 @@ SHARED_AXES = ("hidden", "transform")
 DEPTH_NOISE = 0.03  # upper end of the authors' noise on layer weights (their `stackbert_noisy`)
 
 
-def start_recipe(init: str, source: ModelConfig, target: ModelConfig) -> Recipe:
+def start_recipe(init: str, source: ModelConfig, target: ModelConfig, seed: int = 0) -> Recipe:
     """The recipe at which maps start.
 
     Args:
         init: `authors`, or a sparse method by name; `clone` copies unevenly where the sizes do not divide.
         source, target: the two models.
+        seed: of everything random, the maps' initial values included.
 
     Raises:
         ConfigError: no such method, it cannot reach these sizes, or maps cannot express it.
     """
+    require(
+        source.vocab_size == target.vocab_size,
+        f"growth.method=ligo does not grow the vocabulary ({source.vocab_size} -> {target.vocab_size}); make "
+        "model.vocab_size equal, or grow it by another method",
+    )
+    recipe = make_recipe("ligo" if init in ("clone", AUTHORS) else init, source, target, seed=seed)
     if init == AUTHORS:
-        return _appended(source, target)
-    recipe = make_recipe("ligo" if init == "clone" else init, source, target)
+        recipe = replace(recipe, axes=_appended_axes(source, target))
     require(
         recipe.copies and recipe.next_rows is None,
         f"growth.ligo_init={init} takes more than copies of one layer, where learned maps cannot start; use clone",
     )
-    return replace(recipe, method=init, noise=0.0)
+    return replace(recipe, method=init)
 
 
 def keeps_old_rows(variant: Variant) -> bool:
@@ -106,17 +113,17 @@ def kept_index(base: SparseMap) -> Tensor:
     return torch.where(first_copies(base.index), base.index, NEW)
 
 
-def initial_width(base: SparseMap, variant: Variant, init: str, noise: float, seed: int, name: str) -> Tensor:
+def initial_width(base: SparseMap, start: Recipe, variant: Variant, noise: float, name: str) -> Tensor:
     """A map's initial rows [T, S], or those of the new units [N, S].
 
     Copies, and what is neither copied nor filled otherwise, get normal noise of standard deviation noise / √S; the
     authors' new rows are uniform numbers divided by their sum.
     """
-    index, generator = base.index, _generator(seed, name)
+    index, generator = base.index, _generator(start.seed, name)
     matrix_TS = one_hot(index.clamp(min=0), base.num_source).double() * (index != NEW)[:, None]
     new = ~first_copies(index)
     shape = (int(new.sum()), base.num_source)
-    if init == AUTHORS:
+    if start.method == AUTHORS:
         uniform_NS = torch.rand(shape, generator=generator, dtype=torch.double)
         rows_NS = uniform_NS / uniform_NS.sum(1, keepdim=True)
     else:
@@ -129,7 +136,7 @@ def initial_width(base: SparseMap, variant: Variant, init: str, noise: float, se
     return matrix_TS
 
 
-def initial_depth(start: Recipe, leaf: str, variant: Variant, init: str, noise: float, seed: int) -> Tensor:
+def initial_depth(start: Recipe, leaf: str, variant: Variant, noise: float) -> Tensor:
     """[P, K, J] the recipe's layer copies; if the depth grows, with a little of every layer.
 
     Rows sum to 1; where a layer begins as the identity, those of what it adds to the residual stream are 0.
@@ -141,9 +148,9 @@ def initial_depth(start: Recipe, leaf: str, variant: Variant, init: str, noise: 
     silent = [start.is_silent(layer_name(k, leaf)) for k in range(start.target.num_layers)]
     copies[:, silent] = 0
     grows = start.target.num_layers != start.source.num_layers
-    if init != AUTHORS and (not noise or not grows or variant == "full_rank"):
+    if start.method != AUTHORS and (not noise or not grows or variant == "full_rank"):
         return copies
-    uniform = torch.rand(copies.shape, generator=_generator(seed, f"depth.{leaf}"), dtype=torch.double)
+    uniform = torch.rand(copies.shape, generator=_generator(start.seed, f"depth.{leaf}"), dtype=torch.double)
     weights = torch.where(copies == 1, 1.0, uniform * DEPTH_NOISE)
     weights /= weights.sum(-1, keepdim=True)
     weights[:, silent] = 0
@@ -163,35 +170,13 @@ def initial_fill(start: Recipe, variant: Variant) -> dict[str, Tensor]:
     return scales
 
 
-def _appended(source: ModelConfig, target: ModelConfig) -> Recipe:
-    """Old units first, then new ones without a source, no scales; layers stacked: the form of the authors' code."""
-    stacked = make_recipe("ligo", source, target)
-    sizes = {"hidden": "hidden_size", "ffn": "ffn_size", "key": "num_kv_heads", "value": "num_kv_heads"}
-    axes = {}
-    for axis in stacked.axes:
-        if axis in sizes:
-            old, new = (getattr(model, sizes[axis]) for model in (source, target))
-            units = torch.arange(new).masked_fill_(torch.arange(new) >= old, NEW)
-        else:
-            units = _appended_queries(source, target)
-        unit = target.head_dim if axis not in ("hidden", "ffn") else 1
-        axes[axis] = SparseMap(to_elements(units, unit).clamp(min=NEW), base_map(stacked, axis).num_source)
-    if "heads" in axes and is_alias(stacked, "heads"):
-        axes["heads"] = axes["value"]
-    return replace(stacked, method=AUTHORS, axes=axes)
+def _appended_axes(source: ModelConfig, target: ModelConfig) -> dict[str, AxisMap]:
+    """Old units first, then new ones without a source, and no scales: the form of the authors' code."""
 
+    def appended(axis: str, num_source: int, num_target: int) -> Tensor:
+        return torch.cat([torch.arange(num_source), torch.full((num_target - num_source,), NEW)])
 
-def _appended_queries(source: ModelConfig, target: ModelConfig) -> Tensor:
-    """The query head that each target query head keeps: the first ones of the group of its own key/value head."""
-    old_group, group = source.num_heads // source.num_kv_heads, target.num_heads // target.num_kv_heads
-    require(
-        group >= old_group,
-        f"growth.ligo_init=authors keeps query heads beside their key/value head, but {old_group} queries share one in "
-        f"the source and {group} in the target; use ligo_init=clone, or num_kv_heads={target.num_heads // old_group}",
-    )
-    head = torch.arange(target.num_heads)
-    kv, within = head // group, head % group
-    return torch.where((kv < source.num_kv_heads) & (within < old_group), kv * old_group + within, NEW)
+    return unit_axes(source, target, appended)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -105,14 +105,13 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
 def map_learner(small: Part, config: Config) -> MapLearner:
     """Prepares learning the maps from a frozen small model; `generate` must be called before the first step."""
     growth, mesh = config.growth, small.mesh
-    start = start_recipe(growth.ligo_init, small.config, config.model)
+    start = start_recipe(growth.ligo_init, small.config, config.model, config.train.seed)
     for stage in small.stages:
         stage.requires_grad_(False)
     own_layers = [layer for stage in own_stages(config.model.num_layers, mesh) for layer in stage.layers]
     ligo = Ligo(
         start,
         noise=growth.ligo_noise,
-        seed=config.train.seed,
         device=mesh.device,
         variant=growth.ligo_variant,
         layers=own_layers,
@@ -122,7 +121,9 @@ def map_learner(small: Part, config: Config) -> MapLearner:
 
 
 def _recipe(small: Part, config: Config) -> Recipe:
-    return make_recipe(config.growth.method, small.config, config.model)
+    growth = config.growth
+    breaker = growth.breaker, growth.breaker_scale
+    return make_recipe(growth.method, small.config, config.model, *breaker, seed=config.train.seed)
 
 
 def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:

@@ -207,8 +207,9 @@ def test_noise_falls_on_new_rows_and_new_layers_only() -> None:
 
 
 def test_initial_maps_depend_on_seed_and_name() -> None:
-    start = make_recipe("ligo", models.LLAMA, widened(models.LLAMA, **WIDTH, layers=4))
-    one, same, other = (Ligo(start, noise=0.3, seed=seed).state_dict() for seed in (1, 1, 2))
+    pair = models.LLAMA, widened(models.LLAMA, **WIDTH, layers=4)
+    starts = [start_recipe("clone", *pair, seed) for seed in (1, 1, 2)]
+    one, same, other = (Ligo(start, noise=0.3).state_dict() for start in starts)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["width.key"], one["width.value"])
