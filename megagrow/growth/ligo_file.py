@@ -15,7 +15,7 @@ from torch import Tensor
 from megagrow.config import ModelConfig
 from megagrow.config_file import from_dict, to_dict
 from megagrow.data.files import write_atomically
-from megagrow.errors import CheckpointError, ConfigError, shown
+from megagrow.errors import CheckpointError, ConfigError, named, shown
 from megagrow.growth.ligo import Ligo, check_shapes
 from megagrow.growth.ligo_maps import Variant, map_shapes, start_recipe
 from megagrow.json_file import parse_object
@@ -117,7 +117,7 @@ def _begun(metadata: Mapping[str, str], path: Path | str) -> dict[str, Any]:
     odd = [name for name, holds in rules.items() if name not in begun or not holds(begun[name])]
     if odd or set(begun) != set(rules):
         name = odd[0] if odd else min(set(begun) - set(rules))
-        raise CheckpointError(f"{path}: metadata maps.{shown(name)} is {shown(begun.get(name))}; {REMEDY}")
+        raise CheckpointError(f"{path}: metadata maps.{named(name)} is {shown(begun.get(name))}; {REMEDY}")
     return begun
 
 

@@ -38,7 +38,12 @@ def new_learner(part: Part, config: Config, source: Source | None = None) -> Mod
 
     A source's moments are kept only where they are about to grow with it; a run that starts from the weights of a
     finished one has its own optimizer.
+
+    Raises:
+        ConfigError: the maps that the run will learn cannot start as configured.
     """
+    if config.growth.method == "ligo":
+        start_recipe(config.growth.ligo_init, part.config, config.model)
     keeps_moments = config.growth.method != "none" and config.growth.optimizer == "exact"
     if source is None or source.optimizer is None or not keeps_moments:
         return ModelLearner(part, Optimizer(part.parameters, config.optim), config)

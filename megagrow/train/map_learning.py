@@ -19,6 +19,7 @@ from megagrow.errors import NonFiniteError
 from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import load_maps
+from megagrow.growth.ligo_maps import start_recipe
 from megagrow.ledger import Ledger, Phase
 from megagrow.optim import StepGuard
 from megagrow.parallel.mesh import Mesh
@@ -79,6 +80,7 @@ def learn_maps(
     """
     config = _config(source, target, how, mesh)
     check(config, mesh.world.size)
+    start_recipe(config.growth.ligo_init, source.model, target)  # refuses before anything is read
     dataset = open_dataset(how.data, source.model, config)
     masking = None if target.is_causal else make_masking(config.data, target)
     small = build_part(source.model, config, mesh)
