@@ -161,7 +161,7 @@ def initial_fill(start: Recipe, variant: Variant) -> dict[str, Tensor]:
     """Leaf of a layer -> [K] the factors of its random entries, other parameter -> [1]; in `full_rank` only."""
     if variant != "full_rank":
         return {}
-    scales = {}
+    scales: dict[str, Tensor] = {}
     for name in parameter_names(start.target):
         layer, leaf = split_name(name)
         if has_random_entries(start, name):
