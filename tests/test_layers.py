@@ -30,6 +30,7 @@ ORDER = [
     "parallel",
     "model",
     "data",
+    "new_part",
     "adamw",
     "optim",
     "checkpoint",
