@@ -228,8 +228,8 @@ def inherit_llama_125m() -> Config:
     """The model that `grow_llama_125m` grows, from random weights: `llama_125m` teaches it, less with every step.
 
     Knowledge inheritance with the paper's settings: temperature 2 in both models, the teacher's share falls from 1 to 0
-    over the first 44 % of the run. Cost: 1.38e19 FLOPs for 2.6B tokens, plus 2.5 % for the teacher. Not yet run to its end
-    here.
+    over the first 44 % of the run. Cost: 1.38e19 FLOPs for 2.6B tokens, plus 2.5 % for the teacher. Not yet run to its
+    end here.
     torchrun --nproc-per-node 8 -m megagrow inherit_llama_125m --salt.teacher runs/llama_125m --data.train PREFIX …
     """
     return dataclasses.replace(
