@@ -2,8 +2,7 @@
 
 # Legend of the diagrams: rows are outputs, columns are inputs; A, B, … are source layers or units.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -13,49 +12,14 @@ from megagrow.errors import ConfigError
 from megagrow.growth.maps import (
     AxisMap,
     LayerMap,
-    LayerMix,
     SparseMap,
     interleave,
     interleave_queries,
     to_elements,
 )
-from megagrow.roles import layer_name, split_name
+from megagrow.growth.recipe import Recipe
 
 WIDTHS = ("hidden_size", "num_heads", "num_kv_heads", "ffn_size")
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """One way from a source model to a target model, linear in the source's parameters.
-
-    Attributes:
-        method: its name.
-        source, target: the two models.
-        layers: w of the formula.
-        axes: map name of `roles.Role` -> O and I of the formula; an axis that does not grow is absent. Under multi-head
-            attention `heads` and `value` are the same object.
-        keeps_function: whether the target computes exactly what the source does.
-    """
-
-    method: str
-    source: ModelConfig
-    target: ModelConfig
-    layers: LayerMap | LayerMix
-    axes: Mapping[str, AxisMap]
-    keeps_function: bool = False
-
-    @property
-    def copies(self) -> bool:
-        """Whether every target entry is a scaled copy of one source entry, as the rule for Adam's moments needs."""
-        return isinstance(self.layers, LayerMap) and all(isinstance(m, SparseMap) for m in self.axes.values())
-
-    def source_name(self, name: str) -> str:
-        """The source parameter that a target parameter copies; of copied layers only."""
-        layer, leaf = split_name(name)
-        if layer is None:
-            return name
-        assert isinstance(self.layers, LayerMap), "a mixed layer has no single source"
-        return layer_name(self.layers.index[layer], leaf)
 
 
 def make_recipe(method: str, source: ModelConfig, target: ModelConfig) -> Recipe:

@@ -17,8 +17,9 @@ from megagrow.checkpoint.source import Source
 from megagrow.config import Config
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo, save_maps
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
+from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill

@@ -9,7 +9,8 @@ from megagrow.config import ModelConfig, RopeScaling
 from megagrow.errors import ConfigError
 from megagrow.growth import operator
 from megagrow.growth.maps import SparseMap, to_elements
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
+from megagrow.growth.recipe import Recipe
 from megagrow.growth.verify import function_change, gradient_errors, replica_distances
 from megagrow.roles import leaves
 from tests.growth import models
