@@ -12,11 +12,11 @@ A policy says which entries get moments by that rule; the moments of the others 
 whose units are the first copies of their source units on both dims, in the first copy of their source layer.
 
     policy       moments by the rule   steps of each tensor   suits
-    exact        all entries           lr·v, eps·g, wd/v      clone, stack and other even copies, alone or together: the
-                                                              small model's trajectory; copies never part without a
-                                                              breaker of symmetry
-    asymmetric   first copies          as in the source       clone, net2net, fpi, stack, insert_identity, …: copies,
-                                                              even or not, which part because of it ([S, 0] of SPARKLING)
+    exact        all entries           lr·v, eps·g, wd/v      clone, stack and other even copies, alone or together:
+                                                              goes where the small model goes; copies never part
+                                                              without a breaker of symmetry
+    asymmetric   first copies          as in the source       clone, net2net, fpi, aki, stack, insert_identity, …: even
+                                                              or uneven copies, which part because of it ([S, 0])
     zero_pad     all with a source     as in the source       zero_pad, rms_random, direct_copy: the old block goes on
     reset        none, step' = 0       as configured          any, and the only one for learned maps (ligo)
 
@@ -225,7 +225,7 @@ def _is_uneven(recipe: Recipe, name: str) -> bool:
 def _makes_new(recipe: Recipe) -> bool:
     """Whether there are entries without a source."""
     maps = [axis for axes in (recipe.axes, *(recipe.layer_axes or {}).values()) for axis in axes.values()]
-    return any(isinstance(axis, SparseMap) and bool((axis.index == NEW).any()) for axis in maps)
+    return any(isinstance(axis, SparseMap) and axis.has_new for axis in maps)
 
 
 def _clear_new_entries(kept: Mapping[str, Kept], tensors: Mapping[str, Tensor]) -> None:
@@ -238,26 +238,34 @@ def _clear_new_entries(kept: Mapping[str, Kept], tensors: Mapping[str, Tensor]) 
 
 
 def _kept(recipe: Recipe, policy: Policy, name: str, where: Box, device: torch.device) -> Kept:
-    role, target, axes = role_of(name), recipe.target, recipe.axes_of(name)
-    unit = axis_unit(role.out, target)
-    num_rows = axis_size(role.out, target) * unit
-    maps = (recipe.next_rows or {}) if recipe.reads_next(name) else {}
-    by_part = [_old_elements((axes | maps).get(part), policy, num_rows) for part in role.out_maps]
-    rows = torch.stack([old.view(-1, unit) for old in by_part], 1).flatten()
+    role, axes = role_of(name), recipe.axes_of(name)
+    rows = _old_rows(recipe, policy, name)[where[0]] & _is_old_layer(recipe, policy, name)
     columns = torch.ones(1, dtype=torch.bool)
     if role.in_ is not None:
-        num_columns = axis_size(role.in_, target) * axis_unit(role.in_, target)
-        columns = _old_elements(axes.get(role.in_map), policy, num_columns)[where[1]]
-    rows = rows[where[0]] & _is_old_layer(recipe, policy, name)
+        size = axis_size(role.in_, recipe.target) * axis_unit(role.in_, recipe.target)
+        columns = _old_elements(axes.get(role.in_map), policy, size)[where[1]]
     return Kept(rows.to(device), columns.to(device))
 
 
-def _old_elements(axis: AxisMap | None, policy: Policy, size: int) -> Tensor:
-    """[size] bool: which elements of an axis are old ones."""
+def _old_rows(recipe: Recipe, policy: Policy, name: str) -> Tensor:
+    """[R] bool: which rows of a whole parameter are old ones."""
+    role, axes = role_of(name), recipe.axes_of(name)
+    unit = axis_unit(role.out, recipe.target)
+    size = axis_size(role.out, recipe.target) * unit
+    if recipe.next_rows is not None and recipe.reads_next(name):
+        parts = [_old_elements(recipe.next_rows.get(part), policy, size, num_layers=2) for part in role.out_maps]
+    else:
+        parts = [_old_elements(axes.get(part), policy, size) for part in role.out_maps]
+    return torch.stack([part.view(-1, unit) for part in parts], 1).flatten()
+
+
+def _old_elements(axis: AxisMap | None, policy: Policy, size: int, num_layers: int = 1) -> Tensor:
+    """[size] bool: which elements of an axis are old ones; of several source layers' those of the first one."""
     if axis is None:
         return torch.ones(size, dtype=torch.bool)
     assert isinstance(axis, SparseMap), "only copies have an old part"
-    return axis.index != NEW if policy == "zero_pad" else first_copies(axis.index)
+    is_old = axis.index != NEW if policy == "zero_pad" else first_copies(axis.index)
+    return is_old & (axis.index < axis.num_source // num_layers)
 
 
 def _is_old_layer(recipe: Recipe, policy: Policy, name: str) -> bool:
