@@ -312,6 +312,9 @@ class OptimConfig:
         )
 
 
+Policy = Literal["exact", "asymmetric", "zero_pad", "reset"]
+
+
 @dataclass(frozen=True)
 class GrowthConfig:
     """When and how the run's small model becomes `model`."""
@@ -320,7 +323,7 @@ class GrowthConfig:
     source: ModelConfig | None = None  # the small model that this run trains first; None: it comes from init.from
     at_step: int = 0  # grow before this step; 0: at start-up
     # What becomes of the moments (growth/moments.py says what suits which method); learned maps need reset.
-    optimizer: Literal["exact", "asymmetric", "zero_pad", "reset"] = "exact"
+    optimizer: Policy = "exact"
     rewarmup_steps: int = 0  # linear warm-up of the learning rate after growing
     rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
     rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)

@@ -29,14 +29,14 @@ Source: SPARKLING (2026, arXiv 2602.02472) for [S, 0]; MSG (Yao et al., 2024, ar
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from megagrow.config import GrowthConfig, ModelConfig, require
+from megagrow.config import GrowthConfig, ModelConfig, Policy, require
 from megagrow.config_file import from_dict, to_dict
-from megagrow.errors import ConfigError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.grow import Fetch, grow_into
 from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap, first_copies
 from megagrow.growth.methods import make_recipe
@@ -46,8 +46,6 @@ from megagrow.new_part import Kept, NewPart, Schedule
 from megagrow.optim import Multipliers
 from megagrow.parallel.shards import Box, box, local
 from megagrow.roles import axis_size, axis_unit, parameter_names, role_of, split_name
-
-Policy = Literal["exact", "asymmetric", "zero_pad", "reset"]
 
 QUANTITIES: dict[str, Quantity] = {"exp_avg": "gradient", "exp_avg_sq": "squared_gradient"}
 
@@ -148,11 +146,18 @@ def restored_new_part(saved: Mapping[str, Any], target: ModelConfig, tensors: Ma
         saved: what the checkpoint has.
         target: the model that has grown.
         tensors: this rank's parameters by name.
+
+    Raises:
+        CheckpointError: no such growth leads to the target.
     """
     schedule = Schedule(**{field.name: saved[field.name] for field in fields(Schedule)})
     origin = {name: saved[name] for name in saved if name not in asdict(schedule)}
-    source = cast(ModelConfig, from_dict(saved["source"], ModelConfig, "the checkpoint"))
-    recipe = make_recipe(saved["method"], source, target)
+    try:
+        source = cast(ModelConfig, from_dict(saved["source"], ModelConfig, "the source"))
+        recipe = make_recipe(saved["method"], source, target)
+        require(recipe.copies, NO_OLD_PART)
+    except ConfigError as error:
+        raise CheckpointError(f"state.optimizer.new_part: {error}") from None
     return NewPart(schedule, kept_entries(recipe, saved["policy"], tensors), origin)
 
 
