@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megagrow.config import GrowthConfig, ModelConfig, OptimConfig
 from megagrow.errors import ConfigError
+from megagrow.growth import moments
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap
 from megagrow.growth.methods import make_recipe
@@ -193,8 +194,8 @@ def test_policies_without_a_rule_are_refused(policy: Policy, recipe: Recipe, mes
 def test_layers_that_begin_as_the_identity_are_new() -> None:
     stacked = make_recipe("stack", models.LLAMA, widened(models.LLAMA, layers=3))
     for silent, layer in ((frozenset({0}), 0), (frozenset[int](), 2)):
-        moments = grown_moments(dataclasses.replace(stacked, silent=silent), "asymmetric")["exp_avg"]
-        for name, tensor in moments.items():
+        kept = grown_moments(dataclasses.replace(stacked, silent=silent), "asymmetric")["exp_avg"]
+        for name, tensor in kept.items():
             assert bool(tensor.any()) == (split_name(name)[0] not in {layer, 2}), name
 
 
@@ -262,3 +263,11 @@ def test_copies_part_under_asymmetric_moments_only() -> None:
     assert max(distances["exact"] + distances["reset"]) <= 1e-12
     start, middle, end = distances["asymmetric"]
     assert start <= 1e-12 and 1e-3 < middle < end
+
+
+def test_moments_that_are_all_copied_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "first_copies", lambda index: torch.ones_like(index, dtype=torch.bool))
+    with pytest.raises(AssertionError):
+        test_copies_part_under_asymmetric_moments_only()
+    with pytest.raises(AssertionError):
+        test_asymmetric_keeps_the_first_copies_by_the_gradient_rule("fused, tied")
