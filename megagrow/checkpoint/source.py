@@ -262,6 +262,7 @@ def _check_new_part(data: Any, step: int, where: str) -> None:
         "steps": lambda x: type(x) is int and 0 <= x < 2**63,
         "factor": lambda x: type(x) in (int, float) and 0 <= x < 1e30,
         "method": lambda x: isinstance(x, str),
+        "seed": lambda x: type(x) is int and abs(x) < 2**63,
         "policy": lambda x: x in POLICIES,
         "source": lambda x: isinstance(x, dict),
     }

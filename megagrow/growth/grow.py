@@ -132,7 +132,9 @@ def _copied_layers(
     held: dict[int, Tensor] = {}
     for j in sorted(set(layers.index)):
         needed = {j, _next(recipe, j)} if reads_next else {j}
-        held = {i: held[i] if i in held else fetch(layer_name(i, leaf)) for i in sorted(needed)}
+        held = {i: tensor for i, tensor in held.items() if i in needed}
+        for i in sorted(needed - held.keys()):
+            held[i] = fetch(layer_name(i, leaf))
         source = torch.cat([held[j], held[_next(recipe, j)]]) if reads_next else held[j]
         for k, copied in enumerate(layers.index):
             if copied == j and layer_name(k, leaf) in wanted:
@@ -162,9 +164,7 @@ def _mixed_source(recipe: Recipe, fetch: Fetch, name: str) -> Tensor:
     if layer is None:
         return fetch(name)
     if isinstance(recipe.layers, LayerMap):
-        _, source = next(
-            _copied_layers(recipe, LayerMap((recipe.layers.index[layer],)), leaf, fetch, {layer_name(0, leaf)})
-        )
-        return source
+        alone, first = LayerMap((recipe.layers.index[layer],)), layer_name(0, leaf)
+        return next(_copied_layers(recipe, alone, leaf, fetch, {first}))[1]
     _, source = next(_weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, {name}))
     return source

@@ -128,7 +128,8 @@ def interleave_queries(source_heads: int, source_kv: int, target_heads: int, tar
 
 def to_elements(units: Tensor, unit_size: int) -> Tensor:
     """An index of units (heads) as an index of their elements."""
-    return (units[:, None] * unit_size + torch.arange(unit_size)).flatten()
+    elements = units[:, None] * unit_size + torch.arange(unit_size)
+    return torch.where(units[:, None] == NEW, NEW, elements).flatten()
 
 
 def first_copies(index: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def grow_new_part(
         return None
     require(recipe.copies, NO_OLD_PART)
     schedule = Schedule(step, starts_at_zero, growth.rewarmup_steps * warms_up, growth.rewarmup_factor)
-    origin = {"method": recipe.method, "policy": policy, "source": to_dict(recipe.source)}
+    origin = {"method": recipe.method, "seed": recipe.seed, "policy": policy, "source": to_dict(recipe.source)}
     return NewPart(schedule, kept_entries(recipe, policy, tensors), origin)
 
 
@@ -154,7 +154,7 @@ def restored_new_part(saved: Mapping[str, Any], target: ModelConfig, tensors: Ma
     origin = {name: saved[name] for name in saved if name not in asdict(schedule)}
     try:
         source = cast(ModelConfig, from_dict(saved["source"], ModelConfig, "the source"))
-        recipe = make_recipe(saved["method"], source, target)
+        recipe = make_recipe(saved["method"], source, target, seed=saved["seed"])
         require(recipe.copies, NO_OLD_PART)
     except ConfigError as error:
         raise CheckpointError(f"state.optimizer.new_part: {error}") from None

@@ -111,7 +111,9 @@ def map_learner(small: Part, config: Config) -> MapLearner:
 
 
 def _recipe(small: Part, config: Config) -> Recipe:
-    return make_recipe(config.growth.method, small.config, config.model)
+    growth = config.growth
+    breaker = growth.breaker, growth.breaker_scale
+    return make_recipe(growth.method, small.config, config.model, *breaker, seed=config.train.seed)
 
 
 def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:

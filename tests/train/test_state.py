@@ -26,6 +26,7 @@ NEW_PART: dict[str, Any] = {
     "steps": 4,
     "factor": 1.3,
     "method": "clone",
+    "seed": 3,
     "policy": "asymmetric",
     "source": {},
 }
@@ -49,6 +50,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("optimizer.new_part.steps", optimizer_with(steps=-1)),
     ("optimizer.new_part.factor", optimizer_with(factor=HUGE)),
     ("optimizer.new_part.method", optimizer_with(method=None)),
+    ("optimizer.new_part.seed", optimizer_with(seed=1.5)),
     ("optimizer.new_part.policy", optimizer_with(policy="all")),
     ("optimizer.new_part.source", optimizer_with(source=3)),
     ("pending_event", {}),
