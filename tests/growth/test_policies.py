@@ -11,7 +11,7 @@ from megagrow.config import GrowthConfig, ModelConfig, OptimConfig
 from megagrow.errors import ConfigError
 from megagrow.growth import moments
 from megagrow.growth.grow import grow_whole
-from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap
+from megagrow.growth.maps import LayerMap, SparseMap
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import (
     QUANTITIES,
@@ -22,7 +22,7 @@ from megagrow.growth.moments import (
     grow_optimizer,
     restored_new_part,
 )
-from megagrow.growth.recipe import Fill, Recipe, Use
+from megagrow.growth.recipe import Recipe
 from megagrow.growth.verify import replica_distances
 from megagrow.model import Transformer
 from megagrow.new_part import NewPart
@@ -39,36 +39,30 @@ def cloned(source: ModelConfig, **sizes: Any) -> Recipe:
     return make_recipe("clone", source, widened(source, **{**WIDTH, **sizes}))
 
 
-def padded(source: ModelConfig) -> Recipe:
-    """Hidden units and neurons without a source, old ones first; what reads the new ones is random, the rest 0."""
-    target = dataclasses.replace(source, hidden_size=20, ffn_size=13)
-    axes: dict[str, AxisMap] = {
-        name: SparseMap(torch.cat([torch.arange(old), torch.full((new,), NEW)]), old)
-        for name, old, new in (("hidden", 12, 8), ("ffn", 10, 3))
-    }
-    fill = Fill(frozenset[Use]({("hidden", "in"), ("ffn", "out")}))
-    return Recipe("zero_pad", source, target, LayerMap((0, 1)), axes, fill=fill)
+def sized(method: str, source: ModelConfig, seed: int = 0, **sizes: Any) -> Recipe:
+    """By a method from a model to the same one with other sizes, with the eps that its norms then need."""
+    share = source.hidden_size / sizes.get("hidden_size", source.hidden_size) if "zero_pad" in method else 1.0
+    target = dataclasses.replace(source, **sizes, norm_eps=source.norm_eps * share)
+    return make_recipe(method, source, target, seed=seed)
 
 
-def uneven(source: ModelConfig) -> Recipe:
-    """Neurons that are copied once or twice, which divide what reads them by the number of their copies."""
-    copies = SparseMap(torch.arange(14) % 10, 10, in_scale=torch.tensor([0.5] * 4 + [1.0] * 6 + [0.5] * 4))
-    return Recipe("net2net", source, dataclasses.replace(source, ffn_size=14), LayerMap((0, 1)), {"ffn": copies})
-
-
+UNEVEN = {"hidden_size": 24, "num_heads": 6, "ffn_size": 14}
 RECIPES = {
     "clone, depth too": cloned(models.LLAMA, layers=5),
     "fused, tied": cloned(models.EVERYTHING),
-    "uneven": uneven(models.LLAMA),
-    "padded": padded(models.LLAMA),
-    "padded, fused": padded(models.EVERYTHING),
+    "vocabulary": sized("clone", models.LLAMA, vocab_size=31, ffn_size=20),
+    "net2net": sized("net2net", models.LLAMA, 1, **UNEVEN),
+    "identity layers": sized("fpi+insert_identity", models.LLAMA, num_layers=4, ffn_size=20),
+    "padded": sized("zero_pad", models.LLAMA, hidden_size=20, ffn_size=13),
+    "padded, fused": sized("direct_copy", models.EVERYTHING, hidden_size=20, num_heads=6, ffn_size=13),
+    "padded, scaled": sized("rms_random+middle", models.MHA, num_heads=5, num_kv_heads=5, hidden_size=15, num_layers=3),
 }
 
 
 def source_entries(recipe: Recipe) -> dict[str, Tensor]:
     """For each target entry the number of the source entry of that leaf that it copies, from 1 on; 0: none."""
     axes = {name: SparseMap(m.index, m.num_source) for name, m in recipe.axes.items() if isinstance(m, SparseMap)}
-    plain = dataclasses.replace(recipe, axes=axes)
+    plain = dataclasses.replace(recipe, axes=axes, norm_scale=1.0)
     shapes, first = parameter_shapes(recipe.source), 1
     numbers = {}
     for name, shape in shapes.items():
@@ -123,10 +117,12 @@ def test_zero_pad_keeps_the_old_corner_and_its_values(name: str) -> None:
     old, found = random_moments(recipe.source), grown_moments(recipe, "zero_pad")
     for moment in MOMENTS:
         for parameter, tensor in found[moment].items():
-            corner = tuple(slice(0, size) for size in old[moment][parameter].shape)
-            assert torch.equal(tensor[corner], old[moment][parameter])
-            tensor[corner] = 0
-            assert not tensor.any()
+            before = old[moment][recipe.source_name(parameter)]
+            corner = tuple(slice(0, size) for size in before.shape)
+            assert torch.count_nonzero(tensor) == before.numel()
+            if "query" not in parameter and "attention.output" not in parameter:  # whose new heads stand in each group
+                scale = tensor[corner] / before
+                assert scale.min() > 0 and scale.max() / scale.min() < 1 + 1e-6
 
 
 def test_the_new_part_is_what_has_no_moments() -> None:
@@ -172,15 +168,12 @@ REFUSED = [
     ("exact", RECIPES["padded"], "has no rule for zero_pad, which has entries without a source; use zero_pad"),
     (
         "exact",
-        RECIPES["uneven"],
+        RECIPES["net2net"],
         "has no rule for net2net here: it copies .* unequally often, .*asymmetric or",
     ),
     ("zero_pad", RECIPES["fused, tied"], "has nothing to pad: clone gives every entry a source; use exact"),
-    (
-        "exact",
-        dataclasses.replace(make_recipe("stack", models.LLAMA, widened(models.LLAMA, layers=3)), silent=frozenset({2})),
-        "has no rule for stack, which begins some layers as the identity; use asymmetric",
-    ),
+    ("exact", RECIPES["vocabulary"], "has no rule for clone, which has entries without a source; use zero_pad"),
+    ("exact", sized("insert_identity", models.LLAMA, num_layers=3), "has no rule .* as the identity; use asymmetric"),
 ]
 
 
@@ -189,6 +182,14 @@ def test_policies_without_a_rule_are_refused(policy: Policy, recipe: Recipe, mes
     for ask in (check_policy, grow_multipliers):
         with pytest.raises(ConfigError, match=f"^growth.optimizer={policy} {message}"):
             ask(recipe, policy)
+
+
+def test_rows_of_the_next_layer_are_new() -> None:
+    """AKI keeps what FPI keeps: the old rows of the layer itself."""
+    aki, fpi = (grown_moments(sized(name, models.LLAMA, 1, **UNEVEN), "asymmetric") for name in ("aki", "fpi"))
+    for moment in MOMENTS:
+        for name, tensor in fpi[moment].items():
+            assert torch.equal(aki[moment][name], tensor), name
 
 
 def test_layers_that_begin_as_the_identity_are_new() -> None:
