@@ -99,6 +99,13 @@ class Optimizer:
         self.weights.give_back()
         self.drop_gradients()
 
+    def restart(self) -> None:
+        """Makes the moments those of an optimizer that has seen no gradient."""
+        for tensors in self.moments().values():
+            for tensor in tensors.values():
+                local(tensor).zero_()
+        self.step_count = 0
+
     def drop_gradients(self) -> None:
         """Frees all gradients without using them."""
         for name, tensor in self.weights.tensors.items():
