@@ -9,6 +9,8 @@ from megagrow.plan.activations import DeviceType
 from megagrow.plan.communication import Traffic, traffic
 from megagrow.plan.layout import Layout
 from megagrow.plan.memory import RankMemory
+from megagrow.errors import ConfigError
+from megagrow.growth.bootstrap import bootstrapped
 from megagrow.plan.phases import Phase, phases
 from megagrow.plan.schedule import Walk
 from megagrow.plan.speed import Machine, StepTime, schedule_of, step_time
@@ -52,6 +54,10 @@ def make_plan(
         CheckpointError: a source or teacher that is there cannot be read.
         ConfigError: it does not go with the model.
     """
+    try:
+        config = bootstrapped(config)
+    except ConfigError as error:
+        return [str(error)]
     broken = problems(config, world_size)
     if broken:
         return broken

@@ -21,6 +21,7 @@ from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
 from megagrow.errors import CheckpointError, NonFiniteError, Preempted
 from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
+from megagrow.growth.bootstrap import explain
 from megagrow.metrics import Metrics, Progress
 from megagrow.model.dropout import token_keys
 from megagrow.optim import lr_at
@@ -113,6 +114,8 @@ class Trainer:
         if config.init.from_:
             return self._begin_from(open_source(config.init.from_))
         small = config.growth.source
+        if told := explain(config):
+            self.progress.message(told)
         state = RunState(small or config.model, "small" if small else "main")
         growing.check_recipes(state, config)
         part = build_part(state.model, config, self.mesh)
