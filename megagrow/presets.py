@@ -225,9 +225,10 @@ def grow_llama_125m() -> Config:
 def mslt_llama_125m() -> Config:
     """Trains `llama_125m` in stages of 3, 6 and 12 layers; at each growth the new layers learn alone at first.
 
-    Multi-stage layerwise training (MSLT, Yang et al., 2020): the new layers, on top, are copies of the older ones, which
-    stand still, so that their backward pass is left out; the last stage trains all. Cost: 75 % of the FLOPs of `llama_125m`.
-    Not yet run to its end here; how long the stages are is our guess.
+    Multi-stage layerwise training (MSLT, Yang et al., 2020): the new layers, on top, are copies of the older ones,
+    which stand still, so that their backward pass is left out; the last stage trains all.
+
+    Cost: 75 % of the FLOPs of `llama_125m`. Not yet run to its end here; how long the stages are is our guess.
     torchrun --nproc-per-node 8 -m megagrow mslt_llama_125m --data.train PREFIX --data.validation PREFIX …
     """
     whole = llama_125m()

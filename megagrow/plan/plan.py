@@ -5,12 +5,12 @@ from typing import Any
 
 from megagrow.checks import problems
 from megagrow.config import Config
+from megagrow.errors import ConfigError
+from megagrow.growth.bootstrap import bootstrapped
 from megagrow.plan.activations import DeviceType
 from megagrow.plan.communication import Traffic, traffic
 from megagrow.plan.layout import Layout
 from megagrow.plan.memory import RankMemory
-from megagrow.errors import ConfigError
-from megagrow.growth.bootstrap import bootstrapped
 from megagrow.plan.phases import Phase, phases
 from megagrow.plan.schedule import Walk
 from megagrow.plan.speed import Machine, StepTime, schedule_of, step_time
