@@ -103,6 +103,13 @@ class Optimizer:
         self.weights.give_back()
         self.drop_gradients()
 
+    def restart(self) -> None:
+        """Makes the moments those of an optimizer that has seen no gradient."""
+        for tensors in self.moments().values():
+            for tensor in tensors.values():
+                local(tensor).zero_()
+        self.step_count, self.new_part = 0, None
+
     def _correct_new_part(self, skip: Tensor | None) -> None:
         part, step, betas = self.new_part, self.step_count, (self.config.beta1, self.config.beta2)
         if part is None or part.schedule.is_over(step, *betas):

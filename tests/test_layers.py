@@ -16,7 +16,10 @@ FOLDERS = [*SHIPPED, "tests"]
 ORDER = [
     "errors",
     "json_file",
+    "rules",
+    "earlier_growth",
     "config",
+    "timeline",
     "checks",
     "yaml_text",
     "config_file",

@@ -17,7 +17,7 @@ STATE = RunState(
     cursors={"all": 7, "selected": 0},
     blend=BlendStart({"a": 1.0}, 5, {"a": 2}),
     optimizer={"step": 1, "multipliers": {}},
-    pending_event={"loss_before": 2.0, "loss_initial": None},
+    pending_event={"reason": "plateau", "loss_before": 2.0, "loss_initial": None},
 )
 HUGE = 10**400
 NEW_PART: dict[str, Any] = {
@@ -54,9 +54,13 @@ REFUSED: list[tuple[str, Any]] = [
     ("optimizer.new_part.policy", optimizer_with(policy="all")),
     ("optimizer.new_part.source", optimizer_with(source=3)),
     ("pending_event", {}),
-    ("pending_event", {"loss_before": "x", "loss_initial": None}),
-    ("pending_event", {"loss_before": HUGE, "loss_initial": None}),
-    ("pending_event", {"loss_before": 1.0, "loss_initial": 1.0, "step": 2}),
+    ("pending_event", {"reason": "step", "loss_before": "x", "loss_initial": None}),
+    ("pending_event", {"reason": "step", "loss_before": HUGE, "loss_initial": None}),
+    ("pending_event", {"reason": "step", "loss_before": 1.0, "loss_initial": 1.0, "step": 2}),
+    ("pending_event", {"reason": "whim", "loss_before": 1.0, "loss_initial": 1.0}),
+    ("pending_event", {"reason": [], "loss_before": 1.0, "loss_initial": 1.0}),
+    ("growths", -1),
+    ("losses", [HUGE]),
 ]
 
 
