@@ -81,10 +81,18 @@ def forward_flops(
 
 
 def training_flops(
-    model: ModelConfig, tokens: int, seq_length: int, convention: Convention = DEFAULT_CONVENTION
+    model: ModelConfig,
+    tokens: int,
+    seq_length: int,
+    convention: Convention = DEFAULT_CONVENTION,
+    frozen_layers: int = 0,
 ) -> float:
-    """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients."""
-    return 3 * forward_flops(model, tokens, seq_length, convention)
+    """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients.
+
+    Frozen layers at the bottom have a forward pass only.
+    """
+    skipped = 2 * frozen_layers * layer_flops_per_token(model, seq_length, convention)
+    return 3 * forward_flops(model, tokens, seq_length, convention) - tokens * skipped
 
 
 def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str = "tied") -> float:

@@ -16,7 +16,10 @@ FOLDERS = [*SHIPPED, "tests"]
 ORDER = [
     "errors",
     "json_file",
+    "rules",
+    "earlier_growth",
     "config",
+    "timeline",
     "checks",
     "yaml_text",
     "config_file",
@@ -30,6 +33,7 @@ ORDER = [
     "parallel",
     "model",
     "data",
+    "new_part",
     "adamw",
     "optim",
     "checkpoint",

@@ -34,7 +34,8 @@ from megagrow.roles import (
     split_name,
 )
 
-# Gives a whole source tensor by name. May be a collective: all ranks ask for the same names in the same order.
+# Gives a source tensor by name: a whole one, or a DTensor whose local piece holds all that this rank's targets are made
+# of. May be a collective: all ranks ask for the same names in the same order.
 Fetch = Callable[[str], Tensor]
 
 
@@ -89,7 +90,7 @@ def grown_boxes(
         if split_name(name)[0] is None:
             source = fetch(name)
             if name in boxes:
-                yield name, grow_box(recipe, name, source.to(device), boxes[name], quantity)
+                yield name, grow_box(recipe, name, local(source).to(device), boxes[name], quantity, box(source))
             del source
     for leaf in leaves(recipe.target):
         yield from _grown_layers(recipe, leaf, fetch, boxes, device, quantity)
@@ -153,7 +154,7 @@ def _grown_layers(
     else:
         sources = _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for)
     for name, source in sources:
-        yield name, grow_box(recipe, name, source.to(device), boxes[name], quantity)
+        yield name, grow_box(recipe, name, local(source).to(device), boxes[name], quantity, box(source))
 
 
 def _copied_layers(

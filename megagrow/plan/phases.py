@@ -1,6 +1,6 @@
 """The phases that a run goes through, each with its steps, FLOPs and fullest moment.
 
-small    training the source that the run grows later
+small    training a model that the run grows later; layers that stand still at first count as if they learned
 growing  source and target exist side by side, each with the moments of AdamW
 ligo     learning the maps: the target has gradients but no moments, the source is frozen
 salt     stage 1: the teacher's weights are there too
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megagrow import flops
 from megagrow.checkpoint.source import open_source
-from megagrow.checks import check_growable, check_model
+from megagrow.checks import check_chain, check_model
 from megagrow.config import ModelConfig, ParallelConfig
 from megagrow.flops import Convention
 from megagrow.growth.ligo_maps import Variant, keeps_old_rows, map_shapes, start_recipe, width_maps
@@ -26,6 +26,7 @@ from megagrow.plan.memory import MOMENTS, PARAMETER, Extra, Parts, RankMemory, s
 from megagrow.plan.weights import rank_unit, tensor_elements, trained_elements
 from megagrow.roles import layer_name, leaves, parameter_shapes
 from megagrow.salt.teacher import check_teacher
+from megagrow.timeline import growth_configs, latest_step, num_growths
 
 CONVENTIONS: tuple[Convention, ...] = ("full", "causal")
 MAP = 16  # bytes per element of a learned map: itself, its gradient, two moments, all float32
@@ -64,14 +65,11 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
     growth, salt = config.growth, config.salt
     if growth.method != "none":
         source = growth.source or _model_at(config.init.from_, "the source, init.from", notes)
-        if growth.source:
-            small = layout.of_model(growth.source)
-            found.append(Phase("small", growth.at_step, _training(small), step_memory(small, device)))
         if source:
-            check_growable(source, config.model)
+            check_chain(config, source)
             check_model(source, config.parallel, "the source")
-            found.append(_growing(layout, source, device))
-    steps = config.train.steps - growth.at_step
+            found += _growths(layout, source, device)
+    steps = config.train.steps - (latest_step(config, num_growths(growth) - 1) if num_growths(growth) else 0)
     if salt.steps:
         teacher = _model_at(salt.teacher, "salt.teacher", notes) if salt.teacher else None
         found.append(_stage_one(layout, teacher, min(salt.steps, steps), device))
@@ -95,6 +93,19 @@ def _read_model(path: str) -> ModelConfig:
 def _training(layout: Layout) -> dict[Convention, float]:
     length = layout.config.data.seq_length
     return {c: flops.training_flops(layout.model, layout.step_tokens, length, c) for c in CONVENTIONS}
+
+
+def _growths(layout: Layout, source: ModelConfig, device: DeviceType) -> list[Phase]:
+    """Training up to each growth, which is taken to come as late as it may, and the growth."""
+    found: list[Phase] = []
+    begun, small = 0, source
+    for number, config in enumerate(growth_configs(layout.config, source)):
+        latest, trained = latest_step(layout.config, number), layout.of_model(small)
+        if latest > begun:
+            found.append(Phase("small", latest - begun, _training(trained), step_memory(trained, device)))
+        found.append(_growing(Layout(config, layout.world_size), small, device))
+        begun, small = latest, config.model
+    return found
 
 
 def _growing(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:

@@ -70,6 +70,10 @@ class ModelLearner:
         optimizer.drop_gradients()
         return StepResult(loss, ce, kd, grad_norm, lr, accepted)
 
+    def restart(self) -> None:
+        """Forgets the moments."""
+        self.optimizer.restart()
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint stores: weights and moments."""
         return {**self.part.tensors(), **self.optimizer.tensors()}

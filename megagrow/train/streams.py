@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megagrow.checkpoint.source import CHECK_SAMPLES
-from megagrow.config import Config, DataConfig, ModelConfig, order_size
+from megagrow.config import Config, DataConfig, ModelConfig
 from megagrow.data.blend import Blend, BlendStart, EvenDraws, parse_blend
 from megagrow.data.dataset import JoinedDatasets, PackedDataset, Samples
 from megagrow.data.description import describe
@@ -13,6 +13,7 @@ from megagrow.data.megatron_blend import MegatronDraws, blend_sizes, with_surplu
 from megagrow.data.mlm import Masking
 from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.evaluate import Evaluator
+from megagrow.timeline import order_size
 
 WHOLE = (0.0, 1.0)
 

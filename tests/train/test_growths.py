@@ -1,0 +1,206 @@
+"""When a model grows inside a run, how often, and what stays as it was: samples, schedule, the checkpoints on disk."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.checkpoint import store
+from megagrow.config import CheckpointConfig, Config, GrowthConfig
+from megagrow.earlier_growth import EarlierGrowth
+from megagrow.train import growing, run
+from megagrow.train.timing import is_flat
+from tests.ranks import run_ranks
+from tests.train.resumed import samples_noted
+from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
+from tests.train.test_run import assert_same_run, cut_back, ledger
+
+WIDE = dataclasses.replace(LARGE, num_layers=SMALL.num_layers)
+DEEP = dataclasses.replace(SMALL, num_layers=8)
+STEPS = 9
+
+
+def grown_twice(corpus: Path, directory: Path, **fields: Any) -> Config:
+    """Wider FFN before step 3, the rest of the width before step 6: both keep the function."""
+    earlier = EarlierGrowth(ffn_size=WIDE.ffn_size, at_step=3)
+    fields = {"method": "clone", "source": SMALL, "at_step": 6, "earlier": (earlier,), **fields}
+    kept = CheckpointConfig(interval=1, keep_last=0)
+    return make_config(corpus, directory, STEPS, model=WIDE, growth=GrowthConfig(**fields), checkpoint=kept)
+
+
+def resumed_at(step: int, whole: Path, config: Callable[[Path], Config], directory: Path) -> Path:
+    """What comes of the run when it was killed after its checkpoint of `step`."""
+    shutil.copytree(whole, directory)
+    cut_back(directory, step)
+    assert run(config(directory)) == 0
+    return directory
+
+
+def sample_ids(directory: Path) -> list[int]:
+    lines = (directory / "samples-0.jsonl").read_text().splitlines()
+    return [i for line in lines for i in json.loads(line)[1]]
+
+
+def trained_on(config: Config) -> list[int]:
+    """Runs, and returns the ids of the samples that were learned from, in their order."""
+    directory = Path(config.run.dir)
+    directory.mkdir(parents=True)
+    with samples_noted(directory):
+        assert run(config) == 0
+    return sample_ids(directory)
+
+
+def test_a_model_grows_twice_in_one_run(corpus: Path, tmp_path: Path) -> None:
+    """No sample is left out or seen twice, losses go on where they were, and so does whoever resumes anywhere."""
+    found = trained_on(grown_twice(corpus, tmp_path / "whole"))
+    assert found == trained_on(make_config(corpus, tmp_path / "plain", STEPS))
+    assert len(set(found)) == len(found) == STEPS * 4
+    lines = metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["phase"] for line in lines] == ["small"] * 6 + ["train"] * 3
+    assert [line["lr"] for line in lines] == [line["lr"] for line in metrics(tmp_path / "plain")]
+    events = ledger(tmp_path / "whole")["events"]
+    assert [(e["step"], e["number"], e["reason"]) for e in events] == [(3, 0, "step"), (6, 1, "step")]
+    for event in events:
+        assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
+    assert [p["model"].split()[1] for p in ledger(tmp_path / "whole")["phases"] if p["phase"] == "growth"] == [
+        "2x16",
+        "2x32",
+    ]
+    for step in (2, 3, 5, 6, 7):
+
+        def again(directory: Path) -> Config:
+            return grown_twice(corpus, directory)
+
+        assert_same_run(resumed_at(step, tmp_path / "whole", again, tmp_path / f"at-{step}"), tmp_path / "whole")
+
+
+def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path) -> None:
+    def config(directory: Path) -> Config:
+        earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_step=2, rewarmup_steps=2)
+        stacked = GrowthConfig("stack", SMALL, at_step=4, ligo_steps=2, earlier=(earlier,))
+        kept = CheckpointConfig(interval=1, keep_last=0)
+        return make_config(corpus, directory, 6, model=DEEP, growth=stacked, checkpoint=kept)
+
+    assert run(config(tmp_path / "whole")) == 0
+    lines = metrics(tmp_path / "whole")
+    assert [line["phase"] for line in lines] == ["small"] * 2 + ["ligo"] * 2 + ["small"] * 2 + ["train"] * 2
+    assert lines[4]["lr"] == pytest.approx(lines[5]["lr"] / 2)  # the growth's own warm-up
+    first, second = ledger(tmp_path / "whole")["events"]
+    assert (first["method"], second["method"]) == ("ligo", "stack")
+    assert first["loss_initial"] != first["loss_after"]
+    for step in (3, 4, 6):
+        assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / f"at-{step}"), tmp_path / "whole")
+
+
+def test_growing_at_a_number_of_tokens(corpus: Path, tmp_path: Path) -> None:
+    """Each step has 64 tokens: 150 are reached with the third, and learning maps for two steps counts."""
+    earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_tokens=150)
+    stacked = GrowthConfig("stack", SMALL, at_tokens=7 * 64, ligo_steps=2, earlier=(earlier,))
+    assert run(make_config(corpus, tmp_path, 8, model=DEEP, growth=stacked)) == 0
+    events = ledger(tmp_path)["events"]
+    assert [(e["step"], e["train_step"], e["reason"]) for e in events] == [(5, 3, "tokens"), (7, 5, "tokens")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "flat"),
+    [
+        ([4.0, 4.0, 3.0, 3.0], False),
+        ([4.0, 4.0, 3.61, 3.61], True),  # by 9.75 %
+        ([4.0, 4.0, 3.59, 3.59], False),  # by 10.25 %
+        ([9.0, 4.0, 4.0, 4.0, 4.0], True),  # what is older than two windows does not count
+        ([4.0, 4.0, 4.0], False),  # too few
+        ([4.0, 4.0, 5.0, 5.0], True),
+    ],
+)
+def test_a_loss_is_flat_when_it_falls_by_less_than_a_share(losses: list[float], flat: bool) -> None:
+    assert is_flat(losses, 2, 0.1) is flat
+
+
+def test_growing_when_the_loss_is_flat(corpus: Path, tmp_path: Path) -> None:
+    """At the step that the losses of metrics.jsonl say, warm-up left out; the same after a resume in the window."""
+    threshold, window = 0.06, 2
+
+    def config(directory: Path) -> Config:
+        growth = GrowthConfig("stack", SMALL, at_step=20, at_plateau=threshold, plateau_window=window)
+        kept = CheckpointConfig(interval=1, keep_last=0)
+        return make_config(corpus, directory, 24, model=DEEP, growth=growth, checkpoint=kept)
+
+    assert run(config(tmp_path / "whole")) == 0
+    (event,) = ledger(tmp_path / "whole")["events"]
+    losses = [line["loss"] for line in metrics(tmp_path / "whole")][2:]  # two steps of warm-up
+    flat = [n for n in range(len(losses) + 1) if is_flat(losses[:n], window, threshold)]
+    assert event["reason"] == "plateau" and event["step"] == flat[0] + 2 < 20
+    step = event["step"] - 1
+    assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / "resumed"), tmp_path / "whole")
+
+
+def files(directory: Path) -> dict[str, str]:
+    """What a resumed run would read."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+@pytest.mark.parametrize("method", ["clone", "ligo"])
+@pytest.mark.parametrize("at_step", [3, 6])
+def test_a_crash_while_growing_leaves_the_small_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, at_step: int
+) -> None:
+    def config(name: str) -> Config:
+        return grown_twice(corpus, tmp_path / name, method=method, optimizer="reset", ligo_steps=2)
+
+    assert run(config("whole")) == 0
+    before: dict[str, str] = {}
+    name = "grow_into" if method == "clone" else "map_learner"
+    real = getattr(growing, name)
+
+    def crash(*args: Any) -> Any:
+        if at_step == 3 or growing_target_is_last(args):
+            real(*args)
+            before.update(files(tmp_path / "broken" / "checkpoints"))
+            raise RuntimeError("the machine is gone")
+        return real(*args)
+
+    def growing_target_is_last(args: tuple[Any, ...]) -> bool:
+        target = args[0].target if method == "clone" else args[1].model
+        return target == WIDE
+
+    monkeypatch.setattr(growing, name, crash)
+    assert run(config("broken")) == 1
+    assert files(tmp_path / "broken" / "checkpoints") == before
+    newest = store.candidates(tmp_path / "broken" / "checkpoints")[0]
+    learned = 2 if method == "ligo" and at_step == 6 else 0
+    assert store.read_manifest(newest).state["growths"] == (at_step == 6)
+    assert newest.name == f"step-{at_step + learned}"
+    monkeypatch.undo()
+    assert run(config("broken")) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_growing_twice_on_shards_equals_one_process(corpus: Path, tmp_path: Path) -> None:
+    assert run(grown_twice(corpus, tmp_path / "one")) == 0
+    many = grown_twice(corpus, tmp_path / "many", at_plateau=0.001, plateau_window=4)  # asked for, never met
+    assert run_ranks(run_on_ranks, 4, many, 2, 1) == [0] * 4
+    for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4), ours["step"]
+    assert final_loss(tmp_path / "many") == pytest.approx(final_loss(tmp_path / "one"), abs=2e-4)
+
+
+def test_a_run_without_a_small_model_trains_one_first(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(corpus, tmp_path, 8, model=DEEP, growth=GrowthConfig("stack", bootstrap=True))
+    assert run(config) == 0
+    assert "growth.bootstrap: a model of 2 layers is trained first" in capfd.readouterr().err
+    assert [line["phase"] for line in metrics(tmp_path)] == ["small"] * 2 + ["train"] * 6
+    written = json.loads((tmp_path / "config.json").read_text())["growth"]
+    assert (written["source"]["num_layers"], written["at_step"]) == (2, 2)
+    totals = ledger(tmp_path)["totals"]
+    assert totals["all_in"]["tokens"] == 8 * 64 and totals["papers_convention"]["tokens"] == 6 * 64
+    cut_back(tmp_path, 4)
+    assert run(config) == 0  # the unchanged command
