@@ -60,7 +60,7 @@ def make_ligo(
     with torch.no_grad():
         for name, parameter in ligo.parameters().items():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).double())
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double))
     return ligo
 
 
@@ -127,12 +127,13 @@ def on_shards(cases: Sequence[tuple[str, Variant]], parallel: ParallelConfig) ->
     Returns:
         What the maps generate; the gradients of those that this rank holds, and their norm over all ranks.
     """
+    mesh, wholes = make_mesh(parallel), {pair: tensors_of(make(PAIRS[pair][0])) for pair, _ in cases}
     torch.set_default_dtype(torch.double)  # of activations between stages too
-    return [learning_step(*PAIRS[pair], variant, make_mesh(parallel)) for pair, variant in cases]
+    return [learning_step(pair, variant, wholes[pair], mesh) for pair, variant in cases]
 
 
-def learning_step(source: ModelConfig, target: ModelConfig, variant: Variant, mesh: Mesh) -> tuple[Any, Any, float]:
-    whole = tensors_of(make(source))
+def learning_step(pair: str, variant: Variant, whole: Mapping[str, Tensor], mesh: Mesh) -> tuple[Any, Any, float]:
+    source, target = PAIRS[pair]
     with torch.device("meta"):
         small = Transformer(source, mesh, stage=own_stages(source.num_layers, mesh)[0])
     materialize(small, list(small.layers.values()), source, mesh, None)
