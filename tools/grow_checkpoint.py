@@ -2,6 +2,7 @@
 
     python tools/grow_checkpoint.py runs/small grown --target large.yaml --method clone
     torchrun --nproc-per-node 8 tools/grow_checkpoint.py SRC DST … --tensor 2
+    python tools/grow_checkpoint.py SRC DST … --method net2net+insert_identity --breaker noise
     python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100 --lr 3e-3
 
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
@@ -13,13 +14,13 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, add_method, recipe_of, run
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
 from megagrow.config import ModelConfig, ParallelConfig, require
-from megagrow.growth.methods import METHODS, Recipe, make_recipe
 from megagrow.growth.offline import check_destination, grow_folder, target_model
+from megagrow.growth.recipe import Recipe
 from megagrow.ledger import Ledger
 from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
@@ -31,7 +32,7 @@ def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
     check_options(options)
-    recipe, ledger = make_recipe(options.method, source.model, target), grown_ledger(source)
+    recipe, ledger = recipe_of(options, source.model, target), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)
     if options.method == "ligo":
@@ -53,8 +54,7 @@ def parser() -> Arguments:
     parser = Arguments(description="Grow a small pretrained model into a large one.")
     parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
-    parser.add_argument("--target", required=True, metavar="CONFIG", help="what to grow into")
-    parser.add_argument("--method", required=True, choices=METHODS)
+    add_method(parser)
     parser.add_argument("--optimizer", choices=["exact", "reset"], default="exact")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")
     ligo = parser.add_argument_group("ligo")
