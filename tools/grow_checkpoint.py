@@ -2,6 +2,7 @@
 
     python tools/grow_checkpoint.py runs/small grown --target large.yaml --method clone
     torchrun --nproc-per-node 8 tools/grow_checkpoint.py SRC DST … --tensor 2
+    python tools/grow_checkpoint.py SRC DST … --method net2net+insert_identity --breaker noise
     python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100 --lr 3e-3
 
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
@@ -12,30 +13,27 @@ keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method canno
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
-from _command import Arguments, run
+from _command import Arguments, add_method, recipe_of, run
+from _learning import add_learning, learning_of
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
-from megagrow.config import GrowthConfig, ModelConfig, ParallelConfig, require
-from megagrow.growth.ligo_maps import Variant
-from megagrow.growth.methods import METHODS, Recipe, make_recipe
+from megagrow.config import ModelConfig, ParallelConfig, require
 from megagrow.growth.offline import check_destination, grow_folder, target_model
+from megagrow.growth.recipe import Recipe
 from megagrow.ledger import Ledger
 from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
-from megagrow.train.map_learning import MapLearning, apply_maps, grown_ledger, learn_maps
-
-LIGO = GrowthConfig()  # its defaults
+from megagrow.train.map_learning import apply_maps, grown_ledger, learn_maps
 
 
 def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
     check_options(options)
-    recipe, ledger = make_recipe(options.method, source.model, target), grown_ledger(source)
+    recipe, ledger = recipe_of(options, source.model, target), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)
     if options.method == "ligo":
@@ -57,24 +55,10 @@ def parser() -> Arguments:
     parser = Arguments(description="Grow a small pretrained model into a large one.")
     parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
-    parser.add_argument("--target", required=True, metavar="CONFIG", help="what to grow into")
-    parser.add_argument("--method", required=True, choices=METHODS)
+    add_method(parser)
     parser.add_argument("--optimizer", choices=["exact", "reset"], default="exact")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")
-    ligo = parser.add_argument_group("ligo")
-    ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
-    ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
-    ligo.add_argument("--variant", choices=get_args(Variant), default=LIGO.ligo_variant, help="which maps there are")
-    ligo.add_argument("--init", default=LIGO.ligo_init, help="where they start: a method that copies, or authors")
-    ligo.add_argument("--noise", type=float, default=LIGO.ligo_noise, help="on copies, which would stay equal without")
-    ligo.add_argument("--steps", type=int, default=LIGO.ligo_steps, help="learning steps")
-    ligo.add_argument("--lr", type=float, default=LIGO.ligo_lr, help="of the maps")
-    ligo.add_argument("--warmup-steps", type=int, default=LIGO.ligo_warmup_steps, help="of the maps' learning rate")
-    ligo.add_argument("--weight-decay", type=float, default=LIGO.ligo_weight_decay, help="of the maps")
-    ligo.add_argument("--mask-token", type=int, default=-1, help="of an encoder, whose tokenizer has none")
-    ligo.add_argument("--seq-length", type=int, default=128)
-    ligo.add_argument("--batch-size", type=int, default=16, help="samples per step, over all ranks")
-    ligo.add_argument("--skip-source-check", action="store_true", help="even if SRC does not fit the data")
+    add_learning(parser)
     return parser
 
 
@@ -89,19 +73,9 @@ def check_options(options: argparse.Namespace) -> None:
 
 def learned_recipe(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Recipe:
     if o.maps is None:
-        growth = GrowthConfig(
-            ligo_variant=o.variant,
-            ligo_init=o.init,
-            ligo_noise=o.noise,
-            ligo_steps=o.steps,
-            ligo_lr=o.lr,
-            ligo_warmup_steps=o.warmup_steps,
-            ligo_weight_decay=o.weight_decay,
-        )
-        check = o.skip_source_check
-        how = MapLearning(o.data, growth, o.seq_length, o.batch_size, mask_token=o.mask_token, skip_source_check=check)
         with Progress(o.steps, enabled=mesh.is_main) as progress:
-            return learn_maps(source, target, how, mesh, partial(progress.update, phase="ligo"), ledger).recipe()
+            tell = partial(progress.update, phase="ligo")
+            return learn_maps(source, target, learning_of(o), mesh, tell, ledger).recipe()
     return apply_maps(o.maps, source, target, ledger).recipe()
 
 

@@ -11,15 +11,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from _command import Arguments, run
+from _command import Arguments, add_method, recipe_of, run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, open_source
-from megagrow.config import Config
+from megagrow.config import Config, require
 from megagrow.data.loader import Stream, shuffled
-from megagrow.growth.methods import make_recipe
 from megagrow.growth.offline import target_model
 from megagrow.growth.recipe import Recipe
 from megagrow.growth.verify import report
@@ -41,8 +40,8 @@ MEANING = {
 def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
-    breaker = options.breaker, options.breaker_scale
-    recipe = make_recipe(options.method, source.model, target, *breaker, seed=options.seed)
+    require("ligo" not in options.method, "ligo's maps are learned, and have no rules that a step could be checked by")
+    recipe = recipe_of(options, source.model, target)
     show(recipe, report(recipe, whole_model(source), tokens(source, options), options.steps))
 
 
@@ -76,11 +75,7 @@ def show(recipe: Recipe, figures: dict[str, float | None]) -> None:
 def parser() -> Arguments:
     parser = Arguments(description="What a growth does to a model's function, gradients and optimizer step.")
     parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
-    parser.add_argument("--target", required=True, metavar="CONFIG", help="what to grow into")
-    parser.add_argument("--method", required=True, help="as in grow_checkpoint.py, without ligo")
-    parser.add_argument("--breaker", choices=["none", "noise", "split"], default="none")
-    parser.add_argument("--breaker-scale", type=float, default=0.3)
-    parser.add_argument("--seed", type=int, default=1234)
+    add_method(parser)
     parser.add_argument("--data", metavar="PREFIX", help="tokens to compute on; without: random ones")
     parser.add_argument("--seq-length", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=4)

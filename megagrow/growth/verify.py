@@ -114,15 +114,14 @@ def step_error(recipe: Recipe, small: Transformer, ids_BS: Tensor) -> float | No
 
 
 def replica_distances(recipe: Recipe, grown: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far the copies of each unit have moved apart, by parameter: 0 right after copying.
+    """How far the copies of each unit are from computing the same, by parameter: 0 right after copying.
 
-    While it stays 0, the grown model learns nothing that the small one could not.
+    What reads several copies counts by its sum over them. While the distance stays 0, copies remain copies, and the
+    grown model learns nothing that the small one could not.
     """
     to_first = _first_replicas(recipe)
-    return {
-        name: _distance(grown[name], grow_whole(to_first, grown.__getitem__, name))
-        for name in parameter_names(recipe.target)
-    }
+    summed = {name: _with_equal_readers(recipe, name, grown[name]) for name in parameter_names(recipe.target)}
+    return {name: _distance(x, grow_whole(to_first, summed.__getitem__, name)) for name, x in summed.items()}
 
 
 def effective_ranks(tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -171,6 +170,17 @@ def _first_replicas(recipe: Recipe) -> Recipe:
         axes[name] = SparseMap(torch.where(copies.index == NEW, itself, first_place[copies.index]), len(copies.index))
     same_layers = LayerMap(tuple(range(recipe.target.num_layers)))
     return Recipe(recipe.method, recipe.target, recipe.target, same_layers, axes)
+
+
+def _with_equal_readers(recipe: Recipe, name: str, x: Tensor) -> Tensor:
+    """A matrix whose columns that read copies of one unit are all replaced by their mean."""
+    role = role_of(name)
+    copies = recipe.axes.get(role.in_map)
+    if role.kind not in ("matrix", "head") or not isinstance(copies, SparseMap):
+        return x
+    unit = torch.where(copies.index == NEW, copies.num_source + torch.arange(len(copies.index)), copies.index)
+    sums = x.new_zeros(len(x), copies.num_source + len(unit)).index_add_(1, unit, x)
+    return (sums / torch.bincount(unit, minlength=sums.shape[1]).clamp(min=1))[:, unit]
 
 
 def _effective_rank(matrix: Tensor) -> float:

@@ -25,7 +25,7 @@ from tests.growth import models
 from tests.growth.models import make, tensors_of, widened
 from tests.models import as_bert
 
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
+TOOL = Path(__file__).parents[2] / "tools" / "inspect_maps.py"
 WIDE = {"hidden": 2, "query": 2, "kv": 2, "ffn": 3}
 DEEP = dataclasses.replace(models.LLAMA, num_layers=5)
 BERT_SMALL = as_bert(
