@@ -41,8 +41,9 @@ check: setup ## style, types, the order of imports, and no load that could run c
 parity: setup ## every layout against one process; a table, also in benchmarks/results (ten minutes)
 	$(bin)/python -m tests.parallel.parity_table
 
-growth: setup ## growth by every method on every layout against growing offline, bit for bit (half an hour)
+growth: setup ## every growth method on every layout against growing offline, and LiGO learning on each (half an hour)
 	$(bin)/python -m tests.growth.layout_sweep
+	$(bin)/python -m pytest --timeout 3600 -o python_files='slow_*.py' tests/growth
 
 faults: setup ## kill saves at every call and runs at random moments, stop nodes and launchers (half an hour)
 	$(bin)/python -m pytest --timeout 3600 -s tests/faults/kill_save.py tests/faults/liveness.py tests/faults/kill_quickstart.py

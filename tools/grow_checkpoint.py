@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from _command import Arguments, add_method, recipe_of, run
+from _learning import add_learning, learning_of
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
@@ -25,7 +26,7 @@ from megagrow.ledger import Ledger
 from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
-from megagrow.train.map_learning import MapLearning, apply_maps, grown_ledger, learn_maps
+from megagrow.train.map_learning import apply_maps, grown_ledger, learn_maps
 
 
 def main() -> None:
@@ -57,14 +58,7 @@ def parser() -> Arguments:
     add_method(parser)
     parser.add_argument("--optimizer", choices=["exact", "reset"], default="exact")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")
-    ligo = parser.add_argument_group("ligo")
-    ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
-    ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
-    ligo.add_argument("--steps", type=int, default=100, help="learning steps")
-    ligo.add_argument("--lr", type=float, default=3e-3, help="of the maps")
-    ligo.add_argument("--seq-length", type=int, default=128)
-    ligo.add_argument("--batch-size", type=int, default=16, help="samples per step, over all ranks")
-    ligo.add_argument("--skip-source-check", action="store_true", help="even if SRC does not fit the data")
+    add_learning(parser)
     return parser
 
 
@@ -79,9 +73,9 @@ def check_options(options: argparse.Namespace) -> None:
 
 def learned_recipe(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Recipe:
     if o.maps is None:
-        how = MapLearning(o.data, o.steps, o.lr, o.seq_length, o.batch_size, skip_source_check=o.skip_source_check)
         with Progress(o.steps, enabled=mesh.is_main) as progress:
-            return learn_maps(source, target, how, mesh, partial(progress.update, phase="ligo"), ledger).recipe()
+            tell = partial(progress.update, phase="ligo")
+            return learn_maps(source, target, learning_of(o), mesh, tell, ledger).recipe()
     return apply_maps(o.maps, source, target, ledger).recipe()
 
 
