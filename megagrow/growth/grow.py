@@ -29,7 +29,8 @@ from megagrow.roles import (
     split_name,
 )
 
-# Gives a whole source tensor by name. May be a collective: all ranks ask for the same names in the same order.
+# Gives a source tensor by name: a whole one, or a DTensor whose local piece holds all that this rank's targets are made
+# of. May be a collective: all ranks ask for the same names in the same order.
 Fetch = Callable[[str], Tensor]
 
 
@@ -48,7 +49,8 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
         for name, source in mixed_sources(recipe, fetch, targets):
             piece = local(targets[name])
             if piece.numel():
-                piece.copy_(grow_box(recipe, name, source.to(piece.device), box(targets[name]), quantity))
+                held = local(source).to(piece.device)
+                piece.copy_(grow_box(recipe, name, held, box(targets[name]), quantity, box(source)))
 
 
 def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "value") -> Tensor:

@@ -47,11 +47,14 @@ class SparseMap:
         """Whether some target elements have no source element."""
         return bool((self.index == NEW).any())
 
-    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
-        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones."""
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones.
+
+        x may hold a range of the source elements only, from `first` on, if no others are copied.
+        """
         index = self.index[elements]
         new = (index == NEW).nonzero().flatten() if self.has_new else index[:0]
-        grown = x.index_select(dim, (index.clamp(min=0) if len(new) else index).to(x.device))
+        grown = x.index_select(dim, (index - first).clamp(min=0).to(x.device))
         if not len(new):
             return grown
         rest = mean(x, dim) if average else torch.zeros((), dtype=x.dtype, device=x.device)
@@ -72,7 +75,7 @@ class DenseMap:
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in the map's dtype; only these rows are multiplied."""
         rows, x = self.matrix[elements], x.to(self.matrix.dtype)
         return rows @ x if dim == 0 else x @ rows.T

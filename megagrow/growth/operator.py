@@ -54,16 +54,16 @@ class _Dim:
     unit: int
     new: New
 
-    def spread(self, x: Tensor, dim: int, box: slice) -> Tensor:
-        """M applied to dim `dim` of x, for the target range `box`, without scales."""
+    def spread(self, x: Tensor, dim: int, box: slice, first: int = 0) -> Tensor:
+        """M applied to dim `dim` of x, which begins at element `first`, for the target range `box`; no scales."""
         average = self.new == "average"
         if len(self.maps) == 1:
-            return _spread(self.maps[0], x, dim, box, average)
+            return _spread(self.maps[0], x, dim, box, average, first)
         assert dim == 0, "only output rows are fused"
         elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
         parts = x.unflatten(0, (-1, len(self.maps), self.unit)).unbind(1)
         grown = [
-            _spread(axis_map, part.flatten(0, 1), 0, elements, average)
+            _spread(axis_map, part.flatten(0, 1), 0, elements, average, first // len(self.maps))
             for axis_map, part, elements in zip(self.maps, parts, elements_by_part, strict=True)
         ]
         return torch.cat(grown).index_select(0, order.to(x.device))
@@ -89,7 +89,9 @@ class _Dim:
         return torch.cat([_is_new(axis_map, elements) for axis_map, elements in pairs])[order]
 
 
-def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value") -> Tensor:
+def grow_box(
+    recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value", held: Box | None = None
+) -> Tensor:
     """The range `box` of the target parameter `name`; differentiable in the source and in dense maps.
 
     Args:
@@ -99,6 +101,7 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
             `recipe.reads_next`.
         box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
+        held: the range of the source tensor that `source` is, where it holds all that is copied; None: the whole.
 
     Returns:
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
@@ -111,7 +114,7 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
     source = source if factor == 1 else source.to(wide) * factor**power
     x = source
     for d in _cheaper_order(source, box):
-        x = dims[d].spread(x, d, box[d])
+        x = dims[d].spread(x, d, box[d], 0 if held is None else held[d].start)
     if quantity == "value":
         x = _add_random(recipe, name, dims, source, x, box)
     for d, scale in enumerate(scales):
@@ -122,6 +125,12 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
         x = _add_noise(recipe, name, dims, source, x, box)
         x = torch.zeros_like(x) if recipe.is_silent(name) else x
     return x
+
+
+def source_elements(recipe: Recipe, name: str, box: Box) -> list[Tensor]:
+    """The source elements of each dim that the range `box` of a target parameter is copied from."""
+    shape, dims = shape_of(role_of(name), recipe.source), _dims(recipe, name, "value")
+    return [dim.spread(torch.arange(size), 0, part) for dim, size, part in zip(dims, shape, box, strict=True)]
 
 
 def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None:
@@ -221,10 +230,12 @@ def _forms(name: str, model: ModelConfig) -> tuple[Form, Form]:
     return "in" if feeds_tied_head else "out", "in"
 
 
-def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool) -> Tensor:
+def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool, first: int) -> Tensor:
     if axis_map is not None:
-        return axis_map.spread(x, dim, elements, average)
-    return x[elements] if dim == 0 else x[:, elements]
+        return axis_map.spread(x, dim, elements, average, first)
+    if isinstance(elements, slice):
+        return x.narrow(dim, elements.start - first, elements.stop - elements.start)
+    return x.index_select(dim, (elements - first).to(x.device))
 
 
 def _has_new(axis_map: AxisMap | None) -> bool:

@@ -77,6 +77,12 @@ class Recipe:
             isinstance(m, SparseMap) for axes in maps for m in axes.values()
         )
 
+    @property
+    def only_copies(self) -> bool:
+        """Whether every entry is a scaled copy of one entry of its own layer, by one rule for all layers."""
+        has_new = any(isinstance(m, SparseMap) and m.has_new for m in self.axes.values())
+        return self.copies and not (has_new or self.noise or self.layer_axes or self.next_rows)
+
     def source_name(self, name: str) -> str:
         """The source parameter that a target parameter copies; of copied layers only."""
         layer, leaf = split_name(name)

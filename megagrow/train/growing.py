@@ -20,6 +20,7 @@ from megagrow.checkpoint.source import Source
 from megagrow.config import Config, require
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo, save_maps
+from megagrow.growth.local import shard_fetch
 from megagrow.growth.maps import LayerMap
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
@@ -126,10 +127,10 @@ def _check_freezable(recipe: Recipe) -> None:
 def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
     recipe, policy = _recipe(small.part, config), config.growth.optimizer
     part = build_part(config.model, config, mesh)
-    grow_into(recipe, _fetch(small.part.parameters, recipe, mesh), part.parameters)
+    grow_into(recipe, shard_fetch(small.part.parameters, recipe, mesh), part.parameters)
     old = small.optimizer
     optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
-    sources = {moment: _fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
+    sources = {moment: shard_fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
     step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
     optimizer.step_count = step
     optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)
