@@ -104,8 +104,8 @@ def caution(steps: int, config: Config) -> str:
     if share >= SHORT_LAG:
         return f"{said}; candidates that are close may still change places"
     return (
-        f"{said}: short. Short lags mislead: the order after 16 steps has been seen to differ from that after 128 (arXiv "
-        "2604.04281), and the loss as grown says even less; probe longer before relying on it"
+        f"{said}: short. Short lags mislead: the order after 16 steps has been seen to differ from that after 128 "
+        "(arXiv 2604.04281), and the loss as grown says even less; probe longer before relying on it"
     )
 
 
