@@ -32,15 +32,12 @@ KIND_FIELDS = (
     "tied_embeddings",
 )
 FIXED_FIELDS = (
-    "vocab_size",
-    "head_dim",
     "max_seq_length",
     "position_offset",
     "rope_theta",
     "rope_fraction",
     "rope_scaling",
     "num_token_types",
-    "norm_eps",
 )
 
 
@@ -260,7 +257,7 @@ def check_growth(config: Config, world_size: int) -> None:
         for name in ("source", "earlier", "bootstrap"):
             require(
                 not getattr(growth, name),
-                f"growth.{name} is set but growth.method=none; choose a method, e.g. stack, clone or ligo",
+                f"growth.{name} is set but growth.method=none; choose a method: stack, clone, … (docs/growth.md)",
             )
         return
     require(
@@ -276,12 +273,21 @@ def check_growth(config: Config, world_size: int) -> None:
         growth.source is None or latest_step(config, 0) > 0,
         "growth.at_step=0 would grow growth.source before it has learned anything; set growth.at_step",
     )
+    require(
+        growth.rewarmup_part == "all" or growth.rewarmup_steps > 0,
+        "growth.rewarmup_part=new without growth.rewarmup_steps warms nothing up; set growth.rewarmup_steps",
+    )
     for number in range(num_growths(growth)):
         own = growth_settings(growth, number)
         require(
             not own.learns_maps or own.optimizer == "reset",
             f"growth.optimizer={own.optimizer} has no rule for learned maps (ligo); "
             "use growth.optimizer=reset with growth.rewarmup_steps",
+        )
+        require(
+            not own.learns_maps or own.rewarmup_part == "all",
+            "growth.rewarmup_part=new needs a part that is old: learned maps (ligo) make every entry anew; "
+            "use growth.rewarmup_part=all",
         )
     if growth.source is not None:
         check_chain(config, growth.source)
@@ -359,14 +365,25 @@ def _growth_name(config: Config, number: int) -> str:
 
 
 def check_growable(source: ModelConfig, target: ModelConfig) -> None:
-    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis."""
+    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis.
+
+    What norm_eps may be depends on the method, which tests it.
+    """
     for name in KIND_FIELDS:
         old, new = getattr(source, name), getattr(target, name)
         require(
             old == new,
             f"the source has {name}={old}, the target {name}={new}: growth keeps the kind of model; make them equal",
         )
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
+    reason = (
+        "rotary frequencies are those of one head size" if target.positions == "rope" else "attention is scaled by it"
+    )
+    require(
+        source.head_dim == target.head_dim,
+        f"the source has head_dim={source.head_dim}, the target head_dim={target.head_dim}: a head keeps its size, "
+        f"since {reason}; make them equal, and grow num_heads and num_kv_heads instead",
+    )
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
         old, new = getattr(source, name), getattr(target, name)
         require(
             new >= old,
@@ -396,6 +413,11 @@ def check_salt(config: Config, world_size: int) -> None:
     require(
         bool(salt.teacher) or salt.steps == 0 or bool(salt.scores),
         f"salt.steps={salt.steps} without salt.teacher or salt.scores does nothing; set one of them",
+    )
+    require(
+        salt.schedule == "constant" or bool(salt.teacher) or salt.steps == 0,
+        f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
+        "salt.schedule out",
     )
 
 

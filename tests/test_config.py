@@ -277,7 +277,7 @@ BAD_COMBINATIONS = [
         2,
         ["freeze_steps=2", "DualPipeV", "1F1B"],
     ),
-    (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone or ligo"]),
+    (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone"]),
 ]
 
 

@@ -21,8 +21,9 @@ from megagrow.config import Config, require
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo, save_maps
 from megagrow.growth.maps import LayerMap
-from megagrow.growth.methods import Recipe, make_recipe
-from megagrow.growth.moments import grow_multipliers, grow_optimizer
+from megagrow.growth.methods import make_recipe
+from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
+from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill
@@ -129,7 +130,9 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
     old = small.optimizer
     optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
     sources = {moment: _fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
-    optimizer.step_count = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
+    step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
+    optimizer.step_count = step
+    optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)
     return ModelLearner(part, optimizer, config)
 
 
@@ -144,7 +147,9 @@ def map_learner(small: Part, config: Config) -> MapLearner:
 
 
 def _recipe(small: Part, config: Config) -> Recipe:
-    return make_recipe(config.growth.method, small.config, config.model)
+    growth = config.growth
+    breaker = growth.breaker, growth.breaker_scale
+    return make_recipe(growth.method, small.config, config.model, *breaker, seed=config.train.seed)
 
 
 def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:
@@ -153,7 +158,10 @@ def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:
 
 def _restored_optimizer(part: Part, config: Config, saved: dict[str, Any]) -> Optimizer:
     multipliers = {name: Multipliers(**factors) for name, factors in saved["multipliers"].items()}
-    return Optimizer(part.parameters, config.optim, multipliers, int(saved["step"]))
+    optimizer = Optimizer(part.parameters, config.optim, multipliers, int(saved["step"]))
+    if "new_part" in saved:
+        optimizer.new_part = restored_new_part(saved["new_part"], part.config, part.parameters)
+    return optimizer
 
 
 def _complete(state: RunState, config: Config) -> None:

@@ -80,9 +80,14 @@ def restarts(state: RunState, config: Config) -> bool:
 
 
 def rewarmup(state: RunState, config: Config) -> float:
-    """What the learning rate of the next step is multiplied by, as the last growth is recent."""
-    steps, since = _last_growth(state, config).rewarmup_steps, _steps_since(state)
-    return 1.0 if since is None or steps == 0 else min(1.0, (since + 1) / steps)
+    """What the learning rate of the next step is multiplied by, as the last growth is recent.
+
+    That of the new part alone is the optimizer's affair.
+    """
+    growth, since = _last_growth(state, config), _steps_since(state)
+    if since is None or growth.rewarmup_steps == 0 or growth.rewarmup_part == "new":
+        return 1.0
+    return min(1.0, (since + 1) / growth.rewarmup_steps)
 
 
 def _steps_since(state: RunState) -> int | None:
