@@ -145,7 +145,7 @@ def test_the_optimizer_leaves_parameters_without_gradients_alone(offload: bool) 
 
 def staged(corpus: Path, directory: Path, optimizer: Literal["exact", "reset"] = "exact") -> Config:
     """2 layers, from step 2 on 4 of which the new ones learn alone for 2 steps, then all."""
-    growth = GrowthConfig("stack", SMALL, at_step=2, freeze_steps=2, optimizer=optimizer)
+    growth = GrowthConfig("stack", source=SMALL, at_step=2, freeze_steps=2, optimizer=optimizer)
     kept = CheckpointConfig(interval=1, keep_last=0)
     model = dataclasses.replace(SMALL, num_layers=4)
     return make_config(corpus, directory, 6, model=model, growth=growth, checkpoint=kept)
@@ -191,7 +191,7 @@ def test_stages_on_shards_equal_one_process(corpus: Path, tmp_path: Path) -> Non
 def test_methods_that_move_older_layers_are_refused_before_training(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    growth = GrowthConfig("clone", SMALL, at_step=2, freeze_steps=2)
+    growth = GrowthConfig("clone", source=SMALL, at_step=2, freeze_steps=2)
     assert run(make_config(corpus, tmp_path, 6, model=LARGE, growth=growth)) == 2
     assert "growth.freeze_steps: clone does not leave the source's 2 layers" in capfd.readouterr().err
     assert not (tmp_path / "metrics.jsonl").exists()

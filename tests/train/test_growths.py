@@ -36,7 +36,7 @@ def grown_twice(corpus: Path, directory: Path, **fields: Any) -> Config:
 def learned_then_stacked(corpus: Path, directory: Path) -> Config:
     """LiGO from 2 to 3 layers before step 2, learning for 2 steps; G_stack to 8 before step 4."""
     earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_step=2, rewarmup_steps=2)
-    stacked = GrowthConfig("stack", SMALL, at_step=4, ligo_steps=2, earlier=(earlier,))
+    stacked = GrowthConfig("stack", source=SMALL, at_step=4, ligo_steps=2, earlier=(earlier,))
     return make_config(corpus, directory, 6, model=DEEP, growth=stacked, checkpoint=EVERY_STEP)
 
 
@@ -113,7 +113,7 @@ def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path, lear
 def test_growing_at_a_number_of_tokens(corpus: Path, tmp_path: Path) -> None:
     """Each step has 64 tokens: 150 are reached with the third, and learning maps for two steps counts."""
     earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_tokens=150)
-    stacked = GrowthConfig("stack", SMALL, at_tokens=7 * 64, ligo_steps=2, earlier=(earlier,))
+    stacked = GrowthConfig("stack", source=SMALL, at_tokens=7 * 64, ligo_steps=2, earlier=(earlier,))
     assert run(make_config(corpus, tmp_path, 8, model=DEEP, growth=stacked)) == 0
     events = ledger(tmp_path)["events"]
     assert [(e["step"], e["train_step"], e["reason"]) for e in events] == [(5, 3, "tokens"), (7, 5, "tokens")]
@@ -139,7 +139,7 @@ def test_growing_when_the_loss_is_flat(corpus: Path, tmp_path: Path) -> None:
     threshold, window = 0.06, 2
 
     def config(directory: Path) -> Config:
-        growth = GrowthConfig("stack", SMALL, at_step=20, at_plateau=threshold, plateau_window=window)
+        growth = GrowthConfig("stack", source=SMALL, at_step=20, at_plateau=threshold, plateau_window=window)
         return make_config(corpus, directory, 21, model=DEEP, growth=growth, checkpoint=EVERY_STEP)
 
     assert run(config(tmp_path / "whole")) == 0
