@@ -214,7 +214,7 @@ BAD_COMBINATIONS = [
         ["growth.optimizer=exact", "learned maps", "reset"],
     ),
     (
-        config_with(model=SMALL, growth=GrowthConfig(method="clone", source=ModelConfig(), at_step=5)),
+        config_with(model=SMALL, growth=GrowthConfig(method="clone", source=ModelConfig(head_dim=16), at_step=5)),
         1,
         ["hidden_size=64 is smaller than the source's 512"],
     ),
@@ -291,7 +291,7 @@ def test_bad_combinations_say_value_rule_and_remedy(config: Config, world_size: 
 @pytest.mark.parametrize("name", presets.names())
 def test_presets_pass_the_check_and_say_how_they_are_run(name: str) -> None:
     config = presets.get(name)
-    if config.growth.method != "none" and not config.init.from_:
+    if config.growth.method != "none" and config.growth.source is None and not config.init.from_:
         config = dataclasses.replace(config, init=InitConfig(from_="source"))
         config = dataclasses.replace(config, salt=dataclasses.replace(config.salt, teacher="source"))
     for world_size in (1, 2, 8):
