@@ -174,7 +174,8 @@ def scale_gradients(parameters: Mapping[str, nn.Parameter], norm: float, max_nor
     """Scales all gradients, whose norm is given, so that it is at most `max_norm`; 0 sets no bound."""
     if max_norm and math.isfinite(norm) and norm > max_norm:
         gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, max_norm / norm)
+        if gradients:  # of a stage of frozen layers there are none
+            torch._foreach_mul_(gradients, max_norm / norm)
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

@@ -28,7 +28,7 @@ from megagrow.config_file import dump, from_dict, load_file, option_names, to_di
 from megagrow.earlier_growth import EarlierGrowth
 from megagrow.errors import ConfigError
 from megagrow.model.rotary import rotary_frequencies
-from megagrow.timeline import growth_settings
+from megagrow.timeline import growth_configs, growth_settings
 
 GROUPED = ModelConfig(hidden_size=768, num_heads=24, num_kv_heads=8, ffn_size=1536)
 SMALL = ModelConfig(hidden_size=64, num_heads=4, num_layers=2, ffn_size=128)
@@ -121,6 +121,15 @@ def test_growths_of_a_run_fit_on_the_command_line_and_into_a_file(tmp_path: Path
     assert growth_settings(config.growth, 0).method == "stack"
     (tmp_path / "run.json").write_text(dump(config))
     assert load_file(tmp_path / "run.json") == config
+
+
+def test_the_growths_in_the_documentation_fit_together(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/when_to_grow.md").read_text()
+    (tmp_path / "run.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load_file(tmp_path / "run.yaml")
+    check(config, 1)
+    sizes = [(each.model.num_layers, each.model.hidden_size) for each in growth_configs(config, config.growth.source)]
+    assert sizes == [(3, 512), (6, 512), (12, 512)]
 
 
 def test_derived_fields_follow_an_override() -> None:

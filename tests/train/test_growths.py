@@ -111,12 +111,15 @@ def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path, lear
 
 
 def test_growing_at_a_number_of_tokens(corpus: Path, tmp_path: Path) -> None:
-    """Each step has 64 tokens: 150 are reached with the third, and learning maps for two steps counts."""
-    earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_tokens=150)
-    stacked = GrowthConfig("stack", source=SMALL, at_tokens=7 * 64, ligo_steps=2, earlier=(earlier,))
-    assert run(make_config(corpus, tmp_path, 8, model=DEEP, growth=stacked)) == 0
+    """Each step has 64 tokens: 150 are reached with the third, and the two that learn each growth's maps count."""
+    fields = {"method": "ligo", "optimizer": "reset", "ligo_steps": 2}
+    earlier = EarlierGrowth(num_layers=3, at_tokens=150)
+    growth = GrowthConfig(source=SMALL, at_tokens=7 * 64, earlier=(earlier,), **fields)
+    assert run(make_config(corpus, tmp_path, 8, model=DEEP, growth=growth)) == 0
     events = ledger(tmp_path)["events"]
-    assert [(e["step"], e["train_step"], e["reason"]) for e in events] == [(5, 3, "tokens"), (7, 5, "tokens")]
+    assert [(e["step"], e["train_step"], e["reason"]) for e in events] == [(5, 3, "tokens"), (9, 5, "tokens")]
+    assert [line["phase"] for line in metrics(tmp_path)].count("ligo") == 4
+    assert {path.name for path in tmp_path.glob("maps*")} == {"maps-0.safetensors", "maps.safetensors"}
 
 
 @pytest.mark.parametrize(
