@@ -42,7 +42,7 @@ def with_eps(target: Grown, padded_from: int = 1) -> Grown:
 
 
 DOUBLED = larger(hidden=2, query=2, kv=2, ffn=2)
-UNEVEN = larger(hidden=2.25, query=1.5, kv=2, ffn=1.7)
+UNEVEN = larger(hidden=2.25, query=1.5, kv=2, ffn=1.5)
 
 # name -> (method, target, breaker, whether the function is kept); layers grow where the method says so
 METHODS: dict[str, tuple[str, Grown, Breaker, bool]] = {
@@ -50,19 +50,19 @@ METHODS: dict[str, tuple[str, Grown, Breaker, bool]] = {
     "clone, rest": ("clone", with_eps(UNEVEN, 2), "none", True),
     "clone, noise": ("clone", DOUBLED, "noise", True),
     "clone, split": ("clone", larger(hidden=2, query=3, kv=2, ffn=3), "split", True),
-    "net2net": ("net2net", larger(hidden=2, query=1.5, kv=2, ffn=1.7), "none", True),
-    "net2net, noise": ("net2net", larger(hidden=3, query=2, kv=2, ffn=1.7), "noise", True),
-    "fpi": ("fpi", larger(hidden=2, kv=2, ffn=1.7), "none", True),
+    "net2net": ("net2net", larger(hidden=2, query=1.5, kv=2, ffn=1.5), "none", True),
+    "net2net, noise": ("net2net", larger(hidden=3, query=2, kv=2, ffn=1.5), "noise", True),
+    "fpi": ("fpi", larger(hidden=2, kv=2, ffn=1.5), "none", True),
     "fpi, uneven": ("fpi", UNEVEN, "none", False),
-    "aki": ("aki", larger(hidden=1.5, query=2, kv=2, ffn=1.7), "none", False),
+    "aki": ("aki", larger(hidden=1.5, query=2, kv=2, ffn=1.5), "none", False),
     "zero_pad": ("zero_pad", with_eps(UNEVEN), "none", True),
-    "zero_pad, inside": ("zero_pad", larger(query=2, kv=2, ffn=1.7), "none", True),
+    "zero_pad, inside": ("zero_pad", larger(query=2, kv=2, ffn=1.5), "none", True),
     "direct_copy": ("direct_copy", UNEVEN, "none", False),
     "rms_random": ("rms_random", UNEVEN, "none", False),
-    "stack": ("stack", larger(layers=2.5), "none", False),
-    "interleave": ("interleave", larger(layers=2.5), "none", False),
-    "insert_identity": ("insert_identity", larger(layers=2.5), "none", True),
-    "middle": ("middle", larger(layers=2.5), "none", False),
+    "stack": ("stack", larger(layers=1.5), "none", False),
+    "interleave": ("interleave", larger(layers=1.5), "none", False),
+    "insert_identity": ("insert_identity", larger(layers=1.5), "none", True),
+    "middle": ("middle", larger(layers=1.5), "none", False),
     "dus": ("dus", larger(layers=2), "none", False),
     "vocabulary": ("stack", larger(vocab=5), "none", True),
     "clone+insert_identity": ("clone+insert_identity", larger(hidden=2, ffn=2, layers=2, vocab=3), "none", True),

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagrow.config import ModelConfig, OptimConfig, ParallelConfig
+from megagrow.config import ModelConfig, OptimConfig, ParallelConfig, Policy
 from megagrow.errors import ConfigError
 from megagrow.growth.grow import grow_into
 from megagrow.growth.local import boxes, shard_fetch
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.moments import grow_optimizer
+from megagrow.growth.moments import grow_optimizer, rule_problem
 from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import MOMENTS, Optimizer
@@ -78,7 +78,7 @@ def grow_shards(recipe: Recipe, mesh: Mesh) -> dict[str, Tensor]:
     new = optimizer_of(large)
     grow_into(recipe, shard_fetch(tensors_of(small), recipe, mesh), tensors_of(large))
     sources = {m: shard_fetch(old.moments()[m], recipe, mesh) for m in MOMENTS}
-    grow_optimizer(recipe, "exact", sources, new.moments(), 7)
+    grow_optimizer(recipe, policy_for(recipe), sources, new.moments(), 7)
     return tensors_of(large) | {f"{m}.{n}": t for m in MOMENTS for n, t in new.moments()[m].items()}
 
 
@@ -87,8 +87,14 @@ def grow_alone(recipe: Recipe) -> dict[str, Tensor]:
     large = models.grown(recipe, make(recipe.source))
     moments = {m: {n: t * torch.nan for n, t in tensors_of(large).items()} for m in MOMENTS}
     sources = {m: moments_of(recipe.source, m).__getitem__ for m in MOMENTS}
-    grow_optimizer(recipe, "exact", sources, moments, 7)
+    grow_optimizer(recipe, policy_for(recipe), sources, moments, 7)
     return tensors_of(large) | {f"{m}.{n}": t for m in MOMENTS for n, t in moments[m].items()}
+
+
+def policy_for(recipe: Recipe) -> Policy:
+    """The one that carries the most moments over."""
+    policies: tuple[Policy, ...] = ("exact", "zero_pad", "asymmetric")
+    return next(policy for policy in policies if rule_problem(recipe, policy) is None)
 
 
 def all_methods(source: ModelConfig) -> dict[str, Recipe]:
