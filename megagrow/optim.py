@@ -119,8 +119,8 @@ class Optimizer:
             if name in part.kept and tensor.grad is not None:
                 group = group_of[id(tensor)]
                 rates = Rates(group["lr"], group["eps"], group["weight_decay"], *betas)
-                moments = (self.adamw.moment(tensor, moment) for moment in MOMENTS)
-                correct_(tensor, *moments, part.kept[name], part.schedule, rates, step, skip)
+                exp_avg, exp_avg_sq = (self.adamw.moment(tensor, moment) for moment in MOMENTS)
+                correct_(tensor, exp_avg, exp_avg_sq, part.kept[name], part.schedule, rates, step, skip)
 
     def drop_gradients(self) -> None:
         """Frees all gradients without using them."""
@@ -174,7 +174,8 @@ def scale_gradients(parameters: Mapping[str, nn.Parameter], norm: float, max_nor
     """Scales all gradients, whose norm is given, so that it is at most `max_norm`; 0 sets no bound."""
     if max_norm and math.isfinite(norm) and norm > max_norm:
         gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, max_norm / norm)
+        if gradients:  # of a stage of frozen layers there are none
+            torch._foreach_mul_(gradients, max_norm / norm)
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

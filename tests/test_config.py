@@ -28,7 +28,7 @@ from megagrow.config_file import dump, from_dict, load_file, option_names, to_di
 from megagrow.earlier_growth import EarlierGrowth
 from megagrow.errors import ConfigError
 from megagrow.model.rotary import rotary_frequencies
-from megagrow.timeline import growth_settings
+from megagrow.timeline import growth_configs, growth_settings
 
 GROUPED = ModelConfig(hidden_size=768, num_heads=24, num_kv_heads=8, ffn_size=1536)
 SMALL = ModelConfig(hidden_size=64, num_heads=4, num_layers=2, ffn_size=128)
@@ -123,6 +123,15 @@ def test_growths_of_a_run_fit_on_the_command_line_and_into_a_file(tmp_path: Path
     assert load_file(tmp_path / "run.json") == config
 
 
+def test_the_growths_in_the_documentation_fit_together(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/when_to_grow.md").read_text()
+    (tmp_path / "run.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load_file(tmp_path / "run.yaml")
+    check(config, 1)
+    sizes = [(each.model.num_layers, each.model.hidden_size) for each in growth_configs(config, config.growth.source)]
+    assert sizes == [(3, 512), (6, 512), (12, 512)]
+
+
 def test_derived_fields_follow_an_override() -> None:
     model = parse(["quickstart_small", "--model.num-heads", "6"]).model
     assert (model.num_heads, model.num_kv_heads, model.head_dim) == (6, 6, 16)
@@ -214,7 +223,7 @@ BAD_COMBINATIONS = [
         ["growth.optimizer=exact", "learned maps", "reset"],
     ),
     (
-        config_with(model=SMALL, growth=GrowthConfig(method="clone", source=ModelConfig(), at_step=5)),
+        config_with(model=SMALL, growth=GrowthConfig(method="clone", source=ModelConfig(head_dim=16), at_step=5)),
         1,
         ["hidden_size=64 is smaller than the source's 512"],
     ),
@@ -291,7 +300,7 @@ def test_bad_combinations_say_value_rule_and_remedy(config: Config, world_size: 
 @pytest.mark.parametrize("name", presets.names())
 def test_presets_pass_the_check_and_say_how_they_are_run(name: str) -> None:
     config = presets.get(name)
-    if config.growth.method != "none" and not config.init.from_:
+    if config.growth.method != "none" and config.growth.source is None and not config.init.from_:
         config = dataclasses.replace(config, init=InitConfig(from_="source"))
         config = dataclasses.replace(config, salt=dataclasses.replace(config.salt, teacher="source"))
     for world_size in (1, 2, 8):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source
-from megagrow.config import Config, require
+from megagrow.config import Config, ModelConfig, require
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import save_maps
@@ -110,7 +110,7 @@ def check_recipes(state: RunState, config: Config) -> None:
     """
     source = state.model
     for growing in growth_configs(config, source, state.growths) if state.phase != "main" else []:
-        recipe, growth = make_recipe(growing.growth.method, source, growing.model), growing.growth
+        recipe, growth = _recipe(source, growing), growing.growth
         if growth.learns_maps:
             start_recipe(growth.ligo_init, source, growing.model)
         else:
@@ -131,7 +131,7 @@ def _check_freezable(recipe: Recipe) -> None:
 
 
 def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
-    recipe, policy = _recipe(small.part, config), config.growth.optimizer
+    recipe, policy = _recipe(small.part.config, config), config.growth.optimizer
     part = build_part(config.model, config, mesh)
     grow_into(recipe, shard_fetch(small.part.parameters, recipe, mesh), part.parameters)
     old = small.optimizer
@@ -161,10 +161,10 @@ def map_learner(small: Part, config: Config) -> MapLearner:
     return MapLearner(small, part, ligo, _fetch(small.parameters, start, mesh), config)
 
 
-def _recipe(small: Part, config: Config) -> Recipe:
+def _recipe(source: ModelConfig, config: Config) -> Recipe:
     growth = config.growth
     breaker = growth.breaker, growth.breaker_scale
-    return make_recipe(growth.method, small.config, config.model, *breaker, seed=config.train.seed)
+    return make_recipe(growth.method, source, config.model, *breaker, seed=config.train.seed)
 
 
 def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:

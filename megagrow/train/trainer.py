@@ -71,6 +71,7 @@ class Trainer:
         self.masking = None if config.model.is_causal else make_masking(config.data, config.model)
         self.evaluator = make_evaluator(config, self.masking)
         self.saver = saving.make_saver(config, mesh)
+        self.validation_loss: float | None = None  # the latest, of a step
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
@@ -308,6 +309,7 @@ class Trainer:
         state, config = self.state, self.config
         heartbeat.enter("metrics", state.step)
         validation = self._validate(self.learner) if self._is_due(config.train.eval_interval) else None
+        self.validation_loss = self.validation_loss if validation is None else validation
         self._log(phase, result, seconds, validation)
         if state.guard.bad_steps >= config.optim.max_bad_steps:
             self._roll_back(result)

@@ -186,7 +186,7 @@ def test_identity_layers_learn_from_the_first_step_on() -> None:
     source = models.GPT2
     recipe = recipe_of("insert_identity", source)
     gradients = gradients_of(grown(recipe, make(source)), make_ids(source))
-    assert recipe.silent == {1}
+    assert len(recipe.silent) == 1
     for layer in recipe.silent:
         for leaf in ("attention.output.weight", "attention.output.bias", "mlp.down.weight", "mlp.down.bias"):
             assert gradients[f"layers.{layer}.{leaf}"].abs().max() > 1e-4

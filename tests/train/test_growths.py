@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megagrow.checkpoint import store
-from megagrow.config import CheckpointConfig, Config, GrowthConfig
+from megagrow.config import CheckpointConfig, Config, GrowthConfig, ModelConfig
 from megagrow.earlier_growth import EarlierGrowth
 from megagrow.train import growing, run
 from megagrow.train.timing import is_flat
@@ -23,14 +23,37 @@ from tests.train.test_run import assert_same_run, cut_back, ledger
 WIDE = dataclasses.replace(LARGE, num_layers=SMALL.num_layers)
 DEEP = dataclasses.replace(SMALL, num_layers=8)
 STEPS = 9
+EVERY_STEP = CheckpointConfig(interval=1, keep_last=0)
 
 
 def grown_twice(corpus: Path, directory: Path, **fields: Any) -> Config:
     """Wider FFN before step 3, the rest of the width before step 6: both keep the function."""
     earlier = EarlierGrowth(ffn_size=WIDE.ffn_size, at_step=3)
     fields = {"method": "clone", "source": SMALL, "at_step": 6, "earlier": (earlier,), **fields}
-    kept = CheckpointConfig(interval=1, keep_last=0)
-    return make_config(corpus, directory, STEPS, model=WIDE, growth=GrowthConfig(**fields), checkpoint=kept)
+    return make_config(corpus, directory, STEPS, model=WIDE, growth=GrowthConfig(**fields), checkpoint=EVERY_STEP)
+
+
+def learned_then_stacked(corpus: Path, directory: Path) -> Config:
+    """LiGO from 2 to 3 layers before step 2, learning for 2 steps; G_stack to 8 before step 4."""
+    earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_step=2, rewarmup_steps=2)
+    stacked = GrowthConfig("stack", source=SMALL, at_step=4, ligo_steps=2, earlier=(earlier,))
+    return make_config(corpus, directory, 6, model=DEEP, growth=stacked, checkpoint=EVERY_STEP)
+
+
+@pytest.fixture(scope="module")
+def twice(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `grown_twice`, with the ids of its samples."""
+    directory = tmp_path_factory.mktemp("twice") / "run"
+    trained_on(grown_twice(corpus, directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def learned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `learned_then_stacked`."""
+    directory = tmp_path_factory.mktemp("learned") / "run"
+    assert run(learned_then_stacked(corpus, directory)) == 0
+    return directory
 
 
 def resumed_at(step: int, whole: Path, config: Callable[[Path], Config], directory: Path) -> Path:
@@ -55,56 +78,48 @@ def trained_on(config: Config) -> list[int]:
     return sample_ids(directory)
 
 
-def test_a_model_grows_twice_in_one_run(corpus: Path, tmp_path: Path) -> None:
-    """No sample is left out or seen twice, losses go on where they were, and so does whoever resumes anywhere."""
-    found = trained_on(grown_twice(corpus, tmp_path / "whole"))
+def test_a_model_grows_twice_in_one_run(corpus: Path, tmp_path: Path, twice: Path) -> None:
+    """No sample is left out or seen twice, losses go on where they were, and so does whoever resumes."""
+    found = sample_ids(twice)
     assert found == trained_on(make_config(corpus, tmp_path / "plain", STEPS))
     assert len(set(found)) == len(found) == STEPS * 4
-    lines = metrics(tmp_path / "whole")
+    lines = metrics(twice)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["phase"] for line in lines] == ["small"] * 6 + ["train"] * 3
     assert [line["lr"] for line in lines] == [line["lr"] for line in metrics(tmp_path / "plain")]
-    events = ledger(tmp_path / "whole")["events"]
+    events = ledger(twice)["events"]
     assert [(e["step"], e["number"], e["reason"]) for e in events] == [(3, 0, "step"), (6, 1, "step")]
     for event in events:
         assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
-    assert [p["model"].split()[1] for p in ledger(tmp_path / "whole")["phases"] if p["phase"] == "growth"] == [
-        "2x16",
-        "2x32",
-    ]
-    for step in (2, 3, 5, 6, 7):
-
-        def again(directory: Path) -> Config:
-            return grown_twice(corpus, directory)
-
-        assert_same_run(resumed_at(step, tmp_path / "whole", again, tmp_path / f"at-{step}"), tmp_path / "whole")
+    grown = [phase["model"].split()[1] for phase in ledger(twice)["phases"] if phase["phase"] == "growth"]
+    assert grown == ["2x16", "2x32"]
+    for step in (2, 5, 7):
+        found = resumed_at(step, twice, lambda folder: grown_twice(corpus, folder), tmp_path / f"at-{step}")
+        assert_same_run(found, twice)
 
 
-def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path) -> None:
-    def config(directory: Path) -> Config:
-        earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_step=2, rewarmup_steps=2)
-        stacked = GrowthConfig("stack", SMALL, at_step=4, ligo_steps=2, earlier=(earlier,))
-        kept = CheckpointConfig(interval=1, keep_last=0)
-        return make_config(corpus, directory, 6, model=DEEP, growth=stacked, checkpoint=kept)
-
-    assert run(config(tmp_path / "whole")) == 0
-    lines = metrics(tmp_path / "whole")
+def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path, learned: Path) -> None:
+    lines = metrics(learned)
     assert [line["phase"] for line in lines] == ["small"] * 2 + ["ligo"] * 2 + ["small"] * 2 + ["train"] * 2
     assert lines[4]["lr"] == pytest.approx(lines[5]["lr"] / 2)  # the growth's own warm-up
-    first, second = ledger(tmp_path / "whole")["events"]
+    first, second = ledger(learned)["events"]
     assert (first["method"], second["method"]) == ("ligo", "stack")
     assert first["loss_initial"] != first["loss_after"]
-    for step in (3, 4, 6):
-        assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / f"at-{step}"), tmp_path / "whole")
+    for step in (3, 5):
+        found = resumed_at(step, learned, lambda folder: learned_then_stacked(corpus, folder), tmp_path / f"at-{step}")
+        assert_same_run(found, learned)
 
 
 def test_growing_at_a_number_of_tokens(corpus: Path, tmp_path: Path) -> None:
-    """Each step has 64 tokens: 150 are reached with the third, and learning maps for two steps counts."""
-    earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_tokens=150)
-    stacked = GrowthConfig("stack", SMALL, at_tokens=7 * 64, ligo_steps=2, earlier=(earlier,))
-    assert run(make_config(corpus, tmp_path, 8, model=DEEP, growth=stacked)) == 0
+    """Each step has 64 tokens: 150 are reached with the third, and the two that learn each growth's maps count."""
+    fields = {"method": "ligo", "optimizer": "reset", "ligo_steps": 2}
+    earlier = EarlierGrowth(num_layers=3, at_tokens=150)
+    growth = GrowthConfig(source=SMALL, at_tokens=7 * 64, earlier=(earlier,), **fields)
+    assert run(make_config(corpus, tmp_path, 8, model=DEEP, growth=growth)) == 0
     events = ledger(tmp_path)["events"]
-    assert [(e["step"], e["train_step"], e["reason"]) for e in events] == [(5, 3, "tokens"), (7, 5, "tokens")]
+    assert [(e["step"], e["train_step"], e["reason"]) for e in events] == [(5, 3, "tokens"), (9, 5, "tokens")]
+    assert [line["phase"] for line in metrics(tmp_path)].count("ligo") == 4
+    assert {path.name for path in tmp_path.glob("maps*")} == {"maps-0.safetensors", "maps.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -127,9 +142,8 @@ def test_growing_when_the_loss_is_flat(corpus: Path, tmp_path: Path) -> None:
     threshold, window = 0.06, 2
 
     def config(directory: Path) -> Config:
-        growth = GrowthConfig("stack", SMALL, at_step=20, at_plateau=threshold, plateau_window=window)
-        kept = CheckpointConfig(interval=1, keep_last=0)
-        return make_config(corpus, directory, 24, model=DEEP, growth=growth, checkpoint=kept)
+        growth = GrowthConfig("stack", source=SMALL, at_step=20, at_plateau=threshold, plateau_window=window)
+        return make_config(corpus, directory, 21, model=DEEP, growth=growth, checkpoint=EVERY_STEP)
 
     assert run(config(tmp_path / "whole")) == 0
     (event,) = ledger(tmp_path / "whole")["events"]
@@ -146,49 +160,48 @@ def files(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-@pytest.mark.parametrize("method", ["clone", "ligo"])
-@pytest.mark.parametrize("at_step", [3, 6])
-def test_a_crash_while_growing_leaves_the_small_run(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, at_step: int
-) -> None:
-    def config(name: str) -> Config:
-        return grown_twice(corpus, tmp_path / name, method=method, optimizer="reset", ligo_steps=2)
-
-    assert run(config("whole")) == 0
-    before: dict[str, str] = {}
-    name = "grow_into" if method == "clone" else "map_learner"
+def crashing(monkeypatch: pytest.MonkeyPatch, name: str, target: ModelConfig, then: Callable[[], None]) -> None:
+    """Growing into `target` ends with a crash in the middle of the work."""
     real = getattr(growing, name)
 
-    def crash(*args: Any) -> Any:
-        if at_step == 3 or growing_target_is_last(args):
-            real(*args)
-            before.update(files(tmp_path / "broken" / "checkpoints"))
+    def crash(first: Any, *args: Any) -> Any:
+        made = real(first, *args)
+        if target in (getattr(first, "target", None), getattr(args[0], "model", None)):
+            then()
             raise RuntimeError("the machine is gone")
-        return real(*args)
-
-    def growing_target_is_last(args: tuple[Any, ...]) -> bool:
-        target = args[0].target if method == "clone" else args[1].model
-        return target == WIDE
+        return made
 
     monkeypatch.setattr(growing, name, crash)
-    assert run(config("broken")) == 1
-    assert files(tmp_path / "broken" / "checkpoints") == before
-    newest = store.candidates(tmp_path / "broken" / "checkpoints")[0]
-    learned = 2 if method == "ligo" and at_step == 6 else 0
-    assert store.read_manifest(newest).state["growths"] == (at_step == 6)
-    assert newest.name == f"step-{at_step + learned}"
+
+
+@pytest.mark.parametrize("case", ["second of two", "while maps are made"])
+def test_a_crash_while_growing_leaves_the_run_before_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: Path, learned: Path, case: str
+) -> None:
+    before: dict[str, str] = {}
+    checkpoints = tmp_path / "run" / "checkpoints"
+    if case == "second of two":
+        config, whole, step, growths = grown_twice(corpus, tmp_path / "run"), twice, 6, 1
+        name, target = "grow_into", WIDE
+    else:
+        config, whole, step, growths = learned_then_stacked(corpus, tmp_path / "run"), learned, 2, 0
+        name, target = "map_learner", dataclasses.replace(SMALL, num_layers=3)
+    crashing(monkeypatch, name, target, lambda: before.update(files(checkpoints)))
+    assert run(config) == 1
+    assert before and files(checkpoints) == before
+    newest = store.candidates(checkpoints)[0]
+    assert newest.name == f"step-{step}" and store.read_manifest(newest).state["growths"] == growths
     monkeypatch.undo()
-    assert run(config("broken")) == 0
-    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    assert run(config) == 0
+    assert_same_run(tmp_path / "run", whole)
 
 
-def test_growing_twice_on_shards_equals_one_process(corpus: Path, tmp_path: Path) -> None:
-    assert run(grown_twice(corpus, tmp_path / "one")) == 0
-    many = grown_twice(corpus, tmp_path / "many", at_plateau=0.001, plateau_window=4)  # asked for, never met
+def test_growing_twice_on_shards_equals_one_process(corpus: Path, tmp_path: Path, twice: Path) -> None:
+    many = grown_twice(corpus, tmp_path / "many", at_plateau=0.001, plateau_window=1)  # asked for, not met
     assert run_ranks(run_on_ranks, 4, many, 2, 1) == [0] * 4
-    for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
+    for ours, theirs in zip(metrics(tmp_path / "many"), metrics(twice), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4), ours["step"]
-    assert final_loss(tmp_path / "many") == pytest.approx(final_loss(tmp_path / "one"), abs=2e-4)
+    assert final_loss(tmp_path / "many") == pytest.approx(final_loss(twice), abs=2e-4)
 
 
 def test_a_run_without_a_small_model_trains_one_first(
