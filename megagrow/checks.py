@@ -32,15 +32,12 @@ KIND_FIELDS = (
     "tied_embeddings",
 )
 FIXED_FIELDS = (
-    "vocab_size",
-    "head_dim",
     "max_seq_length",
     "position_offset",
     "rope_theta",
     "rope_fraction",
     "rope_scaling",
     "num_token_types",
-    "norm_eps",
 )
 
 
@@ -259,7 +256,7 @@ def check_growth(config: Config, world_size: int) -> None:
     if growth.method == "none":
         require(
             growth.source is None,
-            "growth.source is set but growth.method=none; choose a method: stack, clone or ligo",
+            "growth.source is set but growth.method=none; choose a method: stack, clone, … (docs/growth.md)",
         )
         return
     require(
@@ -288,14 +285,25 @@ def check_growth(config: Config, world_size: int) -> None:
 
 
 def check_growable(source: ModelConfig, target: ModelConfig) -> None:
-    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis."""
+    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis.
+
+    What norm_eps may be depends on the method, which tests it.
+    """
     for name in KIND_FIELDS:
         old, new = getattr(source, name), getattr(target, name)
         require(
             old == new,
             f"the source has {name}={old}, the target {name}={new}: growth keeps the kind of model; make them equal",
         )
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
+    reason = (
+        "rotary frequencies are those of one head size" if target.positions == "rope" else "attention is scaled by it"
+    )
+    require(
+        source.head_dim == target.head_dim,
+        f"the source has head_dim={source.head_dim}, the target head_dim={target.head_dim}: a head keeps its size, "
+        f"since {reason}; make them equal, and grow num_heads and num_kv_heads instead",
+    )
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
         old, new = getattr(source, name), getattr(target, name)
         require(
             new >= old,

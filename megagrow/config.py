@@ -316,7 +316,11 @@ class OptimConfig:
 class GrowthConfig:
     """When and how the run's small model becomes `model`."""
 
-    method: Literal["none", "stack", "clone", "ligo"] = "none"
+    # A width or a depth method, or both joined by "+", as in clone+insert_identity (docs/growth.md); none: no growth
+    method: str = "none"
+    # What tells replicas apart without changing the function: noise that cancels between two, or unequal shares
+    breaker: Literal["none", "noise", "split"] = "none"
+    breaker_scale: float = 0.3  # noise: std relative to the weights; split: largest difference of a share from 1/n
     source: ModelConfig | None = None  # the small model that this run trains first; None: it comes from init.from
     at_step: int = 0  # grow before this step; 0: at start-up
     optimizer: Literal["exact", "reset"] = "exact"  # what becomes of the moments; learned maps need reset
@@ -327,6 +331,7 @@ class GrowthConfig:
 
     def __post_init__(self) -> None:
         require_not_negative(self, "growth", "at_step", "rewarmup_steps", "ligo_steps", "ligo_lr", "ligo_noise")
+        require_not_negative(self, "growth", "breaker_scale")
 
 
 @dataclass(frozen=True)

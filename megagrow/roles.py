@@ -70,7 +70,7 @@ _GATE_UP = ("gate", "up")
 _HIDDEN = ("hidden",)
 
 OUTSIDE_LAYERS: dict[str, Role] = {
-    "embedding.tokens": Role("embedding", "vocab", "hidden", in_map="hidden"),
+    "embedding.tokens": Role("embedding", "vocab", "hidden", out_maps=("vocab",), in_map="hidden"),
     "embedding.positions": Role("positions", "positions", "hidden", in_map="hidden"),
     "embedding.token_types": Role("token_types", "token_types", "hidden", in_map="hidden"),
     "embedding_norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
@@ -81,8 +81,8 @@ OUTSIDE_LAYERS: dict[str, Role] = {
     "mlm_head.dense.bias": Role("bias", "hidden", out_maps=_HIDDEN),
     "mlm_head.norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
     "mlm_head.norm.bias": Role("norm_bias", "hidden", out_maps=_HIDDEN),
-    "head.weight": Role("head", "vocab", "hidden", in_map="hidden"),
-    "head.bias": Role("bias", "vocab"),
+    "head.weight": Role("head", "vocab", "hidden", out_maps=("vocab",), in_map="hidden"),
+    "head.bias": Role("bias", "vocab", out_maps=("vocab",)),
 }
 
 INSIDE_LAYER: dict[str, Role] = {

@@ -221,7 +221,7 @@ BAD_COMBINATIONS = [
     ),
     (config_with(salt=SaltConfig(scores="x")), 1, ["salt.scores", "salt.steps=0"]),
     (config_with(salt=SaltConfig(teacher="x")), 1, ["salt.steps=0", "set salt.steps"]),
-    (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone or ligo"]),
+    (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone"]),
 ]
 
 

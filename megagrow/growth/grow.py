@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap
-from megagrow.growth.methods import Recipe
 from megagrow.growth.operator import Quantity, grow_box
+from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
 from megagrow.parallel.mesh import Mesh
@@ -80,7 +80,7 @@ def mixed_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Itera
             del source
     for leaf in leaves(recipe.target):
         if isinstance(recipe.layers, LayerMap):
-            yield from _copied_layers(recipe.layers, leaf, fetch, wanted)
+            yield from _copied_layers(recipe, recipe.layers, leaf, fetch, wanted)
         else:
             yield from _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, wanted)
 
@@ -125,13 +125,26 @@ def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
     return owners
 
 
-def _copied_layers(layers: LayerMap, leaf: str, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+def _copied_layers(
+    recipe: Recipe, layers: LayerMap, leaf: str, fetch: Fetch, wanted: Container[str]
+) -> Iterator[tuple[str, Tensor]]:
+    reads_next = recipe.reads_next(layer_name(0, leaf))
+    held: dict[int, Tensor] = {}
     for j in sorted(set(layers.index)):
-        source = fetch(layer_name(j, leaf))
+        needed = {j, _next(recipe, j)} if reads_next else {j}
+        held = {i: tensor for i, tensor in held.items() if i in needed}
+        for i in sorted(needed - held.keys()):
+            held[i] = fetch(layer_name(i, leaf))
+        source = torch.cat([held[j], held[_next(recipe, j)]]) if reads_next else held[j]
         for k, copied in enumerate(layers.index):
             if copied == j and layer_name(k, leaf) in wanted:
                 yield layer_name(k, leaf), source
         del source
+
+
+def _next(recipe: Recipe, layer: int) -> int:
+    """The layer after a source layer; the last one stands for its own."""
+    return min(layer + 1, recipe.source.num_layers - 1)
 
 
 def _weighted_layers(
@@ -148,7 +161,10 @@ def _weighted_layers(
 
 def _mixed_source(recipe: Recipe, fetch: Fetch, name: str) -> Tensor:
     layer, leaf = split_name(name)
-    if layer is None or isinstance(recipe.layers, LayerMap):
-        return fetch(recipe.source_name(name))
+    if layer is None:
+        return fetch(name)
+    if isinstance(recipe.layers, LayerMap):
+        alone, first = LayerMap((recipe.layers.index[layer],)), layer_name(0, leaf)
+        return next(_copied_layers(recipe, alone, leaf, fetch, {first}))[1]
     _, source = next(_weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, {name}))
     return source

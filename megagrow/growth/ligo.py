@@ -32,8 +32,9 @@ from megagrow.data.files import write_atomically
 from megagrow.errors import CheckpointError, ConfigError, shown
 from megagrow.growth.grow import Fetch, grow_into, mixed_sources
 from megagrow.growth.maps import AxisMap, DenseMap, LayerMap, LayerMix, SparseMap, first_copies
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.operator import grow_box
+from megagrow.growth.recipe import Recipe
 from megagrow.json_file import parse_object
 from megagrow.model.transformer import name_seed
 from megagrow.parallel.collectives import sum_over

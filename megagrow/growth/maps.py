@@ -12,19 +12,24 @@ A small model's activation x becomes O x, and a reader W becomes W Iᵀ; so W x 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megagrow.growth.noise import mean
+
 Scale = float | Tensor  # one number for the whole axis, or one per target element [T]
 Form = Literal["out", "in"]  # O or I
 Elements = slice | Tensor  # target elements of an axis: a range, or indices
 
+NEW = -1  # in an index: a target element without a source element
+
 
 @dataclass(frozen=True, eq=False)
 class SparseMap:
-    """Copies: target element t is source element index[t]. A gather, never a matrix product.
+    """Copies: target element t is source element index[t], or has none (`NEW`). A gather, never a matrix product.
 
     Attributes:
         index: [T] int64.
@@ -37,9 +42,21 @@ class SparseMap:
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
-        """The rows `elements` of M applied to dim `dim` of x."""
-        return x.index_select(dim, self.index[elements].to(x.device))
+    @cached_property
+    def has_new(self) -> bool:
+        """Whether some target elements have no source element."""
+        return bool((self.index == NEW).any())
+
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones."""
+        index = self.index[elements]
+        new = (index == NEW).nonzero().flatten() if self.has_new else index[:0]
+        grown = x.index_select(dim, (index.clamp(min=0) if len(new) else index).to(x.device))
+        if not len(new):
+            return grown
+        rest = mean(x, dim) if average else torch.zeros((), dtype=x.dtype, device=x.device)
+        shape = [len(new) if d == dim else size for d, size in enumerate(x.shape)]
+        return grown.index_copy_(dim, new.to(x.device), rest.expand(shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +72,7 @@ class DenseMap:
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements) -> Tensor:
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in the map's dtype; only these rows are multiplied."""
         rows, x = self.matrix[elements], x.to(self.matrix.dtype)
         return rows @ x if dim == 0 else x @ rows.T
@@ -111,14 +128,36 @@ def interleave_queries(source_heads: int, source_kv: int, target_heads: int, tar
 
 def to_elements(units: Tensor, unit_size: int) -> Tensor:
     """An index of units (heads) as an index of their elements."""
-    return (units[:, None] * unit_size + torch.arange(unit_size)).flatten()
+    elements = units[:, None] * unit_size + torch.arange(unit_size)
+    return torch.where(units[:, None] == NEW, NEW, elements).flatten()
 
 
 def first_copies(index: Tensor) -> Tensor:
     """[T] bool: whether a target element is the first copy of its source element."""
-    first_place: dict[int, int] = {}
-    for place, unit in enumerate(index.tolist()):
-        first_place.setdefault(unit, place)
-    is_first = torch.zeros(len(index), dtype=torch.bool)
-    is_first[list(first_place.values())] = True
-    return is_first
+    return (replica_rank(index) == 0) & (index != NEW)
+
+
+def replica_rank(index: Tensor) -> Tensor:
+    """[T] which copy of its source element each target element is: 0 for the first one."""
+    order = index.argsort(stable=True)
+    ordered = index[order]
+    rank = torch.empty_like(index)
+    rank[order] = torch.arange(len(index)) - torch.searchsorted(ordered, ordered)
+    return rank
+
+
+def replica_count(index: Tensor) -> Tensor:
+    """[T] how many copies there are of each target element's source element; 1 for those without."""
+    counts = torch.bincount(index[index != NEW], minlength=1)
+    return torch.where(index == NEW, 1, counts[index])
+
+
+def replica_pairs(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Replicas two by two: the target element that comes first in each one's pair [T], and +1, -1, or 0 without one."""
+    order, rank, count = index.argsort(stable=True), replica_rank(index), replica_count(index)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(index))
+    is_second = rank % 2 == 1
+    first = order[place - is_second.long()]
+    is_paired = (is_second | (rank + 1 < count)) & (index != NEW)
+    return first, torch.where(is_paired, 1 - 2 * is_second.long(), 0)

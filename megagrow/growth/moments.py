@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megagrow.errors import ConfigError
 from megagrow.growth.grow import Fetch, grow_into
-from megagrow.growth.methods import Recipe
 from megagrow.growth.operator import Quantity, uniform_scale
+from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers
 from megagrow.parallel.shards import local
 from megagrow.roles import parameter_names

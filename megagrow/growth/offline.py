@@ -24,8 +24,8 @@ from megagrow.config import Config, DataConfig, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.growth.grow import Fetch, grow_into, grow_whole
-from megagrow.growth.methods import Recipe
 from megagrow.growth.moments import QUANTITIES, Policy, grow_multipliers, grow_optimizer
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import Multipliers
 from megagrow.parallel.fsdp import materialize

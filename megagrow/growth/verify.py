@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.maps import AxisMap, LayerMap, SparseMap, first_copies
-from megagrow.growth.methods import Recipe
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.roles import parameter_names
 

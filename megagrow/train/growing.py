@@ -17,8 +17,9 @@ from megagrow.checkpoint.source import Source
 from megagrow.config import Config
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo, save_maps
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_multipliers, grow_optimizer
+from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill
@@ -108,7 +109,9 @@ def map_learner(small: Part, config: Config) -> MapLearner:
 
 
 def _recipe(small: Part, config: Config) -> Recipe:
-    return make_recipe(config.growth.method, small.config, config.model)
+    growth = config.growth
+    breaker = growth.breaker, growth.breaker_scale
+    return make_recipe(growth.method, small.config, config.model, *breaker, seed=config.train.seed)
 
 
 def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megagrow.config import ModelConfig, RopeScaling
 from megagrow.growth.grow import grow_into
-from megagrow.growth.methods import Recipe
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.model.transformer import initialize
 from tests.models import as_bert, as_gpt2, as_gpt_neox, as_qwen2, as_roberta

@@ -9,7 +9,8 @@ from megagrow.config import ModelConfig, RopeScaling
 from megagrow.errors import ConfigError
 from megagrow.growth import operator
 from megagrow.growth.maps import SparseMap, to_elements
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
+from megagrow.growth.recipe import Recipe
 from megagrow.growth.verify import function_change, gradient_errors, replica_distances
 from megagrow.roles import leaves
 from tests.growth import models
@@ -145,7 +146,6 @@ def test_uneven_copies_keep_function_and_gradient_rule(source: ModelConfig) -> N
 
 REFUSED = [
     ("stack", widened(models.LLAMA, hidden=2), "hidden_size is 12 in the source and 24"),
-    ("clone", dataclasses.replace(models.LLAMA, ffn_size=15), "use 10 or 20, or method ligo"),
     ("clone", widened(models.LLAMA, kv=2), "use num_heads=8 or num_kv_heads=2"),
     ("clone", dataclasses.replace(models.LLAMA, ffn_size=5), "smaller"),
     ("clone", models.TIED, "tied_embeddings"),
@@ -153,7 +153,7 @@ REFUSED = [
     ("clone", dataclasses.replace(models.LLAMA, rope_fraction=0.5), "rope_fraction=1.0, the target rope_fraction=0.5"),
     ("clone", dataclasses.replace(models.LLAMA, rope_scaling=RopeScaling("linear", 2.0)), "the target rope_scaling="),
     ("clone", dataclasses.replace(models.LLAMA, parallel_residual=True), "growth keeps the kind of model"),
-    ("sprout", models.LLAMA, "use one of stack, clone, ligo"),
+    ("sprout", models.LLAMA, "use clone, net2net"),
 ]
 
 

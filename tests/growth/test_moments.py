@@ -10,13 +10,14 @@ from megagrow.config import ModelConfig, OptimConfig
 from megagrow.errors import ConfigError
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.ligo import Ligo
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import (
     gradient_scale,
     grow_multipliers,
     grow_optimizer,
     value_scale,
 )
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import MOMENTS, Multipliers, Optimizer
 from tests.growth import models

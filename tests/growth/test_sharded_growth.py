@@ -8,8 +8,9 @@ from torch import Tensor
 
 from megagrow.config import ModelConfig, OptimConfig, ParallelConfig
 from megagrow.growth.grow import grow_into, mesh_fetch
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_optimizer
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import MOMENTS, Optimizer
 from megagrow.parallel.fsdp import materialize
