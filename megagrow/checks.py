@@ -277,8 +277,17 @@ def check_growth(config: Config, world_size: int) -> None:
     )
     require(
         growth.method != "ligo" or growth.optimizer == "reset",
-        "growth.optimizer=exact has no rule for learned maps (ligo); "
+        f"growth.optimizer={growth.optimizer} has no rule for learned maps (ligo); "
         "use growth.optimizer=reset with growth.rewarmup_steps",
+    )
+    require(
+        growth.rewarmup_part == "all" or growth.rewarmup_steps > 0,
+        "growth.rewarmup_part=new without growth.rewarmup_steps warms nothing up; set growth.rewarmup_steps",
+    )
+    require(
+        growth.rewarmup_part == "all" or growth.method != "ligo",
+        "growth.rewarmup_part=new needs a part that is old: learned maps (ligo) make every entry anew; "
+        "use growth.rewarmup_part=all",
     )
     if growth.source is not None:
         check_growable(growth.source, config.model)
@@ -333,6 +342,11 @@ def check_salt(config: Config, world_size: int) -> None:
     require(
         bool(salt.teacher) or salt.steps == 0 or bool(salt.scores),
         f"salt.steps={salt.steps} without salt.teacher or salt.scores does nothing; set one of them",
+    )
+    require(
+        salt.schedule == "constant" or bool(salt.teacher) or salt.steps == 0,
+        f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
+        "salt.schedule out",
     )
 
 

@@ -312,6 +312,9 @@ class OptimConfig:
         )
 
 
+Policy = Literal["exact", "asymmetric", "zero_pad", "reset"]
+
+
 @dataclass(frozen=True)
 class GrowthConfig:
     """When and how the run's small model becomes `model`."""
@@ -323,15 +326,18 @@ class GrowthConfig:
     breaker_scale: float = 0.3  # noise: std relative to the weights; split: largest difference of a share from 1/n
     source: ModelConfig | None = None  # the small model that this run trains first; None: it comes from init.from
     at_step: int = 0  # grow before this step; 0: at start-up
-    optimizer: Literal["exact", "reset"] = "exact"  # what becomes of the moments; learned maps need reset
+    # What becomes of the moments (growth/moments.py says what suits which method); learned maps need reset.
+    optimizer: Policy = "exact"
     rewarmup_steps: int = 0  # linear warm-up of the learning rate after growing
+    rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
+    rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)
     ligo_steps: int = 100  # steps that learn LiGO's maps
     ligo_lr: float = 3e-3
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
 
     def __post_init__(self) -> None:
         require_not_negative(self, "growth", "at_step", "rewarmup_steps", "ligo_steps", "ligo_lr", "ligo_noise")
-        require_not_negative(self, "growth", "breaker_scale")
+        require_not_negative(self, "growth", "rewarmup_factor", "breaker_scale")
 
 
 @dataclass(frozen=True)
@@ -341,6 +347,8 @@ class SaltConfig:
     teacher: str = ""  # own checkpoint or Hugging Face folder; empty: no SALT
     steps: int = 0  # steps of stage 1, counted from the start of the (grown) model's training
     weight: float = 0.5  # omega: loss = (1 - omega)·CE + omega·KD
+    # Of omega over stage 1; linear: it falls to 0 at the end (knowledge inheritance; docs/teaching.md).
+    schedule: Literal["constant", "linear"] = "constant"
     temperature: float = 1.0  # rho
     temperature_on: Literal["teacher", "both"] = "teacher"
     scale_by_temperature_squared: bool = False  # Hinton's factor; off keeps the stated weight

@@ -33,6 +33,7 @@ ORDER = [
     "parallel",
     "model",
     "data",
+    "new_part",
     "adamw",
     "optim",
     "checkpoint",

@@ -18,7 +18,7 @@ from megagrow.config import Config
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo, save_maps
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.moments import grow_multipliers, grow_optimizer
+from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
 from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
@@ -36,7 +36,7 @@ def new_learner(part: Part, config: Config, source: Source | None = None) -> Mod
     A source's moments are kept only where they are about to grow with it; a run that starts from the weights of a
     finished one has its own optimizer.
     """
-    keeps_moments = config.growth.method != "none" and config.growth.optimizer == "exact"
+    keeps_moments = config.growth.method != "none" and config.growth.optimizer != "reset"
     if source is None or source.optimizer is None or not keeps_moments:
         return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
     optimizer = _restored_optimizer(part, config, source.optimizer)
@@ -94,7 +94,9 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
     old = small.optimizer
     optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
     sources = {moment: _fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
-    optimizer.step_count = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
+    step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
+    optimizer.step_count = step
+    optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)
     return ModelLearner(part, optimizer, config)
 
 
@@ -120,7 +122,10 @@ def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:
 
 def _restored_optimizer(part: Part, config: Config, saved: dict[str, Any]) -> Optimizer:
     multipliers = {name: Multipliers(**factors) for name, factors in saved["multipliers"].items()}
-    return Optimizer(part.parameters, config.optim, multipliers, int(saved["step"]))
+    optimizer = Optimizer(part.parameters, config.optim, multipliers, int(saved["step"]))
+    if "new_part" in saved:
+        optimizer.new_part = restored_new_part(saved["new_part"], part.config, part.parameters)
+    return optimizer
 
 
 def _complete(state: RunState, config: Config) -> None:

@@ -271,7 +271,7 @@ class Trainer:
             return map_lr(state.ligo_step, config)
         lr = lr_at(state.train_step, config.train.steps, config.optim)
         warmup = config.growth.rewarmup_steps
-        if state.grown_at is None or warmup == 0:
+        if state.grown_at is None or warmup == 0 or config.growth.rewarmup_part == "new":  # the optimizer's affair
             return lr
         return lr * min(1.0, (state.train_step - state.grown_at + 1) / warmup)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow import ops, serving
+from megagrow import flops, ops, serving
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import open_source
 from megagrow.config import (
@@ -172,6 +172,28 @@ def test_resuming_on_either_side_of_the_stage_switch(corpus: Path, trained: Path
     lines = metrics(tmp_path / "whole")
     assert [line["phase"] for line in lines] == ["salt"] * 3 + ["train"] * 3
     assert all(line["kd"] > 0 for line in lines[:3]) and all(line["kd"] is None for line in lines[3:])
+
+
+def test_an_inheriting_run_weighs_its_teacher_less_with_every_step(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """Also when it goes on from a checkpoint in the middle; the ledger counts the teacher."""
+
+    def inheriting(directory: Path) -> Config:
+        salt = SaltConfig(str(trained), 4, 1.0, "linear", 2.0, "both", scale_by_temperature_squared=True)
+        return dataclasses.replace(make_config(corpus, directory), salt=salt)
+
+    assert run(inheriting(tmp_path / "whole")) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    cut_back(tmp_path / "broken", 2)
+    assert run(inheriting(tmp_path / "broken")) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    lines = metrics(tmp_path / "whole")
+    for line, a in zip(lines[:4], (1.0, 0.75, 0.5, 0.25), strict=True):
+        assert line["loss"] == pytest.approx((1 - a) * line["ce"] + a * line["kd"], rel=1e-6)
+    assert all(line["loss"] == line["ce"] and line["kd"] is None for line in lines[4:])
+    (teacher,) = [phase for phase in ledger(tmp_path / "whole")["phases"] if phase["phase"] == "teacher"]
+    tokens = 4 * 4 * 16
+    assert (teacher["steps"], teacher["tokens"]) == (4, tokens)
+    assert teacher["flops"] == flops.forward_flops(SMALL, tokens, 16)
 
 
 def test_a_changed_teacher_is_refused_on_resuming(
