@@ -331,12 +331,22 @@ class GrowthConfig:
     rewarmup_steps: int = 0  # linear warm-up of the learning rate after growing
     rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
     rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)
-    ligo_steps: int = 100  # steps that learn LiGO's maps
-    ligo_lr: float = 3e-3
+    ligo_variant: Literal["tied", "source_layer", "target_layer", "full_rank"] = "tied"  # docs/ligo.md
+    ligo_init: str = "clone"  # where the maps start: a sparse method, or authors (the initial maps of LiGO's authors)
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
+    ligo_steps: int = 100  # steps that learn the maps
+    ligo_lr: float = 3e-3  # of the maps' AdamW; falls linearly to zero over ligo_steps
+    ligo_warmup_steps: int = 0  # linear warm-up of ligo_lr, before it falls
+    ligo_weight_decay: float = 0.0  # of all maps
+    ligo_beta1: float = 0.9
+    ligo_beta2: float = 0.95
 
     def __post_init__(self) -> None:
         require_not_negative(self, "growth", "at_step", "rewarmup_steps", "ligo_steps", "ligo_lr", "ligo_noise")
+        require_not_negative(self, "growth", "ligo_warmup_steps", "ligo_weight_decay")
+        for name in ("ligo_beta1", "ligo_beta2"):
+            beta = getattr(self, name)
+            require(0 <= beta < 1, f"growth.{name}={beta} must lie in [0, 1)")
         require_not_negative(self, "growth", "rewarmup_factor", "breaker_scale")
 
 

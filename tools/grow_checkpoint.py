@@ -12,12 +12,14 @@ keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method canno
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from _command import Arguments, run
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
-from megagrow.config import ModelConfig, ParallelConfig, require
+from megagrow.config import GrowthConfig, ModelConfig, ParallelConfig, require
+from megagrow.growth.ligo_maps import Variant
 from megagrow.growth.methods import METHODS, Recipe, make_recipe
 from megagrow.growth.offline import check_destination, grow_folder, target_model
 from megagrow.ledger import Ledger
@@ -25,6 +27,8 @@ from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
 from megagrow.train.map_learning import MapLearning, apply_maps, grown_ledger, learn_maps
+
+LIGO = GrowthConfig()  # its defaults
 
 
 def main() -> None:
@@ -60,8 +64,14 @@ def parser() -> Arguments:
     ligo = parser.add_argument_group("ligo")
     ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
     ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
-    ligo.add_argument("--steps", type=int, default=100, help="learning steps")
-    ligo.add_argument("--lr", type=float, default=3e-3, help="of the maps")
+    ligo.add_argument("--variant", choices=get_args(Variant), default=LIGO.ligo_variant, help="which maps there are")
+    ligo.add_argument("--init", default=LIGO.ligo_init, help="where they start: a method that copies, or authors")
+    ligo.add_argument("--noise", type=float, default=LIGO.ligo_noise, help="on copies, which would stay equal without")
+    ligo.add_argument("--steps", type=int, default=LIGO.ligo_steps, help="learning steps")
+    ligo.add_argument("--lr", type=float, default=LIGO.ligo_lr, help="of the maps")
+    ligo.add_argument("--warmup-steps", type=int, default=LIGO.ligo_warmup_steps, help="of the maps' learning rate")
+    ligo.add_argument("--weight-decay", type=float, default=LIGO.ligo_weight_decay, help="of the maps")
+    ligo.add_argument("--mask-token", type=int, default=-1, help="of an encoder, whose tokenizer has none")
     ligo.add_argument("--seq-length", type=int, default=128)
     ligo.add_argument("--batch-size", type=int, default=16, help="samples per step, over all ranks")
     ligo.add_argument("--skip-source-check", action="store_true", help="even if SRC does not fit the data")
@@ -79,7 +89,17 @@ def check_options(options: argparse.Namespace) -> None:
 
 def learned_recipe(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Recipe:
     if o.maps is None:
-        how = MapLearning(o.data, o.steps, o.lr, o.seq_length, o.batch_size, skip_source_check=o.skip_source_check)
+        growth = GrowthConfig(
+            ligo_variant=o.variant,
+            ligo_init=o.init,
+            ligo_noise=o.noise,
+            ligo_steps=o.steps,
+            ligo_lr=o.lr,
+            ligo_warmup_steps=o.warmup_steps,
+            ligo_weight_decay=o.weight_decay,
+        )
+        check = o.skip_source_check
+        how = MapLearning(o.data, growth, o.seq_length, o.batch_size, mask_token=o.mask_token, skip_source_check=check)
         with Progress(o.steps, enabled=mesh.is_main) as progress:
             return learn_maps(source, target, how, mesh, partial(progress.update, phase="ligo"), ledger).recipe()
     return apply_maps(o.maps, source, target, ledger).recipe()

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from megagrow.config import ModelConfig
-from megagrow.growth.maps import NEW, AxisMap, Elements, Form, Scale, SparseMap, replica_pairs
+from megagrow.growth.maps import AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
 from megagrow.growth.noise import normal, root_mean_square
 from megagrow.growth.recipe import Recipe, Use
 from megagrow.model.transformer import initial_std
 from megagrow.parallel.shards import Box
-from megagrow.roles import Axis, Role, axis_unit, role_of, shape_of
+from megagrow.roles import Axis, Role, after_transform, axis_unit, role_of, shape_of
 
 Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg; exp_avg_sq
 New = Literal["zero", "free", "average"]  # what elements without a source become, see `recipe.Fill`
@@ -124,6 +124,11 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
     return x
 
 
+def has_random_entries(recipe: Recipe, name: str) -> bool:
+    """Whether some entries of a target parameter have no source and become random."""
+    return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in _dims(recipe, name, "value"))
+
+
 def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None:
     """What every entry of a parameter (or of its gradient) is multiplied by when copied; None where entries differ."""
     shape = shape_of(role_of(name), recipe.target)
@@ -135,10 +140,13 @@ def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None
 def _dims(recipe: Recipe, name: str, quantity: Quantity) -> list[_Dim]:
     role, axes = role_of(name), recipe.axes_of(name)
     rows = recipe.next_rows if recipe.next_rows is not None and recipe.reads_next(name) else axes
+    out_maps, in_map = tuple(map(rows.get, role.out_maps)), axes.get(role.in_map)
+    if "transform" in axes and name in after_transform(recipe.target):
+        out_maps, in_map = (out_maps, axes["transform"]) if role.kind == "head" else ((axes["transform"],), in_map)
     out_form, in_form = _forms(name, recipe.target)
-    dims = [_dim(recipe, role, tuple(map(rows.get, role.out_maps)), (role.out_maps[0], out_form), role.out, quantity)]
+    dims = [_dim(recipe, role, out_maps, (role.out_maps[0], out_form), role.out, quantity)]
     if role.in_ is not None:
-        dims.append(_dim(recipe, role, (axes.get(role.in_map),), (role.in_map, in_form), role.in_, quantity))
+        dims.append(_dim(recipe, role, (in_map,), (role.in_map, in_form), role.in_, quantity))
     return dims
 
 
@@ -177,11 +185,13 @@ def _add_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: 
     std = initial_std(role_of(name), recipe.target) if recipe.fill.std == "initial" else root_mean_square(source)
     may_R, may_C = (~new | (dim.new == "free") for dim, new in zip(dims, (new_R, new_C), strict=True))
     columns_C = torch.arange(box[1].start, box[1].stop, device=x.device)
+    learned = recipe.fill_scales is not None
+    filled = torch.zeros_like(x) if learned else x
     for piece, rows_R in _pieces(box, x.device):
         wanted_RC = (new_R[piece, None] | new_C) & may_R[piece, None] & may_C
         random_RC = normal(recipe.seed, name, rows_R, columns_C, _num_columns(recipe, name))
-        x[piece] = torch.where(wanted_RC, random_RC.to(x.dtype) * (std * recipe.fill.ratio), x[piece])
-    return x
+        filled[piece] = torch.where(wanted_RC, random_RC.to(x.dtype) * (std * recipe.fill.ratio), filled[piece])
+    return x + filled * recipe.fill_scale(name) if learned else filled
 
 
 def _add_noise(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
@@ -228,11 +238,13 @@ def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, a
 
 
 def _has_new(axis_map: AxisMap | None) -> bool:
-    return isinstance(axis_map, SparseMap) and axis_map.has_new
+    return isinstance(axis_map, SparseMap | ExtendedMap) and axis_map.has_new
 
 
 def _is_new(axis_map: AxisMap | None, elements: Tensor) -> Tensor:
-    return axis_map.index[elements] == NEW if isinstance(axis_map, SparseMap) else elements < 0
+    if isinstance(axis_map, SparseMap | ExtendedMap):
+        return axis_map.is_new[elements]
+    return elements < 0
 
 
 def _scale(axis_map: AxisMap | None, form: Form) -> Scale:

@@ -16,13 +16,16 @@ from torch import Tensor
 from megagrow.checkpoint.source import Source
 from megagrow.config import Config
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
-from megagrow.growth.ligo import Ligo, save_maps
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo_file import save_maps
+from megagrow.growth.ligo_maps import start_recipe
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
 from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill
+from megagrow.parallel.stages import own_stages
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
 from megagrow.train.state import RunState
@@ -78,8 +81,9 @@ def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
     """Keeps what the maps generate as the target's weights and drops maps and source; moves the state on."""
     assert isinstance(learner, MapLearner)
     learner.generate()
+    maps = learner.ligo.gathered(learner.part.mesh)
     if learner.part.mesh.is_main:
-        save_maps(learner.ligo, Path(config.run.dir) / MAPS_FILE)
+        save_maps(learner.ligo, Path(config.run.dir) / MAPS_FILE, maps)
     _complete(state, config)
     part = learner.part
     del learner
@@ -102,12 +106,20 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
 
 def map_learner(small: Part, config: Config) -> MapLearner:
     """Prepares learning the maps from a frozen small model; `generate` must be called before the first step."""
-    recipe, mesh = _recipe(small, config), small.mesh
+    growth, mesh = config.growth, small.mesh
+    start = start_recipe(growth.ligo_init, small.config, config.model, config.train.seed)
     for stage in small.stages:
         stage.requires_grad_(False)
-    ligo = Ligo(recipe, noise=config.growth.ligo_noise, seed=config.train.seed, device=mesh.device)
+    own_layers = [layer for stage in own_stages(config.model.num_layers, mesh) for layer in stage.layers]
+    ligo = Ligo(
+        start,
+        noise=growth.ligo_noise,
+        device=mesh.device,
+        variant=growth.ligo_variant,
+        layers=own_layers,
+    )
     part = build_part(config.model, config, mesh)
-    return MapLearner(small, part, ligo, _fetch(small.parameters, recipe, mesh), config)
+    return MapLearner(small, part, ligo, _fetch(small.parameters, start, mesh), config)
 
 
 def _recipe(small: Part, config: Config) -> Recipe:

@@ -213,7 +213,9 @@ class Trainer:
         began = time.perf_counter()
         yield
         gc.collect()  # the small model's modules hold each other
-        spent = flops.ligo_generation_flops(source, config.model) if config.growth.method == "ligo" else 0.0
+        spent = 0.0
+        if config.growth.method == "ligo":
+            spent = flops.ligo_generation_flops(source, config.model, config.growth.ligo_variant)
         seconds = time.perf_counter() - began
         state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(config.model))
         state.guard.forget()
@@ -280,7 +282,8 @@ class Trainer:
         state, config = self.state, self.config
         tokens, length = config.train.global_batch_size * config.data.seq_length, config.data.seq_length
         if phase == "ligo":
-            spent = flops.ligo_step_flops(state.model, config.model, tokens, length)
+            variant = config.growth.ligo_variant
+            spent = flops.ligo_step_flops(state.model, config.model, tokens, length, variant=variant)
         else:
             spent = flops.training_flops(state.model, tokens, length)
         name = describe_model(config.model if phase == "ligo" else state.model)

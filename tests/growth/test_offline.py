@@ -16,7 +16,8 @@ from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.config_file import dump, to_dict
 from megagrow.errors import CheckpointError
 from megagrow.growth.grow import grow_whole
-from megagrow.growth.ligo import Ligo, save_maps
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo_file import save_maps
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import QUANTITIES, grow_multipliers
 from megagrow.growth.offline import grow_folder
