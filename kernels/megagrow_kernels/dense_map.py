@@ -101,12 +101,13 @@ def _product(a_MK: Tensor, b_NK: Tensor, scale: float = 1.0) -> Tensor:
 def _write_(
     target_RC: Tensor, source_AB: Tensor, rows_RA: Tensor | None, columns_CB: Tensor | None, scale: float
 ) -> None:
-    if rows_RA is None and columns_CB is None:
-        target_RC.copy_(source_AB if scale == 1 else source_AB.float() * scale)
+    if rows_RA is None:
+        if columns_CB is None:
+            target_RC.copy_(source_AB if scale == 1 else source_AB.float() * scale)
+        else:
+            _product_(target_RC, source_AB, columns_CB, scale)
     elif columns_CB is None:
         _product_(target_RC, rows_RA, source_AB.T, scale)
-    elif rows_RA is None:
-        _product_(target_RC, source_AB, columns_CB, scale)
     elif _rows_first(source_AB, rows_RA, columns_CB):
         _product_(target_RC, _product(rows_RA, source_AB.T), columns_CB, scale)
     else:
@@ -183,6 +184,7 @@ def _dense_map_backward(
     if wants_source and rows_RA is None:
         dsource_AB = by_columns_RB.float() * scale
     elif wants_source:
+        assert rows_RA is not None
         dsource_AB = _product(rows_RA.T, by_columns_RB.T, scale)
     if wants_columns:
         by_rows_AC = dtarget_RC if rows_RA is None else _product(rows_RA.T, dtarget_RC.T)
@@ -204,8 +206,8 @@ def _dense_blocks_(
     columns, new_columns = _old_and_new(B, first_column, C)
     num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
     target_RC[:num_rows, :num_columns] = source_AB[rows, columns]
-    has_new_rows = new_rows.start < new_rows.stop
-    if new_columns.start < new_columns.stop:
+    has_new_rows = new_rows_XA is not None and new_rows.start < new_rows.stop
+    if new_columns_YB is not None and new_columns.start < new_columns.stop:
         # All rows of the source where new ones are made of them: in the target already, if it holds them exactly.
         all_above = has_new_rows and not (num_rows == A and target_RC.dtype == torch.float32)
         above_AY = _product(source_AB, new_columns_YB[new_columns]) if all_above else None
@@ -213,9 +215,9 @@ def _dense_blocks_(
             target_RC[:num_rows, num_columns:] = above_AY[rows]
         else:
             above_AY = _product_(target_RC[:num_rows, num_columns:], source_AB[rows], new_columns_YB[new_columns])
-        if has_new_rows:
+        if new_rows_XA is not None and has_new_rows:
             _product_(target_RC[num_rows:, num_columns:], new_rows_XA[new_rows], above_AY.T)
-    if has_new_rows:
+    if new_rows_XA is not None and has_new_rows:
         _product_(target_RC[num_rows:, :num_columns], new_rows_XA[new_rows], source_AB[:, columns].T)
 
 

@@ -80,6 +80,19 @@ class _Dim:
         ]
         return torch.cat(pieces)[order]
 
+    def copied(self, box: slice) -> slice:
+        """The smallest range of source elements that the target range `box` copies."""
+        num_parts, elements_by_part = len(self.maps), [torch.arange(box.start, box.stop)]
+        if num_parts > 1:
+            elements_by_part, _ = _split_fused(box, num_parts, self.unit)
+        rows = []
+        for part, (axis_map, elements) in enumerate(zip(self.maps, elements_by_part, strict=True)):
+            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have ranges"
+            copied = elements if axis_map is None else axis_map.index[elements]
+            rows.append((copied // self.unit * num_parts + part) * self.unit + copied % self.unit)
+        first, last = torch.cat(rows).aminmax()
+        return slice(int(first), int(last) + 1)
+
     def is_new(self, box: slice) -> Tensor:
         """Which elements of the range [box] nothing of the source goes into."""
         if self.new == "average" or not any(_has_new(axis_map) for axis_map in self.maps):
@@ -122,6 +135,18 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
         x = _add_noise(recipe, name, dims, source, x, box)
         x = torch.zeros_like(x) if recipe.is_silent(name) else x
     return x
+
+
+def copied_box(recipe: Recipe, name: str, box: Box) -> Box:
+    """The smallest box of the source parameter that the range `box` of the target parameter copies.
+
+    It is the whole where new entries or noise depend on all of the source, or rows come from two layers.
+    """
+    dims, whole = _dims(recipe, name, "value"), shape_of(role_of(name), recipe.source)
+    has_new = any(_has_new(axis_map) for dim in dims for axis_map in dim.maps)
+    if has_new or recipe.noise or recipe.reads_next(name):
+        return tuple(slice(0, size) for size in whole)
+    return tuple(dim.copied(part) for dim, part in zip(dims, box, strict=True))
 
 
 def has_random_entries(recipe: Recipe, name: str) -> bool:

@@ -93,6 +93,15 @@ class Recipe:
         assert isinstance(self.layers, LayerMap), "a mixed layer has no single source"
         return layer_name(self.layers.index[layer], leaf)
 
+    def source_names(self, name: str) -> list[str]:
+        """The source parameters whose entries a target parameter copies."""
+        layer, leaf = split_name(name)
+        if layer is None or not self.reads_next(name):
+            return [self.source_name(name)]
+        assert isinstance(self.layers, LayerMap), "a mixed layer has no single source"
+        following = min(self.layers.index[layer] + 1, self.source.num_layers - 1)
+        return [self.source_name(name), layer_name(following, leaf)]
+
     def axes_of(self, name: str) -> Mapping[str, AxisMap]:
         """The maps that grow the axes of a target parameter."""
         layer, _ = split_name(name)

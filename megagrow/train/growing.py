@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megagrow.checkpoint.source import Source
 from megagrow.config import Config
+from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import save_maps
@@ -24,7 +25,7 @@ from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimi
 from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
-from megagrow.parallel.shards import fill
+from megagrow.parallel.shards import fill, release
 from megagrow.parallel.stages import own_stages
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
@@ -72,7 +73,7 @@ def begin(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Lear
         grown = map_learner(learner.part, config)
         grown.generate()
         return grown
-    grown_learner = _grow_copies(learner, config, mesh)
+    grown_learner = grow_copies(learner, config, mesh)
     _complete(state, config)
     return grown_learner
 
@@ -91,13 +92,20 @@ def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
     return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
 
 
-def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
+def grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
+    """The grown model with its optimizer; a collective. The small one's weights are gone afterwards.
+
+    They are given back before the large moments take memory, so that a rank never holds more than both models' moments
+    and the large weights.
+    """
     recipe, policy = _recipe(small.part, config), config.growth.optimizer
-    part = build_part(config.model, config, mesh)
-    grow_into(recipe, _fetch(small.part.parameters, recipe, mesh), part.parameters)
-    old = small.optimizer
-    optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
-    sources = {moment: _fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
+    part, old = build_part(config.model, config, mesh), small.optimizer
+    multipliers = grow_multipliers(recipe, policy, old.multipliers)
+    exchange = Exchange(recipe, small.part.parameters, part.parameters, mesh)
+    grow_into(recipe, exchange.fetch(small.part.parameters), part.parameters)
+    release(small.part.parameters.values())
+    optimizer = Optimizer(part.parameters, config.optim, multipliers)
+    sources = {moment: exchange.fetch(tensors) for moment, tensors in old.moments().items()}
     step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
     optimizer.step_count = step
     optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)

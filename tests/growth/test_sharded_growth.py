@@ -1,13 +1,16 @@
 """Growth in a running job: shards grown in place are the shards of the grown whole, bit for bit."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from megagrow.config import ModelConfig, OptimConfig, ParallelConfig
-from megagrow.growth.grow import grow_into, mesh_fetch
+from megagrow.config import ModelConfig, OptimConfig, ParallelConfig, Policy
+from megagrow.growth import exchange
+from megagrow.growth.exchange import Exchange
+from megagrow.growth.grow import grow_into
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_optimizer
 from megagrow.growth.recipe import Recipe
@@ -53,7 +56,7 @@ def optimizer_of(stage: Transformer) -> Optimizer:
     return Optimizer(dict(stage.named_parameters()), OptimConfig())
 
 
-def grow_shards(recipe: Recipe, parallel: ParallelConfig) -> dict[str, Tensor]:
+def grow_shards(recipe: Recipe, parallel: ParallelConfig, policy: Policy = "exact") -> dict[str, Tensor]:
     """Everything that the target stores after growing in place, gathered."""
     mesh = make_mesh(parallel)
     small, large = sharded(recipe.source, mesh), sharded(recipe.target, mesh)
@@ -64,21 +67,20 @@ def grow_shards(recipe: Recipe, parallel: ParallelConfig) -> dict[str, Tensor]:
         for moment in MOMENTS:
             fill(old.moments()[moment][name], moments_of(recipe.source, moment)[name])
 
-    fetch = mesh_fetch(tensors_of(small), recipe.source, mesh)
-    grow_into(recipe, fetch, tensors_of(large))
-    sources = {m: mesh_fetch(old.moments()[m], recipe.source, mesh) for m in MOMENTS}
-    grow_optimizer(recipe, "exact", sources, new.moments(), 7)
+    moves = Exchange(recipe, tensors_of(small), tensors_of(large), mesh)
+    grow_into(recipe, moves.fetch(tensors_of(small)), tensors_of(large))
+    grow_optimizer(recipe, policy, {m: moves.fetch(old.moments()[m]) for m in MOMENTS}, new.moments(), 7)
 
     stored = {n: full(t) for n, t in tensors_of(large).items()}
     return stored | {f"{m}.{n}": full(t) for m in MOMENTS for n, t in new.moments()[m].items()}
 
 
-def grow_alone(recipe: Recipe) -> dict[str, Tensor]:
+def grow_alone(recipe: Recipe, policy: Policy = "exact") -> dict[str, Tensor]:
     """The same from whole tensors in one process."""
     large = models.grown(recipe, make(recipe.source))
     moments = {m: {n: t * torch.nan for n, t in tensors_of(large).items()} for m in MOMENTS}
     sources = {m: moments_of(recipe.source, m).__getitem__ for m in MOMENTS}
-    grow_optimizer(recipe, "exact", sources, moments, 7)
+    grow_optimizer(recipe, policy, sources, moments, 7)
     return tensors_of(large) | {f"{m}.{n}": t for m in MOMENTS for n, t in moments[m].items()}
 
 
@@ -101,3 +103,61 @@ def test_stack_moves_layers_between_stages() -> None:
     for found in run_ranks(grow_shards, 2, recipe, ParallelConfig(1, 2)):
         for name, tensor_found in found.items():
             assert torch.equal(tensor_found, expected[name]), name
+
+
+# What each rank needs of the source is a range in some, the whole in others: random and mean entries, two layers' rows.
+OTHERS: dict[str, tuple[Policy, tuple[int, int, int]]] = {
+    "net2net+stack": ("asymmetric", (4, 2, 2)),
+    "aki+stack": ("asymmetric", (4, 2, 2)),
+    "rms_random+interleave": ("zero_pad", (4, 1, 2)),
+    "clone+insert_identity": ("asymmetric", (4, 2, 1)),
+    "direct_copy+middle": ("reset", (3, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_move_what_they_need(method: str) -> None:
+    policy, (ranks, tensor, pipeline) = OTHERS[method]
+    recipe = make_recipe(method, LLAMA, widened(LLAMA, hidden=2, query=2, kv=2, ffn=2, layers=6))
+    expected = grow_alone(recipe, policy)
+    for found in run_ranks(grow_shards, ranks, recipe, ParallelConfig(tensor, pipeline), policy):
+        for name, tensor_found in found.items():
+            assert torch.equal(tensor_found, expected[name]), name
+
+
+def moves_of(recipe: Recipe, parallel: ParallelConfig) -> list[tuple[int, int, int]]:
+    mesh = make_mesh(parallel)
+    small, large = sharded(recipe.source, mesh), sharded(recipe.target, mesh)
+    return list(Exchange(recipe, tensors_of(small), tensors_of(large), mesh).moves())
+
+
+def test_even_clones_send_nothing_and_stacks_send_the_layers_that_change_their_stage() -> None:
+    """The source of four layers has two on each of two stages; the target of eight has the first four on one stage."""
+    even = dataclasses.replace(
+        LLAMA, vocab_size=64, num_layers=4, hidden_size=16, num_heads=4, num_kv_heads=2, ffn_size=32
+    )
+    wide = make_recipe("clone", even, widened(even, hidden=2, query=2, kv=2, ffn=2, layers=4))
+    deep = make_recipe("stack", even, widened(even, layers=8))
+    layer = sum(torch.Size(shape).numel() for name, shape in parameter_shapes(even).items() if "layers.0." in name)
+    for parallel in (ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2)):
+        (found, *_), (stacked, *_) = (run_ranks(moves_of, 4, recipe, parallel) for recipe in (wide, deep))
+        assert all(sender == receiver for sender, receiver, _ in found)
+        sent = sum(size for sender, receiver, size in stacked if sender != receiver)
+        norms = 2 * even.hidden_size * (parallel.tensor - 1)  # every tensor rank has them whole
+        assert sent == 4 * (layer + norms)
+
+
+def test_a_range_that_is_too_small_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not filled stays as the memory was."""
+    recipe = make_recipe("clone", LLAMA, widened(LLAMA, **WIDTH))
+    expected, box_of = grow_alone(recipe), exchange.copied_box
+
+    def smaller(*args: object) -> tuple[slice, ...]:
+        first, *rest = box_of(*args)
+        return slice(first.start, max(first.start + 1, first.stop - 1)), *rest
+
+    monkeypatch.setattr(exchange, "copied_box", smaller)
+    full_of_nan = SimpleNamespace(empty=lambda shape, **options: torch.full(shape, torch.nan, **options))
+    monkeypatch.setattr(exchange, "torch", full_of_nan)
+    found = grow_shards(recipe, ParallelConfig())
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in found.items())

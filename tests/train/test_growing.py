@@ -76,12 +76,12 @@ def test_shards_of_master_weights_grow() -> None:
 
 
 def test_growing_from_16_bit_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch_of = growing.mesh_fetch
+    fetch_of = growing.Exchange.fetch
 
     def rounding(*args: Any) -> Callable[[str], Tensor]:
         fetch = fetch_of(*args)
         return lambda name: fetch(name).bfloat16().float()
 
-    monkeypatch.setattr(growing, "mesh_fetch", rounding)
+    monkeypatch.setattr(growing.Exchange, "fetch", rounding)
     with pytest.raises(AssertionError):
         grow_masters(Mesh.single())
