@@ -5,7 +5,7 @@ who needs which range of it and who has it: what a rank has itself is copied, th
 `clone` on evenly divided axes sends nothing but the layers that change their stage.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from math import prod
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.growth.grow import Fetch
-from megagrow.growth.operator import copied_box
+from megagrow.growth.operator import Quantity, copied_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import Box, box, local
 from megagrow.roles import parameter_shapes
 
-Boxes = list[Mapping[str, Box]]  # by rank: what it holds, or needs, of each tensor
+Boxes = Sequence[Mapping[str, Box]]  # by rank: what it holds, or needs, of each tensor
 
 
 class Exchange:
@@ -42,49 +42,53 @@ class Exchange:
         self.mesh, self._shapes = mesh, parameter_shapes(recipe.source)
         ranks = Ranks(mesh.world.group, alone=mesh.world.size == 1)
         self._has: Boxes = ranks.gather(_boxes(sources))
-        self._needs: Boxes = [_needed(recipe, boxes) for boxes in ranks.gather(_boxes(targets))]
+        stored = ranks.gather(_boxes(targets))
+        kinds: tuple[Quantity, ...] = ("value", "gradient")  # what is new in moments is 0, and needs nothing
+        self._needs = {kind: [_needed(recipe, boxes, kind) for boxes in stored] for kind in kinds}
 
-    def fetch(self, tensors: Mapping[str, Tensor]) -> Fetch:
+    def fetch(self, tensors: Mapping[str, Tensor], quantity: Quantity = "value") -> Fetch:
         """Reads parameters of the source, or one of their moments; every call is a collective.
 
         What it gives has the whole tensor's shape, but only the range that this rank needs is filled.
 
         Args:
             tensors: this rank's, by parameter name, of one dtype.
+            quantity: what they are, as in `grow.grow_into`.
         """
-        dtype = next(iter(tensors.values())).dtype
+        dtype, needs = next(iter(tensors.values())).dtype, self._needs["value" if quantity == "value" else "gradient"]
 
         def fetch(name: str) -> Tensor:
             whole = torch.empty(self._shapes[name], dtype=dtype, device=self.mesh.device)
             piece = local(tensors[name]).detach().to(self.mesh.device) if name in tensors else None
-            self._fill(name, whole, piece)
+            self._fill(name, whole, piece, needs)
             heartbeat.progress()
             return whole
 
         return fetch
 
     def moves(self) -> Iterator[tuple[int, int, int]]:
-        """(sender, receiver, elements) of all that one set of tensors moves, also from a rank to itself."""
+        """(sender, receiver, elements) of all that weights and both moments move, also from a rank to itself."""
         for name in self._shapes:
-            for sender, receiver, part in self._moves(name):
-                yield sender, receiver, _size(part)
+            for needs, times in (self._needs["value"], 1), (self._needs["gradient"], 2):
+                for sender, receiver, part in self._moves(name, needs):
+                    yield sender, receiver, times * _size(part)
 
-    def _moves(self, name: str) -> Iterator[tuple[int, int, Box]]:
+    def _moves(self, name: str, all_needs: Boxes) -> Iterator[tuple[int, int, Box]]:
         """(sender, receiver, range) of all that is needed of a tensor, in an order that all ranks share."""
         holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
         for rank, boxes in enumerate(self._has):
             if name in boxes:
                 holders.setdefault(_key(boxes[name]), []).append(rank)
-        for receiver, needs in enumerate(self._needs):
+        for receiver, needs in enumerate(all_needs):
             for key, ranks in holders.items() if name in needs else ():
                 part = tuple(_overlap(slice(*k), need) for k, need in zip(key, needs[name], strict=True))
                 if _size(part):
                     yield receiver if receiver in ranks else ranks[receiver % len(ranks)], receiver, part
 
-    def _fill(self, name: str, whole: Tensor, piece: Tensor | None) -> None:
+    def _fill(self, name: str, whole: Tensor, piece: Tensor | None, needs: Boxes) -> None:
         """Puts what is needed here into `whole`, and sends from `piece` what others need."""
         me, operations, arrived = self.mesh.world.rank, [], []
-        for sender, receiver, part in self._moves(name):
+        for sender, receiver, part in self._moves(name, needs):
             if sender == me:
                 assert piece is not None
                 own = piece[_within(part, self._has[me][name])]
@@ -112,16 +116,18 @@ def _boxes(tensors: Mapping[str, Tensor]) -> dict[str, Box]:
     return {name: box(tensor) for name, tensor in tensors.items() if local(tensor).numel()}
 
 
-def _needed(recipe: Recipe, targets: Mapping[str, Box]) -> dict[str, Box]:
+def _needed(recipe: Recipe, targets: Mapping[str, Box], quantity: Quantity) -> dict[str, Box]:
     """The smallest box of each source tensor that holds all that a rank's boxes of the target copy."""
     needed: dict[str, list[Box]] = {}
     for name, target in targets.items():
         for source_name in recipe.source_names(name):
-            needed.setdefault(source_name, []).append(copied_box(recipe, name, target))
+            needed.setdefault(source_name, []).append(copied_box(recipe, name, target, quantity))
     return {name: reduce(_hull, boxes) for name, boxes in needed.items()}
 
 
 def _hull(one: Box, other: Box) -> Box:
+    if _size(one) == 0 or _size(other) == 0:
+        return one if _size(other) == 0 else other
     return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
 
 

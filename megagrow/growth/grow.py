@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap, LayerMix
-from megagrow.growth.operator import Quantity, grow_box
+from megagrow.growth.operator import Quantity, grow_box, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
@@ -53,6 +53,10 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
     boxes = {name: box(tensor) for name, tensor in targets.items() if pieces[name].numel()}
     device = next((piece.device for piece in pieces.values()), torch.device("cpu"))
     with torch.no_grad():
+        if recipe.copies:
+            for name, source in _copied_sources(recipe, fetch, boxes):
+                write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity)
+            return
         for name, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
             pieces[name].copy_(grown)
 
@@ -93,6 +97,19 @@ def grown_boxes(
             del source
     for leaf in leaves(recipe.target):
         yield from _grown_layers(recipe, leaf, fetch, boxes, device, quantity)
+
+
+def _copied_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted target parameters with the source tensors that they copy, fetched in the order of `grown_boxes`."""
+    assert isinstance(recipe.layers, LayerMap), "mixed layers are no copies"
+    for name in parameter_names(recipe.target):
+        if split_name(name)[0] is None:
+            source = fetch(name)
+            if name in wanted:
+                yield name, source
+            del source
+    for leaf in leaves(recipe.target):
+        yield from _copied_layers(recipe, recipe.layers, leaf, fetch, wanted)
 
 
 def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: Mesh) -> Fetch:

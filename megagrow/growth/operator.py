@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megagrow.config import ModelConfig
-from megagrow.growth.maps import AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
+from megagrow.growth.maps import NEW, AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
 from megagrow.growth.noise import normal, root_mean_square
 from megagrow.growth.recipe import Recipe, Use
 from megagrow.model.transformer import initial_std
@@ -35,6 +35,7 @@ from megagrow.roles import Axis, Role, after_transform, axis_unit, role_of, shap
 Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg; exp_avg_sq
 New = Literal["zero", "free", "average"]  # what elements without a source become, see `recipe.Fill`
 
+MAX_COPIED = 1 << 18  # entries that are copied at a time: they stay in a core's cache from step to step
 MAX_RANDOM = 1 << 20  # random entries that are made at a time: their hashes take several times their memory
 
 
@@ -80,18 +81,16 @@ class _Dim:
         ]
         return torch.cat(pieces)[order]
 
-    def copied(self, box: slice) -> slice:
-        """The smallest range of source elements that the target range `box` copies."""
-        num_parts, elements_by_part = len(self.maps), [torch.arange(box.start, box.stop)]
-        if num_parts > 1:
-            elements_by_part, _ = _split_fused(box, num_parts, self.unit)
-        rows = []
+    def index(self, box: slice) -> Tensor:
+        """The source row (column) of each target row (column) of the range; NEW where there is none. Of copies only."""
+        elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
+        found = []
         for part, (axis_map, elements) in enumerate(zip(self.maps, elements_by_part, strict=True)):
-            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have ranges"
+            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have an index"
             copied = elements if axis_map is None else axis_map.index[elements]
-            rows.append((copied // self.unit * num_parts + part) * self.unit + copied % self.unit)
-        first, last = torch.cat(rows).aminmax()
-        return slice(int(first), int(last) + 1)
+            row = (copied // self.unit * len(self.maps) + part) * self.unit + copied % self.unit
+            found.append(torch.where(copied == NEW, NEW, row))
+        return torch.cat(found)[order]
 
     def is_new(self, box: slice) -> Tensor:
         """Which elements of the range [box] nothing of the source goes into."""
@@ -117,36 +116,59 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
     """
     dims = _dims(recipe, name, quantity)
-    power = 2 if quantity == "squared_gradient" else 1
-    scales = [dim.scale(part) for dim, part in zip(dims, box, strict=True)]
-    factor = math.prod(s for s in scales if isinstance(s, float)) * _gain_factor(recipe, name, quantity)
-    wide = torch.promote_types(source.dtype, torch.float32)
-    source = source if factor == 1 else source.to(wide) * factor**power
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    source = source if factor == 1 else source.to(torch.promote_types(source.dtype, torch.float32)) * factor
     x = source
     for d in _cheaper_order(source, box):
         x = dims[d].spread(x, d, box[d])
     if quantity == "value":
         x = _add_random(recipe, name, dims, source, x, box)
-    for d, scale in enumerate(scales):
-        if isinstance(scale, Tensor):
-            diagonal = scale.to(x.device, torch.promote_types(x.dtype, wide)) ** power
-            x = x * (diagonal[:, None] if d < x.ndim - 1 else diagonal)
+    x = _times(x, diagonals)
     if quantity == "value":
         x = _add_noise(recipe, name, dims, source, x, box)
         x = torch.zeros_like(x) if recipe.is_silent(name) else x
     return x
 
 
-def copied_box(recipe: Recipe, name: str, box: Box) -> Box:
-    """The smallest box of the source parameter that the range `box` of the target parameter copies.
+def write_box(
+    recipe: Recipe, name: str, source: Tensor, box: Box, target: Tensor, quantity: Quantity = "value"
+) -> None:
+    """`grow_box` into `target`, bit for bit, of a recipe that copies: in pieces of rows that stay in a cache.
+
+    Args:
+        recipe, name, source, box, quantity: as in `grow_box`.
+        target: [R, C] or [R], overwritten.
+    """
+    dims = _dims(recipe, name, quantity)
+    if _uses_all(recipe, name, dims, quantity):
+        target.copy_(grow_box(recipe, name, source, box, quantity))
+        return
+    rows_R, *columns = (dim.index(part).to(source.device) for dim, part in zip(dims, box, strict=True))
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    step = max(1, MAX_COPIED // math.prod(target.shape[1:]))
+    for start in range(0, len(rows_R), step):
+        piece = slice(start, start + step)
+        x = _gathered(source, 0, rows_R[piece])
+        x = x if factor == 1 else x.to(torch.promote_types(source.dtype, torch.float32)) * factor
+        for columns_C in columns:
+            x = _gathered(x, 1, columns_C)
+        target[piece] = _times(
+            x, [None if each is None else each[piece if d == 0 else slice(None)] for d, each in enumerate(diagonals)]
+        )
+    if quantity == "value" and recipe.is_silent(name):
+        target.zero_()
+
+
+def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value") -> Box:
+    """The smallest box of the source parameter that the range `box` of the target parameter needs.
 
     It is the whole where new entries or noise depend on all of the source, or rows come from two layers.
     """
-    dims, whole = _dims(recipe, name, "value"), shape_of(role_of(name), recipe.source)
-    has_new = any(_has_new(axis_map) for dim in dims for axis_map in dim.maps)
-    if has_new or recipe.noise or recipe.reads_next(name):
+    dims, whole = _dims(recipe, name, quantity), shape_of(role_of(name), recipe.source)
+    if _uses_all(recipe, name, dims, quantity) or recipe.reads_next(name):
         return tuple(slice(0, size) for size in whole)
-    return tuple(dim.copied(part) for dim, part in zip(dims, box, strict=True))
+    indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
+    return tuple(_hull(index[index != NEW]) for index in indices)
 
 
 def has_random_entries(recipe: Recipe, name: str) -> bool:
@@ -198,6 +220,47 @@ def _gain_factor(recipe: Recipe, name: str, quantity: Quantity) -> float:
     if not recipe.scales_gain(name):
         return 1.0
     return recipe.norm_scale if quantity == "value" else 1 / recipe.norm_scale
+
+
+def _scales(
+    recipe: Recipe, name: str, dims: list[_Dim], box: Box, quantity: Quantity
+) -> tuple[float, list[Tensor | None]]:
+    """What all entries of a box are multiplied by, and what those of each row and column besides."""
+    power = 2 if quantity == "squared_gradient" else 1
+    scales = [dim.scale(part) for dim, part in zip(dims, box, strict=True)]
+    factor = math.prod(s for s in scales if isinstance(s, float)) * _gain_factor(recipe, name, quantity)
+    return factor**power, [scale**power if isinstance(scale, Tensor) else None for scale in scales]
+
+
+def _times(x: Tensor, diagonals: list[Tensor | None]) -> Tensor:
+    """x with its rows and columns scaled."""
+    for d, diagonal in enumerate(diagonals):
+        if diagonal is not None:
+            scale = diagonal.to(x.device, torch.promote_types(x.dtype, torch.float32))
+            x = x * (scale[:, None] if d < x.ndim - 1 else scale)
+    return x
+
+
+def _gathered(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Rows or columns of x, 0 where there are none."""
+    is_new = index == NEW
+    if not is_new.any():
+        return x.index_select(dim, index)
+    return x.index_select(dim, index.clamp(min=0)).index_fill(dim, torch.where(is_new)[0], 0)
+
+
+def _uses_all(recipe: Recipe, name: str, dims: list[_Dim], quantity: Quantity) -> bool:
+    """Whether entries of a target parameter depend on more of the source than they copy."""
+    has_new = any(dim.new != "zero" and any(map(_has_new, dim.maps)) for dim in dims)
+    return quantity == "value" and (has_new or recipe.noise > 0)
+
+
+def _hull(index: Tensor) -> slice:
+    """The smallest range that holds all of an index."""
+    if len(index) == 0:
+        return slice(0, 0)
+    first, last = index.aminmax()
+    return slice(int(first), int(last) + 1)
 
 
 def _add_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:

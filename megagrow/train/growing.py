@@ -21,7 +21,7 @@ from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import save_maps
 from megagrow.growth.ligo_maps import start_recipe
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
+from megagrow.growth.moments import QUANTITIES, grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
 from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
@@ -105,7 +105,7 @@ def grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner
     grow_into(recipe, exchange.fetch(small.part.parameters), part.parameters)
     release(small.part.parameters.values())
     optimizer = Optimizer(part.parameters, config.optim, multipliers)
-    sources = {moment: exchange.fetch(tensors) for moment, tensors in old.moments().items()}
+    sources = {moment: exchange.fetch(tensors, QUANTITIES[moment]) for moment, tensors in old.moments().items()}
     step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
     optimizer.step_count = step
     optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from megagrow.config import ModelConfig, OptimConfig, ParallelConfig, Policy
-from megagrow.growth import exchange
+from megagrow.growth import exchange, operator
 from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import grow_into
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.moments import grow_optimizer
+from megagrow.growth.moments import QUANTITIES, grow_optimizer
+from megagrow.growth.operator import grow_box, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import MOMENTS, Optimizer
@@ -69,7 +70,8 @@ def grow_shards(recipe: Recipe, parallel: ParallelConfig, policy: Policy = "exac
 
     moves = Exchange(recipe, tensors_of(small), tensors_of(large), mesh)
     grow_into(recipe, moves.fetch(tensors_of(small)), tensors_of(large))
-    grow_optimizer(recipe, policy, {m: moves.fetch(old.moments()[m]) for m in MOMENTS}, new.moments(), 7)
+    sources = {m: moves.fetch(old.moments()[m], QUANTITIES[m]) for m in MOMENTS}
+    grow_optimizer(recipe, policy, sources, new.moments(), 7)
 
     stored = {n: full(t) for n, t in tensors_of(large).items()}
     return stored | {f"{m}.{n}": full(t) for m in MOMENTS for n, t in new.moments()[m].items()}
@@ -125,6 +127,23 @@ def test_other_methods_move_what_they_need(method: str) -> None:
             assert torch.equal(tensor_found, expected[name]), name
 
 
+@pytest.mark.parametrize("method", ["clone", "zero_pad", "aki", "rms_random", "clone+insert_identity"])
+def test_pieces_are_the_whole_bit_for_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written a few rows at a time, values and moments; with factors for rows and columns of their own."""
+    monkeypatch.setattr(operator, "MAX_COPIED", 50)
+    target = widened(LLAMA, **(WIDTH | {"hidden": 2 if method == "aki" else 3}))
+    eps = LLAMA.norm_eps * (LLAMA.hidden_size / target.hidden_size if method == "zero_pad" else 1)
+    recipe = make_recipe(method, LLAMA, dataclasses.replace(target, norm_eps=eps))
+    sources = {name: tensor.float() for name, tensor in tensors_of(make(LLAMA)).items()}
+    for name, shape in parameter_shapes(recipe.target).items():
+        parts = [sources[each] for each in recipe.source_names(name)]
+        source, part = torch.cat(parts), tuple(slice(size // 3, size) for size in shape)
+        for quantity in ("value", "gradient", "squared_gradient"):
+            found = torch.full([each.stop - each.start for each in part], torch.nan)
+            write_box(recipe, name, source, part, found, quantity)
+            assert torch.equal(found, grow_box(recipe, name, source, part, quantity)), (name, quantity)
+
+
 def moves_of(recipe: Recipe, parallel: ParallelConfig) -> list[tuple[int, int, int]]:
     mesh = make_mesh(parallel)
     small, large = sharded(recipe.source, mesh), sharded(recipe.target, mesh)
@@ -142,7 +161,7 @@ def test_even_clones_send_nothing_and_stacks_send_the_layers_that_change_their_s
     for parallel in (ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2)):
         (found, *_), (stacked, *_) = (run_ranks(moves_of, 4, recipe, parallel) for recipe in (wide, deep))
         assert all(sender == receiver for sender, receiver, _ in found)
-        sent = sum(size for sender, receiver, size in stacked if sender != receiver)
+        sent = sum(size for sender, receiver, size in stacked if sender != receiver) / 3
         norms = 2 * even.hidden_size * (parallel.tensor - 1)  # every tensor rank has them whole
         assert sent == 4 * (layer + norms)
 
