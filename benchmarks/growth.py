@@ -8,8 +8,8 @@ files) from where the models are built, after a collection and a trim: FSDP2 mod
 large allocation is a mapping of its own, so that what is freed is given back. Weights and both moments count.
 
 Time is that of the slowest rank, beside copying the target's bytes into new memory on all ranks at once and, where
-something is sent, sending by gloo and nothing else what a rank needs of the source and does not have. The usual way gathers full state
-dicts on the first rank, grows them there, and sends every whole tensor to all ranks.
+something is sent, sending by gloo and nothing else what a rank needs of the source and does not have. The usual way
+gathers full state dicts on the first rank, grows them there, and sends every whole tensor to all ranks.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -299,11 +299,7 @@ def growth_rows(name: str, case: Case) -> list[Row]:
         Row(f"{name}: time", fullest["seconds"][0], "s"),
         Row(f"{name}: sent between ranks", fullest["sent"] / MIB, "MiB"),
     ]
-    others = ["copy_seconds"] if case.is_local else ["send_seconds", "copy_seconds"]
-    bound, what = (COPY_TIMES, "copy of the target") if case.is_local else (SEND_TIMES, "sending and that copy")
-    for i, kind in enumerate(("", "processor ")):
-        times = fullest["seconds"][i] / sum(fullest[other][i] for other in others)
-        rows.append(Row(f"{name}: {kind}time / {kind}time of a {what}", times, "x", f"<= {bound:g}", times <= bound))
+    rows += time_rows(name, case.is_local, *(fullest[key] for key in ("seconds", "copy_seconds", "send_seconds")))
     if case.usual:
         usual = launch(name, "usual")
         rows += [
@@ -311,6 +307,18 @@ def growth_rows(name: str, case: Case) -> list[Row]:
             Row(f"{name}, the usual way: time", usual[0]["seconds"][0], "s"),
         ]
     return rows
+
+
+def time_rows(name: str, is_local: bool, took: list[float], copy: list[float], send: list[float]) -> Iterator[Row]:
+    """By the clock, and by the processor's time."""
+    for i, kind in enumerate(("time", "processor time")):
+        if is_local:
+            times, bound = took[i] / copy[i], COPY_TIMES
+            yield Row(f"{name}: {kind} / copying the target", times, "x", f"<= {bound:g}", times <= bound)
+        else:
+            times, bound = took[i] / send[i], SEND_TIMES
+            yield Row(f"{name}: {kind} / sending", times, "x", f"<= {bound:g}", times <= bound)
+            yield Row(f"{name}: {kind} / sending and copying the target", took[i] / (send[i] + copy[i]), "x")
 
 
 def usual_peak(found: list[dict[str, Any]]) -> int:
