@@ -35,7 +35,7 @@ ANY: dict[str, tuple[Launch, ...]] = {
     "layer_mix": (Launch(2048, 1), Launch(8192, 4)),  # all source layers' elements of a block
     "layer_mix_bwd": (Launch(32, 8),),
     "sparse_map": (Launch(256, 2), Launch(512, 4), Launch(1024, 8)),
-    "dense_map": (Launch(64, 4), Launch(128, 8)),
+    "dense_map": (Launch(64, 8), Launch(128, 8)),
 }
 
 # By the name that torch gives the device.

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap, LayerMix
 from megagrow.growth.operator import Quantity, grow_box, write_box
@@ -209,11 +210,14 @@ def _weighted_layers(
     sources_PJN = weights_PKJ.new_empty(parts, source.num_layers, math.prod(shape) // parts)
     for j in range(source.num_layers):
         sources_PJN[:, j] = fetch(layer_name(j, leaf)).unflatten(0, (-1, parts, unit)).movedim(1, 0).flatten(1)
-    for k in range(recipe.target.num_layers):
-        if layer_name(k, leaf) in wanted:
-            mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1)
-            mixed = mixed_PN.view(parts, -1, unit, *shape[1:]).movedim(0, 1)
-            yield layer_name(k, leaf), mixed.reshape(shape)
+    targets = [k for k in range(recipe.target.num_layers) if layer_name(k, leaf) in wanted]
+    mixed_PKN = None
+    if targets and not torch.is_grad_enabled() and ops.serves("layer_mix", sources_PJN):  # all in one read
+        mixed_PKN = torch.stack([ops.layer_mix(x, w[targets]) for x, w in zip(sources_PJN, weights_PKJ, strict=True)])
+    for i, k in enumerate(targets):
+        mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1) if mixed_PKN is None else mixed_PKN[:, i]
+        mixed = mixed_PN.reshape(parts, -1, unit, *shape[1:]).movedim(0, 1)
+        yield layer_name(k, leaf), mixed.reshape(shape)
 
 
 def _widened_then_mixed(

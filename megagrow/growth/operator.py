@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import NEW, AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
 from megagrow.growth.noise import normal, root_mean_square
@@ -143,8 +144,16 @@ def write_box(
     if _uses_all(recipe, name, dims, quantity):
         target.copy_(grow_box(recipe, name, source, box, quantity))
         return
+    if quantity == "value" and recipe.is_silent(name):
+        target.zero_()
+        return
     rows_R, *columns = (dim.index(part).to(source.device) for dim, part in zip(dims, box, strict=True))
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    if target.ndim == 2 and ops.serves("sparse_map", target):
+        (columns_C,) = columns
+        row_scales_2R, column_scales_2C = map(_doubled, diagonals, (rows_R, columns_C))
+        ops.sparse_map_([target], [source], rows_R, columns_C, row_scales_2R * factor, column_scales_2C)
+        return
     step = max(1, MAX_COPIED // math.prod(target.shape[1:]))
     for start in range(0, len(rows_R), step):
         piece = slice(start, start + step)
@@ -152,11 +161,8 @@ def write_box(
         x = x if factor == 1 else x.to(torch.promote_types(source.dtype, torch.float32)) * factor
         for columns_C in columns:
             x = _gathered(x, 1, columns_C)
-        target[piece] = _times(
-            x, [None if each is None else each[piece if d == 0 else slice(None)] for d, each in enumerate(diagonals)]
-        )
-    if quantity == "value" and recipe.is_silent(name):
-        target.zero_()
+        of_rows, *others = diagonals
+        target[piece] = _times(x, [None if of_rows is None else of_rows[piece], *others])
 
 
 def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value") -> Box:
@@ -239,6 +245,12 @@ def _times(x: Tensor, diagonals: list[Tensor | None]) -> Tensor:
             scale = diagonal.to(x.device, torch.promote_types(x.dtype, torch.float32))
             x = x * (scale[:, None] if d < x.ndim - 1 else scale)
     return x
+
+
+def _doubled(diagonal: Tensor | None, index: Tensor) -> Tensor:
+    """[2, T] a diagonal as `ops.sparse_map_` takes it: twice, for values and for gradients."""
+    scale = torch.ones(len(index)) if diagonal is None else diagonal.float()
+    return scale.to(index.device).expand(2, -1)
 
 
 def _gathered(x: Tensor, dim: int, index: Tensor) -> Tensor:
