@@ -124,7 +124,7 @@ def test_grown_shards_are_shards_of_the_grown(
 ) -> None:
     chosen = list(METHODS)[methods]
     for count, differing in run_ranks(compare_all, ranks, ParallelConfig(tensor, pipeline), source, chosen):
-        assert count > 60 * len(chosen)
+        assert count > 40 * len(chosen)  # weights and two moments of two layers and more
         assert not differing, differing
 
 
