@@ -4,8 +4,8 @@
     KernelAdamW  megagrow's own                   HostWeights    in host memory, for parameters on a GPU
     ApexAdamW    NVIDIA Apex' FusedAdam
 
-Torch's counts the steps of each tensor by itself, the others those of all together, which differ only after a missing
-gradient. All of them compute the same update from the same moments, so that a checkpoint of one is one of the other.
+All of them compute the same update from the same moments, so that a checkpoint of one is one of the other. They count
+the steps of all tensors together: one without a gradient keeps its value and moments (frozen), its count goes on.
 """
 
 from collections.abc import Iterator, Mapping
@@ -87,6 +87,9 @@ class TorchAdamW:
     def step(self, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Updates every tensor that has a gradient."""
         assert scale is None and skip is None, "only megagrow's own kernel takes them"
+        counts = [self.optimizer.state[tensor]["step"] for tensor in self._tensors() if tensor.grad is None]
+        if counts:  # torch counts for those that have gradients
+            torch._foreach_add_(counts, 1)
         self.optimizer.step()
 
 

@@ -12,10 +12,10 @@ from megagrow.config import (
     divisors,
     microbatch_size,
     min_microbatches,
-    models,
     require,
 )
 from megagrow.errors import ConfigError
+from megagrow.timeline import growth_configs, growth_settings, latest_step, models, num_growths, step_tokens
 
 # Fields of a model that growth keeps: what kind of model it is, and sizes that nothing can stretch.
 KIND_FIELDS = (
@@ -32,15 +32,12 @@ KIND_FIELDS = (
     "tied_embeddings",
 )
 FIXED_FIELDS = (
-    "vocab_size",
-    "head_dim",
     "max_seq_length",
     "position_offset",
     "rope_theta",
     "rope_fraction",
     "rope_scaling",
     "num_token_types",
-    "norm_eps",
 )
 
 
@@ -257,45 +254,136 @@ def check_growth(config: Config, world_size: int) -> None:
     """Raises ConfigError when the growth section contradicts itself or the rest."""
     growth = config.growth
     if growth.method == "none":
-        require(
-            growth.source is None,
-            "growth.source is set but growth.method=none; choose a method: stack, clone or ligo",
-        )
+        for name in ("source", "earlier", "bootstrap"):
+            require(
+                not getattr(growth, name),
+                f"growth.{name} is set but growth.method=none; choose a method: stack, clone, … (docs/growth.md)",
+            )
         return
     require(
         growth.source is not None or bool(config.init.from_),
-        f"growth.method={growth.method} has nothing to grow; set --init.from CHECKPOINT or growth.source",
+        f"growth.method={growth.method} has nothing to grow; set --init.from CHECKPOINT, growth.source or "
+        "growth.bootstrap",
     )
     require(
         growth.source is None or not config.init.from_,
         "growth.source and init.from both name the small model; leave one of them out",
     )
     require(
-        growth.source is None or growth.at_step > 0,
+        growth.source is None or latest_step(config, 0) > 0,
         "growth.at_step=0 would grow growth.source before it has learned anything; set growth.at_step",
     )
     require(
-        growth.at_step < config.train.steps,
-        f"growth.at_step={growth.at_step} is not before train.steps={config.train.steps}; grow earlier or train longer",
+        growth.rewarmup_part == "all" or growth.rewarmup_steps > 0,
+        "growth.rewarmup_part=new without growth.rewarmup_steps warms nothing up; set growth.rewarmup_steps",
     )
-    require(
-        growth.method != "ligo" or growth.optimizer == "reset",
-        "growth.optimizer=exact has no rule for learned maps (ligo); "
-        "use growth.optimizer=reset with growth.rewarmup_steps",
-    )
+    for number in range(num_growths(growth)):
+        own = growth_settings(growth, number)
+        require(
+            not own.learns_maps or own.optimizer == "reset",
+            f"growth.optimizer={own.optimizer} has no rule for learned maps (ligo); "
+            "use growth.optimizer=reset with growth.rewarmup_steps",
+        )
+        require(
+            not own.learns_maps or own.rewarmup_part == "all",
+            "growth.rewarmup_part=new needs a part that is old: learned maps (ligo) make every entry anew; "
+            "use growth.rewarmup_part=all",
+        )
     if growth.source is not None:
-        check_growable(growth.source, config.model)
+        check_chain(config, growth.source)
+
+
+def check_growth_times(config: Config, world_size: int) -> None:
+    """Raises ConfigError when a growth would never come, or not in its turn."""
+    growth, steps = config.growth, config.train.steps
+    last = steps * step_tokens(config)
+    for number in range(num_growths(growth)):
+        own, where, latest = growth_settings(growth, number), _growth_name(config, number), latest_step(config, number)
+        require(
+            own.at_step == 0 or own.at_tokens == 0,
+            f"{where}.at_step={own.at_step} and at_tokens={own.at_tokens} both say when; leave one of them out",
+        )
+        require(
+            own.at_plateau == 0 or latest > 0,
+            f"{where}.at_plateau={own.at_plateau} needs a latest step, for a loss that never flattens; set {where}."
+            "at_step or at_tokens",
+        )
+        require(
+            own.at_tokens == 0 or latest < steps,
+            f"{where}.at_tokens={own.at_tokens} is not reached before the end: train.steps={steps} steps of "
+            f"{step_tokens(config)} tokens are {last}; grow earlier or train longer",
+        )
+        require(
+            latest < steps,
+            f"{where}.at_step={own.at_step} is not before train.steps={steps}; grow earlier or train longer",
+        )
+        before = latest_step(config, number - 1) if number else -1
+        require(
+            latest > before,
+            f"{where} comes before step {latest}, the growth before it at step {before} at the latest: one comes after "
+            "the other; give later growths later steps, or grow both axes by one method",
+        )
+
+
+def check_freezing(config: Config, world_size: int) -> None:
+    """Raises ConfigError where layers cannot stand still, or would for ever."""
+    growth, steps = config.growth, config.train.steps
+    for number in range(num_growths(growth)):
+        where, frozen = _growth_name(config, number), growth_settings(growth, number).freeze_steps
+        require(
+            frozen == 0 or not config.parallel.splits_backward,
+            f"{where}.freeze_steps={frozen} with parallel.schedule={config.parallel.schedule}: the half of its "
+            "backward pass that makes weights' gradients needs one of each; use 1F1B or Interleaved1F1B",
+        )
+        is_last = number == num_growths(growth) - 1
+        require(
+            not is_last or latest_step(config, number) + frozen < steps,
+            f"{where}.freeze_steps={frozen} would keep the older layers frozen to the end of train.steps={steps}; the "
+            "last stage trains all layers: freeze for fewer steps, or train longer",
+        )
+
+
+def check_chain(config: Config, source: ModelConfig) -> None:
+    """Raises ConfigError unless each growth of the run adds to the model that the one before left."""
+    small = source
+    for number, growing in enumerate(growth_configs(config, source)):
+        where = _growth_name(config, number)
+        try:
+            check_growable(small, growing.model)
+        except ConfigError as error:
+            raise ConfigError(str(error) if not config.growth.earlier else f"{where}: {error}") from None
+        require(
+            not config.growth.earlier or growing.model != small,
+            f"{where}: the model does not grow, it has {small.num_layers} layers of {small.hidden_size} before and "
+            "after; give it more layers, or a larger size",
+        )
+        small = growing.model
+
+
+def _growth_name(config: Config, number: int) -> str:
+    return "growth" if number == len(config.growth.earlier) else f"growth.earlier[{number}]"
 
 
 def check_growable(source: ModelConfig, target: ModelConfig) -> None:
-    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis."""
+    """Raises ConfigError unless `target` is the same kind of model as `source`, and no smaller on any axis.
+
+    What norm_eps may be depends on the method, which tests it.
+    """
     for name in KIND_FIELDS:
         old, new = getattr(source, name), getattr(target, name)
         require(
             old == new,
             f"the source has {name}={old}, the target {name}={new}: growth keeps the kind of model; make them equal",
         )
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
+    reason = (
+        "rotary frequencies are those of one head size" if target.positions == "rope" else "attention is scaled by it"
+    )
+    require(
+        source.head_dim == target.head_dim,
+        f"the source has head_dim={source.head_dim}, the target head_dim={target.head_dim}: a head keeps its size, "
+        f"since {reason}; make them equal, and grow num_heads and num_kv_heads instead",
+    )
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
         old, new = getattr(source, name), getattr(target, name)
         require(
             new >= old,
@@ -326,6 +414,11 @@ def check_salt(config: Config, world_size: int) -> None:
         bool(salt.teacher) or salt.steps == 0 or bool(salt.scores),
         f"salt.steps={salt.steps} without salt.teacher or salt.scores does nothing; set one of them",
     )
+    require(
+        salt.schedule == "constant" or bool(salt.teacher) or salt.steps == 0,
+        f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
+        "salt.schedule out",
+    )
 
 
 RULES = (
@@ -339,5 +432,7 @@ RULES = (
     check_memory_options,
     check_data,
     check_growth,
+    check_growth_times,
+    check_freezing,
     check_salt,
 )

@@ -1,6 +1,7 @@
 """From `PRESET_OR_FILE [--section.field VALUE …]` to a configuration, with errors that fit on one line."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +67,9 @@ def _checked(base: Config, arguments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"command line: unknown option {option}{nearest(name, known)}")
         if name.startswith("growth.source") and (name == "growth.source" or base.growth.source is None):
             raise ConfigError(f"command line: {option}: growth.source is a whole model; write it into a YAML file")
+        if name.startswith("growth.earlier."):
+            example = '--growth.earlier "[{num_layers: 6, at_step: 100}]"'
+            raise ConfigError(f"command line: {option}: growth.earlier is a list; give it whole, e.g. {example}")
         if not has_value and not pending:
             raise ConfigError(f"command line: {option} needs a value")
         checked[name] = _value(name, value if has_value else pending.pop(0))
@@ -103,10 +107,9 @@ def _value(name: str, text: str) -> Any:
         value = read_yaml(text, "command line")
     except ConfigError:
         value = text
-    first, second = (value, text) if isinstance(value, list) else (text, value)
-    try:
-        check_value(first, name, "command line")
-    except ConfigError:
-        check_value(second, name, "command line")
-        return second
-    return first
+    for candidate in (value, text) if isinstance(value, list) else (text, value):
+        with suppress(ConfigError):
+            check_value(candidate, name, "command line")
+            return candidate
+    check_value(value, name, "command line")  # which tells what is wrong
+    return value

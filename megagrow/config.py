@@ -6,14 +6,12 @@ single fields. A field's own rules are checked here; what has to fit together is
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from megagrow.errors import ConfigError
-
-MAX_SIZE = 2**31 - 1  # of what is counted: far above any model, and small enough that checks of it take no time
-MAX_DIVISORS = 32  # that a message lists
+from megagrow.earlier_growth import EarlierGrowth
+from megagrow.rules import MAX_SIZE, divisors, require, require_not_negative, require_size
 
 
 @dataclass(frozen=True)
@@ -312,21 +310,56 @@ class OptimConfig:
         )
 
 
+Policy = Literal["exact", "asymmetric", "zero_pad", "reset"]
+
+
 @dataclass(frozen=True)
 class GrowthConfig:
     """When and how the run's small model becomes `model`."""
 
-    method: Literal["none", "stack", "clone", "ligo"] = "none"
+    # A width or a depth method, or both joined by "+", as in clone+insert_identity (docs/growth.md); none: no growth
+    method: str = "none"
+    # What tells replicas apart without changing the function: noise that cancels between two, or unequal shares
+    breaker: Literal["none", "noise", "split"] = "none"
+    breaker_scale: float = 0.3  # noise: std relative to the weights; split: largest difference of a share from 1/n
     source: ModelConfig | None = None  # the small model that this run trains first; None: it comes from init.from
     at_step: int = 0  # grow before this step; 0: at start-up
-    optimizer: Literal["exact", "reset"] = "exact"  # what becomes of the moments; learned maps need reset
+    # What becomes of the moments (growth/moments.py says what suits which method); learned maps need reset.
+    optimizer: Policy = "exact"
     rewarmup_steps: int = 0  # linear warm-up of the learning rate after growing
-    ligo_steps: int = 100  # steps that learn LiGO's maps
-    ligo_lr: float = 3e-3
+    rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
+    rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)
+    ligo_variant: Literal["tied", "source_layer", "target_layer", "full_rank"] = "tied"  # docs/ligo.md
+    ligo_init: str = "clone"  # where the maps start: a sparse method, or authors (the initial maps of LiGO's authors)
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
+    ligo_steps: int = 100  # steps that learn the maps
+    ligo_lr: float = 3e-3  # of the maps' AdamW; falls linearly to zero over ligo_steps
+    ligo_warmup_steps: int = 0  # linear warm-up of ligo_lr, before it falls
+    ligo_weight_decay: float = 0.0  # of all maps
+    ligo_beta1: float = 0.9
+    ligo_beta2: float = 0.95
+    # When, other than at a step; at_plateau needs at_step or at_tokens as well, which is then the latest:
+    at_tokens: int = 0  # grow when the run has trained on so many tokens, those that learn maps included
+    at_plateau: float = 0.0  # grow once the mean loss falls by less than this share from window to window; 0: off
+    plateau_window: int = 100  # steps
+    earlier: tuple[EarlierGrowth, ...] = ()  # growths that come before the one to `model`, in their order
+    freeze_steps: int = 0  # steps after growing in which all but the new layers and the head stand still (MSLT)
+    bootstrap: bool = False  # derive what is left open of source and at_step by G_stack's timing rule
 
     def __post_init__(self) -> None:
         require_not_negative(self, "growth", "at_step", "rewarmup_steps", "ligo_steps", "ligo_lr", "ligo_noise")
+        require_not_negative(self, "growth", "rewarmup_factor", "breaker_scale")
+        require_not_negative(self, "growth", "at_tokens", "freeze_steps")
+        require(0 <= self.at_plateau < 1, f"growth.at_plateau={self.at_plateau} must be in [0, 1)")
+        require_size(self, "growth", "plateau_window")
+        require_not_negative(self, "growth", "ligo_warmup_steps", "ligo_weight_decay")
+        for name in ("ligo_beta1", "ligo_beta2"):
+            require(0 <= getattr(self, name) < 1, f"growth.{name}={getattr(self, name)} must be in [0, 1)")
+
+    @property
+    def learns_maps(self) -> bool:
+        """Whether the operator of this growth is learned, for `ligo_steps` steps."""
+        return self.method == "ligo"
 
 
 @dataclass(frozen=True)
@@ -336,6 +369,8 @@ class SaltConfig:
     teacher: str = ""  # own checkpoint or Hugging Face folder; empty: no SALT
     steps: int = 0  # steps of stage 1, counted from the start of the (grown) model's training
     weight: float = 0.5  # omega: loss = (1 - omega)·CE + omega·KD
+    # Of omega over stage 1; linear: it falls to 0 at the end (knowledge inheritance; docs/teaching.md).
+    schedule: Literal["constant", "linear"] = "constant"
     temperature: float = 1.0  # rho
     temperature_on: Literal["teacher", "both"] = "teacher"
     scale_by_temperature_squared: bool = False  # Hinton's factor; off keeps the stated weight
@@ -419,46 +454,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     init: InitConfig = field(default_factory=InitConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-def require(holds: bool, message: str) -> None:
-    """Raises ConfigError with the one-line message unless the rule holds."""
-    if not holds:
-        raise ConfigError(message)
-
-
-def require_not_negative(section: Any, title: str, *names: str) -> None:
-    """Raises ConfigError when one of these fields of a section is negative (or not a number)."""
-    for name in names:
-        require(getattr(section, name) >= 0, f"{title}.{name}={getattr(section, name)} must not be negative")
-
-
-def require_size(section: Any, title: str, *names: str) -> None:
-    """Raises ConfigError unless these fields of a section are positive and small enough to count anything."""
-    for name in names:
-        value = getattr(section, name)
-        require(value > 0, f"{title}.{name}={value} must be positive")
-        require(value <= MAX_SIZE, f"{title}.{name}={value} must be at most {MAX_SIZE}")
-
-
-def divisors(n: int, limit: int | None = None) -> str:
-    """The divisors of n up to `limit` as English: "1, 2, 4 or 8"; the largest of more than 32 are left out."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    both = sorted({*small, *(n // d for d in small)})
-    found = [str(d) for d in both if d <= min(n, limit or n)][:MAX_DIVISORS]
-    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
-
-
-def models(config: Config) -> list[tuple[str, ModelConfig]]:
-    """The models that this run builds, with the section that each comes from."""
-    source = config.growth.source
-    return ([("growth.source", source)] if source else []) + [("model", config.model)]
-
-
-def order_size(config: Config) -> int:
-    """Samples that an order which is made for a whole run has to have."""
-    learning = config.growth.ligo_steps if config.growth.method == "ligo" else 0
-    return config.data.num_samples or (config.train.steps + learning) * config.train.global_batch_size
 
 
 def data_ranks(config: Config, world_size: int) -> int:

@@ -20,11 +20,13 @@ RENAMED = {"bias": ("attention_bias", "mlp_bias")}  # fields of old files -> wha
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain data, as it stands in files (`from_` is written `from`)."""
-    return {
-        f.name.rstrip("_"): to_dict(value) if dataclasses.is_dataclass(value) else value
-        for f in dataclasses.fields(config)
-        for value in [getattr(config, f.name)]
-    }
+    return {f.name.rstrip("_"): _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def from_dict(data: Any, kind: type | None = None, where: str = "configuration", path: str = "") -> Any:

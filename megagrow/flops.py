@@ -1,18 +1,22 @@
 """What a model costs in floating-point operations: every matrix product, two per multiply-add.
 
-Two conventions for attention, by name, because published figures differ by them:
+Conventions by name, because published figures differ by them:
 
-    full    scores and values over all S x S pairs, as in torch's flop counter and most papers
-    causal  half of that, since a causal mask needs only half of the pairs, as in Megatron; an encoder needs all
+    full     scores and values over all S x S pairs, as in torch's flop counter and most papers
+    causal   half of that, since a causal mask needs only half of the pairs, as in Megatron; an encoder needs all
+    electra  the counter of ELECTRA (Clark et al., 2020), for encoders, with which LiGO's figures were made: what each
+             element costs besides, a dense look-up of the embedding, logits of the chosen tokens only; a backward pass
+             counts as one forward pass
 
-Norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What
+In the first two, norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What
 an implementation adds (recompute, padded vocabulary rows, work repeated on several ranks) is left
 out too: the count belongs to the algorithm, so that layouts can be compared.
 """
 
+from math import prod
 from typing import Literal
 
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, require
 from megagrow.roles import (
     Axis,
     Role,
@@ -26,8 +30,12 @@ from megagrow.roles import (
     split_name,
 )
 
-Convention = Literal["full", "causal"]
+Convention = Literal["full", "causal", "electra"]
 DEFAULT_CONVENTION: Convention = "full"
+
+# Of one element, as ELECTRA counts them.
+_DROPOUT, _NORM, _GELU, _SOFTMAX = 4, 5, 8, 5
+_CHOSEN = 0.15625  # of an encoder's tokens have logits: 20 of 128
 
 # Dense bf16 FLOP/s from the vendors' data sheets; the first name that occurs in the device's.
 _PEAK_BF16 = (
@@ -49,13 +57,18 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Con
     """FLOPs of one token's forward pass, head included, inside a sequence of `seq_length` tokens.
 
     Of the well-known 2N, only the weights that multiply something count; attention comes on top.
+
+    Raises:
+        ConfigError: `electra` of a model that is no encoder.
     """
+    if convention == "electra":
+        return _electra_flops_per_token(model, seq_length)
     per_layer = layer_flops_per_token(model, seq_length, convention)
     return model.num_layers * per_layer + head_flops_per_token(model)
 
 
 def layer_flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION) -> float:
-    """FLOPs of one token's forward pass through one layer."""
+    """FLOPs of one token's forward pass through one layer, `full` or `causal`."""
     roles = [role_of(layer_name(0, leaf)) for leaf in leaves(model)]
     shapes = [_matrix_shape(role, model) for role in roles if role.kind == "matrix"]
     pairs = seq_length if convention == "full" or not model.is_causal else seq_length / 2
@@ -81,20 +94,53 @@ def forward_flops(
 
 
 def training_flops(
-    model: ModelConfig, tokens: int, seq_length: int, convention: Convention = DEFAULT_CONVENTION
+    model: ModelConfig,
+    tokens: int,
+    seq_length: int,
+    convention: Convention = DEFAULT_CONVENTION,
+    frozen_layers: int = 0,
 ) -> float:
-    """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients."""
-    return 3 * forward_flops(model, tokens, seq_length, convention)
+    """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients; `electra`: once.
+
+    Frozen layers at the bottom have a forward pass only.
+    """
+    backward = 1 if convention == "electra" else 2
+    skipped = frozen_layers * layer_flops_per_token(model, seq_length, convention) if frozen_layers else 0.0
+    return (1 + backward) * forward_flops(model, tokens, seq_length, convention) - backward * tokens * skipped
 
 
-def ligo_generation_flops(source: ModelConfig, target: ModelConfig) -> float:
-    """FLOPs of generating the target's weights once with LiGO's dense tied maps.
+def _electra_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """FLOPs of one token's forward pass as ELECTRA counts them.
+
+    Source: Clark et al., "ELECTRA" (2020, arXiv 2003.10555), table of FLOPs; its authors' counter, in which the norm
+    after attention costs the same whatever the width.
+    """
+    require(not model.is_causal, f"the FLOPs convention electra is one of encoders, not of {model.family}; use full")
+    h, v = model.hidden_size, model.vocab_size
+    shapes = {leaf: shape_of(role_of(layer_name(0, leaf)), model) for leaf in leaves(model) if "norm" not in leaf}
+    weights_and_biases = sum((2 if len(shape) == 2 else 1) * prod(shape) for shape in shapes.values())
+    products = 2 * 2 * model.num_heads * model.head_dim * seq_length  # scores, and values
+    each_score = (_SOFTMAX + _DROPOUT + 1) * model.num_heads * seq_length  # the 1 scales it
+    around = 2 * (_DROPOUT + 1) * h + _GELU * model.ffn_size + _NORM * (h + 1)  # the 1 adds the residual
+    layer = weights_and_biases + products + each_score + around
+    embedding = 2 * h * v + 2 * h * (seq_length + model.num_token_types) + (2 + _NORM + _DROPOUT) * h
+    head = 2 * h * v + (_SOFTMAX + 2) * v + 2 * h * h + (1 + _GELU + _NORM) * h
+    return model.num_layers * layer + embedding + _CHOSEN * head
+
+
+def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str = "tied") -> float:
+    """FLOPs of generating the target's weights once with LiGO's maps.
 
     Layers are mixed on the small side, Σ_j w_kj·Θ_j, then widened to O·Θ·Iᵀ in the cheaper of the
     two orders (Wang et al., 2023, arXiv 2303.00980, algorithm 1). Each target weight is generated
     once, however many ranks need it; the batch does not matter.
+
+    Args:
+        source, target: the two models.
+        variant: `growth.ligo_variant`. With a map for each target layer only the new blocks are computed; with one for
+            each source layer all of these are widened, then mixed on the large side.
     """
-    return sum(_generated(name, source, target) for name in parameter_names(target))
+    return sum(_generated(name, source, target, variant) for name in parameter_names(target))
 
 
 def ligo_step_flops(
@@ -103,13 +149,14 @@ def ligo_step_flops(
     tokens: int,
     seq_length: int,
     convention: Convention = DEFAULT_CONVENTION,
+    variant: str = "tied",
 ) -> float:
     """FLOPs of one step that learns LiGO's maps: the target's step, generation and its backward.
 
     The backward pass is taken as twice the generation. That is a little too much, because the
     frozen source needs no gradient; better to charge learned growth too much than too little.
     """
-    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(source, target)
+    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(source, target, variant)
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
@@ -124,18 +171,23 @@ def _matrix_shape(role: Role, model: ModelConfig) -> tuple[int, int]:
     return rows, columns
 
 
-def _generated(name: str, source: ModelConfig, target: ModelConfig) -> float:
+def _generated(name: str, source: ModelConfig, target: ModelConfig, variant: str) -> float:
     role = role_of(name)
     layer, _ = split_name(name)
     flops = 0.0
     for out_map in role.out_maps:
         rows, new_rows = (_part_size(role.out, model) for model in (source, target))
         columns, new_columns = (_part_size(role.in_, model) if role.in_ else 1 for model in (source, target))
-        if layer is not None:
-            flops += 2.0 * source.num_layers * rows * columns
-        widen_out = 2.0 * new_rows * rows if out_map and new_rows > rows else 0.0
-        widen_in = 2.0 * new_columns * columns if role.in_map and new_columns > columns else 0.0
-        flops += min(widen_out * columns + widen_in * new_rows, widen_in * rows + widen_out * new_columns)
+        kept = (rows, columns) if variant in ("target_layer", "full_rank") else (0, 0)
+        widen_out = 2.0 * (new_rows - kept[0]) * rows if out_map and new_rows > rows else 0.0
+        widen_in = 2.0 * (new_columns - kept[1]) * columns if role.in_map and new_columns > columns else 0.0
+        widen = min(widen_out * columns + widen_in * new_rows, widen_in * rows + widen_out * new_columns)
+        if layer is None:
+            flops += widen
+        elif variant == "source_layer":
+            flops += source.num_layers * (widen / target.num_layers + 2.0 * new_rows * new_columns)
+        else:
+            flops += widen + 2.0 * source.num_layers * rows * columns
     return flops
 
 

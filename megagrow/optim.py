@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megagrow import ops
 from megagrow.adamw import MOMENTS, ApexAdamW, Group, HostWeights, KernelAdamW, LocalWeights, TorchAdamW, Weights
 from megagrow.config import OptimConfig
+from megagrow.new_part import NewPart, Rates, correct_
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import counted_here, local, wrap_like
@@ -35,6 +36,7 @@ class Optimizer:
         config: rates, factors, back end.
         multipliers: per-tensor factors of the whole model, the same on every rank; names left out have 1.
         step: updates that the moments have already seen.
+        new_part: entries that growth added, while their updates differ; None: there are none.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Optimizer:
         config: OptimConfig,
         multipliers: Mapping[str, Multipliers] | None = None,
         step: int = 0,
+        new_part: NewPart | None = None,
     ) -> None:
-        self.parameters, self.config = dict(parameters), config
+        self.parameters, self.config, self.new_part = dict(parameters), config, new_part
         self.multipliers = dict(multipliers or {})  # of other ranks' parameters too: one rank saves them for all
         self.weights: Weights = (HostWeights if config.offload else LocalWeights)(self.parameters)
         self.adamw = self._update_of(config)(self._groups(), config, step)
@@ -96,8 +99,28 @@ class Optimizer:
             group["lr"] = lr * group["lr_factor"]
         self.weights.fetch()
         self.adamw.step(scale, skip)
+        self._correct_new_part(skip)
         self.weights.give_back()
         self.drop_gradients()
+
+    def restart(self) -> None:
+        """Makes the moments those of an optimizer that has seen no gradient."""
+        for tensors in self.moments().values():
+            for tensor in tensors.values():
+                local(tensor).zero_()
+        self.step_count, self.new_part = 0, None
+
+    def _correct_new_part(self, skip: Tensor | None) -> None:
+        part, step, betas = self.new_part, self.step_count, (self.config.beta1, self.config.beta2)
+        if part is None or part.schedule.is_over(step, *betas):
+            return
+        group_of = {id(tensor): group for group in self.adamw.groups for tensor in group["params"]}
+        for name, tensor in self.weights.tensors.items():
+            if name in part.kept and tensor.grad is not None:
+                group = group_of[id(tensor)]
+                rates = Rates(group["lr"], group["eps"], group["weight_decay"], *betas)
+                exp_avg, exp_avg_sq = (self.adamw.moment(tensor, moment) for moment in MOMENTS)
+                correct_(tensor, exp_avg, exp_avg_sq, part.kept[name], part.schedule, rates, step, skip)
 
     def drop_gradients(self) -> None:
         """Frees all gradients without using them."""
@@ -122,9 +145,13 @@ class Optimizer:
         return {f"optim.{moment}.{name}": t for moment, named in self.moments().items() for name, t in named.items()}
 
     def state(self) -> dict[str, Any]:
-        """What is not a tensor: the step and the multipliers that differ from 1."""
+        """What is not a tensor: the step, the multipliers that differ from 1, and the new part while it differs."""
         changed = {name: asdict(m) for name, m in self.multipliers.items() if m != Multipliers()}
-        return {"step": self.step_count, "multipliers": changed}
+        state = {"step": self.step_count, "multipliers": changed}
+        part, betas = self.new_part, (self.config.beta1, self.config.beta2)
+        if part is not None and not part.schedule.is_over(self.step_count + 1, *betas):
+            state["new_part"] = part.state()
+        return state
 
 
 def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float, mesh: Mesh) -> float:
@@ -147,7 +174,8 @@ def scale_gradients(parameters: Mapping[str, nn.Parameter], norm: float, max_nor
     """Scales all gradients, whose norm is given, so that it is at most `max_norm`; 0 sets no bound."""
     if max_norm and math.isfinite(norm) and norm > max_norm:
         gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, max_norm / norm)
+        if gradients:  # of a stage of frozen layers there are none
+            torch._foreach_mul_(gradients, max_norm / norm)
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

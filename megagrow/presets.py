@@ -18,6 +18,7 @@ from megagrow.config import (
     SaltConfig,
     TrainConfig,
 )
+from megagrow.earlier_growth import EarlierGrowth
 
 _PRESETS: dict[str, Callable[[], Config]] = {}
 
@@ -217,6 +218,59 @@ def grow_llama_125m() -> Config:
         salt=SaltConfig(steps=1_700),
         optim=OptimConfig(lr=4e-4, warmup_steps=500, min_lr_ratio=0.1),
         run=RunConfig(dir="runs/grow_llama_125m"),
+    )
+
+
+@_preset
+def mslt_llama_125m() -> Config:
+    """Trains `llama_125m` in stages of 3, 6 and 12 layers; at each growth the new layers learn alone at first.
+
+    Multi-stage layerwise training (MSLT, Yang et al., 2020): the new layers, on top, are copies of the older ones,
+    which stand still, so that their backward pass is left out; the last stage trains all.
+
+    Cost: 75 % of the FLOPs of `llama_125m`. Not yet run to its end here; how long the stages are is our guess.
+    torchrun --nproc-per-node 8 -m megagrow mslt_llama_125m --data.train PREFIX --data.validation PREFIX …
+    """
+    whole = llama_125m()
+    steps = whole.train.steps
+    return dataclasses.replace(
+        whole,
+        growth=GrowthConfig(
+            method="stack",
+            source=dataclasses.replace(whole.model, num_layers=3),
+            earlier=(EarlierGrowth(num_layers=6, at_step=steps // 5, freeze_steps=steps // 10),),
+            at_step=2 * steps // 5,
+            freeze_steps=steps // 10,
+        ),
+        run=RunConfig(dir="runs/mslt_llama_125m"),
+    )
+
+
+# Inheriting
+
+
+@_preset
+def inherit_llama_125m() -> Config:
+    """The model that `grow_llama_125m` grows, from random weights: `llama_125m` teaches it, less with every step.
+
+    Knowledge inheritance with the paper's settings: temperature 2 in both models, the teacher's share falls from 1 to 0
+    over the first 44 % of the run. Cost: 1.38e19 FLOPs for 2.6B tokens, plus 2.5 % for the teacher. Not yet run to its
+    end here.
+    torchrun --nproc-per-node 8 -m megagrow inherit_llama_125m --salt.teacher runs/llama_125m --data.train PREFIX …
+    """
+    return dataclasses.replace(
+        grow_llama_125m(),
+        growth=GrowthConfig(),
+        salt=SaltConfig(
+            teacher="runs/llama_125m",
+            steps=4_400,
+            weight=1.0,
+            schedule="linear",
+            temperature=2.0,
+            temperature_on="both",
+            scale_by_temperature_squared=True,
+        ),
+        run=RunConfig(dir="runs/inherit_llama_125m"),
     )
 
 

@@ -70,7 +70,7 @@ _GATE_UP = ("gate", "up")
 _HIDDEN = ("hidden",)
 
 OUTSIDE_LAYERS: dict[str, Role] = {
-    "embedding.tokens": Role("embedding", "vocab", "hidden", in_map="hidden"),
+    "embedding.tokens": Role("embedding", "vocab", "hidden", out_maps=("vocab",), in_map="hidden"),
     "embedding.positions": Role("positions", "positions", "hidden", in_map="hidden"),
     "embedding.token_types": Role("token_types", "token_types", "hidden", in_map="hidden"),
     "embedding_norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
@@ -81,8 +81,8 @@ OUTSIDE_LAYERS: dict[str, Role] = {
     "mlm_head.dense.bias": Role("bias", "hidden", out_maps=_HIDDEN),
     "mlm_head.norm.weight": Role("norm_gain", "hidden", out_maps=_HIDDEN),
     "mlm_head.norm.bias": Role("norm_bias", "hidden", out_maps=_HIDDEN),
-    "head.weight": Role("head", "vocab", "hidden", in_map="hidden"),
-    "head.bias": Role("bias", "vocab"),
+    "head.weight": Role("head", "vocab", "hidden", out_maps=("vocab",), in_map="hidden"),
+    "head.bias": Role("bias", "vocab", out_maps=("vocab",)),
 }
 
 INSIDE_LAYER: dict[str, Role] = {
@@ -185,6 +185,14 @@ def last_names(model: ModelConfig) -> list[str]:
         names += ["mlm_head.dense.weight", "mlm_head.dense.bias", *_norm_names("mlm_head.norm", model)]
     names += ["head.weight"] * (not model.tied_embeddings)
     return names + ["head.bias"] * (model.objective == "mlm")
+
+
+def after_transform(model: ModelConfig) -> list[str]:
+    """Names of what uses the output of an encoder's MLM transform, which a growth method may grow apart from `hidden`.
+
+    The transform writes it (rows of its dense layer, its norm), an untied head reads it (columns).
+    """
+    return [] if model.is_causal else [name for name in last_names(model) if name != "head.bias"]
 
 
 def parameter_names(model: ModelConfig) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,10 @@ from megagrow.config import (
     microbatch_size,
 )
 from megagrow.config_file import dump, from_dict, load_file, option_names, to_dict
+from megagrow.earlier_growth import EarlierGrowth
 from megagrow.errors import ConfigError
 from megagrow.model.rotary import rotary_frequencies
+from megagrow.timeline import growth_configs, growth_settings
 
 GROUPED = ModelConfig(hidden_size=768, num_heads=24, num_kv_heads=8, ffn_size=1536)
 SMALL = ModelConfig(hidden_size=64, num_heads=4, num_layers=2, ffn_size=128)
@@ -85,6 +88,10 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         (["quickstart_small", "--train.steps", "abc"], ["train.steps='abc'", "int"]),
         (["quickstart_small", "--train.steps"], ["--train.steps needs a value"]),
         (["quickstart_small", "--growth.source.num-layers", "2"], ["growth.source is a whole model", "YAML"]),
+        (["quickstart_small", "--growth.earlier.at-step", "2"], ["growth.earlier is a list", "give it whole"]),
+        (["quickstart_small", "--growth.earlier", "[{layers: 2}]"], ["unknown key growth.earlier[0].layers"]),
+        (["quickstart_small", "--growth.earlier", "[{num_layers: -2}]"], ["num_layers=-2", "must not be negative"]),
+        (["quickstart_small", "--growth.at-plateau", "1.5"], ["growth.at_plateau=1.5", "[0, 1)"]),
         (["quickstart_small", "stray"], ["unknown option stray"]),
         (["quickstart_small", "--optim.clip-norm", "-1"], ["optim.clip_norm=-1.0", "must not be negative"]),
         (["quickstart_small", "--optim.max-bad-steps", "0"], ["optim.max_bad_steps=0", "positive"]),
@@ -107,6 +114,24 @@ def test_options_override_single_fields() -> None:
     assert config.model == presets.get("quickstart_small").model
 
 
+def test_growths_of_a_run_fit_on_the_command_line_and_into_a_file(tmp_path: Path) -> None:
+    arguments = ["--growth.method", "stack", "--growth.at-step=9", "--init.from=x", "--growth.earlier"]
+    config = parse(["quickstart_small", *arguments, "[{num_layers: 4, at_tokens: 100, freeze_steps: 2}]"])
+    assert config.growth.earlier == (EarlierGrowth(num_layers=4, at_tokens=100, freeze_steps=2),)
+    assert growth_settings(config.growth, 0).method == "stack"
+    (tmp_path / "run.json").write_text(dump(config))
+    assert load_file(tmp_path / "run.json") == config
+
+
+def test_the_growths_in_the_documentation_fit_together(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/when_to_grow.md").read_text()
+    (tmp_path / "run.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load_file(tmp_path / "run.yaml")
+    check(config, 1)
+    sizes = [(each.model.num_layers, each.model.hidden_size) for each in growth_configs(config, config.growth.source)]
+    assert sizes == [(3, 512), (6, 512), (12, 512)]
+
+
 def test_derived_fields_follow_an_override() -> None:
     model = parse(["quickstart_small", "--model.num-heads", "6"]).model
     assert (model.num_heads, model.num_kv_heads, model.head_dim) == (6, 6, 16)
@@ -121,6 +146,11 @@ def test_every_field_is_an_option() -> None:
 
 def config_with(**sections: object) -> Config:
     return dataclasses.replace(Config(), **sections)
+
+
+def growing(*earlier: EarlierGrowth, at_step: int = 9, **fields: Any) -> GrowthConfig:
+    """Depth from `SMALL`'s, before step 9."""
+    return GrowthConfig(method="stack", source=SMALL, at_step=at_step, earlier=earlier, **fields)
 
 
 BAD_COMBINATIONS = [
@@ -193,7 +223,7 @@ BAD_COMBINATIONS = [
         ["growth.optimizer=exact", "learned maps", "reset"],
     ),
     (
-        config_with(model=SMALL, growth=GrowthConfig(method="clone", source=ModelConfig(), at_step=5)),
+        config_with(model=SMALL, growth=GrowthConfig(method="clone", source=ModelConfig(head_dim=16), at_step=5)),
         1,
         ["hidden_size=64 is smaller than the source's 512"],
     ),
@@ -221,7 +251,42 @@ BAD_COMBINATIONS = [
     ),
     (config_with(salt=SaltConfig(scores="x")), 1, ["salt.scores", "salt.steps=0"]),
     (config_with(salt=SaltConfig(teacher="x")), 1, ["salt.steps=0", "set salt.steps"]),
-    (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone or ligo"]),
+    *(
+        (
+            config_with(model=dataclasses.replace(SMALL, num_layers=8), train=TrainConfig(steps=50), growth=growth),
+            1,
+            words,
+        )
+        for growth, words in [
+            (
+                growing(at_step=0, at_tokens=50 * 16 * 128),
+                ["at_tokens=102400 is not reached", "50 steps of 2048 tokens"],
+            ),
+            (growing(at_step=5, at_tokens=5), ["at_step=5 and at_tokens=5", "leave one"]),
+            (growing(at_step=0, at_plateau=0.1), ["growth.at_step=0"]),
+            (growing(EarlierGrowth(num_layers=6)), ["growth.at_step=0 would grow growth.source"]),
+            (growing(EarlierGrowth(num_layers=6, at_step=9)), ["growth comes before step 9", "step 9 at the latest"]),
+            (growing(EarlierGrowth(num_layers=6, at_step=40)), ["before it at step 40"]),
+            (growing(EarlierGrowth(num_layers=6, at_tokens=9 * 2048)), ["before it at step 9"]),
+            (growing(EarlierGrowth(at_step=5)), ["growth.earlier[0]: the model does not grow"]),
+            (growing(EarlierGrowth(num_layers=8, at_step=5)), ["growth: the model does not grow"]),
+            (growing(EarlierGrowth(num_layers=9, at_step=5)), ["growth: ", "num_layers=8 is smaller"]),
+            (growing(EarlierGrowth(num_layers=1, at_step=5)), ["growth.earlier[0]: ", "num_layers=1 is smaller"]),
+            (growing(EarlierGrowth(num_heads=3, num_kv_heads=2, at_step=5)), ["num_kv_heads=2", "num_heads=3"]),
+            (growing(EarlierGrowth(num_layers=6, at_step=5, method="ligo")), ["optimizer=exact", "reset"]),
+            (growing(freeze_steps=41), ["freeze_steps=41", "trains all layers"]),
+        ]
+    ),
+    (
+        config_with(
+            model=dataclasses.replace(SMALL, num_layers=8),
+            growth=growing(freeze_steps=2),
+            parallel=ParallelConfig(pipeline=2, schedule="DualPipeV"),
+        ),
+        2,
+        ["freeze_steps=2", "DualPipeV", "1F1B"],
+    ),
+    (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone"]),
 ]
 
 
@@ -235,7 +300,7 @@ def test_bad_combinations_say_value_rule_and_remedy(config: Config, world_size: 
 @pytest.mark.parametrize("name", presets.names())
 def test_presets_pass_the_check_and_say_how_they_are_run(name: str) -> None:
     config = presets.get(name)
-    if config.growth.method != "none" and not config.init.from_:
+    if config.growth.method != "none" and config.growth.source is None and not config.init.from_:
         config = dataclasses.replace(config, init=InitConfig(from_="source"))
         config = dataclasses.replace(config, salt=dataclasses.replace(config.salt, teacher="source"))
     for world_size in (1, 2, 8):

@@ -16,7 +16,10 @@ FOLDERS = [*SHIPPED, "tests"]
 ORDER = [
     "errors",
     "json_file",
+    "rules",
+    "earlier_growth",
     "config",
+    "timeline",
     "checks",
     "yaml_text",
     "config_file",
@@ -26,10 +29,14 @@ ORDER = [
     "cpu_ops",
     "attention_ops",
     "torch_ops",
+    "torch_growth_ops",
+    "serving",
+    "growth_ops",
     "ops",
     "parallel",
     "model",
     "data",
+    "new_part",
     "adamw",
     "optim",
     "checkpoint",
@@ -49,7 +56,7 @@ ORDER = [
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "megagrow_kernels"}
-TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command"}
+TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command", "_learning"}
 MAIN_LINES, TOOL_LINES = 80, 100
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.remote import as_path, remote
 from megagrow.checkpoint.shards import DTYPES
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, Policy
 from megagrow.config_file import from_dict
 from megagrow.data.dataset import Samples
 from megagrow.errors import CheckpointError, ConfigError, DataError, shown
@@ -31,6 +31,7 @@ from megagrow.roles import parameter_names
 
 CHECK_SAMPLES = 8
 MULTIPLIERS = {field.name for field in fields(Multipliers)}
+POLICIES = get_args(Policy)
 HASH_BYTES = 64 << 20  # read at a time
 UNFIT_SHARE = 0.9  # of ln(vocabulary size): what a model that learned nothing of this data scores
 
@@ -219,14 +220,18 @@ def stored_model(data: Any, where: str) -> ModelConfig:
     Raises:
         CheckpointError: names the field of `state.model` that breaks a rule.
     """
+    return _stored_model(data, where, "state.model")
+
+
+def _stored_model(data: Any, where: str, name: str) -> ModelConfig:
     try:
-        return cast(ModelConfig, from_dict(data, ModelConfig, where, "state.model"))
+        return cast(ModelConfig, from_dict(data, ModelConfig, where, name))
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
 
 def stored_optimizer(data: Any, where: str) -> dict[str, Any]:
-    """The optimizer in a run's state, as its manifest holds it: `step`, and `multipliers` by parameter.
+    """The optimizer in a run's state, as its manifest holds it: `step`, `multipliers` by parameter, maybe `new_part`.
 
     Raises:
         CheckpointError: it is something else.
@@ -244,7 +249,31 @@ def stored_optimizer(data: Any, where: str) -> dict[str, Any]:
             f"{where}: state.optimizer is {shown(data)}, must be a step and multipliers by parameter "
             f"({', '.join(sorted(MULTIPLIERS))}); use an older checkpoint"
         )
+    if "new_part" in data:
+        _check_new_part(data["new_part"], data["step"], where)
     return cast(dict[str, Any], data)
+
+
+def _check_new_part(data: Any, step: int, where: str) -> None:
+    """Raises CheckpointError unless this is what `NewPart.state` gives for an optimizer at that step."""
+    rules = {
+        "since": lambda x: type(x) is int and 0 <= x <= step,
+        "starts_at_zero": lambda x: type(x) is bool,
+        "steps": lambda x: type(x) is int and 0 <= x < 2**63,
+        "factor": lambda x: type(x) in (int, float) and 0 <= x < 1e30,
+        "method": lambda x: isinstance(x, str),
+        "seed": lambda x: type(x) is int and abs(x) < 2**63,
+        "policy": lambda x: x in POLICIES,
+        "source": lambda x: isinstance(x, dict),
+    }
+    if not isinstance(data, dict) or set(data) != set(rules):
+        raise CheckpointError(
+            f"{where}: state.optimizer.new_part must hold {', '.join(rules)}; use an older checkpoint"
+        )
+    odd = next((name for name, holds in rules.items() if not holds(data[name])), None)
+    if odd is not None:
+        raise CheckpointError(f"{where}: state.optimizer.new_part.{odd} is {shown(data[odd])}; use an older checkpoint")
+    _stored_model(data["source"], where, "state.optimizer.new_part.source")
 
 
 def _folder_identity(path: Path) -> str:

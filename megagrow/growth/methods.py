@@ -1,172 +1,163 @@
-"""Named growth methods: each is a short recipe that says which map grows each axis and the layers."""
+"""Growth methods by name: a width part, a depth part, or both, joined by "+".
 
-# Legend of the diagrams: rows are outputs, columns are inputs; A, B, … are source layers or units.
+    clone    net2net    fpi    aki    zero_pad    direct_copy    rms_random         width.py
+    stack    interleave    insert_identity    middle    dus                         depth.py
+    clone+insert_identity    zero_pad+middle    …                                   both at once
+    ligo                                                                            ligo.py
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+A width part alone stacks layers where their number grows too. New tokens of the vocabulary belong to no part: whatever
+the method, their rows of embedding and output matrix begin as the mean of the old rows, and old logits stay.
+"""
 
-from torch import Tensor
+from dataclasses import replace
+from typing import Literal
+
+import torch
 
 from megagrow.checks import check_growable
 from megagrow.config import ModelConfig, require
 from megagrow.errors import ConfigError
-from megagrow.growth.maps import (
-    AxisMap,
-    LayerMap,
-    LayerMix,
-    SparseMap,
-    interleave,
-    interleave_queries,
-    to_elements,
-)
-from megagrow.roles import layer_name, split_name
+from megagrow.growth.depth import DEPTHS
+from megagrow.growth.maps import NEW, AxisMap, SparseMap
+from megagrow.growth.recipe import Recipe
+from megagrow.growth.width import REPLICATING, WIDTH_METHODS, WIDTHS, Width, split_unequally
 
-WIDTHS = ("hidden_size", "num_heads", "num_kv_heads", "ffn_size")
+METHODS = (*WIDTH_METHODS, *DEPTHS)
+
+Breaker = Literal["none", "noise", "split"]
 
 
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """One way from a source model to a target model, linear in the source's parameters.
-
-    Attributes:
-        method: its name.
-        source, target: the two models.
-        layers: w of the formula.
-        axes: map name of `roles.Role` -> O and I of the formula; an axis that does not grow is absent. Under multi-head
-            attention `heads` and `value` are the same object.
-        keeps_function: whether the target computes exactly what the source does.
-    """
-
-    method: str
-    source: ModelConfig
-    target: ModelConfig
-    layers: LayerMap | LayerMix
-    axes: Mapping[str, AxisMap]
-    keeps_function: bool = False
-
-    @property
-    def copies(self) -> bool:
-        """Whether every target entry is a scaled copy of one source entry, as the rule for Adam's moments needs."""
-        return isinstance(self.layers, LayerMap) and all(isinstance(m, SparseMap) for m in self.axes.values())
-
-    def source_name(self, name: str) -> str:
-        """The source parameter that a target parameter copies; of copied layers only."""
-        layer, leaf = split_name(name)
-        if layer is None:
-            return name
-        assert isinstance(self.layers, LayerMap), "a mixed layer has no single source"
-        return layer_name(self.layers.index[layer], leaf)
-
-
-def make_recipe(method: str, source: ModelConfig, target: ModelConfig) -> Recipe:
+def make_recipe(
+    method: str,
+    source: ModelConfig,
+    target: ModelConfig,
+    breaker: Breaker = "none",
+    breaker_scale: float = 0.3,
+    seed: int = 0,
+) -> Recipe:
     """The recipe of a named method.
+
+    Args:
+        method: parts joined by "+".
+        source, target: the two models.
+        breaker: what tells replicas apart, for methods that make some. noise: random numbers that are added to the
+            readers of one replica and taken from those of another (HyperCloning, arXiv 2409.12903); split: readers
+            take unequal shares (LEMON, arXiv 2310.07999). Both keep the function.
+        breaker_scale: of noise: its standard deviation relative to the weights around it; of split: how far a share is
+            from 1/n at most, relative to that.
+        seed: of everything random.
 
     Raises:
         ConfigError: no such method; the models are of different kinds, or the target is smaller somewhere; the method
-            cannot reach these sizes.
+            cannot reach these sizes, or has no exact answer where it promises one.
     """
-    if method not in METHODS:
-        raise ConfigError(f"growth.method={method} does not exist; use one of {', '.join(METHODS)}")
+    width_name, depth_name = _parts(method)
     check_growable(source, target)
-    has_last_norm = not target.is_causal or target.norm_place == "before"
+    width = _width(method, width_name, source, target, seed)
+    _check_scale_of_tied_head(method, width, target)
+    _check_eps(method, width, source, target)
+    _check_breaker(method, width_name, breaker, breaker_scale)
+    if breaker == "split":
+        width = replace(width, axes=split_unequally(width.axes, source, target, breaker_scale))
     require(
-        has_last_norm or not target.tied_embeddings or source.hidden_size == target.hidden_size,
+        width_name != "ligo" or source.vocab_size == target.vocab_size,
+        "growth.method=ligo does not grow the vocabulary; make model.vocab_size equal, or grow it by another method",
+    )
+    depth = DEPTHS[depth_name](source.num_layers, target.num_layers)
+    require(
+        not depth.silent or target.norm_place == "before",
+        "growth.method=insert_identity cannot insert an identity where each residual sum is normalised "
+        "(model.norm_place=after): the norm would act on a layer that adds nothing; use stack or interleave",
+    )
+    keeps_layers = source.num_layers == target.num_layers or depth_name == "insert_identity"
+    return Recipe(
+        method,
+        source,
+        target,
+        depth.layers,
+        width.axes | _vocabulary(source, target),
+        width.keeps_function and keeps_layers,
+        next_rows=width.next_rows,
+        silent=depth.silent,
+        fill=replace(width.fill, average=width.fill.average | {("vocab", "out")}),
+        norm_scale=width.norm_scale,
+        noise=breaker_scale if breaker == "noise" else 0.0,
+        seed=seed,
+    )
+
+
+def _parts(method: str) -> tuple[str, str]:
+    """The width part ("": none) and the depth part of a method's name."""
+    parts = method.split("+")
+    unknown = [part for part in parts if part not in METHODS]
+    if unknown:
+        raise ConfigError(f"growth.method={method} does not exist; use {', '.join(METHODS)}, or two joined by +")
+    width, depth = ([part for part in parts if part in named] for named in (WIDTH_METHODS, DEPTHS))
+    require(
+        len(width) <= 1 and len(depth) <= 1,
+        f"growth.method={method} joins two methods for the same thing; use one of {', '.join(WIDTH_METHODS)} with one "
+        f"of {', '.join(DEPTHS)}",
+    )
+    return (width or [""])[0], (depth or ["stack"])[0]
+
+
+def _width(method: str, name: str, source: ModelConfig, target: ModelConfig, seed: int) -> Width:
+    if name:
+        return WIDTH_METHODS[name](source, target, seed)
+    for size in WIDTHS:
+        old, new = getattr(source, size), getattr(target, size)
+        require(
+            old == new,
+            f"growth.method={method} grows depth only, but {size} is {old} in the source and {new} in the target; "
+            f"make them equal or add a width method, as in clone+{method}",
+        )
+    return Width({}, keeps_function=True)
+
+
+def _vocabulary(source: ModelConfig, target: ModelConfig) -> dict[str, AxisMap]:
+    """Old tokens keep their rows; new ones have no source."""
+    old, new = source.vocab_size, target.vocab_size
+    if old == new:
+        return {}
+    return {"vocab": SparseMap(torch.cat([torch.arange(old), torch.full((new - old,), NEW)]), old)}
+
+
+def _check_scale_of_tied_head(method: str, width: Width, target: ModelConfig) -> None:
+    has_last_norm = not target.is_causal or target.norm_place == "before"
+    hidden = width.axes.get("hidden")
+    is_scaled = hidden is not None and not (isinstance(hidden.in_scale, float) and hidden.in_scale == 1)
+    require(
+        has_last_norm or not target.tied_embeddings or not is_scaled,
         f"growth.method={method} widens the embedding, which is the output matrix too: its scale goes into the norm "
         "before the output, and with model.norm_place=after and objective=clm there is none; grow other axes, or use a "
         "model with an untied head",
     )
-    return METHODS[method](source, target)
 
 
-def stack(source: ModelConfig, target: ModelConfig) -> Recipe:
-    """Depth: the whole stack of layers is repeated, the rest copied. Not function preserving.
-
-        A            A B A B        source layers A B; target layer k copies layer k mod 2
-        B     ->
-
-    Source: StackBERT (Gong et al., 2019); G_stack (Du et al., 2024, arXiv 2405.15319, section 3).
-    """
-    for name in WIDTHS:
-        old, new = getattr(source, name), getattr(target, name)
-        require(
-            old == new,
-            f"growth.method=stack grows depth only, but {name} is {old} in the source and {new} in the target; "
-            "make them equal or use clone or ligo",
-        )
-    return Recipe("stack", source, target, _stacked(source, target), {}, source.num_layers == target.num_layers)
-
-
-def clone(source: ModelConfig, target: ModelConfig) -> Recipe:
-    """Width: every unit of an axis is copied equally often, readers divide by the number of copies. Exact.
-
-               a b              a/2 a/2 b/2 b/2
-        W  =   c d     ->       a/2 a/2 b/2 b/2        (×2 on both axes)
-                                c/2 c/2 d/2 d/2
-                                c/2 c/2 d/2 d/2
-
-    Replicas stand side by side (`maps.interleave`); query heads are copied inside the groups of their key/value heads.
-    Layers are stacked as in `stack` when their number differs, and then the function changes.
-
-    Source: Net2WiderNet (Chen et al., 2016); HyperCloning (Samragh et al., 2024, arXiv 2409.12903, section 3).
-    """
-    for name in WIDTHS:
-        old, new = getattr(source, name), getattr(target, name)
-        require(
-            new % old == 0,
-            f"growth.method=clone copies each unit equally often, but {name}={new} is no multiple of the source's "
-            f"{old}; use {new // old * old} or {-(-new // old) * old}, or method ligo",
-        )
-    query_copies, kv_copies = target.num_heads // source.num_heads, target.num_kv_heads // source.num_kv_heads
+def _check_eps(method: str, width: Width, source: ModelConfig, target: ModelConfig) -> None:
+    """The eps of norms is added to a mean over the hidden units; zeros beside these make the mean smaller."""
+    needed = source.norm_eps * width.eps_scale
     require(
-        query_copies % kv_copies == 0,
-        f"growth.method=clone makes {query_copies} copies of each query head and {kv_copies} of each key/value head, "
-        f"but every copied group needs whole copies of its queries; use num_heads={source.num_heads * kv_copies} "
-        f"or num_kv_heads={source.num_kv_heads}",
+        not target.qk_norm or width.eps_scale == 1,
+        f"growth.method={method} from hidden_size={source.hidden_size} to {target.hidden_size} needs another eps for "
+        "the norms over the hidden axis than for those over queries and keys (qk_norm), but a model has one norm_eps; "
+        "use method clone with a multiple of the source's hidden_size",
     )
-    keeps_function = source.num_layers == target.num_layers
-    return Recipe("clone", source, target, _stacked(source, target), copied_axes(source, target), keeps_function)
+    require(
+        abs(target.norm_eps - needed) <= 1e-9 * needed,
+        f"growth.method={method} needs the target's norm_eps={needed!r} (the source has {source.norm_eps}"
+        + (f", and its norms average over {target.hidden_size} units instead" if width.eps_scale != 1 else "")
+        + f"), but it is {target.norm_eps}; set model.norm_eps={needed!r}",
+    )
 
 
-def ligo(source: ModelConfig, target: ModelConfig) -> Recipe:
-    """Width and depth by learned linear maps; this is where the maps start, `ligo.Ligo` makes them dense and learns.
-
-        Θ'_k  =   O  ·  Σ_j w_kj Θ_j  ·  Iᵀ          I = (source size / target size) · O
-
-                 1 .                    1 . . .        layers stacked, plus small weights for the other layers
-        O =      x x             w =    . 1 . .        units interleaved (`clone` without its rule that sizes divide),
-                 . 1                    1 . . .        plus noise x on the rows that are no first copies
-                 x x                    . 1 . .
-
-    Source: LiGO (Wang et al., 2023, arXiv 2303.00980), Algorithm 1: maps tied over layers. Departures: docs/ligo.md.
-    """
-    return Recipe("ligo", source, target, _stacked(source, target), copied_axes(source, target))
-
-
-METHODS: dict[str, Callable[[ModelConfig, ModelConfig], Recipe]] = {"stack": stack, "clone": clone, "ligo": ligo}
-
-
-def copied_axes(source: ModelConfig, target: ModelConfig) -> dict[str, AxisMap]:
-    """Interleaved copies on every axis that grows, I = (source size / target size) · O."""
-    d = target.head_dim
-    axes: dict[str, AxisMap] = {}
-    if target.hidden_size > source.hidden_size:
-        axes["hidden"] = _copies(interleave(source.hidden_size, target.hidden_size), source.hidden_size)
-    if target.ffn_size > source.ffn_size:
-        axes["ffn"] = _copies(interleave(source.ffn_size, target.ffn_size), source.ffn_size)
-    if target.num_kv_heads > source.num_kv_heads:
-        kv_heads = to_elements(interleave(source.num_kv_heads, target.num_kv_heads), d)
-        axes["key"], axes["value"] = (_copies(kv_heads, source.num_kv_heads * d) for _ in range(2))
-    if target.num_heads > source.num_heads:
-        heads = interleave_queries(source.num_heads, source.num_kv_heads, target.num_heads, target.num_kv_heads)
-        axes["query"], axes["heads"] = (_copies(to_elements(heads, d), source.num_heads * d) for _ in range(2))
-        if all(model.num_heads == model.num_kv_heads for model in (source, target)):
-            axes["heads"] = axes["value"]
-    return axes
-
-
-def _copies(index: Tensor, num_source: int) -> SparseMap:
-    return SparseMap(index, num_source, in_scale=num_source / len(index))
-
-
-def _stacked(source: ModelConfig, target: ModelConfig) -> LayerMap:
-    return LayerMap(tuple(k % source.num_layers for k in range(target.num_layers)))
+def _check_breaker(method: str, width_name: str, breaker: Breaker, scale: float) -> None:
+    require(
+        breaker == "none" or width_name in REPLICATING,
+        f"growth.breaker={breaker} tells replicas apart, and growth.method={method} makes none; use breaker=none, or "
+        f"one of {', '.join(REPLICATING)}",
+    )
+    require(
+        breaker != "split" or scale < 1,
+        f"growth.breaker_scale={scale} would leave some readers of growth.breaker=split no share; use less than 1",
+    )

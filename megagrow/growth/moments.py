@@ -7,24 +7,52 @@ For copies, with W' = R(W)·v and grad' = R(grad)·g (v = 1/n_in, g = 1/n_out, R
 with the settings  lr·v, eps·g, weight_decay/v  of each tensor makes the grown model follow the small one's trajectory
 exactly: the update lr·m/(√s + eps) does not see g, and is scaled by v like the weights. Gradient clipping is outside
 the rule: the norm of each tensor's gradient changes by √(n_in/n_out). Dense maps have no such rule.
+
+A policy says which entries get moments by that rule; the moments of the others are zero. *First copies* are entries
+whose units are the first copies of their source units on both dims, in the first copy of their source layer.
+
+    policy       moments by the rule   steps of each tensor   suits
+    exact        all entries           lr·v, eps·g, wd/v      clone, stack and other even copies, alone or together:
+                                                              goes where the small model goes; copies never part
+                                                              without a breaker of symmetry
+    asymmetric   first copies          as in the source       clone, net2net, fpi, aki, stack, insert_identity, …: even
+                                                              or uneven copies, which part because of it ([S, 0])
+    zero_pad     all with a source     as in the source       zero_pad, rms_random, direct_copy: the old block goes on
+    reset        none, step' = 0       as configured          any, and the only one for learned maps (ligo)
+
+Under `asymmetric` and `zero_pad` the entries without moments count their own updates (`new_part`), as if they had an
+Adam of their own. Refused: whatever needs a source entry per target entry where there is none, or one rate per tensor
+where units are copied unequally often.
+
+Source: SPARKLING (2026, arXiv 2602.02472) for [S, 0]; MSG (Yao et al., 2024, arXiv 2305.02869) for padding by zeros.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import asdict, fields
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from megagrow.errors import ConfigError
+from megagrow.config import GrowthConfig, ModelConfig, Policy, require
+from megagrow.config_file import from_dict, to_dict
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.grow import Fetch, grow_into
-from megagrow.growth.methods import Recipe
+from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap, first_copies
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.operator import Quantity, uniform_scale
+from megagrow.growth.recipe import Recipe
+from megagrow.new_part import Kept, NewPart, Schedule
 from megagrow.optim import Multipliers
-from megagrow.parallel.shards import local
-from megagrow.roles import parameter_names
-
-Policy = Literal["exact", "reset"]
+from megagrow.parallel.shards import Box, box, local
+from megagrow.roles import axis_size, axis_unit, parameter_names, role_of, split_name
 
 QUANTITIES: dict[str, Quantity] = {"exp_avg": "gradient", "exp_avg_sq": "squared_gradient"}
+
+NO_OLD_PART = (
+    "growth.rewarmup_part=new needs a part that is old: learned maps (ligo) make every entry anew; "
+    "use growth.rewarmup_part=all"
+)
 
 
 def grow_optimizer(
@@ -38,7 +66,7 @@ def grow_optimizer(
 
     Args:
         recipe: how the model grew.
-        policy: `exact` carries the moments over, `reset` clears them.
+        policy: see above.
         sources: moment (`exp_avg`, `exp_avg_sq`) -> reads the source's whole tensors by parameter name; unused by
             `reset`.
         targets: moment -> parameter name -> this rank's tensor, laid out like the parameter.
@@ -48,16 +76,18 @@ def grow_optimizer(
         The number of updates from which the grown optimizer counts on.
 
     Raises:
-        ConfigError: `exact` for a recipe that does not copy.
+        ConfigError: the policy has no rule for the recipe.
     """
     if policy == "reset":
         for tensors in targets.values():
             for tensor in tensors.values():
                 local(tensor).zero_()
         return 0
-    _check_copies(recipe)
+    check_policy(recipe, policy)
     for moment, quantity in QUANTITIES.items():
         grow_into(recipe, sources[moment], targets[moment], quantity)
+        if policy != "exact":
+            _clear_new_entries(kept_entries(recipe, policy, targets[moment]), targets[moment])
     return step
 
 
@@ -68,17 +98,108 @@ def grow_multipliers(
 
     Args:
         recipe: how the model grew.
-        policy: `reset` leaves all settings as they are configured.
+        policy: see above.
         old: those of the source, when it was grown before; None: all 1.
 
     Raises:
-        ConfigError: `exact` for a recipe that does not copy every unit of an axis equally often.
+        ConfigError: the policy has no rule for the recipe.
     """
     names = parameter_names(recipe.target)
     if policy == "reset":
         return {name: Multipliers() for name in names}
-    _check_copies(recipe)
-    return {name: _grown(recipe, name, (old or {}).get(recipe.source_name(name), Multipliers())) for name in names}
+    check_policy(recipe, policy)
+    of_source = {name: (old or {}).get(recipe.source_name(name), Multipliers()) for name in names}
+    if policy != "exact":
+        return of_source
+    return {name: _grown(recipe, name, multipliers) for name, multipliers in of_source.items()}
+
+
+def grow_new_part(
+    recipe: Recipe, policy: Policy, growth: GrowthConfig, step: int, tensors: Mapping[str, Tensor]
+) -> NewPart | None:
+    """The entries that the optimizer must treat otherwise than the old ones beside them; None: there are none.
+
+    Args:
+        recipe: how the model grew.
+        policy: what became of the moments.
+        growth: whether and how the new part warms up.
+        step: updates from which the grown optimizer counts on.
+        tensors: this rank's parameters by name.
+
+    Raises:
+        ConfigError: the recipe's maps are learned, so that no part of the model is the old one.
+    """
+    starts_at_zero = policy in ("asymmetric", "zero_pad")
+    warms_up = growth.rewarmup_part == "new" and growth.rewarmup_steps > 0
+    if not starts_at_zero and not warms_up:
+        return None
+    require(recipe.copies, NO_OLD_PART)
+    schedule = Schedule(step, starts_at_zero, growth.rewarmup_steps * warms_up, growth.rewarmup_factor)
+    origin = {"method": recipe.method, "seed": recipe.seed, "policy": policy, "source": to_dict(recipe.source)}
+    return NewPart(schedule, kept_entries(recipe, policy, tensors), origin)
+
+
+def restored_new_part(saved: Mapping[str, Any], target: ModelConfig, tensors: Mapping[str, Tensor]) -> NewPart:
+    """The inverse of `NewPart.state`, in any layout.
+
+    Args:
+        saved: what the checkpoint has.
+        target: the model that has grown.
+        tensors: this rank's parameters by name.
+
+    Raises:
+        CheckpointError: no such growth leads to the target.
+    """
+    schedule = Schedule(**{field.name: saved[field.name] for field in fields(Schedule)})
+    origin = {name: saved[name] for name in saved if name not in asdict(schedule)}
+    try:
+        source = cast(ModelConfig, from_dict(saved["source"], ModelConfig, "the source"))
+        recipe = make_recipe(saved["method"], source, target, seed=saved["seed"])
+        require(recipe.copies, NO_OLD_PART)
+    except ConfigError as error:
+        raise CheckpointError(f"state.optimizer.new_part: {error}") from None
+    return NewPart(schedule, kept_entries(recipe, saved["policy"], tensors), origin)
+
+
+def kept_entries(recipe: Recipe, policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Kept]:
+    """Which entries of this rank's tensors are old, by parameter name; without the tensors that are old as a whole.
+
+    Under `zero_pad` these are all that have a source, otherwise the first copies only.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        kept = _kept(recipe, policy, name, box(tensor), local(tensor).device)
+        if kept.has_new:
+            found[name] = kept
+    return found
+
+
+def check_policy(recipe: Recipe, policy: Policy) -> None:
+    """Raises ConfigError when there is no rule for what becomes of the moments."""
+    problem = rule_problem(recipe, policy)
+    if problem:
+        raise ConfigError(f"growth.optimizer={policy} {problem}")
+
+
+def rule_problem(recipe: Recipe, policy: Policy) -> str | None:
+    """Why a policy has no rule for a recipe, and what to use; None where it has one."""
+    method, makes_new = recipe.method, _makes_new(recipe)
+    if policy == "reset":
+        return None
+    if not recipe.copies:
+        return f"has no rule for the learned maps of {method}; use growth.optimizer=reset with growth.rewarmup_steps"
+    if policy == "exact" and (makes_new or recipe.silent):
+        what = "has entries without a source" if makes_new else "begins some layers as the identity"
+        return f"has no rule for {method}, which {what}; use {'zero_pad' if makes_new else 'asymmetric'}, or reset"
+    if policy == "zero_pad" and not makes_new:
+        return f"has nothing to pad: {method} gives every entry a source; use exact, asymmetric or reset"
+    uneven = next((n for n in parameter_names(recipe.target) if _is_uneven(recipe, n)), None)
+    if policy == "exact" and uneven is not None:
+        return (
+            f"has no rule for {method} here: it copies units of {uneven} unequally often, so that no one learning "
+            "rate fits the whole tensor; use growth.optimizer=asymmetric or reset"
+        )
+    return None
 
 
 def value_scale(recipe: Recipe, name: str) -> float:
@@ -98,17 +219,64 @@ def _grown(recipe: Recipe, name: str, old: Multipliers) -> Multipliers:
 
 def _uniform(recipe: Recipe, name: str, quantity: Quantity) -> float:
     scale = uniform_scale(recipe, name, quantity)
-    if scale is None:
-        raise ConfigError(
-            f"growth.optimizer=exact: {recipe.method} copies units of {name} unequally often, so that no one learning "
-            "rate fits the whole tensor; use growth.optimizer=reset"
-        )
+    assert scale is not None, "`check_policy` comes first"
     return scale
 
 
-def _check_copies(recipe: Recipe) -> None:
-    if not recipe.copies:
-        raise ConfigError(
-            f"growth.optimizer=exact has no rule for the learned maps of {recipe.method}; "
-            "use growth.optimizer=reset with growth.rewarmup_steps"
-        )
+def _is_uneven(recipe: Recipe, name: str) -> bool:
+    return any(uniform_scale(recipe, name, quantity) is None for quantity in ("value", "gradient"))
+
+
+def _makes_new(recipe: Recipe) -> bool:
+    """Whether there are entries without a source."""
+    maps = [axis for axes in (recipe.axes, *(recipe.layer_axes or {}).values()) for axis in axes.values()]
+    return any(isinstance(axis, SparseMap) and axis.has_new for axis in maps)
+
+
+def _clear_new_entries(kept: Mapping[str, Kept], tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, old in kept.items():
+            piece = local(tensors[name])
+            piece[~old.rows] = 0
+            if piece.ndim == 2:
+                piece[:, ~old.columns] = 0
+
+
+def _kept(recipe: Recipe, policy: Policy, name: str, where: Box, device: torch.device) -> Kept:
+    role, axes = role_of(name), recipe.axes_of(name)
+    rows = _old_rows(recipe, policy, name)[where[0]] & _is_old_layer(recipe, policy, name)
+    columns = torch.ones(1, dtype=torch.bool)
+    if role.in_ is not None:
+        size = axis_size(role.in_, recipe.target) * axis_unit(role.in_, recipe.target)
+        columns = _old_elements(axes.get(role.in_map), policy, size)[where[1]]
+    return Kept(rows.to(device), columns.to(device))
+
+
+def _old_rows(recipe: Recipe, policy: Policy, name: str) -> Tensor:
+    """[R] bool: which rows of a whole parameter are old ones."""
+    role, axes = role_of(name), recipe.axes_of(name)
+    unit = axis_unit(role.out, recipe.target)
+    size = axis_size(role.out, recipe.target) * unit
+    if recipe.next_rows is not None and recipe.reads_next(name):
+        parts = [_old_elements(recipe.next_rows.get(part), policy, size, num_layers=2) for part in role.out_maps]
+    else:
+        parts = [_old_elements(axes.get(part), policy, size) for part in role.out_maps]
+    return torch.stack([part.view(-1, unit) for part in parts], 1).flatten()
+
+
+def _old_elements(axis: AxisMap | None, policy: Policy, size: int, num_layers: int = 1) -> Tensor:
+    """[size] bool: which elements of an axis are old ones; of several source layers' those of the first one."""
+    if axis is None:
+        return torch.ones(size, dtype=torch.bool)
+    assert isinstance(axis, SparseMap), "only copies have an old part"
+    is_old = axis.index != NEW if policy == "zero_pad" else first_copies(axis.index)
+    return is_old & (axis.index < axis.num_source // num_layers)
+
+
+def _is_old_layer(recipe: Recipe, policy: Policy, name: str) -> bool:
+    layer, _ = split_name(name)
+    if layer is None:
+        return True
+    assert isinstance(recipe.layers, LayerMap), "only copies have an old part"
+    index = recipe.layers.index
+    return layer not in recipe.silent and (policy == "zero_pad" or index.index(index[layer]) == layer)

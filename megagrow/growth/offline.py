@@ -20,12 +20,12 @@ from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, rea
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.staged import StagedFolder, check_free
-from megagrow.config import Config, DataConfig, ModelConfig
+from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, Policy
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.growth.grow import Fetch, grow_into, grow_whole
-from megagrow.growth.methods import Recipe
-from megagrow.growth.moments import QUANTITIES, Policy, grow_multipliers, grow_optimizer
+from megagrow.growth.moments import QUANTITIES, grow_multipliers, grow_new_part, grow_optimizer, rule_problem
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import Multipliers
 from megagrow.parallel.fsdp import materialize
@@ -64,8 +64,8 @@ def grow_folder(
         recipe: how to grow: from `make_recipe`, or `Ligo.recipe` of learned maps.
         mesh: its tensor and data axes share an own checkpoint's work and memory; a Hugging Face folder is written by
             the first rank alone.
-        policy: what becomes of the moments of an own checkpoint that has some: `exact` grows them where the recipe
-            copies; otherwise the grown checkpoint has none, and training starts with a fresh optimizer.
+        policy: what becomes of the moments of an own checkpoint that has some, see moments.py; where the policy has no
+            rule for the recipe the grown checkpoint has none, and training starts with a fresh optimizer.
         ledger: what the grown model has cost, kept in an own checkpoint; None: what the source has.
 
     Raises:
@@ -126,13 +126,16 @@ def _grow_own(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy) -> tup
     grow_into(recipe, source.fetch, parameters)
     tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
     state: dict[str, Any] = {"model": to_dict(recipe.target)}
-    if source.optimizer is not None and recipe.copies and policy == "exact":
+    if source.optimizer is not None and policy != "reset" and rule_problem(recipe, policy) is None:
         moments = _empty_moments(source, recipe, parameters)
         fetches = {moment: _moment_fetch(source, moment) for moment in moments}
         step = grow_optimizer(recipe, policy, fetches, moments, int(source.optimizer["step"]))
         old = {name: Multipliers(**m) for name, m in source.optimizer["multipliers"].items()}
         multipliers = grow_multipliers(recipe, policy, old)
         state["optimizer"] = {"step": step, "multipliers": {n: asdict(m) for n, m in multipliers.items()}}
+        new_part = grow_new_part(recipe, policy, GrowthConfig(), step, {})
+        if new_part is not None:
+            state["optimizer"]["new_part"] = new_part.state()
         tensors |= {f"optim.{m}.{name}": t for m, named in moments.items() for name, t in named.items()}
     return tensors, state
 

@@ -11,25 +11,33 @@ Which map acts on a dim, and in which form, follows from the parameter's role:
 
 For gradients the two forms change places: a gradient is shared among the n copies of what writes an axis, because
 readers divide by n, and comes whole to every copy of what reads it. So W' = R(W)/n_in and grad' = R(grad)/n_out, where
-R is plain replication.
+R is plain replication. Entries without a source have no old gradient: theirs is 0.
 """
 
 # Shape suffix legend: R, C = rows and columns of the box; O, I = rows and columns of the source matrix.
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megagrow import ops
 from megagrow.config import ModelConfig
-from megagrow.growth.maps import AxisMap, Elements, Form, Scale
-from megagrow.growth.methods import Recipe
+from megagrow.growth.maps import NEW, AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
+from megagrow.growth.noise import normal, root_mean_square
+from megagrow.growth.recipe import Recipe, Use
+from megagrow.model.transformer import initial_std
 from megagrow.parallel.shards import Box
-from megagrow.roles import axis_unit, role_of, shape_of
+from megagrow.roles import Axis, Role, after_transform, axis_unit, role_of, shape_of
 
 Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg; exp_avg_sq
+New = Literal["zero", "free", "average"]  # what elements without a source become, see `recipe.Fill`
+
+MAX_COPIED = 1 << 18  # entries that are copied at a time: they stay in a core's cache from step to step
+MAX_RANDOM = 1 << 20  # random entries that are made at a time: their hashes take several times their memory
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,24 @@ class _Dim:
         maps: that of each fused part; None: the axis does not grow.
         form: which of O and I acts.
         unit: elements of one unit (head, neuron) of one part.
+        new: what elements without a source become.
     """
 
     maps: tuple[AxisMap | None, ...]
     form: Form
     unit: int
+    new: New
 
     def spread(self, x: Tensor, dim: int, box: slice) -> Tensor:
         """M applied to dim `dim` of x, for the target range `box`, without scales."""
+        average = self.new == "average"
         if len(self.maps) == 1:
-            return _spread(self.maps[0], x, dim, box)
+            return _spread(self.maps[0], x, dim, box, average)
         assert dim == 0, "only output rows are fused"
         elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
         parts = x.unflatten(0, (-1, len(self.maps), self.unit)).unbind(1)
         grown = [
-            _spread(axis_map, part.flatten(0, 1), 0, elements)
+            _spread(axis_map, part.flatten(0, 1), 0, elements, average)
             for axis_map, part, elements in zip(self.maps, parts, elements_by_part, strict=True)
         ]
         return torch.cat(grown).index_select(0, order.to(x.device))
@@ -71,6 +82,25 @@ class _Dim:
         ]
         return torch.cat(pieces)[order]
 
+    def index(self, box: slice) -> Tensor:
+        """The source row (column) of each target row (column) of the range; NEW where there is none. Of copies only."""
+        elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
+        found = []
+        for part, (axis_map, elements) in enumerate(zip(self.maps, elements_by_part, strict=True)):
+            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have an index"
+            copied = elements if axis_map is None else axis_map.index[elements]
+            row = (copied // self.unit * len(self.maps) + part) * self.unit + copied % self.unit
+            found.append(torch.where(copied == NEW, NEW, row))
+        return torch.cat(found)[order]
+
+    def is_new(self, box: slice) -> Tensor:
+        """Which elements of the range [box] nothing of the source goes into."""
+        if self.new == "average" or not any(_has_new(axis_map) for axis_map in self.maps):
+            return torch.zeros(box.stop - box.start, dtype=torch.bool)
+        elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
+        pairs = zip(self.maps, elements_by_part, strict=True)
+        return torch.cat([_is_new(axis_map, elements) for axis_map, elements in pairs])[order]
+
 
 def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value") -> Tensor:
     """The range `box` of the target parameter `name`; differentiable in the source and in dense maps.
@@ -78,7 +108,8 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
     Args:
         recipe: gives the maps.
         name: of the target parameter.
-        source: the whole source tensor [O, I] or [O], mixed over layers already.
+        source: the whole source tensor [O, I] or [O], mixed over layers already; two layers' rows laid end to end where
+            `recipe.reads_next`.
         box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
 
@@ -86,18 +117,69 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
     """
     dims = _dims(recipe, name, quantity)
-    power = 2 if quantity == "squared_gradient" else 1
-    scales = [dim.scale(part) for dim, part in zip(dims, box, strict=True)]
-    factor = math.prod(s for s in scales if isinstance(s, float)) ** power
-    wide = torch.promote_types(source.dtype, torch.float32)
-    x = source if factor == 1 else source.to(wide) * factor
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    source = source if factor == 1 else source.to(torch.promote_types(source.dtype, torch.float32)) * factor
+    x = source
     for d in _cheaper_order(source, box):
         x = dims[d].spread(x, d, box[d])
-    for d, scale in enumerate(scales):
-        if isinstance(scale, Tensor):
-            diagonal = scale.to(x.device, torch.promote_types(x.dtype, wide)) ** power
-            x = x * (diagonal[:, None] if d < x.ndim - 1 else diagonal)
+    if quantity == "value":
+        x = _add_random(recipe, name, dims, source, x, box)
+    x = _times(x, diagonals)
+    if quantity == "value":
+        x = _add_noise(recipe, name, dims, source, x, box)
+        x = torch.zeros_like(x) if recipe.is_silent(name) else x
     return x
+
+
+def write_box(
+    recipe: Recipe, name: str, source: Tensor, box: Box, target: Tensor, quantity: Quantity = "value"
+) -> None:
+    """`grow_box` into `target`, bit for bit, of a recipe that copies: in pieces of rows that stay in a cache.
+
+    Args:
+        recipe, name, source, box, quantity: as in `grow_box`.
+        target: [R, C] or [R], overwritten.
+    """
+    dims = _dims(recipe, name, quantity)
+    if _uses_all(recipe, name, dims, quantity):
+        target.copy_(grow_box(recipe, name, source, box, quantity))
+        return
+    if quantity == "value" and recipe.is_silent(name):
+        target.zero_()
+        return
+    rows_R, *columns = (dim.index(part).to(source.device) for dim, part in zip(dims, box, strict=True))
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    if target.ndim == 2 and ops.serves("sparse_map", target):
+        (columns_C,) = columns
+        row_scales_2R, column_scales_2C = map(_doubled, diagonals, (rows_R, columns_C))
+        ops.sparse_map_([target], [source], rows_R, columns_C, row_scales_2R * factor, column_scales_2C)
+        return
+    step = max(1, MAX_COPIED // math.prod(target.shape[1:]))
+    for start in range(0, len(rows_R), step):
+        piece = slice(start, start + step)
+        x = _gathered(source, 0, rows_R[piece])
+        x = x if factor == 1 else x.to(torch.promote_types(source.dtype, torch.float32)) * factor
+        for columns_C in columns:
+            x = _gathered(x, 1, columns_C)
+        of_rows, *others = diagonals
+        target[piece] = _times(x, [None if of_rows is None else of_rows[piece], *others])
+
+
+def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value") -> Box:
+    """The smallest box of the source parameter that the range `box` of the target parameter needs.
+
+    It is the whole where new entries or noise depend on all of the source, or rows come from two layers.
+    """
+    dims, whole = _dims(recipe, name, quantity), shape_of(role_of(name), recipe.source)
+    if _uses_all(recipe, name, dims, quantity) or recipe.reads_next(name):
+        return tuple(slice(0, size) for size in whole)
+    indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
+    return tuple(_hull(index[index != NEW]) for index in indices)
+
+
+def has_random_entries(recipe: Recipe, name: str) -> bool:
+    """Whether some entries of a target parameter have no source and become random."""
+    return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in _dims(recipe, name, "value"))
 
 
 def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None:
@@ -105,22 +187,141 @@ def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None
     shape = shape_of(role_of(name), recipe.target)
     scales = [dim.scale(slice(0, size)) for dim, size in zip(_dims(recipe, name, quantity), shape, strict=True)]
     uniform = [scale for scale in scales if isinstance(scale, float)]
-    return math.prod(uniform) if len(uniform) == len(scales) else None
+    return math.prod(uniform) * _gain_factor(recipe, name, quantity) if len(uniform) == len(scales) else None
 
 
 def _dims(recipe: Recipe, name: str, quantity: Quantity) -> list[_Dim]:
-    role, target = role_of(name), recipe.target
-    forms = _forms(name, target)
-    if quantity != "value":
-        forms = tuple("in" if form == "out" else "out" for form in forms)
-    out_maps = tuple(recipe.axes.get(map_name) for map_name in role.out_maps)
-    dims = [_Dim(out_maps, forms[0], axis_unit(role.out, target))]
+    role, axes = role_of(name), recipe.axes_of(name)
+    rows = recipe.next_rows if recipe.next_rows is not None and recipe.reads_next(name) else axes
+    out_maps, in_map = tuple(map(rows.get, role.out_maps)), axes.get(role.in_map)
+    if "transform" in axes and name in after_transform(recipe.target):
+        out_maps, in_map = (out_maps, axes["transform"]) if role.kind == "head" else ((axes["transform"],), in_map)
+    out_form, in_form = _forms(name, recipe.target)
+    dims = [_dim(recipe, role, out_maps, (role.out_maps[0], out_form), role.out, quantity)]
     if role.in_ is not None:
-        dims.append(_Dim((recipe.axes.get(role.in_map),), forms[1], axis_unit(role.in_, target)))
+        dims.append(_dim(recipe, role, (in_map,), (role.in_map, in_form), role.in_, quantity))
     return dims
 
 
-def _forms(name: str, model: ModelConfig) -> tuple[Form, ...]:
+def _dim(
+    recipe: Recipe, role: Role, maps: tuple[AxisMap | None, ...], use: Use, axis: Axis, quantity: Quantity
+) -> _Dim:
+    form, unit = use[1], axis_unit(axis, recipe.target)
+    if quantity == "value":
+        return _Dim(maps, form, unit, _new(recipe, role, use))
+    return _Dim(maps, "in" if form == "out" else "out", unit, "zero")
+
+
+def _new(recipe: Recipe, role: Role, use: Use) -> New:
+    """What the new elements of an axis become in a parameter."""
+    if role.kind in ("norm_gain", "norm_bias"):
+        return "average" if role.kind == "norm_gain" else "zero"
+    if use in recipe.fill.average:
+        return "average"
+    return "free" if use in recipe.fill.free and role.kind != "bias" else "zero"
+
+
+def _gain_factor(recipe: Recipe, name: str, quantity: Quantity) -> float:
+    """What a norm's gains (their gradients: the inverse) are multiplied by beside the scales of their axis."""
+    if not recipe.scales_gain(name):
+        return 1.0
+    return recipe.norm_scale if quantity == "value" else 1 / recipe.norm_scale
+
+
+def _scales(
+    recipe: Recipe, name: str, dims: list[_Dim], box: Box, quantity: Quantity
+) -> tuple[float, list[Tensor | None]]:
+    """What all entries of a box are multiplied by, and what those of each row and column besides."""
+    power = 2 if quantity == "squared_gradient" else 1
+    scales = [dim.scale(part) for dim, part in zip(dims, box, strict=True)]
+    factor = math.prod(s for s in scales if isinstance(s, float)) * _gain_factor(recipe, name, quantity)
+    return factor**power, [scale**power if isinstance(scale, Tensor) else None for scale in scales]
+
+
+def _times(x: Tensor, diagonals: list[Tensor | None]) -> Tensor:
+    """x with its rows and columns scaled."""
+    for d, diagonal in enumerate(diagonals):
+        if diagonal is not None:
+            scale = diagonal.to(x.device, torch.promote_types(x.dtype, torch.float32))
+            x = x * (scale[:, None] if d < x.ndim - 1 else scale)
+    return x
+
+
+def _doubled(diagonal: Tensor | None, index: Tensor) -> Tensor:
+    """[2, T] a diagonal as `ops.sparse_map_` takes it: twice, for values and for gradients."""
+    scale = torch.ones(len(index)) if diagonal is None else diagonal.float()
+    return scale.to(index.device).expand(2, -1)
+
+
+def _gathered(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Rows or columns of x, 0 where there are none."""
+    is_new = index == NEW
+    if not is_new.any():
+        return x.index_select(dim, index)
+    return x.index_select(dim, index.clamp(min=0)).index_fill(dim, torch.where(is_new)[0], 0)
+
+
+def _uses_all(recipe: Recipe, name: str, dims: list[_Dim], quantity: Quantity) -> bool:
+    """Whether entries of a target parameter depend on more of the source than they copy."""
+    has_new = any(dim.new != "zero" and any(map(_has_new, dim.maps)) for dim in dims)
+    return quantity == "value" and (has_new or recipe.noise > 0)
+
+
+def _hull(index: Tensor) -> slice:
+    """The smallest range that holds all of an index."""
+    if len(index) == 0:
+        return slice(0, 0)
+    first, last = index.aminmax()
+    return slice(int(first), int(last) + 1)
+
+
+def _add_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
+    """x with random entries where all new dims are free."""
+    if not any(dim.new == "free" for dim in dims):
+        return x
+    new_R, new_C = (dim.is_new(part).to(x.device) for dim, part in zip(dims, box, strict=True))
+    if not (new_R.any() or new_C.any()):
+        return x
+    std = initial_std(role_of(name), recipe.target) if recipe.fill.std == "initial" else root_mean_square(source)
+    may_R, may_C = (~new | (dim.new == "free") for dim, new in zip(dims, (new_R, new_C), strict=True))
+    columns_C = torch.arange(box[1].start, box[1].stop, device=x.device)
+    learned = recipe.fill_scales is not None
+    filled = torch.zeros_like(x) if learned else x
+    for piece, rows_R in _pieces(box, x.device):
+        wanted_RC = (new_R[piece, None] | new_C) & may_R[piece, None] & may_C
+        random_RC = normal(recipe.seed, name, rows_R, columns_C, _num_columns(recipe, name))
+        filled[piece] = torch.where(wanted_RC, random_RC.to(x.dtype) * (std * recipe.fill.ratio), filled[piece])
+    return x + filled * recipe.fill_scale(name) if learned else filled
+
+
+def _add_noise(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
+    """x with noise that cancels between pairs of replicated columns."""
+    copies = dims[-1].maps[0]
+    if not recipe.noise or len(dims) < 2 or dims[1].form != "in" or not isinstance(copies, SparseMap):
+        return x
+    first_C, sign_C = (pair_T[box[1]].to(x.device) for pair_T in replica_pairs(copies.index))
+    size = recipe.noise * root_mean_square(source)  # the source has the scale already, unless columns differ in it
+    size *= float(copies.in_scale.mean()) if isinstance(copies.in_scale, Tensor) else 1.0
+    for piece, rows_R in _pieces(box, x.device):
+        noise_RC = normal(recipe.seed, f"{name}.replicas", rows_R, first_C, _num_columns(recipe, name))
+        x[piece] += noise_RC.to(x.dtype) * (sign_C * size)
+    return x
+
+
+def _pieces(box: Box, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a box in pieces of bounded size: where they are in it, and their global numbers."""
+    num_rows, num_columns = (part.stop - part.start for part in box)
+    step = max(1, MAX_RANDOM // num_columns)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        yield slice(start, stop), torch.arange(box[0].start + start, box[0].start + stop, device=device)
+
+
+def _num_columns(recipe: Recipe, name: str) -> int:
+    return shape_of(role_of(name), recipe.target)[-1]
+
+
+def _forms(name: str, model: ModelConfig) -> tuple[Form, Form]:
     """The form that acts on each dim of a parameter's value."""
     role = role_of(name)
     if role.kind in ("embedding", "positions", "token_types"):
@@ -130,10 +331,20 @@ def _forms(name: str, model: ModelConfig) -> tuple[Form, ...]:
     return "in" if feeds_tied_head else "out", "in"
 
 
-def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements) -> Tensor:
+def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool) -> Tensor:
     if axis_map is not None:
-        return axis_map.spread(x, dim, elements)
+        return axis_map.spread(x, dim, elements, average)
     return x[elements] if dim == 0 else x[:, elements]
+
+
+def _has_new(axis_map: AxisMap | None) -> bool:
+    return isinstance(axis_map, SparseMap | ExtendedMap) and axis_map.has_new
+
+
+def _is_new(axis_map: AxisMap | None, elements: Tensor) -> Tensor:
+    if isinstance(axis_map, SparseMap | ExtendedMap):
+        return axis_map.is_new[elements]
+    return elements < 0
 
 
 def _scale(axis_map: AxisMap | None, form: Form) -> Scale:

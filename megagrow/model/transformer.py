@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +150,7 @@ class Transformer(nn.Module):
         self.tp, self.cp = TensorParallel.of(mesh), mesh.cp
         self.is_first, self.is_last = stage.is_first, stage.is_last
         self.is_post_norm = model.norm_place == "after"
+        self.frozen_layers = 0  # of the whole model, from the first on: these and the embedding get no gradients
         self.teacher: Teacher | None = None
         self.loss_sums: list[Tensor] = []  # one [loss, ce, kd] per microbatch, detached; emptied by the reader
         if self.is_first:
@@ -197,11 +199,17 @@ class Transformer(nn.Module):
             the weighted sum of the token losses (one element).
         """
         keys_BL = None if dropout_keys is None else self.tp.cut(dropout_keys)
+        is_frozen = self.frozen_layers > 0 and torch.is_grad_enabled()
         if self.is_first:
-            x = self._embed(x, token_types, positions, keys_BL)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+                x = self._embed(x, token_types, positions, keys_BL)
         masks = None if documents is None else document_masks(documents, self.cp, self.config.is_causal)
         tokens = Tokens(self._rotary(x, positions), masks, keys_BL)
-        for layer in self.layers.values():
+        count = sum(int(index) < self.frozen_layers for index in self.layers) if is_frozen else 0
+        layers = list(self.layers.values())
+        if count:
+            x = self._without_gradients(x, layers[:count], tokens)
+        for layer in layers[count:]:
             x = layer(x, tokens)
         if not self.is_last:
             return x
@@ -209,6 +217,21 @@ class Transformer(nn.Module):
             x = x if module is None else module(x)
         x = self.tp.enter(x)
         return x if labels is None else self._loss(x, labels, weights, teacher_hidden)
+
+    def _without_gradients(self, x_BLH: Tensor, frozen: list[nn.Module], tokens: Tokens) -> Tensor:
+        """Frozen layers: nothing is kept for a backward pass, and none goes through them.
+
+        A pipeline sends gradients from every stage to the one before, whatever that does with them: such a stage sends
+        zeros, and takes what it gets.
+        """
+        with torch.no_grad():
+            y_BLH = x_BLH
+            for layer in frozen:
+                y_BLH = layer(y_BLH, tokens)
+        if x_BLH.requires_grad:
+            return cast(Tensor, _NoGradient.apply(x_BLH, y_BLH))
+        sends_nothing_back = len(frozen) == len(self.layers) and not self.is_last
+        return y_BLH.detach().requires_grad_(sends_nothing_back)
 
     @property
     def head_VH(self) -> Tensor:
@@ -287,13 +310,16 @@ class Transformer(nn.Module):
 
     def _loss(self, x_BSH: Tensor, labels: Tensor, weights: Tensor | None, teacher_hidden: Tensor | None) -> Tensor:
         teacher = self.teacher if teacher_hidden is not None else None
+        head_VH = self.head_VH
+        if self.frozen_layers and self.config.tied_embeddings:
+            head_VH = head_VH.detach()  # it is the embedding, which stands still
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         options = teacher.options if teacher else LossOptions()
         cache = cache_size(x_BSH.device)
         chunk = tokens_at_once(self.train_config.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache)
         loss, sums = vocab_parallel_loss(
             x_BSH.flatten(0, 1),
-            self.head_VH,
+            head_VH,
             labels.flatten(),
             weights.flatten(),
             self.config.vocab_size,
@@ -305,6 +331,18 @@ class Transformer(nn.Module):
         )
         self.loss_sums.append(sums)
         return loss
+
+
+class _NoGradient(torch.autograd.Function):
+    """Gives y, as if it were x; the gradient of x is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.zeros_like(grad), None
 
 
 def initialize(parameters: Mapping[str, nn.Parameter], model: ModelConfig, seed: int) -> None:

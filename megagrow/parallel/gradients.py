@@ -30,8 +30,9 @@ def has_partial_gradient(name: str, model: ModelConfig, mesh: Mesh) -> bool:
 
 
 def sum_partial_gradients(parameters: Mapping[str, nn.Parameter], model: ModelConfig, mesh: Mesh) -> None:
-    """Sums over the tensor axis the gradients that need it, in one collective."""
-    partial = [local(_gradient(p)) for name, p in parameters.items() if has_partial_gradient(name, model, mesh)]
+    """Sums over the tensor axis the gradients that need it, in one collective; those of frozen layers are not there."""
+    learning = {name: p for name, p in parameters.items() if p.grad is not None}
+    partial = [local(_gradient(p)) for name, p in learning.items() if has_partial_gradient(name, model, mesh)]
     if not partial:
         return
     joined = sum_over(torch.cat([grad.flatten() for grad in partial]), mesh.tp)
@@ -41,6 +42,8 @@ def sum_partial_gradients(parameters: Mapping[str, nn.Parameter], model: ModelCo
 
 def sum_tied_gradients(parameters: Mapping[str, nn.Parameter], pp: Axis) -> None:
     """Sums the embedding's gradients of the first and the last stage, on both ranks; for these two ranks to call."""
+    if parameters[TIED_EMBEDDING].grad is None:  # frozen, on both
+        return
     grad = local(_gradient(parameters[TIED_EMBEDDING]))
     received = torch.empty_like(grad)
     peer = pp.size - 1 if pp.is_first else 0

@@ -5,6 +5,8 @@ from typing import Any
 
 from megagrow.checks import problems
 from megagrow.config import Config
+from megagrow.errors import ConfigError
+from megagrow.growth.bootstrap import bootstrapped
 from megagrow.plan.activations import DeviceType
 from megagrow.plan.communication import Traffic, traffic
 from megagrow.plan.layout import Layout
@@ -52,6 +54,10 @@ def make_plan(
         CheckpointError: a source or teacher that is there cannot be read.
         ConfigError: it does not go with the model.
     """
+    try:
+        config = bootstrapped(config)
+    except ConfigError as error:
+        return [str(error)]
     broken = problems(config, world_size)
     if broken:
         return broken

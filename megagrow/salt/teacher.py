@@ -8,6 +8,8 @@ states travel, never logits.
 # Shape suffix legend: B = this data rank's samples, S = sequence, H = the teacher's hidden size,
 # V = local vocabulary.
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -92,6 +94,11 @@ class Teacher:
             last_stage.teacher = StageTeacher(self.model.head_VH.detach(), loss_options(self.salt))
         elif not self.config.tied_embeddings:
             del self.model.head
+
+    def weigh(self, last_stage: Transformer | None, weight: float) -> None:
+        """Sets ω for the coming steps, where the loss is computed."""
+        if last_stage is not None and last_stage.teacher is not None:
+            last_stage.teacher.options = replace(last_stage.teacher.options, weight=weight)
 
     def free(self, last_stage: Transformer | None) -> None:
         """Drops the teacher's weights here and on the stage; its memory is released."""

@@ -4,6 +4,9 @@ between them.
     small   ModelLearner of the source
     ligo    MapLearner: the source, frozen, and the target that is generated from it
     main    ModelLearner of the target
+
+In a run whose model grows several times, each target but the last is the source of the next growth. Until a checkpoint
+of the grown model is complete, the newest one on disk is of the model before: whoever resumes from it grows again.
 """
 
 import gc
@@ -14,19 +17,24 @@ from typing import Any
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source
-from megagrow.config import Config
+from megagrow.config import Config, ModelConfig, require
+from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
-from megagrow.growth.ligo import Ligo, save_maps
-from megagrow.growth.methods import Recipe, make_recipe
-from megagrow.growth.moments import grow_multipliers, grow_optimizer
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo_file import save_maps
+from megagrow.growth.ligo_maps import start_recipe
+from megagrow.growth.maps import LayerMap
+from megagrow.growth.methods import make_recipe
+from megagrow.growth.moments import QUANTITIES, grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
+from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
-from megagrow.parallel.shards import fill
+from megagrow.parallel.shards import fill, release
+from megagrow.parallel.stages import own_stages
+from megagrow.timeline import growth_configs, growth_settings, num_growths
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
 from megagrow.train.state import RunState
-
-MAPS_FILE = "maps.safetensors"  # in the run directory; grow_checkpoint.py --maps applies it elsewhere
 
 
 def new_learner(part: Part, config: Config, source: Source | None = None) -> ModelLearner:
@@ -35,7 +43,7 @@ def new_learner(part: Part, config: Config, source: Source | None = None) -> Mod
     A source's moments are kept only where they are about to grow with it; a run that starts from the weights of a
     finished one has its own optimizer.
     """
-    keeps_moments = config.growth.method != "none" and config.growth.optimizer == "exact"
+    keeps_moments = num_growths(config.growth) > 0 and growth_settings(config.growth, 0).optimizer != "reset"
     if source is None or source.optimizer is None or not keeps_moments:
         return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
     optimizer = _restored_optimizer(part, config, source.optimizer)
@@ -49,7 +57,7 @@ def learner_for(state: RunState, config: Config, mesh: Mesh) -> Learner:
     """The learner of a saved state, with tensors that wait to be loaded."""
     part = build_part(state.model, config, mesh)
     if state.phase == "ligo":
-        return map_learner(part, config)
+        return map_learner(part, state.growing(config))
     return ModelLearner(part, _restored_optimizer(part, config, state.optimizer), config)
 
 
@@ -63,12 +71,13 @@ def after_load(learner: Learner, state: RunState) -> None:
 def begin(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Learner:
     """Grows at once, or begins to learn the maps; moves the state on."""
     assert isinstance(learner, ModelLearner)
-    if config.growth.method == "ligo":
-        state.phase = "ligo"
-        grown = map_learner(learner.part, config)
+    growing = state.growing(config)
+    if growing.growth.learns_maps:
+        state.phase, state.ligo_step = "ligo", 0
+        grown = map_learner(learner.part, growing)
         grown.generate()
         return grown
-    grown_learner = _grow_copies(learner, config, mesh)
+    grown_learner = grow_copies(learner, growing, mesh)
     _complete(state, config)
     return grown_learner
 
@@ -77,8 +86,9 @@ def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
     """Keeps what the maps generate as the target's weights and drops maps and source; moves the state on."""
     assert isinstance(learner, MapLearner)
     learner.generate()
+    maps = learner.ligo.gathered(learner.part.mesh)
     if learner.part.mesh.is_main:
-        save_maps(learner.ligo, Path(config.run.dir) / MAPS_FILE)
+        save_maps(learner.ligo, Path(config.run.dir) / maps_file(state.growths, config), maps)
     _complete(state, config)
     part = learner.part
     del learner
@@ -86,29 +96,82 @@ def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
     return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
 
 
-def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
-    recipe, policy = _recipe(small.part, config), config.growth.optimizer
-    part = build_part(config.model, config, mesh)
-    grow_into(recipe, _fetch(small.part.parameters, recipe, mesh), part.parameters)
-    old = small.optimizer
-    optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
-    sources = {moment: _fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
-    optimizer.step_count = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
+def maps_file(number: int, config: Config) -> str:
+    """Where in the run directory a growth leaves its learned maps; grow_checkpoint.py --maps applies them elsewhere."""
+    is_last = number == num_growths(config.growth) - 1
+    return "maps.safetensors" if is_last else f"maps-{number}.safetensors"
+
+
+def check_recipes(state: RunState, config: Config) -> None:
+    """Makes sure, before anything is trained, that the growths which are still to come can be done.
+
+    Raises:
+        ConfigError: a method or a policy does not serve the models.
+    """
+    source = state.model
+    for growing in growth_configs(config, source, state.growths) if state.phase != "main" else []:
+        recipe, growth = _recipe(source, growing), growing.growth
+        if not growth.learns_maps:
+            grow_multipliers(recipe, growth.optimizer)
+        if growth.freeze_steps:
+            _check_freezable(recipe)
+        source = growing.model
+
+
+def _check_freezable(recipe: Recipe) -> None:
+    count = recipe.source.num_layers
+    keeps = isinstance(recipe.layers, LayerMap) and tuple(recipe.layers.index[:count]) == tuple(range(count))
+    require(
+        keeps and not recipe.axes and recipe.target.num_layers > count,
+        f"growth.freeze_steps: {recipe.method} does not leave the source's {count} layers as the first ones of the "
+        f"{recipe.target.num_layers}, with new ones above; use a method of depth that does (stack) at the same width",
+    )
+
+
+def grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
+    """The grown model with its optimizer; a collective. The small one's weights are gone afterwards.
+
+    They are given back before the large moments take memory, so that a rank never holds more than both models' moments
+    and the large weights.
+    """
+    recipe, policy = _recipe(small.part.config, config), config.growth.optimizer
+    part, old = build_part(config.model, config, mesh), small.optimizer
+    multipliers = grow_multipliers(recipe, policy, old.multipliers)
+    exchange = Exchange(recipe, small.part.parameters, part.parameters, mesh)
+    grow_into(recipe, exchange.fetch(small.part.parameters), part.parameters)
+    release(small.part.parameters.values())
+    optimizer = Optimizer(part.parameters, config.optim, multipliers)
+    sources = {moment: exchange.fetch(tensors, QUANTITIES[moment]) for moment, tensors in old.moments().items()}
+    step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
+    optimizer.step_count = step
+    optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)
     return ModelLearner(part, optimizer, config)
 
 
 def map_learner(small: Part, config: Config) -> MapLearner:
     """Prepares learning the maps from a frozen small model; `generate` must be called before the first step."""
-    recipe, mesh = _recipe(small, config), small.mesh
+    growth, mesh = config.growth, small.mesh
+    start = _recipe(small.config, config)
     for stage in small.stages:
         stage.requires_grad_(False)
-    ligo = Ligo(recipe, noise=config.growth.ligo_noise, seed=config.train.seed, device=mesh.device)
+    own_layers = [layer for stage in own_stages(config.model.num_layers, mesh) for layer in stage.layers]
+    ligo = Ligo(
+        start,
+        noise=growth.ligo_noise,
+        device=mesh.device,
+        variant=growth.ligo_variant,
+        layers=own_layers,
+    )
     part = build_part(config.model, config, mesh)
-    return MapLearner(small, part, ligo, _fetch(small.parameters, recipe, mesh), config)
+    return MapLearner(small, part, ligo, _fetch(small.parameters, start, mesh), config)
 
 
-def _recipe(small: Part, config: Config) -> Recipe:
-    return make_recipe(config.growth.method, small.config, config.model)
+def _recipe(source: ModelConfig, config: Config) -> Recipe:
+    growth = config.growth
+    if growth.learns_maps:
+        return start_recipe(growth.ligo_init, source, config.model, config.train.seed)
+    breaker = growth.breaker, growth.breaker_scale
+    return make_recipe(growth.method, source, config.model, *breaker, seed=config.train.seed)
 
 
 def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:
@@ -117,8 +180,15 @@ def _fetch(tensors: Mapping[str, Tensor], recipe: Recipe, mesh: Mesh) -> Fetch:
 
 def _restored_optimizer(part: Part, config: Config, saved: dict[str, Any]) -> Optimizer:
     multipliers = {name: Multipliers(**factors) for name, factors in saved["multipliers"].items()}
-    return Optimizer(part.parameters, config.optim, multipliers, int(saved["step"]))
+    optimizer = Optimizer(part.parameters, config.optim, multipliers, int(saved["step"]))
+    if "new_part" in saved:
+        optimizer.new_part = restored_new_part(saved["new_part"], part.config, part.parameters)
+    return optimizer
 
 
 def _complete(state: RunState, config: Config) -> None:
-    state.phase, state.model, state.grown_at = "main", config.model, state.train_step
+    target = state.growing(config).model
+    state.layers_before, state.model, state.grown_at = state.model.num_layers, target, state.train_step
+    state.growths += 1
+    state.phase = "main" if state.growths == num_growths(config.growth) else "small"
+    state.losses = []

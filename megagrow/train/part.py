@@ -40,6 +40,11 @@ class Part:
         """The stage that computes the loss, if it is on this rank."""
         return self.stages[-1] if self.engine.has_last else None
 
+    def freeze(self, layers: int) -> None:
+        """Makes so many layers, from the first on, and what is below them stand still in training; 0: none."""
+        for stage in self.stages:
+            stage.frozen_layers = layers
+
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by the names that checkpoints use."""
         return {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}

@@ -20,6 +20,7 @@ from megagrow.config import Config
 from megagrow.config_file import dump
 from megagrow.data.files import write_atomically
 from megagrow.errors import CheckpointError, ConfigError, HangError, MegagrowError, Preempted
+from megagrow.growth.bootstrap import bootstrapped
 from megagrow.metrics import EXIT_FILE, clear_exit, read_exit, write_exit
 from megagrow.parallel import heartbeat
 from megagrow.parallel.board import Ending
@@ -65,6 +66,7 @@ def run(config: Config) -> int:
     watchdog, stop = Watchdog(config.run.timeout, directory, partial(_tell, directory)), StopRequest()
     end, error = End(1, "interrupted"), None  # what holds when ctrl-C comes before the loop, which would save
     try:
+        config = bootstrapped(config)
         _join(config, watchdog)
         stop.listen()
         _train(config, watchdog, stop)

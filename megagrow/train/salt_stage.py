@@ -15,7 +15,7 @@ from megagrow.errors import CheckpointError, ConfigError
 from megagrow.ledger import Ledger, Phase
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch
-from megagrow.salt.schedule import is_stage_one
+from megagrow.salt.schedule import is_stage_one, teacher_weight
 from megagrow.salt.score import read_scores
 from megagrow.salt.select import select
 from megagrow.salt.teacher import Teacher, check_teacher
@@ -41,12 +41,12 @@ class SaltStage:
         self.config, self.mesh, self.datasets, self.state, self.tell = config, mesh, datasets, state, tell
         self.teacher: Teacher | None = None
         self.seconds = 0.0  # what the teacher took of the current step
-        is_ahead = state.phase != "main" or is_stage_one(state.train_step - (state.grown_at or 0), config.salt)
+        is_ahead = state.phase != "main" or is_stage_one(self._step_in_phase, config.salt)
         self.stream = self._selected_stream() if config.salt.scores and is_ahead else None
         self.source = self._open_teacher() if config.salt.teacher and is_ahead else None
 
     def switch(self, on: bool, learner: Learner) -> None:
-        """Makes the teacher present or absent; nothing happens when it already is."""
+        """Makes the teacher present or absent where it is not, and gives it the weight of the coming step."""
         self.seconds = 0.0
         wanted = on and bool(self.config.salt.teacher)
         if wanted and self.teacher is None:
@@ -56,6 +56,12 @@ class SaltStage:
             self.teacher.free(learner.part.last_stage)
             self.teacher = None
             self.tell(f"stage 1 ends after step {self.state.step}: the teacher is freed")
+        if self.teacher is not None:
+            self.teacher.weigh(learner.part.last_stage, teacher_weight(self._step_in_phase, self.config.salt))
+
+    @property
+    def _step_in_phase(self) -> int:
+        return self.state.train_step - (self.state.grown_at or 0)
 
     def rejoin(self, state: RunState) -> None:
         """Follows the run to another state after a roll-back; the teacher is attached anew at the next step."""

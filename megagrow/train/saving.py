@@ -9,10 +9,11 @@ from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.saver import Saver
-from megagrow.config import Config, order_size
+from megagrow.config import Config
 from megagrow.config_file import from_dict, option_names, to_dict
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.parallel.mesh import Mesh
+from megagrow.timeline import order_size
 from megagrow.train.learner import Learner
 from megagrow.train.state import RunState
 

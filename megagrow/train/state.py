@@ -12,8 +12,10 @@ from megagrow.data.blend import BlendStart
 from megagrow.errors import CheckpointError, named, shown
 from megagrow.ledger import Ledger
 from megagrow.optim import StepGuard
+from megagrow.timeline import growth_config
 
 Phase = Literal["small", "ligo", "main"]
+REASONS = ("start", "step", "tokens", "plateau")  # for which a model grows
 
 
 @dataclass
@@ -22,11 +24,13 @@ class RunState:
 
     Attributes:
         model: the model in training now (the small one until growth is complete).
-        phase: `small` before growing, `ligo` while maps are learned, then `main`.
+        phase: `small` before the last growth, `ligo` while maps are learned, then `main`.
         step: steps done, learning steps of LiGO included; metrics.jsonl counts by it.
         train_step: steps of the schedule done; learning LiGO stands still on it.
-        ligo_step: learning steps of LiGO done.
-        grown_at: train_step at which the model grew; None before.
+        ligo_step: learning steps of LiGO done, in the growth under way or else the last that had any.
+        growths: how often the model has grown: the number of the growth that comes next, or is under way.
+        grown_at: train_step at which the model last grew; None before.
+        layers_before: layers of the model before it last grew.
         tokens: training tokens seen, over all phases.
         cursors: samples consumed from each stream: `all` data, and the `selected` share of SALT's stage 1.
         blend: where the draws from `all` data began; None before the data are opened.
@@ -34,7 +38,8 @@ class RunState:
         ledger: what everything cost.
         rolled_back_at: step of the last roll-back, -1 when there was none.
         optimizer: Adam's step and per-tensor multipliers.
-        pending_event: losses noted when growing began, until it is complete.
+        pending_event: why and at which losses growing began, until it is complete.
+        losses: those that the next growth waits to see flat.
     """
 
     model: ModelConfig
@@ -42,7 +47,9 @@ class RunState:
     step: int = 0
     train_step: int = 0
     ligo_step: int = 0
+    growths: int = 0
     grown_at: int | None = None
+    layers_before: int = 0
     tokens: int = 0
     cursors: dict[str, int] = field(default_factory=lambda: {"all": 0, "selected": 0})
     blend: BlendStart | None = None
@@ -51,10 +58,15 @@ class RunState:
     rolled_back_at: int = -1
     optimizer: dict[str, Any] = field(default_factory=dict)
     pending_event: dict[str, Any] | None = None
+    losses: list[float] = field(default_factory=list)
 
     def is_done(self, config: Config) -> bool:
         """Whether the schedule is at its end."""
         return self.phase == "main" and self.train_step >= config.train.steps
+
+    def growing(self, config: Config) -> Config:
+        """The configuration of the growth that comes next, or is under way, of a run with this configuration."""
+        return growth_config(config, self.growths, self.model)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain data."""
@@ -135,8 +147,9 @@ def _is_guard(value: Any) -> bool:
 def _is_event(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and set(value) == {"loss_before", "loss_initial"}
-        and all(loss is None or _is_number(loss) for loss in value.values())
+        and set(value) == {"reason", "loss_before", "loss_initial"}
+        and value["reason"] in REASONS
+        and all(value[loss] is None or _is_number(value[loss]) for loss in ("loss_before", "loss_initial"))
     )
 
 
@@ -146,6 +159,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": _COUNT,
     "train_step": _COUNT,
     "ligo_step": _COUNT,
+    "growths": _COUNT,
+    "layers_before": _COUNT,
+    "losses": (lambda v: isinstance(v, list) and all(map(_is_size, v)), "a list of numbers below 1e30"),
     "grown_at": (lambda v: v is None or _is_count(v), "a step or null"),
     "tokens": _COUNT,
     "cursors": (
@@ -154,5 +170,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "guard": (_is_guard, "losses, a list of numbers below 1e30, and bad_steps, a whole number"),
     "rolled_back_at": (lambda v: v == -1 or _is_count(v), "a step, or -1"),
-    "pending_event": (lambda v: v is None or _is_event(v), "loss_before and loss_initial, numbers or null; or null"),
+    "pending_event": (
+        lambda v: v is None or _is_event(v),
+        "reason, loss_before and loss_initial; or null",
+    ),
 }

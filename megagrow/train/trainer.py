@@ -15,12 +15,13 @@ from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source
-from megagrow.checks import check_growable, check_model
-from megagrow.config import Config, ModelConfig, order_size
+from megagrow.checks import check_chain, check_model
+from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
 from megagrow.errors import CheckpointError, NonFiniteError, Preempted
 from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
+from megagrow.growth.bootstrap import explain
 from megagrow.metrics import Metrics, Progress
 from megagrow.model.dropout import token_keys
 from megagrow.optim import lr_at
@@ -30,9 +31,10 @@ from megagrow.parallel.mesh import Mesh
 from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.salt.schedule import is_stage_one
-from megagrow.train import growing, saving
+from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
+from megagrow.train import growing, saving, timing
 from megagrow.train.garbage import collect_if_due, collected_between_steps
-from megagrow.train.learner import Learner, StepResult, map_lr
+from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
 from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
 from megagrow.train.salt_stage import SaltStage, ledger_of
 from megagrow.train.state import RunState
@@ -69,6 +71,7 @@ class Trainer:
         self.masking = None if config.model.is_causal else make_masking(config.data, config.model)
         self.evaluator = make_evaluator(config, self.masking)
         self.saver = saving.make_saver(config, mesh)
+        self.validation_loss: float | None = None  # the latest, of a step
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
@@ -99,6 +102,7 @@ class Trainer:
                 problem = error
                 continue
             growing.after_load(learner, state)
+            growing.check_recipes(state, self.config)
             self.progress.message(f"resuming from {path}")
             self.saved_step = state.step
             return learner, state
@@ -111,7 +115,10 @@ class Trainer:
         if config.init.from_:
             return self._begin_from(open_source(config.init.from_))
         small = config.growth.source
+        if told := explain(config):
+            self.progress.message(told)
         state = RunState(small or config.model, "small" if small else "main")
+        growing.check_recipes(state, config)
         part = build_part(state.model, config, self.mesh)
         initialize_part(part, config.train.seed)
         return growing.new_learner(part, config), state
@@ -122,7 +129,7 @@ class Trainer:
             self.progress.message(source.note)
         grows = config.growth.method != "none"
         if grows:
-            check_growable(source.model, config.model)
+            check_chain(config, source.model)
         elif source.model != config.model:
             raise CheckpointError(
                 f"{source.path} holds another model ({first_difference(source.model, config.model)}); "
@@ -130,6 +137,7 @@ class Trainer:
             )
         check_model(source.model, config.parallel, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
+        growing.check_recipes(state, config)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
         part = build_part(source.model, config, self.mesh)
         load_part(part, source.fetch)
@@ -192,44 +200,49 @@ class Trainer:
 
     def _grow_if_due(self) -> None:
         state, config = self.state, self.config
-        if state.phase == "small" and state.train_step >= config.growth.at_step:
+        reason = timing.due(state, config, self.mesh)
+        if reason is not None:
             before = self._loss_for_event()
-            with self._growing(state.model):
+            with self._growing():
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
-            state.pending_event = {"loss_before": before, "loss_initial": self._loss_for_event()}
+            initial = self._loss_for_event()
+            state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": initial}
         if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
-            with self._growing(state.model):
+            with self._growing():
                 self.learner = growing.finish(self.learner, state, config)
-        if state.phase == "main" and state.pending_event is not None:
+        if state.phase != "ligo" and state.pending_event is not None:
             self._record_growth()
 
     @contextmanager
-    def _growing(self, source: ModelConfig) -> Iterator[None]:
+    def _growing(self) -> Iterator[None]:
         """Charges the generation of the large model's weights; from here on losses are of another model."""
-        config, state = self.config, self.state
+        state = self.state
+        source, growth = state.model, state.growing(self.config)
         self._wait_for_save()
         self.saver.release()
         heartbeat.enter("grow", state.step)
         began = time.perf_counter()
         yield
         gc.collect()  # the small model's modules hold each other
-        spent = flops.ligo_generation_flops(source, config.model) if config.growth.method == "ligo" else 0.0
+        spent = 0.0
+        if growth.growth.learns_maps:
+            spent = flops.ligo_generation_flops(source, growth.model, growth.growth.ligo_variant)
         seconds = time.perf_counter() - began
-        state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(config.model))
+        state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(growth.model))
         state.guard.forget()
 
     def _record_growth(self) -> None:
         state = self.state
         assert state.pending_event is not None
-        after = self._loss_for_event()
-        event = {"method": self.config.growth.method, "loss_after": after, **state.pending_event}
+        number, after = state.growths - 1, self._loss_for_event()
+        own = growth_settings(self.config.growth, number)
+        facts = {"number": number, "model": describe_model(state.model), "train_step": state.train_step}
+        event = {"method": own.method, "optimizer": own.optimizer, **facts, **state.pending_event, "loss_after": after}
         state.ledger.add_event("growth", state.step, **event)
         state.pending_event = None
         names = {"loss_before": "before", "loss_initial": "as it began", "loss_after": "after"}
         losses = ", ".join(f"{event[key]:.4f} {when}" for key, when in names.items() if event[key] is not None)
-        self.progress.message(
-            f"grown to {describe_model(state.model)} by {event['method']}: loss {losses or 'not measured'}"
-        )
+        self.progress.message(f"grown to {facts['model']} by {own.method}: loss {losses or 'not measured'}")
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -240,10 +253,14 @@ class Trainer:
         self.salt.switch(salt_on, self.learner)
         if state.phase == "main" and step_in_phase == config.salt.steps:
             state.guard.forget()  # the mixed losses of stage 1 are no measure for those of stage 2
+        self.learner.part.freeze(timing.frozen_layers(state, config))
+        if timing.restarts(state, config) and isinstance(self.learner, ModelLearner):
+            self.learner.restart()
         phase = state.phase if state.phase != "main" else "salt" if salt_on else "train"
         result = self._learn(salt_on)
         seconds = time.perf_counter() - began - self.salt.seconds
         self._count(phase, seconds)
+        timing.note_loss(state, result, config)
         self._follow_up(phase, result, seconds)
 
     def _learn(self, salt_on: bool) -> StepResult:
@@ -269,22 +286,18 @@ class Trainer:
         state, config = self.state, self.config
         if state.phase == "ligo":
             return map_lr(state.ligo_step, config)
-        lr = lr_at(state.train_step, config.train.steps, config.optim)
-        warmup = config.growth.rewarmup_steps
-        if state.grown_at is None or warmup == 0:
-            return lr
-        return lr * min(1.0, (state.train_step - state.grown_at + 1) / warmup)
+        return lr_at(state.train_step, config.train.steps, config.optim) * timing.rewarmup(state, config)
 
     def _count(self, phase: str, seconds: float) -> None:
         """Charges a step to the ledger and moves the counters."""
         state, config = self.state, self.config
-        tokens, length = config.train.global_batch_size * config.data.seq_length, config.data.seq_length
+        tokens, length, model = step_tokens(config), config.data.seq_length, self.learner.part.config
         if phase == "ligo":
-            spent = flops.ligo_step_flops(state.model, config.model, tokens, length)
+            variant = config.growth.ligo_variant
+            spent = flops.ligo_step_flops(state.model, model, tokens, length, variant=variant)
         else:
-            spent = flops.training_flops(state.model, tokens, length)
-        name = describe_model(config.model if phase == "ligo" else state.model)
-        state.ledger.add(phase, flops=spent, tokens=tokens, seconds=seconds, model=name)
+            spent = flops.training_flops(model, tokens, length, frozen_layers=timing.frozen_layers(state, config))
+        state.ledger.add(phase, flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))
         state.tokens += tokens
         state.step += 1
         if phase == "ligo":
@@ -296,6 +309,7 @@ class Trainer:
         state, config = self.state, self.config
         heartbeat.enter("metrics", state.step)
         validation = self._validate(self.learner) if self._is_due(config.train.eval_interval) else None
+        self.validation_loss = self.validation_loss if validation is None else validation
         self._log(phase, result, seconds, validation)
         if state.guard.bad_steps >= config.optim.max_bad_steps:
             self._roll_back(result)
@@ -385,8 +399,9 @@ class Trainer:
     def _check_spare_samples(self, restored: RunState, what: str) -> None:
         """Megatron's order has an end, and steps that are done again take samples that nobody counted on."""
         config = self.config
-        learning = config.growth.ligo_steps if config.growth.method == "ligo" else 0
-        steps = config.train.steps + learning - restored.train_step - restored.ligo_step
+        learned = restored.ligo_step if restored.phase == "ligo" else 0
+        learning = learning_steps(config.growth, restored.growths) - learned
+        steps = config.train.steps - restored.train_step + learning
         needed = self.state.cursors["all"] + steps * config.train.global_batch_size
         if config.data.order == "megatron" and needed > order_size(config):
             raise NonFiniteError(

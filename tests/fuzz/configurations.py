@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import load_file, to_dict
+from megagrow.earlier_growth import SIZES as GROWN_SIZES
 from tests.fuzz.fields import Field, texts_with
 from tests.fuzz.literals import BROKEN_ANYWHERE_IN_YAML, BROKEN_YAML, INTEGERS, TEXTS, is_number, rejecting
 
 MAX_SIZE = 2**31 - 1
 SIZES = {  # whole numbers from 1 on
+    "growth.plateau_window",
     *("model.vocab_size", "model.hidden_size", "model.num_layers", "model.num_heads", "model.ffn_size"),
     *("model.max_seq_length", "data.seq_length", "parallel.tensor", "parallel.pipeline", "parallel.context"),
     *("parallel.replicate", "train.steps", "train.global_batch_size", "optim.max_bad_steps", "optim.spike_window"),
@@ -26,7 +28,10 @@ COUNTS = {  # from 0 on
     *("parallel.stages_per_rank", "train.microbatch_size", "train.loss_chunk", "train.eval_interval"),
     *("train.eval_batches", "train.threads", "optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm"),
     *("optim.warmup_steps", "optim.spike_sigma", "optim.min_lr_ratio", "growth.at_step", "growth.rewarmup_steps"),
+    "growth.rewarmup_factor",
     *("growth.ligo_steps", "growth.ligo_lr", "growth.ligo_noise", "salt.steps", "checkpoint.interval"),
+    *("growth.rewarmup_factor", "growth.breaker_scale", "growth.at_tokens", "growth.freeze_steps"),
+    *(f"growth.earlier.{name}" for name in ("at_step", "at_tokens", "freeze_steps", *GROWN_SIZES)),
     *("checkpoint.keep_last", "model.rope_scaling.original_max_positions", "model.rope_scaling.attention_factor"),
 }
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -41,6 +46,9 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "optim.beta1": lambda x: 0 <= x < 1,
     "optim.beta2": lambda x: 0 <= x < 1,
     "optim.decay_fraction": lambda x: 0 <= x <= 1,
+    "growth.at_plateau": lambda x: 0 <= x < 1,
+    "growth.earlier.at_plateau": lambda x: 0 <= x < 1,
+    "growth.earlier.rewarmup_steps": lambda x: x >= -1,
     "salt.weight": lambda x: 0 <= x <= 1,
     "salt.temperature": lambda x: x > 0,
     "salt.keep_fraction": lambda x: 0 < x <= 1,
@@ -51,6 +59,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "run.memory_snapshot_at": lambda x: x >= -1,
 }
 UPPER_LIMITS = SIZES | {"model.num_kv_heads", "model.head_dim", "model.position_offset", "model.num_token_types"}
+UPPER_LIMITS |= {f"growth.earlier.{name}" for name in GROWN_SIZES}
 NESTED = {"rope_scaling": {"kind": "linear", "factor": 2.0}, "source": to_dict(ModelConfig())}
 
 
@@ -63,7 +72,7 @@ def fields(folder: Path) -> Iterator[Field]:
 
     broken = BROKEN_ANYWHERE_IN_YAML + BROKEN_YAML
     for name, accepts in accepts_of("").items():
-        path = tuple(name.split("."))
+        path = _path(name)
         likely = (INTEGERS, st.floats(-2, 2), TEXTS)
         texts = texts_with(_base(path), path, rejecting(accepts, *likely, broken=broken), required=False)
         yield Field("configuration", name, file, texts, read, path[-1])
@@ -137,12 +146,21 @@ def _in_range(value: float, name: str) -> bool:
     return RANGES.get(name, lambda x: True)(value)
 
 
-def _base(path: tuple[str, ...]) -> dict[str, Any]:
+def _path(name: str) -> tuple[str | int, ...]:
+    """The keys under which an option stands; those of a list in its first entry."""
+    path: list[str | int] = list(name.split("."))
+    if name.startswith("growth.earlier."):
+        path.insert(2, 0)
+    return tuple(path)
+
+
+def _base(path: tuple[str | int, ...]) -> dict[str, Any]:
     """The least that must stand around an option."""
     base: dict[str, Any] = {}
-    section = base
-    for key in path[:-1]:
-        section[key] = dict(NESTED.get(key, {}))
+    section: Any = base
+    for key, following in zip(path[:-1], path[1:], strict=True):
+        if isinstance(key, str):
+            section[key] = [{}] if isinstance(following, int) else dict(NESTED.get(key, {}))
         section = section[key]
     return base
 

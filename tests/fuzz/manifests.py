@@ -123,7 +123,8 @@ def _state_fields(folder: Path) -> Iterator[Field]:
         cursors={"all": 7, "selected": 0},
         blend=BlendStart({"a": 1.0, "b": 3.0}, 5, {"a": 2, "b": 3}),
         guard=StepGuard([1.5], 1),
-        pending_event={"loss_before": 2.0, "loss_initial": None},
+        pending_event={"reason": "step", "loss_before": 2.0, "loss_initial": None},
+        losses=[1.5],
         ledger=ledger,
         optimizer={"step": 3, "multipliers": {"head.weight": {"lr": 1.0, "eps": 2.0, "weight_decay": 1.0}}},
     )
@@ -155,11 +156,12 @@ def is_size(value: Any) -> bool:
 
 
 def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
-    counts = ("step", "train_step", "ligo_step", "tokens")
+    counts = ("step", "train_step", "ligo_step", "tokens", "growths", "layers_before")
     return {
         **{(name,): is_count for name in counts},
         ("model",): lambda value: value == {},  # fields left out have their defaults
         ("phase",): lambda value: value in ("small", "ligo", "main"),
+        ("losses",): lambda value: isinstance(value, list) and all(map(is_size, value)),
         ("grown_at",): lambda value: value is None or is_count(value),
         ("cursors",): lambda value: False,
         ("cursors", "all"): lambda value: is_count(value) and value >= 5,  # where the blend starts
@@ -182,6 +184,7 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
         ("blend", "firsts"): lambda value: is_object(value) and all(map(is_count, value.values())),
         ("blend", "firsts", "a"): is_count,
         ("pending_event",): lambda value: value is None,
+        ("pending_event", "reason"): lambda value: value in ("start", "step", "tokens", "plateau"),
         ("pending_event", "loss_before"): lambda value: value is None or is_number(value),
         ("pending_event", "loss_initial"): lambda value: value is None or is_number(value),
     }

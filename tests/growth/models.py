@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megagrow.config import ModelConfig, RopeScaling
 from megagrow.growth.grow import grow_into
-from megagrow.growth.methods import Recipe
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.model.transformer import initialize
 from tests.models import as_bert, as_gpt2, as_gpt_neox, as_qwen2, as_roberta
@@ -38,6 +38,21 @@ QK_NORM = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True)
 GPT_NEOX = as_gpt_neox(LLAMA, rope_fraction=0.5)
 QWEN2 = as_qwen2(LLAMA, tied_embeddings=True, rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=4))
 UNTIED_BIAS = dataclasses.replace(EVERYTHING, tied_embeddings=False, norm="rms_norm", activation="geglu")
+
+FAMILIES = {
+    "llama": LLAMA,
+    "llama-mha": MHA,
+    "llama-mqa": MQA,
+    "llama-tied": TIED,
+    "gpt2": GPT2,
+    "everything": EVERYTHING,
+    "qk-norm": QK_NORM,
+    "untied-bias": UNTIED_BIAS,
+    "bert": BERT,
+    "roberta-untied": UNTIED_ROBERTA,
+    "gpt-neox": GPT_NEOX,
+    "qwen2": QWEN2,
+}
 
 
 def widened(

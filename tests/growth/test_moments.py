@@ -1,5 +1,6 @@
 """Adam's state after growing: with it, the large model goes exactly where the small one goes."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -10,19 +11,33 @@ from megagrow.config import ModelConfig, OptimConfig
 from megagrow.errors import ConfigError
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.ligo import Ligo
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import (
     gradient_scale,
     grow_multipliers,
     grow_optimizer,
     value_scale,
 )
+from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import MOMENTS, Multipliers, Optimizer
 from tests.growth import models
 from tests.growth.models import grown, loss_of, make, make_ids, tensors_of, widened
 
 CONFIG = OptimConfig(lr=3e-3, weight_decay=0.1, eps=1e-4)
+FAMILIES = {
+    "llama": models.LLAMA,
+    "mha": models.MHA,
+    "mqa, tied": dataclasses.replace(models.MQA, tied_embeddings=True),
+    "gpt2": models.GPT2,
+    "gpt-neox": models.GPT_NEOX,
+    "qwen2": models.QWEN2,
+    "tied": models.EVERYTHING,
+    "untied": models.UNTIED_BIAS,
+    "qk-norm": models.QK_NORM,
+    "bert": models.BERT,
+    "roberta, untied": models.UNTIED_ROBERTA,
+}
 WIDTH = {"hidden": 2, "query": 6, "kv": 3, "ffn": 3}
 
 
@@ -65,8 +80,8 @@ def grow_run(
 
 @pytest.mark.parametrize(
     "source",
-    [models.LLAMA, models.EVERYTHING, models.UNTIED_BIAS, models.QK_NORM, models.BERT],
-    ids=["llama", "tied", "untied", "qk-norm", "bert"],
+    FAMILIES.values(),
+    ids=FAMILIES,
 )
 def test_exact_moments_give_the_small_models_trajectory(source: ModelConfig) -> None:
     small, old = small_run(source)

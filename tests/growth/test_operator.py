@@ -11,8 +11,9 @@ from megagrow.config import ModelConfig
 from megagrow.growth import maps
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.maps import SparseMap
-from megagrow.growth.methods import Recipe, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.operator import Quantity, grow_box
+from megagrow.growth.recipe import Recipe
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.growth import models
 from tests.growth.models import make, tensors_of, widened

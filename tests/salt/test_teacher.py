@@ -16,12 +16,22 @@ from megagrow.model.transformer import LossOptions, Transformer, initialize
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import chunk, full, shard_parameters
 from megagrow.parallel.stages import own_stages
+from megagrow.salt.schedule import teacher_weight
 from megagrow.salt.teacher import Teacher, check_teacher, loss_options
 from tests.ranks import run_ranks
 from tests.salt.samples import SMALL, TIED, make_model, make_source, mesh_of
 
 STUDENT = replace(SMALL, hidden_size=16, head_dim=4)
 SALT = SaltConfig(teacher="small", steps=3, weight=0.4, temperature=0.5)
+INHERITANCE = SaltConfig(
+    teacher="small",
+    steps=4,
+    weight=1.0,
+    schedule="linear",
+    temperature=2.0,
+    temperature_on="both",
+    scale_by_temperature_squared=True,
+)
 BOTH = [pytest.param(SMALL, id="untied"), pytest.param(TIED, id="tied")]
 
 
@@ -139,6 +149,41 @@ def test_the_attached_teacher_reaches_the_loss() -> None:
     kd = F.kl_div(logits.log_softmax(-1), target, reduction="sum").item()
     assert loss == pytest.approx(0.6 * ce + 0.4 * kd, rel=1e-12)
     assert sums.tolist() == pytest.approx([loss, ce, kd], rel=1e-12)
+
+
+def inherited_gradients(mesh: Mesh) -> list[dict[str, Tensor]]:
+    """The student's gradients under knowledge inheritance at three steps of four, with one attached teacher."""
+    student, ids = make_student(mesh), batch()
+    teacher = Teacher(make_source(SMALL), mesh, INHERITANCE, STUDENT, torch.float64)
+    teacher.attach(student)
+    hidden, found = teacher.hidden(ids[:, :-1], 2), []
+    for step in (0, 1, 3):
+        teacher.weigh(student, teacher_weight(step, INHERITANCE))
+        student.zero_grad()
+        student(ids[:, :-1], ids[:, 1:], torch.ones(6, 6).double(), hidden).sum().backward()
+        found.append({name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None})
+    return found
+
+
+def inherited_here() -> Any:
+    return inherited_gradients(mesh_of(tensor=2))
+
+
+def test_knowledge_inheritance_against_a_plain_computation() -> None:
+    """(1 - a) CE + a T^2 KL(teacher at T || student at T), differentiated by autograd."""
+    ids, student = batch(), make_student(Mesh.single())
+    logits = student.logits(ids[:, :-1]).flatten(0, 1)
+    target = (make_model(SMALL).logits(ids[:, :-1]) / 2).softmax(-1).flatten(0, 1)
+    ce = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    kl = F.kl_div((logits / 2).log_softmax(-1), target, reduction="sum")
+    whole, on_ranks = inherited_gradients(Mesh.single()), run_ranks(inherited_here, 2)
+    for i, a in enumerate((1.0, 0.75, 0.25)):
+        loss, parameters = (1 - a) * ce + a * 4 * kl, dict(student.named_parameters())
+        expected = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+        for found in (whole[i], *(ranks[i] for ranks in on_ranks)):
+            assert found.keys() == parameters.keys()
+            for name, gradient in zip(parameters, expected, strict=True):
+                torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-11, msg=name)
 
 
 def mixed_loss_here() -> Any:

@@ -43,7 +43,9 @@ def job(corpus: Path, directory: Path, **sections: Any) -> Config:
 
 def growing(method: str, **fields: Any) -> dict[str, Any]:
     optimizer = "reset" if method == "ligo" else "exact"
-    growth = GrowthConfig(method, SMALL, at_step=3, optimizer=optimizer, ligo_steps=4, rewarmup_steps=4, **fields)
+    growth = GrowthConfig(
+        method, source=SMALL, at_step=3, optimizer=optimizer, ligo_steps=4, rewarmup_steps=4, **fields
+    )
     return {"model": LARGE, "growth": growth}
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow import ops
+from megagrow import flops, ops, serving
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import open_source
 from megagrow.config import (
@@ -109,6 +109,36 @@ def test_resuming_around_growth_gives_the_unbroken_run(corpus: Path, tmp_path: P
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
+def with_a_new_part(config: Config) -> Config:
+    """Grows before step 4 of 6; new entries are still warming up at the end."""
+    growth = dataclasses.replace(
+        grown(config, "clone").growth, optimizer="asymmetric", rewarmup_part="new", rewarmup_steps=5
+    )
+    return dataclasses.replace(config, model=LARGE, growth=growth)
+
+
+def test_resuming_while_the_new_part_warms_up_gives_the_unbroken_run(corpus: Path, tmp_path: Path) -> None:
+    assert run(with_a_new_part(make_config(corpus, tmp_path / "whole"))) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    cut_back(tmp_path / "broken", 4)
+    state = store.read_manifest(store.candidates(tmp_path / "broken/checkpoints")[0]).state
+    assert (state["optimizer"]["new_part"]["since"], state["optimizer"]["step"]) == (3, 4)
+    assert run(with_a_new_part(make_config(corpus, tmp_path / "broken"))) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    assert [line["lr"] for line in metrics(tmp_path / "whole")[3:5]] == [1e-2] * 2  # of the old entries: as scheduled
+
+
+def test_the_new_part_goes_on_in_another_layout(corpus: Path, tmp_path: Path) -> None:
+    assert run(with_a_new_part(make_config(corpus, tmp_path / "one"))) == 0
+    config = with_a_new_part(make_config(corpus, tmp_path / "moved"))
+    assert run_ranks(run_on_ranks, 4, config, 2, 1) == [0] * 4
+    cut_back(tmp_path / "moved", 4)
+    assert run_ranks(run_on_ranks, 2, config, 1, 2) == [0] * 2
+    for ours, theirs in zip(metrics(tmp_path / "moved"), metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5), ours["step"]
+    assert final_loss(tmp_path / "moved") == pytest.approx(final_loss(tmp_path / "one"), abs=2e-5)
+
+
 def test_growing_counts_every_sample_once(corpus: Path, tmp_path: Path) -> None:
     assert run(grown(make_config(corpus, tmp_path), "ligo")) == 0
     phases = [line["phase"] for line in metrics(tmp_path)]
@@ -172,6 +202,28 @@ def test_resuming_on_either_side_of_the_stage_switch(corpus: Path, trained: Path
     lines = metrics(tmp_path / "whole")
     assert [line["phase"] for line in lines] == ["salt"] * 3 + ["train"] * 3
     assert all(line["kd"] > 0 for line in lines[:3]) and all(line["kd"] is None for line in lines[3:])
+
+
+def test_an_inheriting_run_weighs_its_teacher_less_with_every_step(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """Also when it goes on from a checkpoint in the middle; the ledger counts the teacher."""
+
+    def inheriting(directory: Path) -> Config:
+        salt = SaltConfig(str(trained), 4, 1.0, "linear", 2.0, "both", scale_by_temperature_squared=True)
+        return dataclasses.replace(make_config(corpus, directory), salt=salt)
+
+    assert run(inheriting(tmp_path / "whole")) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    cut_back(tmp_path / "broken", 2)
+    assert run(inheriting(tmp_path / "broken")) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    lines = metrics(tmp_path / "whole")
+    for line, a in zip(lines[:4], (1.0, 0.75, 0.5, 0.25), strict=True):
+        assert line["loss"] == pytest.approx((1 - a) * line["ce"] + a * line["kd"], rel=1e-6)
+    assert all(line["loss"] == line["ce"] and line["kd"] is None for line in lines[4:])
+    (teacher,) = [phase for phase in ledger(tmp_path / "whole")["phases"] if phase["phase"] == "teacher"]
+    tokens = 4 * 4 * 16
+    assert (teacher["steps"], teacher["tokens"]) == (4, tokens)
+    assert teacher["flops"] == flops.forward_flops(SMALL, tokens, 16)
 
 
 def test_a_changed_teacher_is_refused_on_resuming(
@@ -458,12 +510,12 @@ def test_a_run_can_be_prolonged_and_says_so(corpus: Path, tmp_path: Path, capfd:
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("which", "serving"), [("none", frozenset()), ("measured", ops.MEASURED)])
-def test_a_run_chooses_its_kernels(which: str, serving: frozenset[str], corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("which", "files"), [("none", frozenset()), ("measured", ops.MEASURED)])
+def test_a_run_chooses_its_kernels(which: str, files: frozenset[str], corpus: Path, tmp_path: Path) -> None:
     ops.let_kernels_serve("all")
     config = make_config(corpus, tmp_path, steps=1)
     assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=which))) == 0
-    assert ops._serving == serving
+    assert serving._serving == files
 
 
 def test_kernels_that_cannot_serve_are_refused(corpus: Path, tmp_path: Path) -> None:

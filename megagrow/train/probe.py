@@ -1,0 +1,151 @@
+"""Which way of growing is best from here: each candidate trains a little from one checkpoint, then they are compared.
+
+Source: Karp et al., 2024 (LAG, arXiv 2406.02469): the loss right after growing tells little of the final one, the loss
+after a lag tells more.
+"""
+
+import gc
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megagrow.checkpoint import store
+from megagrow.checkpoint.source import Source
+from megagrow.checks import check, check_chain
+from megagrow.config import CheckpointConfig, Config, InitConfig, RunConfig, SaltConfig, require
+from megagrow.optim import lr_at
+from megagrow.parallel.mesh import Mesh
+from megagrow.timeline import growth_config, latest_step, num_growths, order_size
+from megagrow.train.growing import check_recipes
+from megagrow.train.state import RunState
+from megagrow.train.stop import StopRequest
+from megagrow.train.trainer import Trainer
+
+SHORT_LAG = 0.05  # of the run; a lag below can well mislead
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way of growing: method, and what becomes of the optimizer's moments."""
+
+    method: str
+    optimizer: str
+
+    @classmethod
+    def parse(cls, text: str, optimizer: str) -> "Candidate":
+        """`METHOD` or `METHOD:POLICY`; where no policy is named, `optimizer`."""
+        method, _, policy = text.partition(":")
+        return cls(method, policy or optimizer)
+
+    def __str__(self) -> str:
+        return f"{self.method}:{self.optimizer}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a candidate came to.
+
+    Attributes:
+        candidate: its method and policy.
+        loss_initial: validation loss right after growing, or after learning the operator.
+        loss: validation loss after the lag.
+        flops, seconds: of growing, of learning the operator, and of the lag.
+    """
+
+    candidate: str
+    loss_initial: float | None
+    loss: float
+    flops: float | None
+    seconds: float | None
+
+
+class _Fork(Trainer):
+    """A run that leaves nothing behind."""
+
+    def _save(self) -> None:
+        pass
+
+
+def probe(source: Source, config: Config, candidates: Sequence[Candidate], steps: int, mesh: Mesh) -> list[Outcome]:
+    """Grows and trains every candidate on the same samples at the same learning rates; a collective over the mesh.
+
+    Args:
+        source: the small model. Of an own checkpoint on the same data the samples go on where it stopped.
+        config: the run that is planned; its next growth is probed. The learning rate is that of the step at which it
+            grows, constant but for `growth.rewarmup_steps`.
+        candidates: what to compare.
+        steps: the lag.
+        mesh: where this rank stands.
+
+    Returns:
+        The outcomes, the lowest loss after the lag first.
+
+    Raises:
+        ConfigError: a candidate cannot grow these models, or there is nothing to measure on.
+    """
+    require(bool(config.data.validation or config.data.split), "probing ranks by validation loss: set data.validation")
+    require(config.train.eval_batches > 0, "probing ranks by validation loss: set train.eval_batches")
+    require(num_growths(config.growth) > 0, "growth.method=none plans no growth; set growth.method")
+    forks = [_fork_config(source, config, candidate, steps) for candidate in candidates]
+    for fork in forks:
+        check(fork, mesh.world.size)
+        check_chain(fork, source.model)
+        check_recipes(RunState(source.model, "small"), fork)
+    cursor = _cursor(source, config)
+    outcomes = [_outcome(c, fork, cursor, mesh) for c, fork in zip(candidates, forks, strict=True)]
+    return sorted(outcomes, key=lambda outcome: outcome.loss)
+
+
+def caution(steps: int, config: Config) -> str:
+    """How short the lag is, in words."""
+    share = steps / config.train.steps
+    said = f"lag: {steps} steps, {share:.2g} of the run's {config.train.steps}"
+    if share >= SHORT_LAG:
+        return f"{said}; candidates that are close may still change places"
+    return (
+        f"{said}: short. Short lags mislead: the order after 16 steps has been seen to differ from that after 128 "
+        "(arXiv 2604.04281), and the loss as grown says even less; probe longer before relying on it"
+    )
+
+
+def _fork_config(source: Source, config: Config, candidate: Candidate, steps: int) -> Config:
+    growing = growth_config(config, 0, source.model)
+    at_once: dict[str, Any] = {"at_step": 0, "at_tokens": 0, "at_plateau": 0.0, "freeze_steps": 0, "source": None}
+    how: dict[str, Any] = {"method": candidate.method, "optimizer": candidate.optimizer, "bootstrap": False}
+    begins = max(latest_step(config, 0), config.optim.warmup_steps)
+    lr = lr_at(begins, config.train.steps, config.optim)
+    num_samples = order_size(config) if config.data.order == "megatron" else 0
+    return replace(
+        growing,
+        data=replace(config.data, num_samples=num_samples),
+        train=replace(config.train, steps=steps, eval_interval=0),
+        optim=replace(config.optim, lr=lr, schedule="constant", warmup_steps=0),
+        growth=replace(growing.growth, **at_once, **how),
+        salt=SaltConfig(),
+        checkpoint=CheckpointConfig(interval=0),
+        init=InitConfig(str(source.path), skip_source_check=config.init.skip_source_check),
+    )
+
+
+def _outcome(candidate: Candidate, fork: Config, cursor: int, mesh: Mesh) -> Outcome:
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = _Fork(replace(fork, run=RunConfig(directory, log_interval=fork.train.steps)), mesh)
+        trainer.state.cursors["all"] = cursor
+        trainer.run(StopRequest())
+        spent, (event,) = trainer.state.ledger.own(), trainer.state.ledger.events
+        loss = trainer.validation_loss
+    assert loss is not None, "the last step of a run is evaluated"
+    del trainer
+    gc.collect()  # the next model needs its memory
+    return Outcome(str(candidate), event["loss_after"], loss, spent["flops"], spent["seconds"])
+
+
+def _cursor(source: Source, config: Config) -> int:
+    """The first sample that the source has not seen, if it was trained on these data."""
+    if source.ledger is None:  # from outside
+        return 0
+    manifest = store.read_manifest(source.path)
+    data, cursors = manifest.config.get("data"), manifest.state.get("cursors")
+    same = isinstance(data, dict) and all(data.get(k) == getattr(config.data, k) for k in ("train", "seed", "order"))
+    return int(cursors["all"]) if same and isinstance(cursors, dict) else 0

@@ -1,0 +1,109 @@
+"""When the run's next growth is due, from its state alone, so that a resumed run grows at the same step.
+
+Whichever of these comes first:
+
+    step      `at_step` steps of the schedule are done; 0, and nothing else: at start-up
+    tokens    the run has trained on `at_tokens` tokens
+    plateau   the training loss (`loss` of metrics.jsonl) is flat: its mean over the last `plateau_window` steps is
+              above (1 - `at_plateau`) times that over as many steps before. Steps of a warm-up and
+              steps that were refused do not count, nor do those of the model before the last growth.
+"""
+
+import math
+
+import torch
+
+from megagrow.config import Config, GrowthConfig
+from megagrow.parallel.collectives import broadcast_from
+from megagrow.parallel.mesh import Mesh
+from megagrow.timeline import growth_settings, latest_step
+from megagrow.train.learner import StepResult
+from megagrow.train.state import RunState
+
+
+def due(state: RunState, config: Config, mesh: Mesh) -> str | None:
+    """Why the model grows before the next step (`start`, `step`, `tokens`, `plateau`), the same on every rank; or None.
+
+    A collective where the growth waits for a plateau.
+    """
+    if state.phase != "small":
+        return None
+    growth = growth_settings(config.growth, state.growths)
+    if growth.at_tokens:
+        if state.tokens >= growth.at_tokens:
+            return "tokens"
+    elif state.train_step >= growth.at_step:
+        return "step" if latest_step(config, state.growths) else "start"
+    if growth.at_plateau and _agreed(is_flat(state.losses, growth.plateau_window, growth.at_plateau), mesh):
+        return "plateau"
+    return None
+
+
+def note_loss(state: RunState, result: StepResult, config: Config) -> None:
+    """Keeps the losses that `due` looks at."""
+    if state.phase != "small" or not result.accepted:
+        return
+    growth = growth_settings(config.growth, state.growths)
+    if growth.at_plateau and state.train_step > _end_of_warmup(state, config):
+        state.losses = [*state.losses, result.loss][-2 * growth.plateau_window :]
+
+
+def is_flat(losses: list[float], window: int, threshold: float) -> bool:
+    """Whether the mean of the last `window` losses is above (1 - threshold) times that of the `window` before them."""
+    if len(losses) < 2 * window:
+        return False
+    before, last = math.fsum(losses[-2 * window : -window]), math.fsum(losses[-window:])
+    return last > (1 - threshold) * before
+
+
+def frozen_layers(state: RunState, config: Config) -> int:
+    """How many layers, from the first on, stand still in the next step, with the embedding below them.
+
+    Multi-stage layerwise training (MSLT): a growth adds layers on top, which alone learn at first, with the head; then
+    all do.
+    """
+    if state.phase == "ligo":
+        return 0
+    return state.layers_before if (_steps_since(state) or 0) < _last_growth(state, config).freeze_steps else 0
+
+
+def restarts(state: RunState, config: Config) -> bool:
+    """Whether the optimizer begins anew before the next step, in which layers that stood still learn again.
+
+    It does under the policy `reset`: their moments are zero, but the count of updates has gone on, so that Adam's
+    correction of such moments would be missing.
+    """
+    if state.phase == "ligo" or state.grown_at is None:
+        return False
+    growth = _last_growth(state, config)
+    return growth.optimizer == "reset" and 0 < growth.freeze_steps == _steps_since(state)
+
+
+def rewarmup(state: RunState, config: Config) -> float:
+    """What the learning rate of the next step is multiplied by, as the last growth is recent.
+
+    That of the new part alone is the optimizer's affair.
+    """
+    growth, since = _last_growth(state, config), _steps_since(state)
+    if since is None or growth.rewarmup_steps == 0 or growth.rewarmup_part == "new":
+        return 1.0
+    return min(1.0, (since + 1) / growth.rewarmup_steps)
+
+
+def _steps_since(state: RunState) -> int | None:
+    return None if state.grown_at is None else state.train_step - state.grown_at
+
+
+def _last_growth(state: RunState, config: Config) -> GrowthConfig:
+    return growth_settings(config.growth, max(state.growths - 1, 0))
+
+
+def _end_of_warmup(state: RunState, config: Config) -> int:
+    if state.grown_at is None:
+        return config.optim.warmup_steps
+    return max(config.optim.warmup_steps, state.grown_at + _last_growth(state, config).rewarmup_steps)
+
+
+def _agreed(flag: bool, mesh: Mesh) -> bool:
+    """The first rank's flag: its losses are those that a checkpoint holds."""
+    return bool(broadcast_from(torch.tensor(float(flag), device=mesh.device), 0, mesh.world).item())

@@ -1,0 +1,219 @@
+"""When a model grows inside a run, how often, and what stays as it was: samples, schedule, the checkpoints on disk."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagrow.checkpoint import store
+from megagrow.config import CheckpointConfig, Config, GrowthConfig, ModelConfig
+from megagrow.earlier_growth import EarlierGrowth
+from megagrow.train import growing, run
+from megagrow.train.timing import is_flat
+from tests.ranks import run_ranks
+from tests.train.resumed import samples_noted
+from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
+from tests.train.test_run import assert_same_run, cut_back, ledger
+
+WIDE = dataclasses.replace(LARGE, num_layers=SMALL.num_layers)
+DEEP = dataclasses.replace(SMALL, num_layers=8)
+STEPS = 9
+EVERY_STEP = CheckpointConfig(interval=1, keep_last=0)
+
+
+def grown_twice(corpus: Path, directory: Path, **fields: Any) -> Config:
+    """Wider FFN before step 3, the rest of the width before step 6: both keep the function."""
+    earlier = EarlierGrowth(ffn_size=WIDE.ffn_size, at_step=3)
+    fields = {"method": "clone", "source": SMALL, "at_step": 6, "earlier": (earlier,), **fields}
+    return make_config(corpus, directory, STEPS, model=WIDE, growth=GrowthConfig(**fields), checkpoint=EVERY_STEP)
+
+
+def learned_then_stacked(corpus: Path, directory: Path) -> Config:
+    """LiGO from 2 to 3 layers before step 2, learning for 2 steps; G_stack to 8 before step 4."""
+    earlier = EarlierGrowth(num_layers=3, method="ligo", optimizer="reset", at_step=2, rewarmup_steps=2)
+    stacked = GrowthConfig("stack", source=SMALL, at_step=4, ligo_steps=2, earlier=(earlier,))
+    return make_config(corpus, directory, 6, model=DEEP, growth=stacked, checkpoint=EVERY_STEP)
+
+
+@pytest.fixture(scope="module")
+def twice(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `grown_twice`, with the ids of its samples."""
+    directory = tmp_path_factory.mktemp("twice") / "run"
+    trained_on(grown_twice(corpus, directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def learned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `learned_then_stacked`."""
+    directory = tmp_path_factory.mktemp("learned") / "run"
+    assert run(learned_then_stacked(corpus, directory)) == 0
+    return directory
+
+
+def resumed_at(step: int, whole: Path, config: Callable[[Path], Config], directory: Path) -> Path:
+    """What comes of the run when it was killed after its checkpoint of `step`."""
+    shutil.copytree(whole, directory)
+    cut_back(directory, step)
+    assert run(config(directory)) == 0
+    return directory
+
+
+def sample_ids(directory: Path) -> list[int]:
+    lines = (directory / "samples-0.jsonl").read_text().splitlines()
+    return [i for line in lines for i in json.loads(line)[1]]
+
+
+def trained_on(config: Config) -> list[int]:
+    """Runs, and returns the ids of the samples that were learned from, in their order."""
+    directory = Path(config.run.dir)
+    directory.mkdir(parents=True)
+    with samples_noted(directory):
+        assert run(config) == 0
+    return sample_ids(directory)
+
+
+def test_a_model_grows_twice_in_one_run(corpus: Path, tmp_path: Path, twice: Path) -> None:
+    """No sample is left out or seen twice, losses go on where they were, and so does whoever resumes."""
+    found = sample_ids(twice)
+    assert found == trained_on(make_config(corpus, tmp_path / "plain", STEPS))
+    assert len(set(found)) == len(found) == STEPS * 4
+    lines = metrics(twice)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["phase"] for line in lines] == ["small"] * 6 + ["train"] * 3
+    assert [line["lr"] for line in lines] == [line["lr"] for line in metrics(tmp_path / "plain")]
+    events = ledger(twice)["events"]
+    assert [(e["step"], e["number"], e["reason"]) for e in events] == [(3, 0, "step"), (6, 1, "step")]
+    for event in events:
+        assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
+    grown = [phase["model"].split()[1] for phase in ledger(twice)["phases"] if phase["phase"] == "growth"]
+    assert grown == ["2x16", "2x32"]
+    for step in (2, 5, 7):
+        found = resumed_at(step, twice, lambda folder: grown_twice(corpus, folder), tmp_path / f"at-{step}")
+        assert_same_run(found, twice)
+
+
+def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path, learned: Path) -> None:
+    lines = metrics(learned)
+    assert [line["phase"] for line in lines] == ["small"] * 2 + ["ligo"] * 2 + ["small"] * 2 + ["train"] * 2
+    assert lines[4]["lr"] == pytest.approx(lines[5]["lr"] / 2)  # the growth's own warm-up
+    first, second = ledger(learned)["events"]
+    assert (first["method"], second["method"]) == ("ligo", "stack")
+    assert first["loss_initial"] != first["loss_after"]
+    for step in (3, 5):
+        found = resumed_at(step, learned, lambda folder: learned_then_stacked(corpus, folder), tmp_path / f"at-{step}")
+        assert_same_run(found, learned)
+
+
+def test_growing_at_a_number_of_tokens(corpus: Path, tmp_path: Path) -> None:
+    """Each step has 64 tokens: 150 are reached with the third, and the two that learn each growth's maps count."""
+    fields = {"method": "ligo", "optimizer": "reset", "ligo_steps": 2}
+    earlier = EarlierGrowth(num_layers=3, at_tokens=150)
+    growth = GrowthConfig(source=SMALL, at_tokens=7 * 64, earlier=(earlier,), **fields)
+    assert run(make_config(corpus, tmp_path, 8, model=DEEP, growth=growth)) == 0
+    events = ledger(tmp_path)["events"]
+    assert [(e["step"], e["train_step"], e["reason"]) for e in events] == [(5, 3, "tokens"), (9, 5, "tokens")]
+    assert [line["phase"] for line in metrics(tmp_path)].count("ligo") == 4
+    assert {path.name for path in tmp_path.glob("maps*")} == {"maps-0.safetensors", "maps.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "flat"),
+    [
+        ([4.0, 4.0, 3.0, 3.0], False),
+        ([4.0, 4.0, 3.61, 3.61], True),  # by 9.75 %
+        ([4.0, 4.0, 3.59, 3.59], False),  # by 10.25 %
+        ([9.0, 4.0, 4.0, 4.0, 4.0], True),  # what is older than two windows does not count
+        ([4.0, 4.0, 4.0], False),  # too few
+        ([4.0, 4.0, 5.0, 5.0], True),
+    ],
+)
+def test_a_loss_is_flat_when_it_falls_by_less_than_a_share(losses: list[float], flat: bool) -> None:
+    assert is_flat(losses, 2, 0.1) is flat
+
+
+def test_growing_when_the_loss_is_flat(corpus: Path, tmp_path: Path) -> None:
+    """At the step that the losses of metrics.jsonl say, warm-up left out; the same after a resume in the window."""
+    threshold, window = 0.06, 2
+
+    def config(directory: Path) -> Config:
+        growth = GrowthConfig("stack", source=SMALL, at_step=20, at_plateau=threshold, plateau_window=window)
+        return make_config(corpus, directory, 21, model=DEEP, growth=growth, checkpoint=EVERY_STEP)
+
+    assert run(config(tmp_path / "whole")) == 0
+    (event,) = ledger(tmp_path / "whole")["events"]
+    losses = [line["loss"] for line in metrics(tmp_path / "whole")][2:]  # two steps of warm-up
+    flat = [n for n in range(len(losses) + 1) if is_flat(losses[:n], window, threshold)]
+    assert event["reason"] == "plateau" and event["step"] == flat[0] + 2 < 20
+    step = event["step"] - 1
+    assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / "resumed"), tmp_path / "whole")
+
+
+def files(directory: Path) -> dict[str, str]:
+    """What a resumed run would read."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def crashing(monkeypatch: pytest.MonkeyPatch, name: str, target: ModelConfig, then: Callable[[], None]) -> None:
+    """Growing into `target` ends with a crash in the middle of the work."""
+    real = getattr(growing, name)
+
+    def crash(first: Any, *args: Any) -> Any:
+        made = real(first, *args)
+        if target in (getattr(first, "target", None), getattr(args[0], "model", None)):
+            then()
+            raise RuntimeError("the machine is gone")
+        return made
+
+    monkeypatch.setattr(growing, name, crash)
+
+
+@pytest.mark.parametrize("case", ["second of two", "while maps are made"])
+def test_a_crash_while_growing_leaves_the_run_before_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: Path, learned: Path, case: str
+) -> None:
+    before: dict[str, str] = {}
+    checkpoints = tmp_path / "run" / "checkpoints"
+    if case == "second of two":
+        config, whole, step, growths = grown_twice(corpus, tmp_path / "run"), twice, 6, 1
+        name, target = "grow_into", WIDE
+    else:
+        config, whole, step, growths = learned_then_stacked(corpus, tmp_path / "run"), learned, 2, 0
+        name, target = "map_learner", dataclasses.replace(SMALL, num_layers=3)
+    crashing(monkeypatch, name, target, lambda: before.update(files(checkpoints)))
+    assert run(config) == 1
+    assert before and files(checkpoints) == before
+    newest = store.candidates(checkpoints)[0]
+    assert newest.name == f"step-{step}" and store.read_manifest(newest).state["growths"] == growths
+    monkeypatch.undo()
+    assert run(config) == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_growing_twice_on_shards_equals_one_process(corpus: Path, tmp_path: Path, twice: Path) -> None:
+    many = grown_twice(corpus, tmp_path / "many", at_plateau=0.001, plateau_window=1)  # asked for, not met
+    assert run_ranks(run_on_ranks, 4, many, 2, 1) == [0] * 4
+    for ours, theirs in zip(metrics(tmp_path / "many"), metrics(twice), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4), ours["step"]
+    assert final_loss(tmp_path / "many") == pytest.approx(final_loss(twice), abs=2e-4)
+
+
+def test_a_run_without_a_small_model_trains_one_first(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(corpus, tmp_path, 8, model=DEEP, growth=GrowthConfig("stack", bootstrap=True))
+    assert run(config) == 0
+    assert "growth.bootstrap: a model of 2 layers is trained first" in capfd.readouterr().err
+    assert [line["phase"] for line in metrics(tmp_path)] == ["small"] * 2 + ["train"] * 6
+    written = json.loads((tmp_path / "config.json").read_text())["growth"]
+    assert (written["source"]["num_layers"], written["at_step"]) == (2, 2)
+    totals = ledger(tmp_path)["totals"]
+    assert totals["all_in"]["tokens"] == 8 * 64 and totals["papers_convention"]["tokens"] == 6 * 64
+    cut_back(tmp_path, 4)
+    assert run(config) == 0  # the unchanged command
