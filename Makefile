@@ -11,7 +11,7 @@ pip := $(bin)/python -m pip install --quiet -c $(CONSTRAINTS)
 installed := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check parity faults fuzz bench kernels peers gpu clean
+.PHONY: help setup quickstart test check parity growth faults fuzz bench kernels peers gpu clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
@@ -40,6 +40,10 @@ check: setup ## style, types, the order of imports, and no load that could run c
 
 parity: setup ## every layout against one process; a table, also in benchmarks/results (ten minutes)
 	$(bin)/python -m tests.parallel.parity_table
+
+growth: setup ## every growth method on every layout against growing offline, and LiGO learning on each (half an hour)
+	$(bin)/python -m tests.growth.layout_sweep
+	$(bin)/python -m pytest --timeout 3600 -o python_files='slow_*.py' tests/growth
 
 faults: setup ## kill saves at every call and runs at random moments, stop nodes and launchers (half an hour)
 	$(bin)/python -m pytest --timeout 3600 -s tests/faults/kill_save.py tests/faults/liveness.py tests/faults/kill_quickstart.py

@@ -329,9 +329,15 @@ class GrowthConfig:
     rewarmup_steps: int = 0  # linear warm-up of the learning rate after growing
     rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
     rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)
-    ligo_steps: int = 100  # steps that learn LiGO's maps
-    ligo_lr: float = 3e-3
+    ligo_variant: Literal["tied", "source_layer", "target_layer", "full_rank"] = "tied"  # docs/ligo.md
+    ligo_init: str = "clone"  # where the maps start: a sparse method, or authors (the initial maps of LiGO's authors)
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
+    ligo_steps: int = 100  # steps that learn the maps
+    ligo_lr: float = 3e-3  # of the maps' AdamW; falls linearly to zero over ligo_steps
+    ligo_warmup_steps: int = 0  # linear warm-up of ligo_lr, before it falls
+    ligo_weight_decay: float = 0.0  # of all maps
+    ligo_beta1: float = 0.9
+    ligo_beta2: float = 0.95
     # When, other than at a step; at_plateau needs at_step or at_tokens as well, which is then the latest:
     at_tokens: int = 0  # grow when the run has trained on so many tokens, those that learn maps included
     at_plateau: float = 0.0  # grow once the mean loss falls by less than this share from window to window; 0: off
@@ -346,6 +352,9 @@ class GrowthConfig:
         require_not_negative(self, "growth", "at_tokens", "freeze_steps")
         require(0 <= self.at_plateau < 1, f"growth.at_plateau={self.at_plateau} must be in [0, 1)")
         require_size(self, "growth", "plateau_window")
+        require_not_negative(self, "growth", "ligo_warmup_steps", "ligo_weight_decay")
+        for name in ("ligo_beta1", "ligo_beta2"):
+            require(0 <= getattr(self, name) < 1, f"growth.{name}={getattr(self, name)} must be in [0, 1)")
 
     @property
     def learns_maps(self) -> bool:

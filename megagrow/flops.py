@@ -95,14 +95,19 @@ def training_flops(
     return 3 * forward_flops(model, tokens, seq_length, convention) - tokens * skipped
 
 
-def ligo_generation_flops(source: ModelConfig, target: ModelConfig) -> float:
-    """FLOPs of generating the target's weights once with LiGO's dense tied maps.
+def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str = "tied") -> float:
+    """FLOPs of generating the target's weights once with LiGO's maps.
 
     Layers are mixed on the small side, Σ_j w_kj·Θ_j, then widened to O·Θ·Iᵀ in the cheaper of the
     two orders (Wang et al., 2023, arXiv 2303.00980, algorithm 1). Each target weight is generated
     once, however many ranks need it; the batch does not matter.
+
+    Args:
+        source, target: the two models.
+        variant: `growth.ligo_variant`. With a map for each target layer only the new blocks are computed; with one for
+            each source layer all of these are widened, then mixed on the large side.
     """
-    return sum(_generated(name, source, target) for name in parameter_names(target))
+    return sum(_generated(name, source, target, variant) for name in parameter_names(target))
 
 
 def ligo_step_flops(
@@ -111,13 +116,14 @@ def ligo_step_flops(
     tokens: int,
     seq_length: int,
     convention: Convention = DEFAULT_CONVENTION,
+    variant: str = "tied",
 ) -> float:
     """FLOPs of one step that learns LiGO's maps: the target's step, generation and its backward.
 
     The backward pass is taken as twice the generation. That is a little too much, because the
     frozen source needs no gradient; better to charge learned growth too much than too little.
     """
-    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(source, target)
+    return training_flops(target, tokens, seq_length, convention) + 3 * ligo_generation_flops(source, target, variant)
 
 
 def peak_flops_per_second(device_name: str, precision: str) -> float | None:
@@ -132,18 +138,23 @@ def _matrix_shape(role: Role, model: ModelConfig) -> tuple[int, int]:
     return rows, columns
 
 
-def _generated(name: str, source: ModelConfig, target: ModelConfig) -> float:
+def _generated(name: str, source: ModelConfig, target: ModelConfig, variant: str) -> float:
     role = role_of(name)
     layer, _ = split_name(name)
     flops = 0.0
     for out_map in role.out_maps:
         rows, new_rows = (_part_size(role.out, model) for model in (source, target))
         columns, new_columns = (_part_size(role.in_, model) if role.in_ else 1 for model in (source, target))
-        if layer is not None:
-            flops += 2.0 * source.num_layers * rows * columns
-        widen_out = 2.0 * new_rows * rows if out_map and new_rows > rows else 0.0
-        widen_in = 2.0 * new_columns * columns if role.in_map and new_columns > columns else 0.0
-        flops += min(widen_out * columns + widen_in * new_rows, widen_in * rows + widen_out * new_columns)
+        kept = (rows, columns) if variant in ("target_layer", "full_rank") else (0, 0)
+        widen_out = 2.0 * (new_rows - kept[0]) * rows if out_map and new_rows > rows else 0.0
+        widen_in = 2.0 * (new_columns - kept[1]) * columns if role.in_map and new_columns > columns else 0.0
+        widen = min(widen_out * columns + widen_in * new_rows, widen_in * rows + widen_out * new_columns)
+        if layer is None:
+            flops += widen
+        elif variant == "source_layer":
+            flops += source.num_layers * (widen / target.num_layers + 2.0 * new_rows * new_columns)
+        else:
+            flops += widen + 2.0 * source.num_layers * rows * columns
     return flops
 
 

@@ -187,6 +187,14 @@ def last_names(model: ModelConfig) -> list[str]:
     return names + ["head.bias"] * (model.objective == "mlm")
 
 
+def after_transform(model: ModelConfig) -> list[str]:
+    """Names of what uses the output of an encoder's MLM transform, which a growth method may grow apart from `hidden`.
+
+    The transform writes it (rows of its dense layer, its norm), an untied head reads it (columns).
+    """
+    return [] if model.is_causal else [name for name in last_names(model) if name != "head.bias"]
+
+
 def parameter_names(model: ModelConfig) -> list[str]:
     """Names of all parameters of a model, in the order of the forward pass."""
     inside = [layer_name(i, leaf) for i in range(model.num_layers) for leaf in leaves(model)]

@@ -22,7 +22,7 @@ from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.records import read_texts
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import MegagrowError
-from megagrow.growth.ligo import load_maps
+from megagrow.growth.ligo_file import load_maps
 from megagrow.ledger import Ledger
 from megagrow.metrics import read_exit, read_metrics
 from megagrow.report.run import load_run

@@ -11,7 +11,7 @@ import torch
 from megagrow.command_line import parse
 from megagrow.config_file import MAX_BYTES, dump, load_file
 from megagrow.errors import CheckpointError, ConfigError, DataError, shown
-from megagrow.growth.ligo import load_maps
+from megagrow.growth.ligo_file import load_maps
 from megagrow.json_file import parse_object
 
 BAD_JSON = {

@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.source import Source
-from megagrow.config import require
+from megagrow.config import ModelConfig, require
 from megagrow.errors import DataError, MegagrowError
+from megagrow.growth.methods import Breaker, make_recipe
+from megagrow.growth.recipe import Recipe
 
 SHARED_ERROR_SECONDS = 3.0
 
@@ -21,6 +23,20 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """The options that name a growth, for `recipe_of`."""
+    parser.add_argument("--target", required=True, metavar="CONFIG", help="what to grow into")
+    parser.add_argument("--method", required=True, help="width, depth or both, as in clone+stack; see docs/growth.md")
+    parser.add_argument("--breaker", choices=get_args(Breaker), default="none", help="what tells replicas apart")
+    parser.add_argument("--breaker-scale", type=float, default=0.3, help="its size; see docs/growth.md")
+    parser.add_argument("--seed", type=int, default=1234, help="of everything random")
+
+
+def recipe_of(options: argparse.Namespace, source: ModelConfig, target: ModelConfig) -> Recipe:
+    """The growth that the options of `add_method` name."""
+    return make_recipe(options.method, source, target, options.breaker, options.breaker_scale, options.seed)
 
 
 def refuse_options(parser: Arguments, options: argparse.Namespace, names: Iterable[str], when: str) -> None:

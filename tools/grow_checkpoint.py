@@ -2,6 +2,7 @@
 
     python tools/grow_checkpoint.py runs/small grown --target large.yaml --method clone
     torchrun --nproc-per-node 8 tools/grow_checkpoint.py SRC DST … --tensor 2
+    python tools/grow_checkpoint.py SRC DST … --method net2net+insert_identity --breaker noise
     python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100 --lr 3e-3
 
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
@@ -13,25 +14,26 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, add_method, recipe_of, run
+from _learning import add_learning, learning_of
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
 from megagrow.config import ModelConfig, ParallelConfig, require
-from megagrow.growth.methods import METHODS, Recipe, make_recipe
 from megagrow.growth.offline import check_destination, grow_folder, target_model
+from megagrow.growth.recipe import Recipe
 from megagrow.ledger import Ledger
 from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
-from megagrow.train.map_learning import MapLearning, apply_maps, grown_ledger, learn_maps
+from megagrow.train.map_learning import apply_maps, grown_ledger, learn_maps
 
 
 def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
     check_options(options)
-    recipe, ledger = make_recipe(options.method, source.model, target), grown_ledger(source)
+    recipe, ledger = recipe_of(options, source.model, target), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)
     if options.method == "ligo":
@@ -53,18 +55,10 @@ def parser() -> Arguments:
     parser = Arguments(description="Grow a small pretrained model into a large one.")
     parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
-    parser.add_argument("--target", required=True, metavar="CONFIG", help="what to grow into")
-    parser.add_argument("--method", required=True, choices=METHODS)
+    add_method(parser)
     parser.add_argument("--optimizer", choices=["exact", "reset"], default="exact")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")
-    ligo = parser.add_argument_group("ligo")
-    ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
-    ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
-    ligo.add_argument("--steps", type=int, default=100, help="learning steps")
-    ligo.add_argument("--lr", type=float, default=3e-3, help="of the maps")
-    ligo.add_argument("--seq-length", type=int, default=128)
-    ligo.add_argument("--batch-size", type=int, default=16, help="samples per step, over all ranks")
-    ligo.add_argument("--skip-source-check", action="store_true", help="even if SRC does not fit the data")
+    add_learning(parser)
     return parser
 
 
@@ -79,9 +73,9 @@ def check_options(options: argparse.Namespace) -> None:
 
 def learned_recipe(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Recipe:
     if o.maps is None:
-        how = MapLearning(o.data, o.steps, o.lr, o.seq_length, o.batch_size, skip_source_check=o.skip_source_check)
         with Progress(o.steps, enabled=mesh.is_main) as progress:
-            return learn_maps(source, target, how, mesh, partial(progress.update, phase="ligo"), ledger).recipe()
+            tell = partial(progress.update, phase="ligo")
+            return learn_maps(source, target, learning_of(o), mesh, tell, ledger).recipe()
     return apply_maps(o.maps, source, target, ledger).recipe()
 
 

@@ -4,21 +4,26 @@ A rank reads one source tensor at a time (with learned layer maps: that tensor o
 that its own shards need, and forgets it. No target tensor ever exists whole.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping
+# Shape suffix legend: P = fused parts; K, J = target and source layers; N = elements of one part; R = rows of a box.
+
+import math
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megagrow.config import ModelConfig
-from megagrow.growth.maps import LayerMap
+from megagrow.growth.maps import LayerMap, LayerMix
 from megagrow.growth.operator import Quantity, grow_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
 from megagrow.parallel.mesh import Mesh
-from megagrow.parallel.shards import box, full, local
+from megagrow.parallel.shards import Box, box, full, local
 from megagrow.parallel.stages import pipeline_stages
 from megagrow.roles import (
+    axis_unit,
     first_names,
     layer_name,
     leaves,
@@ -29,7 +34,8 @@ from megagrow.roles import (
     split_name,
 )
 
-# Gives a whole source tensor by name. May be a collective: all ranks ask for the same names in the same order.
+# Gives a source tensor by name: a whole one, or a DTensor whose local piece holds all that this rank's targets are made
+# of. May be a collective: all ranks ask for the same names in the same order.
 Fetch = Callable[[str], Tensor]
 
 
@@ -44,11 +50,12 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
         targets: this rank's tensors by parameter name, in any layout: plain, or DTensors on tensor and data axes.
         quantity: what the tensors are: parameters, their gradients (exp_avg), or squares of these (exp_avg_sq).
     """
+    pieces = {name: local(tensor) for name, tensor in targets.items()}
+    boxes = {name: box(tensor) for name, tensor in targets.items() if pieces[name].numel()}
+    device = next((piece.device for piece in pieces.values()), torch.device("cpu"))
     with torch.no_grad():
-        for name, source in mixed_sources(recipe, fetch, targets):
-            piece = local(targets[name])
-            if piece.numel():
-                piece.copy_(grow_box(recipe, name, source.to(piece.device), box(targets[name]), quantity))
+        for name, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
+            pieces[name].copy_(grown)
 
 
 def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "value") -> Tensor:
@@ -60,29 +67,33 @@ def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "va
         dtypes.append(source.dtype)
         return source
 
+    whole = tuple(slice(0, size) for size in shape_of(role_of(name), recipe.target))
+    layer, leaf = split_name(name)
     with torch.no_grad():
-        source = _mixed_source(recipe, noting_dtype, name)
-        whole = tuple(slice(0, size) for size in shape_of(role_of(name), recipe.target))
-        return grow_box(recipe, name, source, whole, quantity).to(dtypes[0])
+        if layer is None:
+            grown = grow_box(recipe, name, noting_dtype(name), whole, quantity)
+        else:
+            boxes, device = {name: whole}, torch.device("cpu")
+            ((_, grown),) = _grown_layers(recipe, leaf, noting_dtype, boxes, device, quantity, {layer})
+        return grown.to(dtypes[0])
 
 
-def mixed_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the wanted target parameters with Σ_j w_kj Θ_j, which is still of the source's width.
+def grown_boxes(
+    recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], device: torch.device, quantity: Quantity = "value"
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields one box of each target parameter in `boxes`, grown.
 
     Every source tensor that the recipe uses is fetched once, whatever is wanted, in an order that depends on the recipe
-    alone. Differentiable in learned layer maps.
+    alone. Differentiable in learned maps: the caller goes backward from each box before it asks for the next.
     """
     for name in parameter_names(recipe.target):
         if split_name(name)[0] is None:
             source = fetch(name)
-            if name in wanted:
-                yield name, source
+            if name in boxes:
+                yield name, grow_box(recipe, name, local(source).to(device), boxes[name], quantity, box(source))
             del source
     for leaf in leaves(recipe.target):
-        if isinstance(recipe.layers, LayerMap):
-            yield from _copied_layers(recipe, recipe.layers, leaf, fetch, wanted)
-        else:
-            yield from _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, wanted)
+        yield from _grown_layers(recipe, leaf, fetch, boxes, device, quantity)
 
 
 def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: Mesh) -> Fetch:
@@ -125,12 +136,38 @@ def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
     return owners
 
 
+def _grown_layers(
+    recipe: Recipe,
+    leaf: str,
+    fetch: Fetch,
+    boxes: Mapping[str, Box],
+    device: torch.device,
+    quantity: Quantity,
+    read_for: Collection[int] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """One parameter of all layers that are wanted; copies read the sources of the layers `read_for` only, or of all."""
+    if isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
+        yield from _widened_then_mixed(recipe, recipe.layers, leaf, fetch, boxes, device)
+        return
+    if isinstance(recipe.layers, LayerMix):
+        sources = _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, boxes)
+    else:
+        sources = _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for)
+    for name, source in sources:
+        yield name, grow_box(recipe, name, local(source).to(device), boxes[name], quantity, box(source))
+
+
 def _copied_layers(
-    recipe: Recipe, layers: LayerMap, leaf: str, fetch: Fetch, wanted: Container[str]
+    recipe: Recipe,
+    layers: LayerMap,
+    leaf: str,
+    fetch: Fetch,
+    wanted: Container[str],
+    read_for: Collection[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     reads_next = recipe.reads_next(layer_name(0, leaf))
     held: dict[int, Tensor] = {}
-    for j in sorted(set(layers.index)):
+    for j in sorted({copied for k, copied in enumerate(layers.index) if read_for is None or k in read_for}):
         needed = {j, _next(recipe, j)} if reads_next else {j}
         held = {i: tensor for i, tensor in held.items() if i in needed}
         for i in sorted(needed - held.keys()):
@@ -148,23 +185,50 @@ def _next(recipe: Recipe, layer: int) -> int:
 
 
 def _weighted_layers(
-    recipe: Recipe, weights: Tensor, leaf: str, fetch: Fetch, wanted: Container[str]
+    recipe: Recipe, weights_PKJ: Tensor, leaf: str, fetch: Fetch, wanted: Container[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    shape = shape_of(role_of(layer_name(0, leaf)), recipe.source)
-    sources = weights.new_empty(recipe.source.num_layers, *shape)
-    for j in range(recipe.source.num_layers):
-        sources[j] = fetch(layer_name(j, leaf))
+    """Mixes the layers at the source's width; parts that are fused stand apart meanwhile."""
+    role, source = role_of(layer_name(0, leaf)), recipe.source
+    shape, (parts, unit) = shape_of(role, source), (len(role.parts), axis_unit(role.out, source))
+    sources_PJN = weights_PKJ.new_empty(parts, source.num_layers, math.prod(shape) // parts)
+    for j in range(source.num_layers):
+        sources_PJN[:, j] = fetch(layer_name(j, leaf)).unflatten(0, (-1, parts, unit)).movedim(1, 0).flatten(1)
     for k in range(recipe.target.num_layers):
         if layer_name(k, leaf) in wanted:
-            yield layer_name(k, leaf), (weights[k] @ sources.flatten(1)).view(shape)
+            mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1)
+            mixed = mixed_PN.view(parts, -1, unit, *shape[1:]).movedim(0, 1)
+            yield layer_name(k, leaf), mixed.reshape(shape)
 
 
-def _mixed_source(recipe: Recipe, fetch: Fetch, name: str) -> Tensor:
-    layer, leaf = split_name(name)
-    if layer is None:
-        return fetch(name)
-    if isinstance(recipe.layers, LayerMap):
-        alone, first = LayerMap((recipe.layers.index[layer],)), layer_name(0, leaf)
-        return next(_copied_layers(recipe, alone, leaf, fetch, {first}))[1]
-    _, source = next(_weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, {name}))
-    return source
+def _widened_then_mixed(
+    recipe: Recipe, layers: LayerMix, leaf: str, fetch: Fetch, boxes: Mapping[str, Box], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Widens each source layer once, by its own maps, then mixes; what a rank stores of this leaf is one box."""
+    assert recipe.source_axes is not None
+    names = [name for k in range(recipe.target.num_layers) if (name := layer_name(k, leaf)) in boxes]
+    widened = []
+    for j in range(recipe.source.num_layers):
+        source = fetch(layer_name(j, leaf))
+        if names:
+            own = replace(recipe, axes=recipe.source_axes[j])
+            widened.append(grow_box(own, names[0], source.to(device), boxes[names[0]]))
+        del source
+    # Mixing goes backward once for each target layer, widening once for all of them: here the graph is cut.
+    ends = [wide.detach().requires_grad_(wide.requires_grad) for wide in widened]
+    for name in names:
+        assert boxes[name] == boxes[names[0]], "all layers are sharded alike"
+        yield name, _mixed_box(recipe, layers.weights[leaf], name, ends, boxes[name])
+    for wide, end in zip(widened, ends, strict=True):
+        if end.grad is not None:
+            wide.backward(end.grad)
+
+
+def _mixed_box(recipe: Recipe, weights_PKJ: Tensor, name: str, boxes: Sequence[Tensor], rows: Box) -> Tensor:
+    """Σ_j w_kj · (box of layer j): rows of different fused parts have different weights."""
+    role, (k, _) = role_of(name), split_name(name)
+    part = torch.arange(rows[0].start, rows[0].stop) // axis_unit(role.out, recipe.target) % len(role.parts)
+    weights_RJ = weights_PKJ[part.to(weights_PKJ.device), k]
+    mixed = torch.zeros_like(boxes[0])
+    for j, wide in enumerate(boxes):
+        mixed = mixed + wide * (weights_RJ[:, j, None] if wide.ndim == 2 else weights_RJ[:, j])
+    return mixed

@@ -47,11 +47,19 @@ class SparseMap:
         """Whether some target elements have no source element."""
         return bool((self.index == NEW).any())
 
-    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
-        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones."""
+    @cached_property
+    def is_new(self) -> Tensor:
+        """[T] bool: which target elements have no source element."""
+        return self.index == NEW
+
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones.
+
+        x may hold a range of the source elements only, from `first` on, if no others are copied.
+        """
         index = self.index[elements]
         new = (index == NEW).nonzero().flatten() if self.has_new else index[:0]
-        grown = x.index_select(dim, (index.clamp(min=0) if len(new) else index).to(x.device))
+        grown = x.index_select(dim, (index - first).clamp(min=0).to(x.device))
         if not len(new):
             return grown
         rest = mean(x, dim) if average else torch.zeros((), dtype=x.dtype, device=x.device)
@@ -72,13 +80,55 @@ class DenseMap:
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in the map's dtype; only these rows are multiplied."""
         rows, x = self.matrix[elements], x.to(self.matrix.dtype)
         return rows @ x if dim == 0 else x @ rows.T
 
 
-AxisMap = SparseMap | DenseMap
+@dataclass(frozen=True, eq=False)
+class ExtendedMap:
+    """[I; C] up to the order of its rows: some target elements copy a source element for good, the others are learned.
+
+    Attributes:
+        index: [T] int64, the source element of each kept element; NEW for the learned ones.
+        matrix: [N, S] the rows of the learned elements, in their order: C.
+        is_new: [T] bool, learned elements that get what a recipe gives to those without a source besides.
+        out_scale, in_scale: diagonals of O and I.
+    """
+
+    index: Tensor
+    matrix: Tensor
+    is_new: Tensor
+    out_scale: Scale = 1.0
+    in_scale: Scale = 1.0
+
+    @cached_property
+    def has_new(self) -> bool:
+        """Whether there are elements that `is_new` marks."""
+        return bool(self.is_new.any())
+
+    @cached_property
+    def row_of_C(self) -> Tensor:
+        """[T] the row of `matrix` of each learned element."""
+        return (self.index == NEW).cumsum(0) - 1
+
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x, in C's dtype; only rows of C are multiplied."""
+        index, x = self.index[elements], x.to(self.matrix.dtype)
+        is_learned = index == NEW
+        rows = self.matrix[_as_range(self.row_of_C[elements][is_learned])]
+        learned = rows @ x if dim == 0 else x @ rows.T
+        if average and self.has_new:
+            is_new = self.is_new[elements][is_learned].to(x.device, x.dtype)
+            learned = learned + mean(x, dim) * (is_new if dim == x.ndim - 1 else is_new[:, None])
+        kept = x.index_select(dim, index[~is_learned].to(x.device))
+        places = torch.cat((torch.where(~is_learned)[0], torch.where(is_learned)[0])).argsort()
+        joined = torch.cat((kept, learned), dim)
+        return joined if isinstance(_as_range(places), slice) else joined.index_select(dim, places.to(x.device))
+
+
+AxisMap = SparseMap | DenseMap | ExtendedMap
 
 
 @dataclass(frozen=True)
@@ -90,7 +140,10 @@ class LayerMap:
 
 @dataclass(frozen=True, eq=False)
 class LayerMix:
-    """Weighted sums of layers: w [target layers, source layers] for each leaf of `roles.leaves`."""
+    """Weighted sums of layers: w [parts, target layers, source layers] for each leaf of `roles.leaves`.
+
+    What is fused in a leaf (key and value, gate and up) has weights of its own.
+    """
 
     weights: Mapping[str, Tensor]
 
@@ -161,3 +214,11 @@ def replica_pairs(index: Tensor) -> tuple[Tensor, Tensor]:
     first = order[place - is_second.long()]
     is_paired = (is_second | (rank + 1 < count)) & (index != NEW)
     return first, torch.where(is_paired, 1 - 2 * is_second.long(), 0)
+
+
+def _as_range(places: Tensor) -> slice | Tensor:
+    """Consecutive places as a slice, which copies nothing."""
+    if len(places) == 0:
+        return slice(0, 0)
+    first = int(places[0])
+    return slice(first, first + len(places)) if bool((places.diff() == 1).all()) else places

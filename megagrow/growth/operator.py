@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from megagrow.config import ModelConfig
-from megagrow.growth.maps import NEW, AxisMap, Elements, Form, Scale, SparseMap, replica_pairs
+from megagrow.growth.maps import AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
 from megagrow.growth.noise import normal, root_mean_square
 from megagrow.growth.recipe import Recipe, Use
 from megagrow.model.transformer import initial_std
 from megagrow.parallel.shards import Box
-from megagrow.roles import Axis, Role, axis_unit, role_of, shape_of
+from megagrow.roles import Axis, Role, after_transform, axis_unit, role_of, shape_of
 
 Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg; exp_avg_sq
 New = Literal["zero", "free", "average"]  # what elements without a source become, see `recipe.Fill`
@@ -54,16 +54,16 @@ class _Dim:
     unit: int
     new: New
 
-    def spread(self, x: Tensor, dim: int, box: slice) -> Tensor:
-        """M applied to dim `dim` of x, for the target range `box`, without scales."""
+    def spread(self, x: Tensor, dim: int, box: slice, first: int = 0) -> Tensor:
+        """M applied to dim `dim` of x, which begins at element `first`, for the target range `box`; no scales."""
         average = self.new == "average"
         if len(self.maps) == 1:
-            return _spread(self.maps[0], x, dim, box, average)
+            return _spread(self.maps[0], x, dim, box, average, first)
         assert dim == 0, "only output rows are fused"
         elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
         parts = x.unflatten(0, (-1, len(self.maps), self.unit)).unbind(1)
         grown = [
-            _spread(axis_map, part.flatten(0, 1), 0, elements, average)
+            _spread(axis_map, part.flatten(0, 1), 0, elements, average, first // len(self.maps))
             for axis_map, part, elements in zip(self.maps, parts, elements_by_part, strict=True)
         ]
         return torch.cat(grown).index_select(0, order.to(x.device))
@@ -89,7 +89,9 @@ class _Dim:
         return torch.cat([_is_new(axis_map, elements) for axis_map, elements in pairs])[order]
 
 
-def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value") -> Tensor:
+def grow_box(
+    recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value", held: Box | None = None
+) -> Tensor:
     """The range `box` of the target parameter `name`; differentiable in the source and in dense maps.
 
     Args:
@@ -99,6 +101,7 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
             `recipe.reads_next`.
         box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
+        held: the range of the source tensor that `source` is, where it holds all that is copied; None: the whole.
 
     Returns:
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
@@ -111,7 +114,7 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
     source = source if factor == 1 else source.to(wide) * factor**power
     x = source
     for d in _cheaper_order(source, box):
-        x = dims[d].spread(x, d, box[d])
+        x = dims[d].spread(x, d, box[d], 0 if held is None else held[d].start)
     if quantity == "value":
         x = _add_random(recipe, name, dims, source, x, box)
     for d, scale in enumerate(scales):
@@ -122,6 +125,17 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
         x = _add_noise(recipe, name, dims, source, x, box)
         x = torch.zeros_like(x) if recipe.is_silent(name) else x
     return x
+
+
+def has_random_entries(recipe: Recipe, name: str) -> bool:
+    """Whether some entries of a target parameter have no source and become random."""
+    return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in _dims(recipe, name, "value"))
+
+
+def source_elements(recipe: Recipe, name: str, box: Box) -> list[Tensor]:
+    """The source elements of each dim that the range `box` of a target parameter is copied from."""
+    shape, dims = shape_of(role_of(name), recipe.source), _dims(recipe, name, "value")
+    return [dim.spread(torch.arange(size), 0, part) for dim, size, part in zip(dims, shape, box, strict=True)]
 
 
 def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None:
@@ -135,10 +149,13 @@ def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None
 def _dims(recipe: Recipe, name: str, quantity: Quantity) -> list[_Dim]:
     role, axes = role_of(name), recipe.axes_of(name)
     rows = recipe.next_rows if recipe.next_rows is not None and recipe.reads_next(name) else axes
+    out_maps, in_map = tuple(map(rows.get, role.out_maps)), axes.get(role.in_map)
+    if "transform" in axes and name in after_transform(recipe.target):
+        out_maps, in_map = (out_maps, axes["transform"]) if role.kind == "head" else ((axes["transform"],), in_map)
     out_form, in_form = _forms(name, recipe.target)
-    dims = [_dim(recipe, role, tuple(map(rows.get, role.out_maps)), (role.out_maps[0], out_form), role.out, quantity)]
+    dims = [_dim(recipe, role, out_maps, (role.out_maps[0], out_form), role.out, quantity)]
     if role.in_ is not None:
-        dims.append(_dim(recipe, role, (axes.get(role.in_map),), (role.in_map, in_form), role.in_, quantity))
+        dims.append(_dim(recipe, role, (in_map,), (role.in_map, in_form), role.in_, quantity))
     return dims
 
 
@@ -177,11 +194,13 @@ def _add_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: 
     std = initial_std(role_of(name), recipe.target) if recipe.fill.std == "initial" else root_mean_square(source)
     may_R, may_C = (~new | (dim.new == "free") for dim, new in zip(dims, (new_R, new_C), strict=True))
     columns_C = torch.arange(box[1].start, box[1].stop, device=x.device)
+    learned = recipe.fill_scales is not None
+    filled = torch.zeros_like(x) if learned else x
     for piece, rows_R in _pieces(box, x.device):
         wanted_RC = (new_R[piece, None] | new_C) & may_R[piece, None] & may_C
         random_RC = normal(recipe.seed, name, rows_R, columns_C, _num_columns(recipe, name))
-        x[piece] = torch.where(wanted_RC, random_RC.to(x.dtype) * (std * recipe.fill.ratio), x[piece])
-    return x
+        filled[piece] = torch.where(wanted_RC, random_RC.to(x.dtype) * (std * recipe.fill.ratio), filled[piece])
+    return x + filled * recipe.fill_scale(name) if learned else filled
 
 
 def _add_noise(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
@@ -221,18 +240,22 @@ def _forms(name: str, model: ModelConfig) -> tuple[Form, Form]:
     return "in" if feeds_tied_head else "out", "in"
 
 
-def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool) -> Tensor:
+def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool, first: int) -> Tensor:
     if axis_map is not None:
-        return axis_map.spread(x, dim, elements, average)
-    return x[elements] if dim == 0 else x[:, elements]
+        return axis_map.spread(x, dim, elements, average, first)
+    if isinstance(elements, slice):
+        return x.narrow(dim, elements.start - first, elements.stop - elements.start)
+    return x.index_select(dim, (elements - first).to(x.device))
 
 
 def _has_new(axis_map: AxisMap | None) -> bool:
-    return isinstance(axis_map, SparseMap) and axis_map.has_new
+    return isinstance(axis_map, SparseMap | ExtendedMap) and axis_map.has_new
 
 
 def _is_new(axis_map: AxisMap | None, elements: Tensor) -> Tensor:
-    return axis_map.index[elements] == NEW if isinstance(axis_map, SparseMap) else elements < 0
+    if isinstance(axis_map, SparseMap | ExtendedMap):
+        return axis_map.is_new[elements]
+    return elements < 0
 
 
 def _scale(axis_map: AxisMap | None, form: Form) -> Scale:

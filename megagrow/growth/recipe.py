@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import AxisMap, Form, LayerMap, LayerMix, SparseMap
 from megagrow.roles import layer_name, role_of, split_name
@@ -44,6 +46,10 @@ class Recipe:
             attention `heads` and `value` are the same object.
         keeps_function: whether the target computes exactly what the source does.
         layer_axes: target layer -> maps that replace all of `axes` there.
+        source_axes: source layer -> maps that replace all of `axes` for its parameters, which are widened before layers
+            are mixed.
+        fill_scales: leaf of a layer, or parameter outside the layers -> learned factors of its random entries, which
+            are added to what the maps give then; None: they stand alone.
         next_rows: maps of the rows inside layers that point into the rows of a source layer and of the next one, laid
             end to end (the last layer stands for its own next); they replace those of `axes` for rows of matrices and
             biases. None: rows come from one layer.
@@ -62,6 +68,8 @@ class Recipe:
     axes: Mapping[str, AxisMap]
     keeps_function: bool = False
     layer_axes: Mapping[int, Mapping[str, AxisMap]] | None = None
+    source_axes: Mapping[int, Mapping[str, AxisMap]] | None = None
+    fill_scales: Mapping[str, Tensor] | None = None
     next_rows: Mapping[str, SparseMap] | None = None
     silent: frozenset[int] = frozenset()
     fill: Fill = field(default_factory=Fill)
@@ -77,6 +85,12 @@ class Recipe:
             isinstance(m, SparseMap) for axes in maps for m in axes.values()
         )
 
+    @property
+    def only_copies(self) -> bool:
+        """Whether every entry is a scaled copy of one entry of its own layer, by one rule for all layers."""
+        has_new = any(isinstance(m, SparseMap) and m.has_new for m in self.axes.values())
+        return self.copies and not (has_new or self.noise or self.layer_axes or self.next_rows)
+
     def source_name(self, name: str) -> str:
         """The source parameter that a target parameter copies; of copied layers only."""
         layer, leaf = split_name(name)
@@ -89,6 +103,12 @@ class Recipe:
         """The maps that grow the axes of a target parameter."""
         layer, _ = split_name(name)
         return self.axes if layer is None else (self.layer_axes or {}).get(layer, self.axes)
+
+    def fill_scale(self, name: str) -> Tensor:
+        """The learned factor of a parameter's random entries, 0-dimensional."""
+        assert self.fill_scales is not None, "they have none"
+        layer, leaf = split_name(name)
+        return self.fill_scales[leaf][layer or 0]
 
     def reads_next(self, name: str) -> bool:
         """Whether rows of a target parameter come from two source layers, see `next_rows`."""

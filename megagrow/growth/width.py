@@ -162,7 +162,7 @@ def zero_pad(source: ModelConfig, target: ModelConfig, seed: int) -> Width:
         f"growth.method=zero_pad has no exact answer for the hidden axis under LayerNorm, whose mean and variance "
         f"would count the {H - h} zeros; keep hidden_size={h}, or use method clone",
     )
-    free = WRITERS - {("hidden", "out")} | {("hidden", "in")}
+    free: frozenset[Use] = frozenset({("hidden", "in"), *WRITERS}) - {("hidden", "out")}
     axes = unit_axes(source, target, _padded)
     return Width(axes, True, Fill(free), norm_scale=math.sqrt(h / H), eps_scale=h / H)
 

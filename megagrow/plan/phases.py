@@ -7,6 +7,7 @@ salt     stage 1: the teacher's weights are there too
 train    everything after that, or all of a plain run
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -17,8 +18,8 @@ from megagrow.checkpoint.source import open_source
 from megagrow.checks import check_chain, check_model
 from megagrow.config import ModelConfig, ParallelConfig
 from megagrow.flops import Convention
-from megagrow.growth.maps import SparseMap
-from megagrow.growth.methods import make_recipe
+from megagrow.growth.ligo_maps import Variant, keeps_old_rows, map_shapes, start_recipe, width_maps
+from megagrow.growth.recipe import Recipe
 from megagrow.plan.activations import DeviceType
 from megagrow.plan.layout import Layout
 from megagrow.plan.memory import MOMENTS, PARAMETER, Extra, Parts, RankMemory, step_memory
@@ -122,11 +123,13 @@ def _growing(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
 
 def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
     """A step, or the moment after it in which gradients are taken to the maps, whichever is fuller."""
-    config, maps = layout.config, MAP * map_elements(source, layout.model)
-    static, spread = {}, _spread_bytes(source)
+    config, variant = layout.config, layout.config.growth.ligo_variant
+    start = start_recipe(config.growth.ligo_init, source, layout.model)
+    static, spread = {}, _spread_bytes(layout, source)
     for rank in range(layout.pipeline):
         small = PARAMETER * rank_unit(layout.of_model(source), rank).stored
-        static[rank] = Parts({"source": small, "maps": maps})
+        layers = [layer for stage in layout.rank_stages(rank) for layer in stage.layers]
+        static[rank] = Parts({"source": small, "maps": MAP * map_elements(start, variant, layers)})
     memory = []
     for held in step_memory(layout, device, Extra(static, has_moments=False)):
         parts = static[held.rank] + Parts(parameters=held.parts["parameters"], gradients=held.parts["parameters"])
@@ -135,23 +138,31 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
             held = RankMemory(held.rank, held.stages, held.parameters, after, "gradients of the maps", (), held.host)
         memory.append(held)
     length = config.data.seq_length
-    per_step = {c: flops.ligo_step_flops(source, layout.model, layout.step_tokens, length, c) for c in CONVENTIONS}
+    pair, tokens = (source, layout.model), layout.step_tokens
+    per_step = {c: flops.ligo_step_flops(*pair, tokens, length, c, variant) for c in CONVENTIONS}
     return Phase("ligo", config.growth.ligo_steps, per_step, memory)
 
 
-def map_elements(source: ModelConfig, target: ModelConfig) -> int:
-    """Elements of LiGO's maps, which every rank holds: one matrix per axis, and layer weights per leaf."""
-    axes = make_recipe("ligo", source, target).axes
-    if axes.get("heads") is axes.get("value"):
-        axes = {name: axis for name, axis in axes.items() if name != "heads"}
-    widths = sum(len(axis.index) * axis.num_source for axis in axes.values() if isinstance(axis, SparseMap))
-    return widths + len(leaves(target)) * source.num_layers * target.num_layers
+def map_elements(start: Recipe, variant: Variant, layers: Collection[int]) -> int:
+    """Elements of LiGO's maps on a rank: what all layers share, and the maps of its own target layers."""
+    shapes, places = map_shapes(start, variant), width_maps(start, variant)
+    elsewhere = {
+        name for name, (_, layer) in places.items() if keeps_old_rows(variant) and layer not in (None, *layers)
+    }
+    return sum(prod(shape) for name, shape in shapes.items() if name not in elsewhere)
 
 
-def _spread_bytes(source: ModelConfig) -> int:
-    """The largest leaf of all layers of the source, read whole to mix them, and what one mixture takes beside it."""
-    shapes = parameter_shapes(source)
-    return PARAMETER * (source.num_layers + 2) * max(prod(shapes[layer_name(0, leaf)]) for leaf in leaves(source))
+def _spread_bytes(layout: Layout, source: ModelConfig) -> int:
+    """The largest leaf of all layers of the source, read whole to mix them, and what one mixture takes beside it.
+
+    With maps of each source layer it is the rank's box of the target, to which all of them are widened, and gradients.
+    """
+    small, large = parameter_shapes(source), parameter_shapes(layout.model)
+    names = [layer_name(0, leaf) for leaf in leaves(source)]
+    if layout.config.growth.ligo_variant != "source_layer":
+        return PARAMETER * (source.num_layers + 2) * max(prod(small[name]) for name in names)
+    ranks = layout.tensor * layout.shard
+    return PARAMETER * (2 * source.num_layers + 2) * max(prod(large[name]) for name in names) // ranks
 
 
 def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: DeviceType) -> Phase:

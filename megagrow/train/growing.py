@@ -19,7 +19,10 @@ from torch import Tensor
 from megagrow.checkpoint.source import Source
 from megagrow.config import Config, ModelConfig, require
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
-from megagrow.growth.ligo import Ligo, save_maps
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo_file import save_maps
+from megagrow.growth.ligo_maps import start_recipe
+from megagrow.growth.local import shard_fetch
 from megagrow.growth.maps import LayerMap
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
@@ -27,6 +30,7 @@ from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill
+from megagrow.parallel.stages import own_stages
 from megagrow.timeline import growth_configs, growth_settings, num_growths
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
@@ -82,8 +86,9 @@ def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
     """Keeps what the maps generate as the target's weights and drops maps and source; moves the state on."""
     assert isinstance(learner, MapLearner)
     learner.generate()
+    maps = learner.ligo.gathered(learner.part.mesh)
     if learner.part.mesh.is_main:
-        save_maps(learner.ligo, Path(config.run.dir) / maps_file(state.growths, config))
+        save_maps(learner.ligo, Path(config.run.dir) / maps_file(state.growths, config), maps)
     _complete(state, config)
     part = learner.part
     del learner
@@ -106,7 +111,9 @@ def check_recipes(state: RunState, config: Config) -> None:
     source = state.model
     for growing in growth_configs(config, source, state.growths) if state.phase != "main" else []:
         recipe, growth = _recipe(source, growing), growing.growth
-        if not growth.learns_maps:
+        if growth.learns_maps:
+            start_recipe(growth.ligo_init, source, growing.model)
+        else:
             grow_multipliers(recipe, growth.optimizer)
         if growth.freeze_steps:
             _check_freezable(recipe)
@@ -126,10 +133,10 @@ def _check_freezable(recipe: Recipe) -> None:
 def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
     recipe, policy = _recipe(small.part.config, config), config.growth.optimizer
     part = build_part(config.model, config, mesh)
-    grow_into(recipe, _fetch(small.part.parameters, recipe, mesh), part.parameters)
+    grow_into(recipe, shard_fetch(small.part.parameters, recipe, mesh), part.parameters)
     old = small.optimizer
     optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
-    sources = {moment: _fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
+    sources = {moment: shard_fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
     step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
     optimizer.step_count = step
     optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)
@@ -138,12 +145,20 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
 
 def map_learner(small: Part, config: Config) -> MapLearner:
     """Prepares learning the maps from a frozen small model; `generate` must be called before the first step."""
-    recipe, mesh = _recipe(small.config, config), small.mesh
+    growth, mesh = config.growth, small.mesh
+    start = start_recipe(growth.ligo_init, small.config, config.model, config.train.seed)
     for stage in small.stages:
         stage.requires_grad_(False)
-    ligo = Ligo(recipe, noise=config.growth.ligo_noise, seed=config.train.seed, device=mesh.device)
+    own_layers = [layer for stage in own_stages(config.model.num_layers, mesh) for layer in stage.layers]
+    ligo = Ligo(
+        start,
+        noise=growth.ligo_noise,
+        device=mesh.device,
+        variant=growth.ligo_variant,
+        layers=own_layers,
+    )
     part = build_part(config.model, config, mesh)
-    return MapLearner(small, part, ligo, _fetch(small.parameters, recipe, mesh), config)
+    return MapLearner(small, part, ligo, _fetch(small.parameters, start, mesh), config)
 
 
 def _recipe(source: ModelConfig, config: Config) -> Recipe:

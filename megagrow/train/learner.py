@@ -98,10 +98,9 @@ class MapLearner:
 
     def __init__(self, small: Part, part: Part, ligo: Ligo, fetch: Callable[[str], Tensor], config: Config) -> None:
         self.small, self.part, self.ligo, self.fetch, self.config = small, part, ligo, fetch, config
-        optim = config.optim
-        self.adamw = torch.optim.AdamW(
-            list(ligo.parameters().values()), betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0
-        )
+        growth, maps = config.growth, list(ligo.parameters().values())
+        betas, decay = (growth.ligo_beta1, growth.ligo_beta2), growth.ligo_weight_decay
+        self.adamw = torch.optim.AdamW(maps, betas=betas, eps=config.optim.eps, weight_decay=decay)
         for parameter in ligo.parameters().values():
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             self.adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
@@ -114,12 +113,12 @@ class MapLearner:
         """One learning step of the maps on the ordinary loss (LiGO, Eq. 3); then the weights are generated anew."""
         loss, ce, kd = self.part.engine.train_step(batch).tolist()
         heartbeat.enter("optimizer")
-        parameters = self.part.parameters
+        parameters, optim = self.part.parameters, self.config.optim
         self.ligo.pull_back(self.fetch, parameters, gradients(parameters), self.part.mesh)
-        maps = list(self.ligo.parameters().values())
-        norm = float(torch.nn.utils.clip_grad_norm_(maps, self.config.optim.clip_norm or float("inf")))
-        accepted = guard.accepts(loss, norm, self.config.optim)
+        norm = self.ligo.gradient_norm(self.part.mesh).item()
+        accepted = guard.accepts(loss, norm, optim)
         if accepted:
+            scale_gradients(self.ligo.parameters(), norm, optim.clip_norm)
             self._update(lr)
             self.generate()
         for parameter in self.part.parameters.values():
@@ -156,6 +155,8 @@ class MapLearner:
 
 
 def map_lr(step: int, config: Config) -> float:
-    """Learning rate of LiGO's maps at a learning step: linear decay to zero, so that the last maps are settled."""
+    """Learning rate of LiGO's maps at a learning step: linear warm-up, then linear decay to zero at the last one."""
     growth = config.growth
-    return growth.ligo_lr * (1 - step / max(growth.ligo_steps, 1))
+    if step < growth.ligo_warmup_steps:
+        return growth.ligo_lr * (step + 1) / growth.ligo_warmup_steps
+    return growth.ligo_lr * (growth.ligo_steps - step) / max(growth.ligo_steps - growth.ligo_warmup_steps, 1)

@@ -2,23 +2,31 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from megagrow import flops
-from megagrow.checkpoint.source import Source, check_fits
-from megagrow.checks import check, check_causal
+from megagrow.checkpoint.convert import tokenizer_of
+from megagrow.checkpoint.source import Source, check_tokens, judge_fit
+from megagrow.checks import check
 from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, require
+from megagrow.data.dataset import Samples
 from megagrow.data.loader import Stream, shuffled
+from megagrow.data.mlm import Masking, make_masking
 from megagrow.errors import NonFiniteError
-from megagrow.evaluate import make_batch
-from megagrow.growth.ligo import Ligo, load_maps
+from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo_file import load_maps
+from megagrow.growth.ligo_maps import start_recipe
 from megagrow.ledger import Ledger, Phase
 from megagrow.optim import StepGuard
 from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.pipeline import Batch
 from megagrow.train.growing import map_learner
 from megagrow.train.learner import map_lr
-from megagrow.train.part import build_part, load_part
+from megagrow.train.part import Part, build_part, load_part
 from megagrow.train.streams import open_dataset
 from megagrow.train.trainer import describe_model
 
@@ -29,18 +37,19 @@ class MapLearning:
 
     Attributes:
         data: prefix of the training tokens.
-        steps, lr: of the maps' AdamW; the learning rate decays to zero.
+        growth: the settings of LiGO, fields `ligo_…` of `GrowthConfig`.
         seq_length, batch_size: of the samples, over all ranks.
         seed: of the initial maps and the order of samples.
+        mask_token: what hides tokens from an encoder; -1: the mask token of the source's tokenizer.
         skip_source_check: learn although the source does not fit the data.
     """
 
     data: str
-    steps: int = 100
-    lr: float = 3e-3
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     seq_length: int = 128
     batch_size: int = 16
     seed: int = 1234
+    mask_token: int = -1
     skip_source_check: bool = False
 
 
@@ -63,34 +72,52 @@ def learn_maps(
         ledger: takes what the learning costs; None: nobody asks.
 
     Returns:
-        The learned maps, the same on every rank.
+        The learned maps: of all layers, since no pipeline axis shares them out; the same on every rank.
 
     Raises:
         ConfigError, DataError: settings or data that do not fit (see `checks.check`, `source.check_source`).
         NonFiniteError: the loss did not stay finite.
     """
-    check_causal(source.model, str(source.path), "to learn maps outside of a run")
-    config = _config(source.model, target, how, mesh)
+    config = _config(source, target, how, mesh)
     check(config, mesh.world.size)
+    start_recipe(config.growth.ligo_init, source.model, target)  # refuses before anything is read
     dataset = open_dataset(how.data, source.model, config)
-    check_fits(source, dataset, mesh, how.skip_source_check)
+    masking = None if target.is_causal else make_masking(config.data, target)
     small = build_part(source.model, config, mesh)
     load_part(small, source.fetch)
+    _check_fits(source, small, dataset, masking, how)
     learner = map_learner(small, config)
     learner.generate()
     stream, guard = Stream([shuffled(dataset, how.seed)]), StepGuard()
     num_tokens, ledger = how.batch_size * how.seq_length, ledger or Ledger()
-    spent = flops.ligo_step_flops(source.model, target, num_tokens, how.seq_length)
-    for step in range(how.steps):
+    spent = flops.ligo_step_flops(source.model, target, num_tokens, how.seq_length, variant=config.growth.ligo_variant)
+    for step in range(config.growth.ligo_steps):
         began = time.perf_counter()
-        drawn = stream.batch(step * how.batch_size, how.batch_size, mesh.dp.rank, mesh.dp.size)
-        result = learner.step(make_batch(drawn.tokens, how.batch_size, mesh), map_lr(step, config), guard)
+        batch = _batch(stream, step * how.batch_size, masking, how, mesh)
+        result = learner.step(batch, map_lr(step, config), guard)
         if not result.accepted:
             raise NonFiniteError(f"the loss was {result.loss} at learning step {step + 1}; lower --lr")
         seconds = time.perf_counter() - began
         ledger.add("ligo", flops=spent, tokens=num_tokens, seconds=seconds, model=describe_model(target))
         tell(step + 1, loss=result.loss)
     return learner.ligo
+
+
+def _check_fits(source: Source, small: Part, dataset: Samples, masking: Masking | None, how: MapLearning) -> None:
+    """Raises DataError when the source's loss on a few samples is that of a model which never saw such data."""
+    name, vocab_size = str(source.path), source.model.vocab_size
+    tokens = check_tokens(dataset, vocab_size, name)
+    loss = mean_loss(small.engine, tokens, how.batch_size, small.mesh, masking=masking)
+    judge_fit(loss, vocab_size, name, how.skip_source_check)
+
+
+def _batch(stream: Stream, first: int, masking: Masking | None, how: MapLearning, mesh: Mesh) -> Batch:
+    """This rank's samples, from number `first` on."""
+    tokens = stream.batch(first, how.batch_size, mesh.dp.rank, mesh.dp.size).tokens
+    if masking is None:
+        return make_batch(tokens, how.batch_size, mesh)
+    visits = first + mesh.dp.rank * len(tokens) + torch.arange(len(tokens))
+    return make_masked_batch(tokens, visits, masking, mesh)
 
 
 def apply_maps(path: Path, source: Source, target: ModelConfig, ledger: Ledger) -> Ligo:
@@ -122,15 +149,19 @@ def grown_ledger(source: Source) -> Ledger | None:
     return ledger
 
 
-def _config(source: ModelConfig, target: ModelConfig, how: MapLearning, mesh: Mesh) -> Config:
-    growth = GrowthConfig(
-        method="ligo", source=source, at_step=1, optimizer="reset", ligo_steps=how.steps, ligo_lr=how.lr
-    )
+def _config(source: Source, target: ModelConfig, how: MapLearning, mesh: Mesh) -> Config:
+    tokenizer = None if target.is_causal else tokenizer_of(source)
     return replace(
         Config(),
         model=target,
-        data=DataConfig(train=how.data, seq_length=how.seq_length, seed=how.seed),
+        data=DataConfig(
+            train=how.data,
+            seq_length=how.seq_length,
+            seed=how.seed,
+            tokenizer="" if tokenizer is None else str(tokenizer),
+            mask_token=how.mask_token,
+        ),
         parallel=ParallelConfig(tensor=mesh.tp.size),
         train=TrainConfig(global_batch_size=how.batch_size, seed=how.seed),
-        growth=growth,
+        growth=replace(how.growth, method="ligo", source=source.model, at_step=1, optimizer="reset"),
     )

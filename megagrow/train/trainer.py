@@ -224,7 +224,9 @@ class Trainer:
         began = time.perf_counter()
         yield
         gc.collect()  # the small model's modules hold each other
-        spent = flops.ligo_generation_flops(source, growth.model) if growth.growth.learns_maps else 0.0
+        spent = 0.0
+        if growth.growth.learns_maps:
+            spent = flops.ligo_generation_flops(source, growth.model, growth.growth.ligo_variant)
         seconds = time.perf_counter() - began
         state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(growth.model))
         state.guard.forget()
@@ -291,7 +293,8 @@ class Trainer:
         state, config = self.state, self.config
         tokens, length, model = step_tokens(config), config.data.seq_length, self.learner.part.config
         if phase == "ligo":
-            spent = flops.ligo_step_flops(state.model, model, tokens, length)
+            variant = config.growth.ligo_variant
+            spent = flops.ligo_step_flops(state.model, model, tokens, length, variant=variant)
         else:
             spent = flops.training_flops(model, tokens, length, frozen_layers=timing.frozen_layers(state, config))
         state.ledger.add(phase, flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))

@@ -39,6 +39,21 @@ GPT_NEOX = as_gpt_neox(LLAMA, rope_fraction=0.5)
 QWEN2 = as_qwen2(LLAMA, tied_embeddings=True, rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=4))
 UNTIED_BIAS = dataclasses.replace(EVERYTHING, tied_embeddings=False, norm="rms_norm", activation="geglu")
 
+FAMILIES = {
+    "llama": LLAMA,
+    "llama-mha": MHA,
+    "llama-mqa": MQA,
+    "llama-tied": TIED,
+    "gpt2": GPT2,
+    "everything": EVERYTHING,
+    "qk-norm": QK_NORM,
+    "untied-bias": UNTIED_BIAS,
+    "bert": BERT,
+    "roberta-untied": UNTIED_ROBERTA,
+    "gpt-neox": GPT_NEOX,
+    "qwen2": QWEN2,
+}
+
 
 def widened(
     model: ModelConfig,

@@ -1,7 +1,11 @@
 """LiGO's maps: where they start, what they generate, and the gradients that come back to them."""
 
 import dataclasses
+import itertools
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,20 +14,24 @@ from torch import Tensor
 from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megagrow.errors import CheckpointError, DataError
 from megagrow.growth.grow import grow_whole, mesh_fetch
-from megagrow.growth.ligo import Ligo, load_maps, save_maps
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo_file import load_maps, save_maps
+from megagrow.growth.ligo_maps import Variant, keeps_old_rows, start_recipe
 from megagrow.growth.methods import make_recipe
+from megagrow.growth.recipe import Fill
 from megagrow.model import Transformer
 from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch
-from megagrow.parallel.shards import fill
+from megagrow.parallel.shards import fill, full
 from megagrow.parallel.stages import own_stages
-from megagrow.roles import leaves
+from megagrow.roles import leaves, split_name
 from megagrow.train.part import build_part, gradients
 from tests.growth import dense_ligo, models
 from tests.growth.models import distance, make, make_ids, tensors_of, widened
 from tests.ranks import run_ranks
 
+VARIANTS: list[Variant] = ["tied", "source_layer", "target_layer", "full_rank"]
 WIDTH = {"hidden": 2, "query": 2, "kv": 2, "ffn": 2}
 PAIRS = {
     "gqa": (models.LLAMA, widened(models.LLAMA, **WIDTH, layers=3)),
@@ -35,43 +43,71 @@ PAIRS = {
         dataclasses.replace(models.EVERYTHING, hidden_size=20, num_heads=6, num_kv_heads=3, ffn_size=17, num_layers=3),
     ),
     "depth-only": (models.UNTIED_BIAS, widened(models.UNTIED_BIAS, layers=3)),
+    "bert": (models.BERT, widened(models.BERT, **WIDTH, layers=3)),
+    "roberta": (models.UNTIED_ROBERTA, widened(models.UNTIED_ROBERTA, **WIDTH, layers=3)),
     "ffn-only": (models.GPT2, dataclasses.replace(models.GPT2, ffn_size=13)),
 }
 
 
-def make_ligo(source: ModelConfig, target: ModelConfig, noise: float = 0.5) -> Ligo:
-    """Maps that have moved away from copies everywhere, so that every entry counts."""
-    ligo = Ligo(make_recipe("ligo", source, target), noise, dtype=torch.double)
-    generator = torch.Generator().manual_seed(5)
+def make_ligo(
+    source: ModelConfig, target: ModelConfig, variant: Variant = "tied", layers: Collection[int] | None = None
+) -> Ligo:
+    """Maps that have moved away from where they start everywhere, so that every entry counts."""
+    start = start_recipe("authors" if variant in ("target_layer", "full_rank") else "clone", source, target)
+    if variant == "full_rank":
+        start = dataclasses.replace(start, fill=Fill(free=frozenset(itertools.product(start.axes, ("out", "in")))))
+    ligo = Ligo(start, 0.5, dtype=torch.double, variant=variant, layers=layers)
     with torch.no_grad():
-        for parameter in ligo.parameters().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).double())
+        for name, parameter in ligo.parameters().items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.double))
     return ligo
 
 
-def reference_gradients(ligo: Ligo, ids: Tensor) -> dict[str, Tensor]:
-    """Gradients of the maps by autograd through the written-out algorithm and a dense model."""
+def reference(ligo: Ligo, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The target's parameters by the formulas written out."""
     source, target = ligo.start.source, ligo.start.target
+    is_scaled, small = ligo.start.method == "clone", tensors_of(make(source))
+    grown = dense_ligo.generate(source, target, small, maps, ligo.variant, is_scaled)
+    if ligo.variant != "full_rank":
+        return grown
+    without = dataclasses.replace(ligo.start, fill=Fill())
+    for name, tensor in grown.items():
+        filled, empty = (grow_whole(recipe, small.__getitem__, name) for recipe in (ligo.start, without))
+        layer, leaf = split_name(name)
+        scales = maps.get(f"fill.{leaf}")
+        assert (scales is not None) == bool((filled != empty).any()), name
+        if scales is not None:
+            grown[name] = tensor + scales[layer or 0] * (filled - empty)
+    return grown
+
+
+def reference_gradients(ligo: Ligo, ids: Tensor) -> dict[str, Tensor]:
+    """Gradients of the maps by autograd through the written-out formulas and a dense model."""
     maps = {name: p.detach().clone().requires_grad_() for name, p in ligo.parameters().items()}
-    grown = dense_ligo.generate(source, target, tensors_of(make(source)), maps)
-    loss = dense_ligo.loss_of(target, grown, ids[:, :-1], ids[:, 1:])
+    loss = dense_ligo.loss_of(ligo.start.target, reference(ligo, maps), ids[:, :-1], ids[:, 1:])
     return dict(zip(maps, torch.autograd.grad(loss, list(maps.values())), strict=True))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_generates_what_the_algorithm_says(pair: str) -> None:
+def test_generates_what_the_formulas_say(pair: str, variant: Variant) -> None:
+    """Algorithm 1 of the paper, its section 3.3, and [I; C] of the authors' code, biases, norms and heads included."""
     source, target = PAIRS[pair]
-    ligo, small = make_ligo(source, target), tensors_of(make(source))
+    ligo, small = make_ligo(source, target, variant), tensors_of(make(source))
     model = Transformer(target).double()
     ligo.generate(small.__getitem__, tensors_of(model))
-    expected = dense_ligo.generate(source, target, small, ligo.state_dict())
+    expected = reference(ligo, ligo.state_dict())
     assert distance(tensors_of(model), expected) <= 1e-13
+    whole = {name: grow_whole(ligo.recipe(), small.__getitem__, name) for name in expected}
+    assert distance(whole, expected) <= 1e-13
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_pulls_gradients_back_to_the_maps(pair: str) -> None:
+def test_pulls_gradients_back_to_the_maps(pair: str, variant: Variant) -> None:
     source, target = PAIRS[pair]
-    ligo, small = make_ligo(source, target), tensors_of(make(source))
+    ligo, small = make_ligo(source, target, variant), tensors_of(make(source))
     model, ids = Transformer(target).double(), make_ids(source)
     ligo.generate(small.__getitem__, tensors_of(model))
     of_weights = models.gradients_of(model, ids)
@@ -85,39 +121,63 @@ def config_of(model: ModelConfig, parallel: ParallelConfig) -> Config:
     return Config(model=model, data=DataConfig(seq_length=7), parallel=parallel, train=train)
 
 
-def sharded_gradients(source: ModelConfig, target: ModelConfig, parallel: ParallelConfig) -> dict[str, Tensor]:
-    """One learning step in the mesh, with the source's shards in the same mesh."""
-    mesh = make_mesh(parallel)
-    whole, ligo = tensors_of(make(source)), make_ligo(source, target)
+def on_shards(cases: Sequence[tuple[str, Variant]], parallel: ParallelConfig) -> list[tuple[Any, Any, float]]:
+    """Of each case, one learning step in the mesh, with the source's shards in the same mesh.
+
+    Returns:
+        What the maps generate; the gradients of those that this rank holds, and their norm over all ranks.
+    """
+    mesh, wholes = make_mesh(parallel), {pair: tensors_of(make(PAIRS[pair][0])) for pair, _ in cases}
     torch.set_default_dtype(torch.double)  # of activations between stages too
+    return [learning_step(pair, variant, wholes[pair], mesh) for pair, variant in cases]
+
+
+def learning_step(pair: str, variant: Variant, whole: Mapping[str, Tensor], mesh: Mesh) -> tuple[Any, Any, float]:
+    source, target = PAIRS[pair]
     with torch.device("meta"):
         small = Transformer(source, mesh, stage=own_stages(source.num_layers, mesh)[0])
     materialize(small, list(small.layers.values()), source, mesh, None)
     for name, parameter in small.named_parameters():
         fill(parameter, whole[name])
-    part = build_part(target, config_of(target, parallel), mesh)
+    part = build_part(target, config_of(target, mesh.parallel), mesh)
+    ligo = make_ligo(source, target, variant, own_stages(target.num_layers, mesh)[0].layers)
     fetch = mesh_fetch(tensors_of(small), source, mesh)
     ligo.generate(fetch, part.parameters)
     ids = make_ids(source, batch=4).chunk(mesh.dp.size)[mesh.dp.rank]
     weights = torch.full((len(ids), 7), 1 / 28)
     part.engine.train_step(Batch(ids[:, :-1], ids[:, 1:], weights))
     ligo.pull_back(fetch, part.parameters, gradients(part.parameters), mesh)
-    return {name: p.grad for name, p in ligo.parameters().items() if p.grad is not None}
+    found = {name: p.grad for name, p in ligo.parameters().items() if p.grad is not None}
+    generated = {name: full(p) for name, p in part.parameters.items()}
+    return generated, found, ligo.gradient_norm(mesh).item()
 
 
-LAYOUTS = [(2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2), (4, 2, 1), (4, 1, 2)]
+CASES: list[tuple[str, Variant]] = [
+    *(("gqa", "tied"), ("everything", "tied"), ("everything", "source_layer")),
+    *(("gqa", "target_layer"), ("bert", "target_layer"), ("everything", "full_rank")),
+]
+LAYOUTS = [(2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2), (4, 2, 1), (4, 1, 2), (8, 2, 2)]
 
 
-@pytest.mark.parametrize("pair", ["gqa", "everything"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "-".join(map(str, x)))
-def test_sharded_gradients_equal_one_process(pair: str, layout: tuple[int, int, int]) -> None:
-    source, target = PAIRS[pair]
+def test_shards_and_their_gradients_equal_one_process(layout: tuple[int, int, int]) -> None:
+    """Maps of one target layer are on its own stage; what several ranks hold is the same on all of them."""
     ranks, tensor, pipeline = layout
-    expected = reference_gradients(make_ligo(source, target), make_ids(source, batch=4))
-    results = run_ranks(sharded_gradients, ranks, source, target, ParallelConfig(tensor, pipeline))
-    for found in results:
+    results = run_ranks(on_shards, ranks, CASES, ParallelConfig(tensor, pipeline))
+    for case, (pair, variant) in enumerate(CASES):
+        ligo = make_ligo(*PAIRS[pair], variant)
+        expected = reference_gradients(ligo, make_ids(ligo.start.source, batch=4))
+        weights = reference(ligo, ligo.state_dict())
+        norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+        of_layer = [name for name in expected if keeps_old_rows(variant) and ".layers." in name]
+        found: dict[str, Tensor] = {}
+        for generated, of_maps, its_norm in (result[case] for result in results):
+            assert distance(generated, {name: weights[name] for name in generated}) <= 1e-12
+            assert its_norm == pytest.approx(norm, rel=1e-10)
+            assert all(torch.equal(of_maps[name], found[name]) for name in of_maps.keys() & found.keys())
+            assert (len(of_maps) < len(expected)) == (pipeline > 1 and bool(of_layer))
+            found |= of_maps
         assert distance(found, expected) <= 1e-10
-        assert all(torch.equal(found[name], results[0][name]) for name in found)
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -137,19 +197,20 @@ def test_noise_falls_on_new_rows_and_new_layers_only() -> None:
     source, target = models.LLAMA, widened(models.LLAMA, hidden=3, layers=5)
     start = make_recipe("ligo", source, target)
     silent, noisy = Ligo(start), Ligo(start, noise=0.5)
-    moved = (noisy.maps["hidden"] - silent.maps["hidden"]).detach()
+    moved = (noisy.widths["width.hidden"] - silent.widths["width.hidden"]).detach()
     assert not moved[::3].any()
     of_new_rows = moved.view(12, 3, 12)[:, 1:].std().item()
     assert of_new_rows == pytest.approx(0.5 / 12**0.5, rel=0.15)
     for leaf, weights in noisy.depth.items():
-        assert torch.allclose(weights.sum(1), torch.ones(5))
+        assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[0], 5))
         assert ((weights > 0.9) == (silent.depth[leaf] == 1)).all()
         assert ((weights > 0) & (weights < 0.03) == (silent.depth[leaf] == 0)).all()
 
 
 def test_initial_maps_depend_on_seed_and_name() -> None:
-    start = make_recipe("ligo", models.LLAMA, widened(models.LLAMA, **WIDTH, layers=4))
-    one, same, other = (Ligo(start, noise=0.3, seed=seed).state_dict() for seed in (1, 1, 2))
+    pair = models.LLAMA, widened(models.LLAMA, **WIDTH, layers=4)
+    starts = [start_recipe("clone", *pair, seed) for seed in (1, 1, 2)]
+    one, same, other = (Ligo(start, noise=0.3).state_dict() for start in starts)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["width.key"], one["width.value"])
@@ -158,14 +219,14 @@ def test_initial_maps_depend_on_seed_and_name() -> None:
 
 def test_only_axes_that_grow_have_maps_and_attention_output_shares_the_values() -> None:
     mha = Ligo(make_recipe("ligo", models.MHA, widened(models.MHA, query=2, kv=2)))
-    assert set(mha.maps) == {"query", "key", "value"}
+    assert set(mha.widths) == {"width.query", "width.key", "width.value"}
     recipe = mha.recipe()
     assert recipe.axes["heads"] is recipe.axes["value"]
     gqa = Ligo(make_recipe("ligo", models.LLAMA, widened(models.LLAMA, query=2)))
-    assert set(gqa.maps) == {"query", "heads"}
+    assert set(gqa.widths) == {"width.query", "width.heads"}
     assert set(gqa.depth) == set(leaves(models.LLAMA))
     deep = Ligo(make_recipe("ligo", models.LLAMA, widened(models.LLAMA, layers=4)))
-    assert not deep.maps
+    assert not deep.widths
 
 
 def test_saved_maps_come_back(tmp_path: Path) -> None:

@@ -1,80 +1,86 @@
-"""LiGO learns: on real text, learned maps give a lower held-out loss than the maps they start from."""
+"""LiGO learns: on real text, learned maps give a lower held-out loss than those that they start from.
 
-# Shape suffix legend: B = batch, S = sequence.
+All variants on all seeds, and on shards: tests/growth/slow_ligo.py.
+"""
 
-import argparse
-import inspect
-import textwrap
-import typing
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-import torch
-from torch import Tensor
 
-from megagrow.config import ModelConfig
+from megagrow.config import ParallelConfig
 from megagrow.growth.ligo import Ligo
-from megagrow.growth.methods import make_recipe
-from megagrow.model import Transformer
-from megagrow.model.transformer import initialize
-from megagrow.parallel.mesh import Mesh
-from tests.growth.models import gradients_of, loss_of, tensors_of
+from megagrow.growth.recipe import Recipe
+from tests.growth.ligo_learning import WAYS, assert_learned, learn, trained_source
+from tests.ranks import run_ranks
 
-SOURCE = ModelConfig(vocab_size=128, hidden_size=32, num_layers=2, num_heads=2, ffn_size=64, max_seq_length=48)
-TARGET = ModelConfig(vocab_size=128, hidden_size=48, num_layers=3, num_heads=3, ffn_size=96, max_seq_length=48)
-SOURCE_STEPS, LIGO_STEPS, BATCH, SEQ = 100, 15, 12, 48
-
-
-def bytes_of(*modules: object) -> Tensor:
-    text = "".join(inspect.getsource(module) for module in modules)  # type: ignore[arg-type]
-    return torch.tensor([byte for byte in text.encode() if byte < 128])
-
-
-def batch(text: Tensor, generator: torch.Generator) -> Tensor:
-    """[B, S + 1] random windows."""
-    starts = torch.randint(0, len(text) - SEQ - 1, (BATCH, 1), generator=generator)
-    return text[starts + torch.arange(SEQ + 1)]
-
-
-def trained_source(text: Tensor, seed: int) -> dict[str, Tensor]:
-    model, generator = Transformer(SOURCE), torch.Generator().manual_seed(seed)
-    initialize(dict(model.named_parameters()), model.config, seed)
-    adamw = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(SOURCE_STEPS):
-        adamw.zero_grad()
-        loss_of(model, batch(text, generator)).backward()
-        adamw.step()
-    return tensors_of(model)
-
-
-def held_out_losses(seed: int, lr: float) -> tuple[float, float]:
-    """Losses of the grown model on other text: with the initial maps, and with the learned ones."""
-    train_text, held_out = bytes_of(argparse, typing), bytes_of(textwrap)
-    source = trained_source(train_text, seed)
-    ligo = Ligo(make_recipe("ligo", SOURCE, TARGET), noise=0.3, seed=seed)
-    large, generator = Transformer(TARGET), torch.Generator().manual_seed(seed + 1)
-    adamw = torch.optim.AdamW(ligo.parameters().values(), lr=lr, weight_decay=0.0)
-
-    def evaluate() -> float:
-        ligo.generate(source.__getitem__, tensors_of(large))
-        with torch.no_grad():
-            windows = held_out[: len(held_out) // 64 * 64].view(-1, 64)[:64, : SEQ + 1]
-            return loss_of(large, windows).item()
-
-    before = evaluate()
-    for _ in range(LIGO_STEPS):
-        ligo.generate(source.__getitem__, tensors_of(large))
-        of_weights = gradients_of(large, batch(train_text, generator))
-        ligo.pull_back(source.__getitem__, tensors_of(large), of_weights, Mesh.single())
-        adamw.step()
-    return before, evaluate()
+EVERY = ParallelConfig(tensor=2, pipeline=2)  # on 8 ranks with FSDP over 2
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_learned_maps_beat_the_initial_ones(seed: int) -> None:
-    before, after = held_out_losses(seed, lr=3e-3)
-    assert after < before - 0.1
+    assert_learned(learn(seed, WAYS["tied"]))
 
 
-def test_nothing_is_learned_at_learning_rate_zero() -> None:
-    before, after = held_out_losses(1, lr=0.0)
-    assert after == before
+@pytest.mark.parametrize("variant", ["source_layer", "target_layer", "full_rank"])
+def test_the_other_variants_learn(variant: str) -> None:
+    assert_learned(learn(1, WAYS[variant]))
+
+
+def test_maps_learn_on_tensor_pipeline_and_data_shards() -> None:
+    way = replace(WAYS["target_layer"], ligo_init="clone", ligo_steps=6)
+    results = run_ranks(learn, 8, 1, way, EVERY, source=trained_source(1))
+    for result in results:
+        assert_learned(result)
+        assert (result.before, result.after) == (results[0].before, results[0].after)
+    assert len({frozenset(result.moved) for result in results}) == 2, "each stage has its own maps"
+
+
+def detached(ligo: Ligo) -> None:
+    """Generates from maps that no gradient reaches."""
+    recipe = ligo.recipe
+
+    def cut() -> Recipe:
+        kept = {name: getattr(ligo, name) for name in ("widths", "depth", "fill")}
+        vars(ligo).update({name: {n: p.detach() for n, p in maps.items()} for name, maps in kept.items()})
+        found = recipe()
+        vars(ligo).update(kept)
+        return found
+
+    ligo.recipe = cut  # type: ignore[method-assign]
+
+
+def frozen(name: str) -> Callable[[Ligo], None]:
+    """One map stands still."""
+
+    def freeze(ligo: Ligo) -> None:
+        ligo.parameters()[name].requires_grad_(False)
+
+    return freeze
+
+
+FROZEN = {
+    "width.hidden": "tied",
+    "width.ffn": "tied",
+    "width.value": "tied",
+    "depth.mlp.down.weight": "tied",
+    "width.layers.1.ffn": "target_layer",
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_map_that_stands_still_is_seen(name: str) -> None:
+    result = learn(1, replace(WAYS[FROZEN[name]], ligo_steps=2), change=frozen(name))
+    with pytest.raises(AssertionError, match=f"not moved: {name}$"):
+        assert_learned(result)
+
+
+@pytest.mark.parametrize("mutant", ["learning rate 0", "detached maps"])
+def test_learning_nothing_is_seen(mutant: str) -> None:
+    if mutant == "detached maps":
+        result = learn(1, WAYS["tied"], change=detached)
+    else:
+        result = learn(1, replace(WAYS["tied"], ligo_lr=0.0))
+    assert result.after == result.before
+    with pytest.raises(AssertionError, match="not moved"):
+        assert_learned(result)

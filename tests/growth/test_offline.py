@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.config_file import dump, to_dict
 from megagrow.errors import CheckpointError
 from megagrow.growth.grow import grow_whole
-from megagrow.growth.ligo import Ligo, save_maps
+from megagrow.growth.ligo import Ligo
+from megagrow.growth.ligo_file import save_maps
+from megagrow.growth.ligo_maps import Variant, start_recipe
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import QUANTITIES, grow_multipliers
 from megagrow.growth.offline import grow_folder
@@ -177,10 +180,11 @@ def test_a_taken_folder_is_refused_before_maps_are_read(tmp_path: Path, capsys: 
         assert "is not empty" in capsys.readouterr().err
 
 
-def test_command_applies_learned_maps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_command_applies_learned_maps(tmp_path: Path, variant: Variant) -> None:
     source = save_own(tmp_path / "small", SOURCE)
     (tmp_path / "large.yaml").write_text(dump(Config(model=WIDE)))
-    ligo = Ligo(make_recipe("ligo", SOURCE, WIDE), noise=0.3)
+    ligo = Ligo(start_recipe("rms_random", SOURCE, WIDE, seed=3), noise=0.3, variant=variant)
     save_maps(ligo, tmp_path / "maps.safetensors")
     options = ["--target", tmp_path / "large.yaml", "--method", "ligo"]
     maps = ["--maps", tmp_path / "maps.safetensors"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,27 @@ def test_learned_maps_grow_an_encoder(corpus: Path, tmp_path: Path, pipeline: in
     assert losses[0.03][5] < losses[0.0][5] - 0.1, losses
 
 
+@pytest.mark.parametrize("variant", ["tied", "target_layer"])
+def test_maps_of_an_encoder_are_learned_outside_of_a_run(corpus: Path, tmp_path: Path, variant: Any) -> None:
+    assert run(encoder_config(corpus, tmp_path, steps=20)) == 0
+    losses: dict[float, list[float]] = {0.0: [], 0.03: []}
+    for lr, found in losses.items():
+        growth = GrowthConfig(ligo_variant=variant, ligo_noise=1.0, ligo_steps=12, ligo_lr=lr)
+        how = MapLearning(str(corpus / "train"), growth, seq_length=16, batch_size=8, mask_token=MASK)
+        tell = partial(lambda found, step, loss: found.append(loss), found)
+        ligo = learn_maps(open_source(tmp_path), LARGE_BERT, how, Mesh.single(), tell)
+        assert ("width.transform" in ligo.parameters()) == (variant == "target_layer")
+    assert losses[0.03][0] == losses[0.0][0]
+    assert sum(losses[0.03][-4:]) < sum(losses[0.0][-4:]) - 0.2, losses
+
+
+def test_without_a_mask_token_no_maps_of_an_encoder_are_learned(corpus: Path, tmp_path: Path) -> None:
+    assert run(encoder_config(corpus, tmp_path, steps=1)) == 0
+    with pytest.raises(ConfigError, match="data.mask_token"):
+        how = MapLearning(str(corpus / "train"), seq_length=16)
+        learn_maps(open_source(tmp_path), LARGE_BERT, how, Mesh.single(), print)
+
+
 def test_a_source_is_tried_on_masked_samples(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = encoder_config(corpus, tmp_path / "small", steps=60)
     assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=16))) == 0
@@ -208,8 +230,6 @@ def test_encoders_neither_teach_nor_score(corpus: Path, tmp_path: Path) -> None:
     dataset = PackedDataset(corpus / "train", 16)
     with pytest.raises(ConfigError, match="is an encoder .* to score samples"):
         score_corpus(source, dataset, tmp_path / "scores", Mesh.single(), ScoreSettings())
-    with pytest.raises(ConfigError, match="is an encoder .* to learn maps"):
-        learn_maps(source, LARGE_BERT, MapLearning(str(corpus / "train")), Mesh.single(), print)
     assert not (tmp_path / "scores").exists()
 
 

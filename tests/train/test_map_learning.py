@@ -18,7 +18,7 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError, DataError
 from megagrow.flops import ligo_step_flops
-from megagrow.growth.ligo import load_maps
+from megagrow.growth.ligo_file import load_maps
 from megagrow.ledger import Ledger
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.train import run
@@ -34,7 +34,8 @@ def learn(
     source: Path, corpus: Path, steps: int, mesh: Mesh | None = None, lr: float = 1e-2
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     losses: list[float] = []
-    how = MapLearning(str(corpus / "train"), steps, lr, seq_length=16, batch_size=8)
+    growth = GrowthConfig(ligo_steps=steps, ligo_lr=lr)
+    how = MapLearning(str(corpus / "train"), growth, seq_length=16, batch_size=8)
     ligo = learn_maps(open_source(source), LARGE, how, mesh or Mesh.single(), lambda _, loss: losses.append(loss))
     return losses, ligo.state_dict()
 
@@ -92,7 +93,7 @@ def test_a_source_that_does_not_fit_is_refused_unless_told(trained: Path, corpus
     with IndexedWriter(tmp_path / "other", np.uint16) as writer:
         writer.add_document(np.arange(2000) * 97 % 256)
         writer.close()
-    how = MapLearning(str(tmp_path / "other"), steps=1, seq_length=16, batch_size=2)
+    how = MapLearning(str(tmp_path / "other"), GrowthConfig(ligo_steps=1), seq_length=16, batch_size=2)
     with pytest.raises(DataError, match="--skip-source-check"):
         learn_maps(open_source(trained), LARGE, how, Mesh.single(), lambda _, loss: None)
     how = dataclasses.replace(how, skip_source_check=True)
@@ -100,6 +101,6 @@ def test_a_source_that_does_not_fit_is_refused_unless_told(trained: Path, corpus
 
 
 def test_a_target_that_the_mesh_cannot_hold_is_refused(trained: Path, corpus: Path) -> None:
-    how = MapLearning(str(corpus / "train"), steps=1, seq_length=16, batch_size=0)
+    how = MapLearning(str(corpus / "train"), seq_length=16, batch_size=0)
     with pytest.raises(ConfigError, match="global_batch_size=0"):
         learn_maps(open_source(trained), dataclasses.replace(SMALL), how, Mesh.single(), lambda _, loss: None)

@@ -109,6 +109,39 @@ def test_resuming_around_growth_gives_the_unbroken_run(corpus: Path, tmp_path: P
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
+def with_a_new_part(config: Config) -> Config:
+    """Grows before step 4 of 6; new entries are still warming up at the end."""
+    growth = dataclasses.replace(
+        grown(config, "clone").growth, optimizer="asymmetric", rewarmup_part="new", rewarmup_steps=5
+    )
+    return dataclasses.replace(config, model=LARGE, growth=growth)
+
+
+def test_resuming_while_the_new_part_warms_up_gives_the_unbroken_run(corpus: Path, tmp_path: Path) -> None:
+    assert run(with_a_new_part(make_config(corpus, tmp_path / "whole"))) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    cut_back(tmp_path / "broken", 4)
+    state = store.read_manifest(store.candidates(tmp_path / "broken/checkpoints")[0]).state
+    assert (state["optimizer"]["new_part"]["since"], state["optimizer"]["step"]) == (3, 4)
+    assert run(with_a_new_part(make_config(corpus, tmp_path / "broken"))) == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    lines, plain = metrics(tmp_path / "whole"), tmp_path / "plain"
+    assert [line["lr"] for line in lines[3:5]] == [1e-2] * 2  # of the old entries: as scheduled
+    assert run(grown(make_config(corpus, plain), "clone")) == 0
+    assert lines[4]["loss"] != metrics(plain)[4]["loss"]
+
+
+def test_the_new_part_goes_on_in_another_layout(corpus: Path, tmp_path: Path) -> None:
+    assert run(with_a_new_part(make_config(corpus, tmp_path / "one"))) == 0
+    config = with_a_new_part(make_config(corpus, tmp_path / "moved"))
+    assert run_ranks(run_on_ranks, 4, config, 2, 1) == [0] * 4
+    cut_back(tmp_path / "moved", 4)
+    assert run_ranks(run_on_ranks, 2, config, 1, 2) == [0] * 2
+    for ours, theirs in zip(metrics(tmp_path / "moved"), metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5), ours["step"]
+    assert final_loss(tmp_path / "moved") == pytest.approx(final_loss(tmp_path / "one"), abs=2e-5)
+
+
 def test_growing_counts_every_sample_once(corpus: Path, tmp_path: Path) -> None:
     assert run(grown(make_config(corpus, tmp_path), "ligo")) == 0
     phases = [line["phase"] for line in metrics(tmp_path)]
