@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**20  # elements that are corrected at a time
+CHUNK, HOST_CHUNK = 2**21, 2**16  # elements that are corrected at a time; on the host what its caches hold
 SETTLED = 1e-4  # once β^n is less, a count of n corrects like any larger one
 
 
@@ -111,8 +111,9 @@ class Rates:
 
     def update(self, exp_avg: Tensor, root: Tensor, count: int) -> Tensor:
         """u(count), from the moments; `root` is the square root of the second one."""
-        mean = exp_avg / (1 - self.beta1**count)
-        return mean / (root / math.sqrt(1 - self.beta2**count) + self.eps)
+        correction = math.sqrt(1 - self.beta2**count)
+        denominator = root + self.eps * correction
+        return torch.div(exp_avg, denominator, out=denominator).mul_(correction / (1 - self.beta1**count))
 
 
 @torch.no_grad()
@@ -138,23 +139,23 @@ def correct_(
         skip: one flag on the tensor's device: the kernel has done nothing where it is set, and neither does this.
     """
     p_RC, m_RC, v_RC = (x if x.ndim == 2 else x[:, None] for x in (tensor, exp_avg, exp_avg_sq))
-    num_rows = max(CHUNK // max(p_RC.shape[1], 1), 1)
+    num_rows = max((HOST_CHUNK if tensor.device.type == "cpu" else CHUNK) // max(p_RC.shape[1], 1), 1)
     for start in range(0, p_RC.shape[0], num_rows):
         rows = slice(start, start + num_rows)
         is_new_RC = kept.new_entries(rows, tensor.device)
         if skip is not None:
             is_new_RC = is_new_RC & ~skip
         change_RC = _change(p_RC[rows], m_RC[rows], v_RC[rows], schedule, rates, step)
-        p_RC[rows] += torch.where(is_new_RC, change_RC, 0.0)
+        p_RC[rows] += change_RC.masked_fill_(~is_new_RC, 0)
 
 
 def _change(p: Tensor, m: Tensor, v: Tensor, schedule: Schedule, rates: Rates, step: int) -> Tensor:
     """From the kernel's result to the wanted one, if all entries were new."""
-    rho, lr, decay = schedule.rate(step), rates.lr, rates.weight_decay
-    root = v.sqrt()
-    done, wanted = (rates.update(m, root, count) for count in (step, schedule.count(step)))
-    change = lr * (done - rho * wanted)
+    rho, lr, decay, root = schedule.rate(step), rates.lr, rates.weight_decay, v.sqrt()
+    done = rates.update(m, root, step)
+    wanted = rates.update(m, root, schedule.count(step)) if schedule.starts_at_zero else done
+    change = torch.sub(done, wanted, alpha=rho).mul_(lr)
     if decay and rho != 1:
-        before = (p + lr * done) / (1 - lr * decay)
-        change += (lr * decay * (1 - rho)) * before
+        before = done.mul_(lr).add_(p)  # times (1 - lr * decay)
+        change.add_(before, alpha=lr * decay * (1 - rho) / (1 - lr * decay))
     return change

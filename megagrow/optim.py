@@ -119,8 +119,8 @@ class Optimizer:
             if name in part.kept and tensor.grad is not None:
                 group = group_of[id(tensor)]
                 rates = Rates(group["lr"], group["eps"], group["weight_decay"], *betas)
-                moments = (self.adamw.moment(tensor, moment) for moment in MOMENTS)
-                correct_(tensor, *moments, part.kept[name], part.schedule, rates, step, skip)
+                exp_avg, exp_avg_sq = (self.adamw.moment(tensor, moment) for moment in MOMENTS)
+                correct_(tensor, exp_avg, exp_avg_sq, part.kept[name], part.schedule, rates, step, skip)
 
     def drop_gradients(self) -> None:
         """Frees all gradients without using them."""

@@ -121,7 +121,7 @@ def test_the_state_has_it_until_then() -> None:
 def test_the_size_of_the_pieces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     part = NewPart(SCHEDULES["both"], KEPT, {})
     whole = train(make(CONFIG, part, OLD, torch.double, True), [1.0] * 3)
-    monkeypatch.setattr(new_part, "CHUNK", 7)
+    monkeypatch.setattr(new_part, "HOST_CHUNK", 7)
     pieces = train(make(CONFIG, part, OLD, torch.double, True), [1.0] * 3)
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
 

@@ -250,7 +250,7 @@ def stored_optimizer(data: Any, where: str) -> dict[str, Any]:
             f"({', '.join(sorted(MULTIPLIERS))}); use an older checkpoint"
         )
     if "new_part" in data:
-        _check_new_part(data["new_part"], step, where)
+        _check_new_part(data["new_part"], data["step"], where)
     return cast(dict[str, Any], data)
 
 

@@ -28,6 +28,7 @@ COUNTS = {  # from 0 on
     *("parallel.stages_per_rank", "train.microbatch_size", "train.loss_chunk", "train.eval_interval"),
     *("train.eval_batches", "train.threads", "optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm"),
     *("optim.warmup_steps", "optim.spike_sigma", "optim.min_lr_ratio", "growth.at_step", "growth.rewarmup_steps"),
+    "growth.rewarmup_factor",
     *("growth.ligo_steps", "growth.ligo_lr", "growth.ligo_noise", "salt.steps", "checkpoint.interval"),
     *("growth.rewarmup_factor", "growth.breaker_scale", "growth.at_tokens", "growth.freeze_steps"),
     *(f"growth.earlier.{name}" for name in ("at_step", "at_tokens", "freeze_steps", *GROWN_SIZES)),

@@ -14,9 +14,10 @@ from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.shards import fill, full
 from tests.growth.models import widened
 from tests.growth.test_policies import sized
-from tests.growth.test_sharded_growth import LLAMA, TIED, WIDTH, moments_of, sharded
+from tests.growth.test_sharded_growth import LLAMA, TIED, moments_of, sharded
 from tests.ranks import run_ranks
 
+WIDTH = {"hidden": 3, "query": 2, "kv": 2, "ffn": 2, "layers": 5}
 OLD = 1_000  # updates before growing
 GROWTH = GrowthConfig(rewarmup_part="new", rewarmup_steps=3)
 CASES: dict[str, tuple[Policy, Recipe]] = {

@@ -1,7 +1,6 @@
 """Growth of what a run really has: master weights in float32 under bf16, and an optimizer in any memory."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +9,10 @@ from torch import Tensor
 
 from megagrow.config import Config, GrowthConfig, OptimConfig, ParallelConfig, TrainConfig
 from megagrow.evaluate import make_batch
-from megagrow.growth.grow import grow_whole
+from megagrow.growth.grow import Fetch, grow_whole
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.moments import QUANTITIES
+from megagrow.growth.recipe import Recipe
 from megagrow.optim import StepGuard
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.shards import full
@@ -76,12 +76,11 @@ def test_shards_of_master_weights_grow() -> None:
 
 
 def test_growing_from_16_bit_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch_of = growing.mesh_fetch
+    grow_into = growing.grow_into
 
-    def rounding(*args: Any) -> Callable[[str], Tensor]:
-        fetch = fetch_of(*args)
-        return lambda name: fetch(name).bfloat16().float()
+    def rounding(recipe: Recipe, fetch: Fetch, *where: Any) -> None:
+        grow_into(recipe, lambda name: fetch(name).bfloat16().float(), *where)
 
-    monkeypatch.setattr(growing, "mesh_fetch", rounding)
+    monkeypatch.setattr(growing, "grow_into", rounding)
     with pytest.raises(AssertionError):
         grow_masters(Mesh.single())
