@@ -53,7 +53,7 @@ ORDER = [
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "megagrow_kernels"}
-TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command"}
+TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command", "_learning"}
 MAIN_LINES, TOOL_LINES = 80, 100
 
 
