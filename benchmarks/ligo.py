@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for split, files in zip(("train", "validation"), split_by_file(documents(plan.limit_bytes)), strict=True):
-            write_texts((file.text for file in files), ByteTokenizer(), folder / split)
+            write_texts((f.text for f in files), ByteTokenizer(), folder / split, split=split, source="built-in corpus")
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             for done in [pool.submit(train_source, folder, seed, options.pair, plan) for seed in seeds]:
                 done.result()

@@ -21,6 +21,7 @@ from _learning import add_learning, learning_of
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
 from megagrow.config import ModelConfig, ParallelConfig, Policy, require
+from megagrow.growth.ligo_maps import start_recipe
 from megagrow.growth.offline import check_destination, grow_folder, target_model
 from megagrow.growth.recipe import Recipe
 from megagrow.ledger import Ledger
@@ -34,10 +35,12 @@ def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
     check_options(options)
-    recipe, ledger = recipe_of(options, source.model, target), grown_ledger(source)
+    is_learned, pair = options.method == "ligo", (source.model, target)
+    recipe = start_recipe(options.init, *pair, options.seed) if is_learned else recipe_of(options, *pair)
+    ledger = grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)
-    if options.method == "ligo":
+    if is_learned:
         recipe = learned_recipe(source, target, options, mesh, ledger or Ledger())
     grow_folder(source, options.dst, recipe, mesh, options.optimizer, ledger.to_dict() if ledger else None)
     if mesh.is_main:

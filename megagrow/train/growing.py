@@ -111,9 +111,7 @@ def check_recipes(state: RunState, config: Config) -> None:
     source = state.model
     for growing in growth_configs(config, source, state.growths) if state.phase != "main" else []:
         recipe, growth = _recipe(source, growing), growing.growth
-        if growth.learns_maps:
-            start_recipe(growth.ligo_init, source, growing.model)
-        else:
+        if not growth.learns_maps:
             grow_multipliers(recipe, growth.optimizer)
         if growth.freeze_steps:
             _check_freezable(recipe)
@@ -146,7 +144,7 @@ def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearne
 def map_learner(small: Part, config: Config) -> MapLearner:
     """Prepares learning the maps from a frozen small model; `generate` must be called before the first step."""
     growth, mesh = config.growth, small.mesh
-    start = start_recipe(growth.ligo_init, small.config, config.model, config.train.seed)
+    start = _recipe(small.config, config)
     for stage in small.stages:
         stage.requires_grad_(False)
     own_layers = [layer for stage in own_stages(config.model.num_layers, mesh) for layer in stage.layers]
@@ -163,6 +161,8 @@ def map_learner(small: Part, config: Config) -> MapLearner:
 
 def _recipe(source: ModelConfig, config: Config) -> Recipe:
     growth = config.growth
+    if growth.learns_maps:
+        return start_recipe(growth.ligo_init, source, config.model, config.train.seed)
     breaker = growth.breaker, growth.breaker_scale
     return make_recipe(growth.method, source, config.model, *breaker, seed=config.train.seed)
 
