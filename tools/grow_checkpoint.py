@@ -13,13 +13,14 @@ keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method canno
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from _command import Arguments, add_method, recipe_of, run
 from _learning import add_learning, learning_of
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
-from megagrow.config import ModelConfig, ParallelConfig, require
+from megagrow.config import ModelConfig, ParallelConfig, Policy, require
 from megagrow.growth.ligo_maps import start_recipe
 from megagrow.growth.offline import check_destination, grow_folder, target_model
 from megagrow.growth.recipe import Recipe
@@ -59,7 +60,7 @@ def parser() -> Arguments:
     parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
     add_method(parser)
-    parser.add_argument("--optimizer", choices=["exact", "reset"], default="exact")
+    parser.add_argument("--optimizer", choices=get_args(Policy), default="exact")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")
     add_learning(parser)
     return parser

@@ -86,6 +86,19 @@ def test_own_checkpoint_grows_with_its_moments(tmp_path: Path) -> None:
     assert provenance["identity"] == source.identity
 
 
+def test_a_grown_checkpoint_knows_its_new_part(tmp_path: Path) -> None:
+    source = save_own(tmp_path / "small", SOURCE)
+    grow_folder(source, tmp_path / "large", make_recipe("clone", SOURCE, WIDE), Mesh.single(), "asymmetric")
+    large = open_source(tmp_path / "large")
+    assert large.optimizer is not None
+    part = large.optimizer["new_part"]
+    assert (part["since"], part["starts_at_zero"], part["policy"]) == (STEP, True, "asymmetric")
+    assert large.optimizer["multipliers"]["final_norm.weight"]["lr"] == 0.5
+    for moment in QUANTITIES:
+        for name, tensor in moments_of(SOURCE, moment).items():
+            assert torch.count_nonzero(large.read(f"optim.{moment}.{name}")) == tensor.numel(), name
+
+
 def test_reset_and_learned_maps_leave_the_moments_behind(tmp_path: Path) -> None:
     source = save_own(tmp_path / "small", SOURCE)
     recipe = make_recipe("clone", SOURCE, WIDE)

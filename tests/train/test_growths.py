@@ -142,14 +142,14 @@ def test_growing_when_the_loss_is_flat(corpus: Path, tmp_path: Path) -> None:
     threshold, window = 0.06, 2
 
     def config(directory: Path) -> Config:
-        growth = GrowthConfig("stack", source=SMALL, at_step=20, at_plateau=threshold, plateau_window=window)
-        return make_config(corpus, directory, 21, model=DEEP, growth=growth, checkpoint=EVERY_STEP)
+        growth = GrowthConfig("stack", source=SMALL, at_step=13, at_plateau=threshold, plateau_window=window)
+        return make_config(corpus, directory, 15, model=DEEP, growth=growth, checkpoint=EVERY_STEP)
 
     assert run(config(tmp_path / "whole")) == 0
     (event,) = ledger(tmp_path / "whole")["events"]
     losses = [line["loss"] for line in metrics(tmp_path / "whole")][2:]  # two steps of warm-up
     flat = [n for n in range(len(losses) + 1) if is_flat(losses[:n], window, threshold)]
-    assert event["reason"] == "plateau" and event["step"] == flat[0] + 2 < 20
+    assert event["reason"] == "plateau" and event["step"] == flat[0] + 2 < 13
     step = event["step"] - 1
     assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / "resumed"), tmp_path / "whole")
 
