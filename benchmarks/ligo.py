@@ -96,7 +96,6 @@ def train_source(folder: Path, seed: int, pair: str, plan: Plan) -> None:
 
 
 def measure(folder: Path, seed: int, pair: str, name: str, plan: Plan) -> dict[str, Any]:
-    """One finished run."""
     growth = replace(arms(pair)[name], ligo_steps=plan.ligo_steps)
     small, large = (model(size) for size in PAIRS[pair])
     if "zero_pad" in (growth.method, growth.ligo_init if growth.method == "ligo" else ""):
@@ -117,7 +116,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Arms from the best to the worst, as means over seeds: final loss, with grown and with initial maps, FLOPs."""
     keys, names = ("loss", "loss_after", "loss_initial", "all_in_flops"), {row["arm"] for row in rows}
     means = {name: [statistics.fmean(row[key] for row in rows if row["arm"] == name) for key in keys] for name in names}
-    for name, (loss, after, initial, spent) in sorted(means.items(), key=lambda item: item[1]):
+    for name, (loss, after, initial, spent) in sorted(means.items(), key=lambda arm: arm[1]):
         print(f"{name:44}{loss:8.4f}{after:8.3f}{initial:8.3f}{spent:10.3e}")
 
 
@@ -129,8 +128,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--equal-steps", action="store_true", help="learning steps come on top")
     options = parser.parse_args()
-    plan, seeds = (Plan(20, 20, 3, 1_000_000), options.seeds[:1]) if options.quick else (Plan(), options.seeds)
-    plan = replace(plan, equal_steps=options.equal_steps)
+    plan = replace(Plan(20, 20, 3, 1_000_000) if options.quick else Plan(), equal_steps=options.equal_steps)
+    seeds = options.seeds[:1] if options.quick else options.seeds
     names = [name for name in arms(options.pair) if name.startswith(tuple(options.arms))]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -139,8 +138,8 @@ def main() -> None:
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             for done in [pool.submit(train_source, folder, seed, options.pair, plan) for seed in seeds]:
                 done.result()
-            jobs = [(folder, seed, options.pair, name, plan) for seed in seeds for name in names]
-            rows = [done.result() for done in [pool.submit(measure, *job) for job in jobs]]
+            runs = [pool.submit(measure, folder, seed, options.pair, name, plan) for seed in seeds for name in names]
+            rows = [done.result() for done in runs]
     show(rows)
     if not options.quick:
         results_file.save("ligo" if options.pair == "width" else f"ligo_{options.pair}", rows, plan=asdict(plan))
