@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from gpu_train import CASES as MODELS
 from kernel_cases import DTYPE, AdamW, Case, Differentiable, Inputs, LinearLoss, Pass, Vocabulary, liger, normal, ours
+from kernel_growth import growth
 from kernel_measure import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from megagrow.roles import parameter_shapes
 SHARE = 0.85
 AIMS = {"vocab_loss": 1.15, "distill_loss": 1.2}
 AIMS |= dict.fromkeys(("norm", "glu", "gelu", "dropout_add", "rope", "adamw"), 1 / SHARE)
+AIMS |= dict.fromkeys(("layer_mix", "sparse_map", "dense_map"), 1 / SHARE)
 
 SIZE = DTYPE.itemsize
 EPS, RATE, PLACE, BITS = 1e-5, 0.1, 3, 44
@@ -30,7 +32,18 @@ CHECK_ONLY = {"providers": (), "rivals": (), "huge": True}
 
 def cases(tiny: bool) -> list[Case]:
     """Every case, those first that say most; `tiny` ones compute the same on few elements."""
-    makers = (norms, gated_activations, activations, dropouts, ropes, losses, distillations, linear_losses, updates)
+    makers = (
+        norms,
+        gated_activations,
+        activations,
+        dropouts,
+        ropes,
+        losses,
+        distillations,
+        linear_losses,
+        updates,
+        growth,
+    )
     found = [case for maker in makers for case in maker(tiny)]
     return sorted(found, key=lambda case: (not case.first, not case.judged))
 

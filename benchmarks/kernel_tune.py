@@ -13,6 +13,7 @@ from megagrow_kernels.launch import ANY, PINNED, Launch, device_name, pick
 
 WHOLE_ROWS = ("norm_fwd", "norm_bwd")  # whose table has an entry for each width
 BETTER = 0.99  # of the pinned one's time: less of a gain is noise
+BLOCK_ROWS = {"dense_map": 64, "layer_mix_bwd": 64}  # of products: what a program holds is a block of the result
 MOST_WARPS, ELEMENTS_PER_THREAD = 32, range(2, 129)
 
 
@@ -46,7 +47,8 @@ def candidates(tuning: Tuning) -> Iterator[Launch]:
     for block in (pinned.block, pinned.block // 2, pinned.block * 2):
         for num_warps in (pinned.num_warps, pinned.num_warps // 2, pinned.num_warps * 2):
             entry = Launch(block, num_warps)
-            threads_fit = 1 <= num_warps <= MOST_WARPS and block // (32 * num_warps) in ELEMENTS_PER_THREAD
+            elements = block * BLOCK_ROWS.get(tuning.launch, 1)
+            threads_fit = 1 <= num_warps <= MOST_WARPS and elements // (32 * num_warps) in ELEMENTS_PER_THREAD
             block_fits = block == power_of_two if must_hold else block <= power_of_two
             if entry == pinned or (threads_fit and block_fits):
                 yield entry

@@ -1,18 +1,22 @@
 """What a model costs in floating-point operations: every matrix product, two per multiply-add.
 
-Two conventions for attention, by name, because published figures differ by them:
+Conventions by name, because published figures differ by them:
 
-    full    scores and values over all S x S pairs, as in torch's flop counter and most papers
-    causal  half of that, since a causal mask needs only half of the pairs, as in Megatron; an encoder needs all
+    full     scores and values over all S x S pairs, as in torch's flop counter and most papers
+    causal   half of that, since a causal mask needs only half of the pairs, as in Megatron; an encoder needs all
+    electra  the counter of ELECTRA (Clark et al., 2020), for encoders, with which LiGO's figures were made: what each
+             element costs besides, a dense look-up of the embedding, logits of the chosen tokens only; a backward pass
+             counts as one forward pass
 
-Norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What
+In the first two, norms, activations, rotations, softmax and the embedding look-up are left out, as everywhere. What
 an implementation adds (recompute, padded vocabulary rows, work repeated on several ranks) is left
 out too: the count belongs to the algorithm, so that layouts can be compared.
 """
 
+from math import prod
 from typing import Literal
 
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, require
 from megagrow.roles import (
     Axis,
     Role,
@@ -26,8 +30,12 @@ from megagrow.roles import (
     split_name,
 )
 
-Convention = Literal["full", "causal"]
+Convention = Literal["full", "causal", "electra"]
 DEFAULT_CONVENTION: Convention = "full"
+
+# Of one element, as ELECTRA counts them.
+_DROPOUT, _NORM, _GELU, _SOFTMAX = 4, 5, 8, 5
+_CHOSEN = 0.15625  # of an encoder's tokens have logits: 20 of 128
 
 # Dense bf16 FLOP/s from the vendors' data sheets; the first name that occurs in the device's.
 _PEAK_BF16 = (
@@ -49,13 +57,18 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Con
     """FLOPs of one token's forward pass, head included, inside a sequence of `seq_length` tokens.
 
     Of the well-known 2N, only the weights that multiply something count; attention comes on top.
+
+    Raises:
+        ConfigError: `electra` of a model that is no encoder.
     """
+    if convention == "electra":
+        return _electra_flops_per_token(model, seq_length)
     per_layer = layer_flops_per_token(model, seq_length, convention)
     return model.num_layers * per_layer + head_flops_per_token(model)
 
 
 def layer_flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = DEFAULT_CONVENTION) -> float:
-    """FLOPs of one token's forward pass through one layer."""
+    """FLOPs of one token's forward pass through one layer, `full` or `causal`."""
     roles = [role_of(layer_name(0, leaf)) for leaf in leaves(model)]
     shapes = [_matrix_shape(role, model) for role in roles if role.kind == "matrix"]
     pairs = seq_length if convention == "full" or not model.is_causal else seq_length / 2
@@ -87,12 +100,32 @@ def training_flops(
     convention: Convention = DEFAULT_CONVENTION,
     frozen_layers: int = 0,
 ) -> float:
-    """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients.
+    """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients; `electra`: once.
 
     Frozen layers at the bottom have a forward pass only.
     """
-    skipped = 2 * frozen_layers * layer_flops_per_token(model, seq_length, convention)
-    return 3 * forward_flops(model, tokens, seq_length, convention) - tokens * skipped
+    backward = 1 if convention == "electra" else 2
+    skipped = frozen_layers * layer_flops_per_token(model, seq_length, convention) if frozen_layers else 0.0
+    return (1 + backward) * forward_flops(model, tokens, seq_length, convention) - backward * tokens * skipped
+
+
+def _electra_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """FLOPs of one token's forward pass as ELECTRA counts them.
+
+    Source: Clark et al., "ELECTRA" (2020, arXiv 2003.10555), table of FLOPs; its authors' counter, in which the norm
+    after attention costs the same whatever the width.
+    """
+    require(not model.is_causal, f"the FLOPs convention electra is one of encoders, not of {model.family}; use full")
+    h, v = model.hidden_size, model.vocab_size
+    shapes = {leaf: shape_of(role_of(layer_name(0, leaf)), model) for leaf in leaves(model) if "norm" not in leaf}
+    weights_and_biases = sum((2 if len(shape) == 2 else 1) * prod(shape) for shape in shapes.values())
+    products = 2 * 2 * model.num_heads * model.head_dim * seq_length  # scores, and values
+    each_score = (_SOFTMAX + _DROPOUT + 1) * model.num_heads * seq_length  # the 1 scales it
+    around = 2 * (_DROPOUT + 1) * h + _GELU * model.ffn_size + _NORM * (h + 1)  # the 1 adds the residual
+    layer = weights_and_biases + products + each_score + around
+    embedding = 2 * h * v + 2 * h * (seq_length + model.num_token_types) + (2 + _NORM + _DROPOUT) * h
+    head = 2 * h * v + (_SOFTMAX + 2) * v + 2 * h * h + (1 + _GELU + _NORM) * h
+    return model.num_layers * layer + embedding + _CHOSEN * head
 
 
 def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str = "tied") -> float:

@@ -1,18 +1,16 @@
 """The one door to the kernels: Triton for tensors on a GPU, a PyTorch twin elsewhere.
 
 Everything here sees plain local tensors and no process group. The twins are in torch_ops.py, by the same names and with
-the same parameters. Attention and its back ends are in attention_ops.py.
+the same parameters. Attention and its back ends are in attention_ops.py, what growth needs in growth_ops.py, which
+kernels serve in serving.py.
 
 Legend: T = tokens, V = local vocabulary, H = hidden size, B = batch, S = sequence, N = heads, D = head dimension,
 F = FFN size, 3 = (max, sum_exp, label_logit).
 """
 
 import functools
-import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +18,21 @@ from torch import Tensor
 
 from megagrow import cpu_ops, torch_ops
 from megagrow.attention_ops import DocumentMask, attention, check_attention_backend, document_mask
-from megagrow.errors import ConfigError
+from megagrow.growth_ops import dense_blocks_, dense_map, dense_map_, layer_mix, sparse_map_
+from megagrow.serving import (
+    KERNEL_DTYPES,
+    KERNELS,
+    MEASURED,
+    check_kernels,
+    chosen,
+    kernels_for,
+    let_kernels_serve,
+)
 
 __all__ = [
+    "KERNELS",
+    "KERNEL_DTYPES",
+    "MEASURED",
     "DocumentMask",
     "adamw_table",
     "add_product_",
@@ -34,12 +44,16 @@ __all__ = [
     "check_kernels",
     "chosen",
     "compiled",
+    "dense_blocks_",
+    "dense_map",
+    "dense_map_",
     "distill_grad_",
     "distill_stats",
     "document_mask",
     "dropout_add",
     "gate_up_rows",
     "geglu",
+    "layer_mix",
     "layer_norm",
     "let_kernels_serve",
     "linear",
@@ -47,79 +61,22 @@ __all__ = [
     "rms_norm",
     "rope_",
     "serves",
+    "sparse_map_",
     "swiglu",
     "vocab_grad_",
     "vocab_scores",
     "vocab_stats",
 ]
 
-# Files of kernels. On a GPU those of MEASURED serve by default: benchmarks/results/gpu_kernels.json shows that they
-# beat their twins, eager and compiled. The others are asked for by `train.kernels`.
-KERNELS = frozenset({"norm", "glu", "gelu", "dropout_add", "rope", "vocab_loss", "distill_loss", "adamw"})
-MEASURED: frozenset[str] = frozenset()
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@functools.cache
-def _installed_kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        import megagrow_kernels
-    except (ImportError, OSError, RuntimeError) as error:
-        warnings.warn(f"Triton does not load ({error}): PyTorch replaces kernels", stacklevel=2)
-        return None
-    return megagrow_kernels
-
-
-Which = Literal["measured", "all", "none"]
-_serving: frozenset[str] = MEASURED
-_module: ModuleType | None = None  # found once: torch.compile warns of a cached function that it traces
-
-
-def let_kernels_serve(which: Which) -> None:
-    """Which kernels serve from now on in this process: those of MEASURED do so from the start."""
-    global _serving, _module
-    _serving = chosen(which)
-    _module = _installed_kernels() if _serving else None
-
-
-def chosen(which: Which) -> frozenset[str]:
-    """The files of kernels that a choice means."""
-    return {"measured": MEASURED, "all": KERNELS, "none": frozenset[str]()}[which]
-
-
-def check_kernels(which: Which, device: torch.device) -> None:
-    """Makes sure that the kernels asked for can serve before anything is built.
-
-    Raises:
-        ConfigError: all are asked for, where there is no GPU or no Triton.
-    """
-    if which != "all":
-        return
-    if device.type != "cuda":
-        raise ConfigError(f"train.kernels=all runs on GPUs, not on the {device.type}; use train.kernels=measured")
-    if _installed_kernels() is None:
-        raise ConfigError(
-            "train.kernels=all needs Triton, which does not load here; pip install triton in the version that "
-            "constraints.txt names, or use train.kernels=measured"
-        )
-
-
-def _kernels(name: str, x: Tensor) -> ModuleType | None:
-    """`megagrow_kernels` if its kernels of that name are to serve `x`; None where the twin has to."""
-    wanted = name in _serving and x.is_cuda and x.dtype in KERNEL_DTYPES
-    return _module or _installed_kernels() if wanted else None
-
 
 def serves(name: str, x: Tensor) -> bool:
     """Whether the kernels of that name serve `x`."""
-    return _kernels(name, x) is not None
+    return kernels_for(name, x) is not None
 
 
 def bias_add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """x + (y + bias); x and y [..., H], bias [H]. The kernel is `dropout_add`'s, which drops nothing."""
-    kernels = _kernels("dropout_add", x)
+    kernels = kernels_for("dropout_add", x)
     if kernels is None:
         return x + (y + bias)
     keys = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -145,7 +102,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Returns:
         y of x's shape; with a residual the pair (y, x + residual).
     """
-    kernels = _kernels("norm", x)
+    kernels = kernels_for("norm", x)
     if kernels is None:
         return torch_ops.rms_norm(x, weight, eps, residual)
     return kernels.rms_norm(x, weight, eps, residual)
@@ -174,7 +131,7 @@ def layer_norm(
     Returns:
         y of x's shape; with a residual the pair (y, x + residual).
     """
-    kernels = _kernels("norm", x)
+    kernels = kernels_for("norm", x)
     if kernels is None:
         return torch_ops.layer_norm(x, weight, bias, eps, residual)
     return kernels.layer_norm(x, weight, bias, eps, residual)
@@ -211,7 +168,7 @@ def vocab_stats(
         stats_TK, float32 (float64 for float64 logits): (max, sum of exp(logit - max), label logit), rank if asked for.
         Without a label here the label logit is 0; without any valid column the first two are (-inf, 0).
     """
-    kernels = _kernels("vocab_loss", logits_TV)
+    kernels = kernels_for("vocab_loss", logits_TV)
     if kernels is not None:
         return kernels.vocab_stats(logits_TV, labels_T, num_valid, label_logits_T)
     if fused and logits_TV[:, :num_valid].numel():
@@ -238,7 +195,7 @@ def vocab_grad_(
     Returns:
         logits_TV itself.
     """
-    kernels = _kernels("vocab_loss", logits_TV)
+    kernels = kernels_for("vocab_loss", logits_TV)
     if kernels is not None:
         return kernels.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
     if fused and num_valid is None and logits_TV.numel():
@@ -267,7 +224,7 @@ def vocab_scores(
         units_T int64: the sum of exp(logit - max), each term cut down to whole units; rank_T int32: the number of
         logits strictly greater than the label's, without the label's own column. Both add up over the shards.
     """
-    kernels = _kernels("vocab_loss", logits_TV)
+    kernels = kernels_for("vocab_loss", logits_TV)
     if kernels is not None:
         return kernels.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
     return torch_ops.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
@@ -303,7 +260,7 @@ def distill_stats(
         stats_TK: (max, sum of exp(s - max), label logit, soft_sum = sum of exp((s - max) / sigma), t_max,
         t_sum = sum of exp((t - t_max) / rho), cross = the latter weighted with t / rho - s / sigma), rank if asked for.
     """
-    kernels = _kernels("distill_loss", logits_TV)
+    kernels = kernels_for("distill_loss", logits_TV)
     temperatures = temperature, student_temperature
     if kernels is not None:
         return kernels.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, num_valid, label_logits_T)
@@ -338,7 +295,7 @@ def distill_grad_(
     Returns:
         logits_TV itself.
     """
-    kernels = _kernels("distill_loss", logits_TV)
+    kernels = kernels_for("distill_loss", logits_TV)
     per_token = labels_T, logsumexps_T3, ce_scale_T, kd_scale_T
     temperatures = temperature, student_temperature
     if kernels is not None:
@@ -362,7 +319,7 @@ def adamw_table(params: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sq
         params: plain float32 tensors of one device.
         exp_avgs, exp_avg_sqs: averages of the gradients and of their squares, like params.
     """
-    kernels = _kernels("adamw", params[0])
+    kernels = kernels_for("adamw", params[0])
     assert kernels is not None, "torch's fused AdamW has to do"
     return kernels.AdamWTable(params, exp_avgs, exp_avg_sqs)
 
@@ -422,13 +379,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         [..., F]
     """
-    kernels = _kernels("glu", gate_up)
+    kernels = kernels_for("glu", gate_up)
     return torch_ops.swiglu(gate_up) if kernels is None else kernels.swiglu(gate_up)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
     """gelu(gate) * up with GELU's tanh approximation; as `swiglu` otherwise."""
-    kernels = _kernels("glu", gate_up)
+    kernels = kernels_for("glu", gate_up)
     return torch_ops.geglu(gate_up) if kernels is None else kernels.geglu(gate_up)
 
 
@@ -441,7 +398,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         x: [..., F]; the result has its dtype.
         bias: [F], any floating dtype, or None.
     """
-    kernels = _kernels("gelu", x)
+    kernels = kernels_for("gelu", x)
     return torch_ops.bias_gelu(x, bias) if kernels is None else kernels.bias_gelu(x, bias)
 
 
@@ -464,7 +421,7 @@ def dropout_add(x: Tensor, y: Tensor, bias: Tensor | None, rate: float, keys: Te
         keys: [...] int64, one for each token.
         place: a number of its own for each place in the model that drops.
     """
-    kernels = _kernels("dropout_add", x)
+    kernels = kernels_for("dropout_add", x)
     if kernels is None:
         return torch_ops.dropout_add(x, y, bias, rate, keys, place)
     return kernels.dropout_add(x, y, bias, rate, keys, place)
@@ -494,6 +451,6 @@ def rope_(
     Returns:
         (q, k) or (q, k, v).
     """
-    kernels = _kernels("rope", q_BSND)
+    kernels = kernels_for("rope", q_BSND)
     rotate = torch_ops.rope_ if kernels is None else kernels.rope_
     return rotate(q_BSND, kv_BSKPD, cos_SR, sin_SR, interleaved, in_place=in_place)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow import flops
 from megagrow.config import ModelConfig
+from megagrow.errors import ConfigError
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_maps import Variant
 from megagrow.growth.methods import make_recipe
@@ -89,3 +90,37 @@ def test_mfu_has_no_denominator_where_the_peak_is_unknown() -> None:
     assert flops.peak_flops_per_second("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert flops.peak_flops_per_second("NVIDIA H200", "fp32") is None
     assert flops.peak_flops_per_second("AMD EPYC", "bf16") is None
+
+
+def bert(num_layers: int, hidden: int, heads: int, vocab: int = 30_522) -> ModelConfig:
+    sizes = {"hidden_size": hidden, "head_dim": hidden // heads, "ffn_size": 4 * hidden, "max_seq_length": 512}
+    return as_bert(GPT2, vocab_size=vocab, num_layers=num_layers, num_heads=heads, num_kv_heads=heads, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("model", "published"), [(bert(12, 768, 12), 15.07), (bert(6, 512, 8), 4.977)], ids=["base", "small"]
+)
+def test_a_step_of_bert_costs_what_ligo_says(model: ModelConfig, published: float) -> None:
+    counted = flops.training_flops(model, 256 * 128, 128, "electra") / 1e12
+    assert float(f"{counted:.4g}") == published
+
+
+def test_electras_count_of_a_tiny_encoder_by_hand() -> None:
+    """Two tokens of one layer of width 2, one head, FFN 8, vocabulary 32, two types of tokens."""
+    products = 2 * (2 * 2 + 4 * 2 + 2 * 2 + 8 * 2 + 2 * 8)  # query, key and value, output, up, down
+    biases = 2 + 4 + 2 + 8 + 2
+    attention = 2 * 2 * 2 + 2 * 2 * 2  # scores and values: of two tokens by products of two elements
+    scores = 2 * (5 + 4 + 1)  # softmax, dropout, scale
+    others = 2 * (4 * 2 + 2) + 8 * 8 + 5 + 5 * 2  # dropout and residual twice, GELU, the two norms
+    look_up = 2 * 2 * 32 + 2 * 2 * (2 + 2) + 2 * 2 + 5 * 2 + 4 * 2
+    logits = 2 * 2 * 32 + 5 * 32 + 2 * 32 + 2 * 2 * 2 + 2 + 8 * 2 + 5 * 2
+    per_token = products + biases + attention + scores + others + look_up + 0.15625 * logits
+    assert per_token == 96 + 18 + 16 + 20 + 99 + 166 + 60.625
+    model = bert(1, 2, 1, vocab=32)
+    assert flops.forward_flops(model, 2, 2, "electra") == 2 * per_token
+    assert flops.training_flops(model, 2, 2, "electra") == 4 * per_token
+
+
+def test_electras_count_is_one_of_encoders() -> None:
+    with pytest.raises(ConfigError, match="electra is one of encoders, not of gpt2; use full"):
+        flops.training_flops(GPT2, 1, 8, "electra")

@@ -32,10 +32,17 @@ ANY: dict[str, tuple[Launch, ...]] = {
     "adamw": (Launch(1024, 4), Launch(2048, 8)),
     "vocab": (Launch(512, 1), Launch(1024, 2), Launch(2048, 4), Launch(4096, 8)),
     "distill": (Launch(512, 1), Launch(1024, 2), Launch(2048, 4), Launch(4096, 8)),
+    "layer_mix": (Launch(2048, 1), Launch(8192, 4)),  # all source layers' elements of a block
+    "layer_mix_bwd": (Launch(32, 8),),
+    "sparse_map": (Launch(256, 2), Launch(512, 4), Launch(1024, 8)),
+    "dense_map": (Launch(64, 8), Launch(128, 8)),
 }
 
 # By the name that torch gives the device.
 PINNED: dict[str, dict[str, tuple[Launch, ...]]] = {}
+
+# Float32 products: three of tf32's for each on NVIDIA's tensor cores, which lose a bit or two; AMD's take float32.
+DOT_PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 # Warps per multiprocessor where programs stride over the rows: as many as run at once with 128 registers a thread. More
 # would not hide more latency, and each program writes a row of partial sums.
@@ -56,9 +63,13 @@ def pick(kernel: str, num_columns: int, device: torch.device | None = None) -> L
     """
     table = PINNED.get(device_name(device), {}).get(kernel, ANY[kernel]) if device is not None else ANY[kernel]
     launch = next((launch for launch in table if launch.block >= num_columns), table[-1])
-    power_of_two = 1 << max(num_columns - 1, 0).bit_length()
-    chosen = replace(launch, block=min(launch.block, power_of_two))
+    chosen = replace(launch, block=min(launch.block, power_of_two(num_columns)))
     return wide_warps(chosen) if torch.version.hip else chosen
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not below."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def wide_warps(launch: Launch) -> Launch:

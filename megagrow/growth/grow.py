@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap, LayerMix
-from megagrow.growth.operator import Quantity, grow_box
+from megagrow.growth.operator import Quantity, grow_box, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
@@ -34,8 +35,7 @@ from megagrow.roles import (
     split_name,
 )
 
-# Gives a source tensor by name: a whole one, or a DTensor whose local piece holds all that this rank's targets are made
-# of. May be a collective: all ranks ask for the same names in the same order.
+# Gives a whole source tensor by name. May be a collective: all ranks ask for the same names in the same order.
 Fetch = Callable[[str], Tensor]
 
 
@@ -54,6 +54,10 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
     boxes = {name: box(tensor) for name, tensor in targets.items() if pieces[name].numel()}
     device = next((piece.device for piece in pieces.values()), torch.device("cpu"))
     with torch.no_grad():
+        if recipe.copies:
+            for name, source in _copied_sources(recipe, fetch, boxes):
+                write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity)
+            return
         for name, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
             pieces[name].copy_(grown)
 
@@ -90,10 +94,23 @@ def grown_boxes(
         if split_name(name)[0] is None:
             source = fetch(name)
             if name in boxes:
-                yield name, grow_box(recipe, name, local(source).to(device), boxes[name], quantity, box(source))
+                yield name, grow_box(recipe, name, source.to(device), boxes[name], quantity)
             del source
     for leaf in leaves(recipe.target):
         yield from _grown_layers(recipe, leaf, fetch, boxes, device, quantity)
+
+
+def _copied_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted target parameters with the source tensors that they copy, fetched in the order of `grown_boxes`."""
+    assert isinstance(recipe.layers, LayerMap), "mixed layers are no copies"
+    for name in parameter_names(recipe.target):
+        if split_name(name)[0] is None:
+            source = fetch(name)
+            if name in wanted:
+                yield name, source
+            del source
+    for leaf in leaves(recipe.target):
+        yield from _copied_layers(recipe, recipe.layers, leaf, fetch, wanted)
 
 
 def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: Mesh) -> Fetch:
@@ -154,7 +171,7 @@ def _grown_layers(
     else:
         sources = _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for)
     for name, source in sources:
-        yield name, grow_box(recipe, name, local(source).to(device), boxes[name], quantity, box(source))
+        yield name, grow_box(recipe, name, source.to(device), boxes[name], quantity)
 
 
 def _copied_layers(
@@ -193,11 +210,14 @@ def _weighted_layers(
     sources_PJN = weights_PKJ.new_empty(parts, source.num_layers, math.prod(shape) // parts)
     for j in range(source.num_layers):
         sources_PJN[:, j] = fetch(layer_name(j, leaf)).unflatten(0, (-1, parts, unit)).movedim(1, 0).flatten(1)
-    for k in range(recipe.target.num_layers):
-        if layer_name(k, leaf) in wanted:
-            mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1)
-            mixed = mixed_PN.view(parts, -1, unit, *shape[1:]).movedim(0, 1)
-            yield layer_name(k, leaf), mixed.reshape(shape)
+    targets = [k for k in range(recipe.target.num_layers) if layer_name(k, leaf) in wanted]
+    mixed_PKN = None
+    if targets and not torch.is_grad_enabled() and ops.serves("layer_mix", sources_PJN):  # all in one read
+        mixed_PKN = torch.stack([ops.layer_mix(x, w[targets]) for x, w in zip(sources_PJN, weights_PKJ, strict=True)])
+    for i, k in enumerate(targets):
+        mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1) if mixed_PKN is None else mixed_PKN[:, i]
+        mixed = mixed_PN.reshape(parts, -1, unit, *shape[1:]).movedim(0, 1)
+        yield layer_name(k, leaf), mixed.reshape(shape)
 
 
 def _widened_then_mixed(

@@ -52,14 +52,11 @@ class SparseMap:
         """[T] bool: which target elements have no source element."""
         return self.index == NEW
 
-    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
-        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones.
-
-        x may hold a range of the source elements only, from `first` on, if no others are copied.
-        """
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
+        """The rows `elements` of M applied to dim `dim` of x; new elements are 0, or the mean of all old ones."""
         index = self.index[elements]
         new = (index == NEW).nonzero().flatten() if self.has_new else index[:0]
-        grown = x.index_select(dim, (index - first).clamp(min=0).to(x.device))
+        grown = x.index_select(dim, index.clamp(min=0).to(x.device))
         if not len(new):
             return grown
         rest = mean(x, dim) if average else torch.zeros((), dtype=x.dtype, device=x.device)
@@ -80,7 +77,7 @@ class DenseMap:
     out_scale: Scale = 1.0
     in_scale: Scale = 1.0
 
-    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in the map's dtype; only these rows are multiplied."""
         rows, x = self.matrix[elements], x.to(self.matrix.dtype)
         return rows @ x if dim == 0 else x @ rows.T
@@ -113,7 +110,7 @@ class ExtendedMap:
         """[T] the row of `matrix` of each learned element."""
         return (self.index == NEW).cumsum(0) - 1
 
-    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False, first: int = 0) -> Tensor:
+    def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in C's dtype; only rows of C are multiplied."""
         index, x = self.index[elements], x.to(self.matrix.dtype)
         is_learned = index == NEW

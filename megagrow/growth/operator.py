@@ -24,8 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megagrow import ops
 from megagrow.config import ModelConfig
-from megagrow.growth.maps import AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
+from megagrow.growth.maps import NEW, AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
 from megagrow.growth.noise import normal, root_mean_square
 from megagrow.growth.recipe import Recipe, Use
 from megagrow.model.transformer import initial_std
@@ -35,6 +36,7 @@ from megagrow.roles import Axis, Role, after_transform, axis_unit, role_of, shap
 Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg; exp_avg_sq
 New = Literal["zero", "free", "average"]  # what elements without a source become, see `recipe.Fill`
 
+MAX_COPIED = 1 << 18  # entries that are copied at a time: they stay in a core's cache from step to step
 MAX_RANDOM = 1 << 20  # random entries that are made at a time: their hashes take several times their memory
 
 
@@ -54,16 +56,16 @@ class _Dim:
     unit: int
     new: New
 
-    def spread(self, x: Tensor, dim: int, box: slice, first: int = 0) -> Tensor:
-        """M applied to dim `dim` of x, which begins at element `first`, for the target range `box`; no scales."""
+    def spread(self, x: Tensor, dim: int, box: slice) -> Tensor:
+        """M applied to dim `dim` of x, for the target range `box`, without scales."""
         average = self.new == "average"
         if len(self.maps) == 1:
-            return _spread(self.maps[0], x, dim, box, average, first)
+            return _spread(self.maps[0], x, dim, box, average)
         assert dim == 0, "only output rows are fused"
         elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
         parts = x.unflatten(0, (-1, len(self.maps), self.unit)).unbind(1)
         grown = [
-            _spread(axis_map, part.flatten(0, 1), 0, elements, average, first // len(self.maps))
+            _spread(axis_map, part.flatten(0, 1), 0, elements, average)
             for axis_map, part, elements in zip(self.maps, parts, elements_by_part, strict=True)
         ]
         return torch.cat(grown).index_select(0, order.to(x.device))
@@ -80,6 +82,17 @@ class _Dim:
         ]
         return torch.cat(pieces)[order]
 
+    def index(self, box: slice) -> Tensor:
+        """The source row (column) of each target row (column) of the range; NEW where there is none. Of copies only."""
+        elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
+        found = []
+        for part, (axis_map, elements) in enumerate(zip(self.maps, elements_by_part, strict=True)):
+            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have an index"
+            copied = elements if axis_map is None else axis_map.index[elements]
+            row = (copied // self.unit * len(self.maps) + part) * self.unit + copied % self.unit
+            found.append(torch.where(copied == NEW, NEW, row))
+        return torch.cat(found)[order]
+
     def is_new(self, box: slice) -> Tensor:
         """Which elements of the range [box] nothing of the source goes into."""
         if self.new == "average" or not any(_has_new(axis_map) for axis_map in self.maps):
@@ -89,9 +102,7 @@ class _Dim:
         return torch.cat([_is_new(axis_map, elements) for axis_map, elements in pairs])[order]
 
 
-def grow_box(
-    recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value", held: Box | None = None
-) -> Tensor:
+def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value") -> Tensor:
     """The range `box` of the target parameter `name`; differentiable in the source and in dense maps.
 
     Args:
@@ -101,41 +112,74 @@ def grow_box(
             `recipe.reads_next`.
         box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
-        held: the range of the source tensor that `source` is, where it holds all that is copied; None: the whole.
 
     Returns:
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
     """
     dims = _dims(recipe, name, quantity)
-    power = 2 if quantity == "squared_gradient" else 1
-    scales = [dim.scale(part) for dim, part in zip(dims, box, strict=True)]
-    factor = math.prod(s for s in scales if isinstance(s, float)) * _gain_factor(recipe, name, quantity)
-    wide = torch.promote_types(source.dtype, torch.float32)
-    source = source if factor == 1 else source.to(wide) * factor**power
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    source = source if factor == 1 else source.to(torch.promote_types(source.dtype, torch.float32)) * factor
     x = source
     for d in _cheaper_order(source, box):
-        x = dims[d].spread(x, d, box[d], 0 if held is None else held[d].start)
+        x = dims[d].spread(x, d, box[d])
     if quantity == "value":
         x = _add_random(recipe, name, dims, source, x, box)
-    for d, scale in enumerate(scales):
-        if isinstance(scale, Tensor):
-            diagonal = scale.to(x.device, torch.promote_types(x.dtype, wide)) ** power
-            x = x * (diagonal[:, None] if d < x.ndim - 1 else diagonal)
+    x = _times(x, diagonals)
     if quantity == "value":
         x = _add_noise(recipe, name, dims, source, x, box)
         x = torch.zeros_like(x) if recipe.is_silent(name) else x
     return x
 
 
+def write_box(
+    recipe: Recipe, name: str, source: Tensor, box: Box, target: Tensor, quantity: Quantity = "value"
+) -> None:
+    """`grow_box` into `target`, bit for bit, of a recipe that copies: in pieces of rows that stay in a cache.
+
+    Args:
+        recipe, name, source, box, quantity: as in `grow_box`.
+        target: [R, C] or [R], overwritten.
+    """
+    dims = _dims(recipe, name, quantity)
+    if _uses_all(recipe, name, dims, quantity):
+        target.copy_(grow_box(recipe, name, source, box, quantity))
+        return
+    if quantity == "value" and recipe.is_silent(name):
+        target.zero_()
+        return
+    rows_R, *columns = (dim.index(part).to(source.device) for dim, part in zip(dims, box, strict=True))
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    if target.ndim == 2 and ops.serves("sparse_map", target):
+        (columns_C,) = columns
+        row_scales_2R, column_scales_2C = map(_doubled, diagonals, (rows_R, columns_C))
+        ops.sparse_map_([target], [source], rows_R, columns_C, row_scales_2R * factor, column_scales_2C)
+        return
+    step = max(1, MAX_COPIED // math.prod(target.shape[1:]))
+    for start in range(0, len(rows_R), step):
+        piece = slice(start, start + step)
+        x = _gathered(source, 0, rows_R[piece])
+        x = x if factor == 1 else x.to(torch.promote_types(source.dtype, torch.float32)) * factor
+        for columns_C in columns:
+            x = _gathered(x, 1, columns_C)
+        of_rows, *others = diagonals
+        target[piece] = _times(x, [None if of_rows is None else of_rows[piece], *others])
+
+
+def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value") -> Box:
+    """The smallest box of the source parameter that the range `box` of the target parameter needs.
+
+    It is the whole where new entries or noise depend on all of the source, or rows come from two layers.
+    """
+    dims, whole = _dims(recipe, name, quantity), shape_of(role_of(name), recipe.source)
+    if _uses_all(recipe, name, dims, quantity) or recipe.reads_next(name):
+        return tuple(slice(0, size) for size in whole)
+    indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
+    return tuple(_hull(index[index != NEW]) for index in indices)
+
+
 def has_random_entries(recipe: Recipe, name: str) -> bool:
     """Whether some entries of a target parameter have no source and become random."""
     return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in _dims(recipe, name, "value"))
-
-
-def source_elements(recipe: Recipe, name: str, box: Box) -> list[Tensor]:
-    """The source elements of each dim that the range `box` of a target parameter is copied from."""
-    shape, dims = shape_of(role_of(name), recipe.source), _dims(recipe, name, "value")
-    return [dim.spread(torch.arange(size), 0, part) for dim, size, part in zip(dims, shape, box, strict=True)]
 
 
 def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None:
@@ -182,6 +226,53 @@ def _gain_factor(recipe: Recipe, name: str, quantity: Quantity) -> float:
     if not recipe.scales_gain(name):
         return 1.0
     return recipe.norm_scale if quantity == "value" else 1 / recipe.norm_scale
+
+
+def _scales(
+    recipe: Recipe, name: str, dims: list[_Dim], box: Box, quantity: Quantity
+) -> tuple[float, list[Tensor | None]]:
+    """What all entries of a box are multiplied by, and what those of each row and column besides."""
+    power = 2 if quantity == "squared_gradient" else 1
+    scales = [dim.scale(part) for dim, part in zip(dims, box, strict=True)]
+    factor = math.prod(s for s in scales if isinstance(s, float)) * _gain_factor(recipe, name, quantity)
+    return factor**power, [scale**power if isinstance(scale, Tensor) else None for scale in scales]
+
+
+def _times(x: Tensor, diagonals: list[Tensor | None]) -> Tensor:
+    """x with its rows and columns scaled."""
+    for d, diagonal in enumerate(diagonals):
+        if diagonal is not None:
+            scale = diagonal.to(x.device, torch.promote_types(x.dtype, torch.float32))
+            x = x * (scale[:, None] if d < x.ndim - 1 else scale)
+    return x
+
+
+def _doubled(diagonal: Tensor | None, index: Tensor) -> Tensor:
+    """[2, T] a diagonal as `ops.sparse_map_` takes it: twice, for values and for gradients."""
+    scale = torch.ones(len(index)) if diagonal is None else diagonal.float()
+    return scale.to(index.device).expand(2, -1)
+
+
+def _gathered(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Rows or columns of x, 0 where there are none."""
+    is_new = index == NEW
+    if not is_new.any():
+        return x.index_select(dim, index)
+    return x.index_select(dim, index.clamp(min=0)).index_fill(dim, torch.where(is_new)[0], 0)
+
+
+def _uses_all(recipe: Recipe, name: str, dims: list[_Dim], quantity: Quantity) -> bool:
+    """Whether entries of a target parameter depend on more of the source than they copy."""
+    has_new = any(dim.new != "zero" and any(map(_has_new, dim.maps)) for dim in dims)
+    return quantity == "value" and (has_new or recipe.noise > 0)
+
+
+def _hull(index: Tensor) -> slice:
+    """The smallest range that holds all of an index."""
+    if len(index) == 0:
+        return slice(0, 0)
+    first, last = index.aminmax()
+    return slice(int(first), int(last) + 1)
 
 
 def _add_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
@@ -240,12 +331,10 @@ def _forms(name: str, model: ModelConfig) -> tuple[Form, Form]:
     return "in" if feeds_tied_head else "out", "in"
 
 
-def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool, first: int) -> Tensor:
+def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool) -> Tensor:
     if axis_map is not None:
-        return axis_map.spread(x, dim, elements, average, first)
-    if isinstance(elements, slice):
-        return x.narrow(dim, elements.start - first, elements.stop - elements.start)
-    return x.index_select(dim, (elements - first).to(x.device))
+        return axis_map.spread(x, dim, elements, average)
+    return x[elements] if dim == 0 else x[:, elements]
 
 
 def _has_new(axis_map: AxisMap | None) -> bool:

@@ -85,12 +85,6 @@ class Recipe:
             isinstance(m, SparseMap) for axes in maps for m in axes.values()
         )
 
-    @property
-    def only_copies(self) -> bool:
-        """Whether every entry is a scaled copy of one entry of its own layer, by one rule for all layers."""
-        has_new = any(isinstance(m, SparseMap) and m.has_new for m in self.axes.values())
-        return self.copies and not (has_new or self.noise or self.layer_axes or self.next_rows)
-
     def source_name(self, name: str) -> str:
         """The source parameter that a target parameter copies; of copied layers only."""
         layer, leaf = split_name(name)
@@ -98,6 +92,15 @@ class Recipe:
             return name
         assert isinstance(self.layers, LayerMap), "a mixed layer has no single source"
         return layer_name(self.layers.index[layer], leaf)
+
+    def source_names(self, name: str) -> list[str]:
+        """The source parameters whose entries a target parameter copies."""
+        layer, leaf = split_name(name)
+        if layer is None or not self.reads_next(name):
+            return [self.source_name(name)]
+        assert isinstance(self.layers, LayerMap), "a mixed layer has no single source"
+        following = min(self.layers.index[layer] + 1, self.source.num_layers - 1)
+        return [self.source_name(name), layer_name(following, leaf)]
 
     def axes_of(self, name: str) -> Mapping[str, AxisMap]:
         """The maps that grow the axes of a target parameter."""

@@ -6,7 +6,7 @@ by FSDP2 in rows over `dp`. A rank's piece is therefore always one box of the wh
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,12 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
     """Writes this rank's piece of `whole` into the tensor."""
     with torch.no_grad():
         local(tensor).copy_(whole[box(tensor)])
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Gives the memory of this rank's pieces back at once, whoever still holds the tensors; none may be read again."""
+    for tensor in tensors:
+        local(tensor.detach()).untyped_storage().resize_(0)
 
 
 def tensor_dim(name: str, model: ModelConfig, tp: Axis) -> int | None:

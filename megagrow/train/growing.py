@@ -18,18 +18,18 @@ from torch import Tensor
 
 from megagrow.checkpoint.source import Source
 from megagrow.config import Config, ModelConfig, require
+from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import save_maps
 from megagrow.growth.ligo_maps import start_recipe
-from megagrow.growth.local import shard_fetch
 from megagrow.growth.maps import LayerMap
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.moments import grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
+from megagrow.growth.moments import QUANTITIES, grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
 from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
-from megagrow.parallel.shards import fill
+from megagrow.parallel.shards import fill, release
 from megagrow.parallel.stages import own_stages
 from megagrow.timeline import growth_configs, growth_settings, num_growths
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
@@ -77,7 +77,7 @@ def begin(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Lear
         grown = map_learner(learner.part, growing)
         grown.generate()
         return grown
-    grown_learner = _grow_copies(learner, growing, mesh)
+    grown_learner = grow_copies(learner, growing, mesh)
     _complete(state, config)
     return grown_learner
 
@@ -128,13 +128,20 @@ def _check_freezable(recipe: Recipe) -> None:
     )
 
 
-def _grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
+def grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner:
+    """The grown model with its optimizer; a collective. The small one's weights are gone afterwards.
+
+    They are given back before the large moments take memory, so that a rank never holds more than both models' moments
+    and the large weights.
+    """
     recipe, policy = _recipe(small.part.config, config), config.growth.optimizer
-    part = build_part(config.model, config, mesh)
-    grow_into(recipe, shard_fetch(small.part.parameters, recipe, mesh), part.parameters)
-    old = small.optimizer
-    optimizer = Optimizer(part.parameters, config.optim, grow_multipliers(recipe, policy, old.multipliers))
-    sources = {moment: shard_fetch(tensors, recipe, mesh) for moment, tensors in old.moments().items()}
+    part, old = build_part(config.model, config, mesh), small.optimizer
+    multipliers = grow_multipliers(recipe, policy, old.multipliers)
+    exchange = Exchange(recipe, small.part.parameters, part.parameters, mesh)
+    grow_into(recipe, exchange.fetch(small.part.parameters), part.parameters)
+    release(small.part.parameters.values())
+    optimizer = Optimizer(part.parameters, config.optim, multipliers)
+    sources = {moment: exchange.fetch(tensors, QUANTITIES[moment]) for moment, tensors in old.moments().items()}
     step = grow_optimizer(recipe, policy, sources, optimizer.moments(), old.step_count)
     optimizer.step_count = step
     optimizer.new_part = grow_new_part(recipe, policy, config.growth, step, part.parameters)

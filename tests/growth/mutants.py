@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megagrow.config import ModelConfig
 from megagrow.growth import methods, moments, operator, width
+from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into
 from megagrow.growth.maps import AxisMap, SparseMap
 from megagrow.growth.operator import Quantity
@@ -65,12 +66,12 @@ def tied_head_without_scale() -> AbstractContextManager[Any]:
 
 def sixteen_bit_masters() -> AbstractContextManager[Any]:
     """The 16-bit copies of the weights grow, instead of the weights."""
-    shard_fetch = growing.shard_fetch
+    fetch = growing.Exchange.fetch
 
-    def rounded(tensors: dict[str, Tensor], *args: Any) -> Fetch:
-        return shard_fetch({name: t.detach().bfloat16().to(t.dtype) for name, t in tensors.items()}, *args)
+    def rounded(exchange: Exchange, tensors: dict[str, Tensor], *args: Any) -> Fetch:
+        return fetch(exchange, {name: t.detach().bfloat16().to(t.dtype) for name, t in tensors.items()}, *args)
 
-    return mock.patch.object(growing, "shard_fetch", rounded)
+    return mock.patch.object(growing.Exchange, "fetch", rounded)
 
 
 def copied_moments() -> AbstractContextManager[Any]:

@@ -66,8 +66,8 @@ def masters() -> bool:
     initialize_part(part, seed=0)
     learner = growing.new_learner(part, config)
     assert isinstance(learner, ModelLearner)
-    large = growing._grow_copies(learner, config, Mesh.single()).part.parameters
-    recipe, weights = make_recipe("clone", small, config.model), {n: p.detach() for n, p in part.parameters.items()}
+    recipe, weights = make_recipe("clone", small, config.model), {n: p.clone() for n, p in part.parameters.items()}
+    large = growing.grow_copies(learner, config, Mesh.single()).part.parameters
     return all(torch.equal(large[name], grow_whole(recipe, weights.__getitem__, name)) for name in large)
 
 

@@ -14,6 +14,7 @@ import megagrow_kernels as kernels
 
 BF16 = torch.bfloat16
 T, H = 64, 2048
+LEAF = 256 * 256  # elements of a leaf whose layers are mixed
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Floor:
         elements: that the bytes are counted per.
         forward, backward: bytes per element.
         num_sums: gradients of weights and biases, of which every program writes a float32 row of partial sums.
+        cached: bytes per element that caches give by design, forward and backward.
     """
 
     run: Callable[[], tuple[Tensor, ...]]
@@ -32,6 +34,7 @@ class Floor:
     forward: float
     backward: float
     num_sums: int = 0
+    cached: tuple[float, float] = (0.0, 0.0)
 
 
 def normal(*shape: int, dtype: torch.dtype = BF16, leaf: bool = True) -> Tensor:
@@ -103,6 +106,20 @@ def _adamw() -> tuple[Tensor, ...]:
     return ()
 
 
+def _layer_mix() -> tuple[Tensor, ...]:
+    return (kernels.layer_mix(normal(6, LEAF, leaf=False), normal(12, 6)),)
+
+
+def _sparse_map() -> tuple[Tensor, ...]:
+    """Twice as many rows and columns, replicas side by side; three float32 tensors."""
+    R, C = 2 * T, 1024
+    targets = [torch.empty(R, C) for _ in range(3)]
+    sources = [normal(T, C // 2, dtype=torch.float32, leaf=False) for _ in range(3)]
+    scales = normal(2, R, dtype=torch.float32, leaf=False), normal(2, C, dtype=torch.float32, leaf=False)
+    kernels.sparse_map_(targets, sources, torch.arange(R) // 2, torch.arange(C) // 2, *scales)
+    return ()
+
+
 FLOOR = {
     "rms_norm": Floor(lambda: _rms_norm(False), T * H, 4, 6, num_sums=1),
     "rms_norm with residual": Floor(lambda: _rms_norm(True), T * H, 8, 8, num_sums=1),
@@ -118,5 +135,8 @@ FLOOR = {
     "vocab_scores": Floor(_vocab_scores, 8 * 8192, 2, 0),
     "distill_stats with rank": Floor(_distill_stats, 8 * 8192, 4, 0),
     "distill_grad_": Floor(_distill_grad, 8 * 8192, 6, 0),
+    "layer_mix": Floor(_layer_mix, 18 * LEAF, 2, 2),
+    # An entry is asked for four times, three of them of a cache; index and scales of a column once for eight rows.
+    "sparse_map_": Floor(_sparse_map, 2 * T * 1024, 15, 0, cached=(12 - 3 + 1.5, 0)),
     "adamw_": Floor(_adamw, 64 * 1024 + 33_000 + 7, 28, 0),
 }

@@ -13,10 +13,17 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import megagrow_kernels
-from megagrow import ops, torch_ops
+from megagrow import growth_ops, ops, torch_growth_ops, torch_ops
 from megagrow.errors import ConfigError
 
 F64 = torch.float64
+GROWTH_DOORS = {
+    "layer_mix": "layer_mix",
+    "sparse_map_": "sparse_map",
+    "dense_map": "dense_map",
+    "dense_map_": "dense_map",
+    "dense_blocks_": "dense_map",
+}
 DOORS = {
     "rms_norm": "norm",
     "vocab_stats": "vocab_loss",
@@ -201,11 +208,12 @@ def test_attention(causal: bool, num_kv_heads: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(actual, leaves, seed), torch.autograd.grad(expected, leaves, seed))
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", [*DOORS, *GROWTH_DOORS])
 def test_door_twin_and_kernel_have_the_same_parameters(name: str) -> None:
+    twins = torch_growth_ops if name in GROWTH_DOORS else torch_ops
     door, twin, kernel = (
         [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.name != "fused"]
-        for function in (getattr(ops, name), getattr(torch_ops, name), getattr(megagrow_kernels, name))
+        for function in (getattr(ops, name), getattr(twins, name), getattr(megagrow_kernels, name))
     )
     assert door == twin == kernel
 
@@ -225,18 +233,18 @@ def all_serve() -> Iterator[None]:
 @pytest.mark.parametrize("name", ops.KERNELS)
 def test_kernels_serve_what_they_can_on_a_gpu(name: str) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert ops._kernels(name, fake("cuda", dtype)) is megagrow_kernels
-        assert ops._kernels(name, fake("cpu", dtype)) is None
-    assert ops._kernels(name, fake("cuda", F64)) is None
+        assert ops.kernels_for(name, fake("cuda", dtype)) is megagrow_kernels
+        assert ops.kernels_for(name, fake("cpu", dtype)) is None
+    assert ops.kernels_for(name, fake("cuda", F64)) is None
 
 
 def test_only_what_is_measured_serves_by_default() -> None:
     x = fake("cuda", torch.float32)
     ops.let_kernels_serve("measured")
     assert ops.MEASURED <= ops.KERNELS
-    assert {name for name in ops.KERNELS if ops._kernels(name, x)} == ops.MEASURED
+    assert {name for name in ops.KERNELS if ops.kernels_for(name, x)} == ops.MEASURED
     ops.let_kernels_serve("none")
-    assert not any(ops._kernels(name, x) for name in ops.KERNELS)
+    assert not any(ops.kernels_for(name, x) for name in ops.KERNELS)
     ops.let_kernels_serve("measured")
 
 
@@ -247,15 +255,17 @@ def test_kernels_that_are_not_there_are_refused() -> None:
         ops.check_kernels("all", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", [*DOORS, *GROWTH_DOORS])
 def test_door_hands_everything_to_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = inspect.signature(getattr(ops, name)).parameters.values()
-    arguments = [object() for p in parameters if p.kind != p.KEYWORD_ONLY]
+    arguments = [[object()] if p.name == "targets" else object() for p in parameters if p.kind != p.KEYWORD_ONLY]
     calls: list[tuple[object, ...]] = []
     kernels = SimpleNamespace(**{name: lambda *given, **named: calls.append(given) or "result"})
-    serves = DOORS[name], arguments[0]
-    monkeypatch.setattr(ops, "_kernels", lambda *asked: kernels if asked == serves else None)
-    assert getattr(ops, name)(*arguments) == "result"
+    first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+    serves = (DOORS | GROWTH_DOORS)[name], first
+    module = growth_ops if name in GROWTH_DOORS else ops
+    monkeypatch.setattr(module, "kernels_for", lambda *asked: kernels if asked == serves else None)
+    assert getattr(ops, name)(*arguments) == (None if name in GROWTH_DOORS and name.endswith("_") else "result")
     assert calls == [tuple(arguments)]
 
 
@@ -267,7 +277,9 @@ def fresh_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return monkeypatch
 
 
-def load_ops() -> ModuleType:
+def load_ops(fresh_ops: pytest.MonkeyPatch) -> ModuleType:
+    for name in ("serving", "growth_ops"):
+        fresh_ops.delitem(sys.modules, f"megagrow.{name}")
     spec = importlib.util.spec_from_file_location("ops_again", ops.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -277,9 +289,9 @@ def load_ops() -> ModuleType:
 def test_without_triton_the_twins_serve(fresh_ops: pytest.MonkeyPatch) -> None:
     fresh_ops.setitem(sys.modules, "triton", None)  # `import triton` fails
     fresh_ops.setitem(sys.modules, "megagrow_kernels", None)
-    module = load_ops()
+    module = load_ops(fresh_ops)
     module.let_kernels_serve("all")
-    assert module._kernels("norm", fake("cuda", torch.float32)) is None
+    assert module.kernels_for("norm", fake("cuda", torch.float32)) is None
     with pytest.raises(ConfigError, match="train.kernels=all needs Triton"):
         module.check_kernels("all", torch.device("cuda"))
     assert module.rms_norm(torch.ones(2, 4), torch.ones(4), 0.0).tolist() == [[1.0] * 4] * 2
@@ -292,11 +304,11 @@ def test_a_broken_triton_is_named_once(fresh_ops: pytest.MonkeyPatch) -> None:
                 raise RuntimeError("no such driver")
 
     fresh_ops.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    module = load_ops()
+    module = load_ops(fresh_ops)
     with pytest.warns(UserWarning, match="no such driver") as caught:
         module.let_kernels_serve("all")
         module.let_kernels_serve("all")
-    assert module._kernels("norm", fake("cuda", torch.float32)) is None
+    assert module.kernels_for("norm", fake("cuda", torch.float32)) is None
     assert len(caught) == 1
 
 

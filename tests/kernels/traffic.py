@@ -49,9 +49,9 @@ class Traffic(AbstractContextManager["Traffic"]):
         seen, at = (self._loads, 1) if name.endswith("load") else (self._stores, 2)
 
         def watched(builder: InterpreterBuilder, ptrs: Any, *rest: Any) -> Any:
-            mask = rest[at - 1]
+            mask = rest[at - 1].data.astype(bool)  # what `&` gives holds numbers
             size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
-            addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data]
+            addresses = np.broadcast_to(ptrs.data, mask.shape)[mask]
             self.asked += size * len(addresses) if seen is self._loads else 0
             seen.append((addresses[:, None] + np.arange(size, dtype=np.uint64)).ravel())
             return original(builder, ptrs, *rest)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megagrow import flops, ops
+from megagrow import flops, ops, serving
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import open_source
 from megagrow.config import (
@@ -510,12 +510,12 @@ def test_a_run_can_be_prolonged_and_says_so(corpus: Path, tmp_path: Path, capfd:
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("which", "serving"), [("none", frozenset()), ("measured", ops.MEASURED)])
-def test_a_run_chooses_its_kernels(which: str, serving: frozenset[str], corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("which", "files"), [("none", frozenset()), ("measured", ops.MEASURED)])
+def test_a_run_chooses_its_kernels(which: str, files: frozenset[str], corpus: Path, tmp_path: Path) -> None:
     ops.let_kernels_serve("all")
     config = make_config(corpus, tmp_path, steps=1)
     assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=which))) == 0
-    assert ops._serving == serving
+    assert serving._serving == files
 
 
 def test_kernels_that_cannot_serve_are_refused(corpus: Path, tmp_path: Path) -> None:

@@ -6,9 +6,23 @@ from dataclasses import replace
 
 from megagrow_kernels.launch import Launch, wide_warps
 from tests.kernels.build import TARGETS, Build
-from tests.kernels.builds import adamw, distill_loss, dropout_add, gelu, glu, narrow, norm, product, rope, vocab_loss
+from tests.kernels.builds import (
+    adamw,
+    dense_map,
+    distill_loss,
+    dropout_add,
+    gelu,
+    glu,
+    layer_mix,
+    narrow,
+    norm,
+    product,
+    rope,
+    sparse_map,
+    vocab_loss,
+)
 
-FILES = (norm, vocab_loss, distill_loss, glu, gelu, dropout_add, rope, adamw)
+FILES = (norm, vocab_loss, distill_loss, glu, gelu, dropout_add, rope, adamw, layer_mix, sparse_map, dense_map)
 
 
 def pinned() -> Iterator[Build]:

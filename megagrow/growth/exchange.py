@@ -1,0 +1,149 @@
+"""Moves between ranks exactly what growth by copies needs: of each source tensor, the range that a rank's shards copy.
+
+Every rank tells once which boxes it stores of source and target. From then on all of them know, for each source tensor,
+who needs which range of it and who has it: what a rank has itself is copied, the rest is sent from rank to rank. So
+`clone` on evenly divided axes sends nothing but the layers that change their stage.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagrow.checkpoint.agreement import Ranks
+from megagrow.growth.grow import Fetch
+from megagrow.growth.operator import Quantity, copied_box
+from megagrow.growth.recipe import Recipe
+from megagrow.parallel import heartbeat
+from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.shards import Box, box, local
+from megagrow.roles import parameter_shapes
+
+Boxes = Sequence[Mapping[str, Box]]  # by rank: what it holds, or needs, of each tensor
+
+
+class Exchange:
+    """Who needs what of a source model that lives in this job; making one is a collective over all ranks.
+
+    Args:
+        recipe: one that copies.
+        sources: this rank's tensors of the source by name; its moments are laid out alike.
+        targets: this rank's tensors of the target, likewise.
+        mesh: where the rank stands.
+    """
+
+    def __init__(
+        self, recipe: Recipe, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], mesh: Mesh
+    ) -> None:
+        assert recipe.copies, "learned maps need whole tensors: see mesh_fetch"
+        self.mesh, self._shapes = mesh, parameter_shapes(recipe.source)
+        ranks = Ranks(mesh.world.group, alone=mesh.world.size == 1)
+        self._has: Boxes = ranks.gather(_boxes(sources))
+        stored = ranks.gather(_boxes(targets))
+        kinds: tuple[Quantity, ...] = ("value", "gradient")  # what is new in moments is 0, and needs nothing
+        self._needs = {kind: [_needed(recipe, boxes, kind) for boxes in stored] for kind in kinds}
+
+    def fetch(self, tensors: Mapping[str, Tensor], quantity: Quantity = "value") -> Fetch:
+        """Reads parameters of the source, or one of their moments; every call is a collective.
+
+        What it gives has the whole tensor's shape, but only the range that this rank needs is filled.
+
+        Args:
+            tensors: this rank's, by parameter name, of one dtype.
+            quantity: what they are, as in `grow.grow_into`.
+        """
+        dtype, needs = next(iter(tensors.values())).dtype, self._needs["value" if quantity == "value" else "gradient"]
+
+        def fetch(name: str) -> Tensor:
+            whole = torch.empty(self._shapes[name], dtype=dtype, device=self.mesh.device)
+            piece = local(tensors[name]).detach().to(self.mesh.device) if name in tensors else None
+            self._fill(name, whole, piece, needs)
+            heartbeat.progress()
+            return whole
+
+        return fetch
+
+    def moves(self) -> Iterator[tuple[int, int, int]]:
+        """(sender, receiver, elements) of all that weights and both moments move, also from a rank to itself."""
+        for name in self._shapes:
+            for needs, times in (self._needs["value"], 1), (self._needs["gradient"], 2):
+                for sender, receiver, part in self._moves(name, needs):
+                    yield sender, receiver, times * _size(part)
+
+    def _moves(self, name: str, all_needs: Boxes) -> Iterator[tuple[int, int, Box]]:
+        """(sender, receiver, range) of all that is needed of a tensor, in an order that all ranks share."""
+        holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for rank, boxes in enumerate(self._has):
+            if name in boxes:
+                holders.setdefault(_key(boxes[name]), []).append(rank)
+        for receiver, needs in enumerate(all_needs):
+            for key, ranks in holders.items() if name in needs else ():
+                part = tuple(_overlap(slice(*k), need) for k, need in zip(key, needs[name], strict=True))
+                if _size(part):
+                    yield receiver if receiver in ranks else ranks[receiver % len(ranks)], receiver, part
+
+    def _fill(self, name: str, whole: Tensor, piece: Tensor | None, needs: Boxes) -> None:
+        """Puts what is needed here into `whole`, and sends from `piece` what others need."""
+        me, operations, arrived = self.mesh.world.rank, [], []
+        for sender, receiver, part in self._moves(name, needs):
+            if sender == me:
+                assert piece is not None
+                own = piece[_within(part, self._has[me][name])]
+            if sender == receiver == me:
+                whole[part] = own
+            elif sender == me:
+                operations.append(dist.P2POp(dist.isend, own.contiguous(), group=self._group, group_peer=receiver))
+            elif receiver == me:
+                target = whole[part]
+                buffer = target if target.is_contiguous() else target.new_empty(target.shape)
+                operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=sender))
+                arrived.append((target, buffer))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        for target, buffer in arrived:
+            if buffer is not target:
+                target.copy_(buffer)
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return self.mesh.world.group
+
+
+def _boxes(tensors: Mapping[str, Tensor]) -> dict[str, Box]:
+    return {name: box(tensor) for name, tensor in tensors.items() if local(tensor).numel()}
+
+
+def _needed(recipe: Recipe, targets: Mapping[str, Box], quantity: Quantity) -> dict[str, Box]:
+    """The smallest box of each source tensor that holds all that a rank's boxes of the target copy."""
+    needed: dict[str, list[Box]] = {}
+    for name, target in targets.items():
+        for source_name in recipe.source_names(name):
+            needed.setdefault(source_name, []).append(copied_box(recipe, name, target, quantity))
+    return {name: reduce(_hull, boxes) for name, boxes in needed.items()}
+
+
+def _hull(one: Box, other: Box) -> Box:
+    if _size(one) == 0 or _size(other) == 0:
+        return one if _size(other) == 0 else other
+    return tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+
+
+def _overlap(one: slice, other: slice) -> slice:
+    start = max(one.start, other.start)
+    return slice(start, max(start, min(one.stop, other.stop)))
+
+
+def _within(part: Box, whole: Box) -> Box:
+    """A box as counted from the start of another one."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole, strict=True))
+
+
+def _key(part: Box) -> tuple[tuple[int, int], ...]:
+    return tuple((each.start, each.stop) for each in part)
+
+
+def _size(part: Box) -> int:
+    return prod(each.stop - each.start for each in part)
