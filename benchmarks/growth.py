@@ -275,7 +275,12 @@ def work(name: str, kind: str) -> None:
 def launch(name: str, kind: str) -> list[dict[str, Any]]:
     """What the ranks found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(4 * MIB),
+        "MALLOC_ARENA_MAX": "1",
+    }
     done = subprocess.run([*command, __file__, name, kind], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{name}, {kind}: {done.stderr[-2000:]}")
