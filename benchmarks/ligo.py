@@ -40,7 +40,6 @@ from megagrow.report.run import load_run
 from megagrow.train import run
 
 LENGTH, BATCH = 128, 8
-LRS = (1e-3, 3e-3, 1e-2)  # of the maps
 PAIRS = {  # source and target: layers, hidden size, size of the FFN; heads of 32
     "width": ((4, 64, 176), (4, 128, 352)),
     "depth": ((3, 128, 352), (6, 128, 352)),
@@ -63,14 +62,13 @@ def arms(pair: str) -> dict[str, GrowthConfig]:
     """Sparse methods, and each variant of LiGO with each learning rate."""
     sparse = ("stack", "interleave") if pair == "depth" else ("rms_random", "zero_pad", "clone", "direct_copy")
     found = {name: GrowthConfig(method=name, optimizer="reset") for name in sparse}
+    starts = [("tied", "stack"), ("tied", "authors")]
     if pair != "depth":
         found["clone, noise"] = GrowthConfig(method="clone", optimizer="reset", breaker="noise")
-    starts = [("tied", "clone"), ("source_layer", "clone"), ("target_layer", "authors"), ("target_layer", "clone")]
-    starts += [("full_rank", "rms_random"), ("full_rank", "zero_pad")]
-    if pair == "depth":
-        starts = [("tied", "stack"), ("tied", "authors")]
+        starts = [("tied", "clone"), ("source_layer", "clone"), ("target_layer", "authors"), ("target_layer", "clone")]
+        starts += [("full_rank", "rms_random"), ("full_rank", "zero_pad")]
     for variant, init in starts:
-        for lr in LRS:
+        for lr in (1e-3, 3e-3, 1e-2):
             maps: Any = {"ligo_variant": variant, "ligo_init": init, "ligo_lr": lr}
             found[f"{variant} from {init}, lr {lr:g}"] = GrowthConfig(method="ligo", optimizer="reset", **maps)
     return found
@@ -98,7 +96,6 @@ def train_source(folder: Path, seed: int, pair: str, plan: Plan) -> None:
 
 
 def measure(folder: Path, seed: int, pair: str, name: str, plan: Plan) -> dict[str, Any]:
-    """One finished run."""
     growth = replace(arms(pair)[name], ligo_steps=plan.ligo_steps)
     small, large = (model(size) for size in PAIRS[pair])
     if "zero_pad" in (growth.method, growth.ligo_init if growth.method == "ligo" else ""):
@@ -111,34 +108,29 @@ def measure(folder: Path, seed: int, pair: str, name: str, plan: Plan) -> dict[s
     grown = replace(grown, init=InitConfig(from_=str(folder / f"source-{seed}")), growth=growth)
     assert run(grown) == 0
     ended = load_run(Path(grown.run.dir))
-    assert ended.growth is not None
-    losses = {"loss": ended.final_loss, **{key: ended.growth[key] for key in ("loss_initial", "loss_after")}}
-    spent = ended.cost("all_in", "flops")
-    return {"pair": pair, "arm": name, "seed": seed, "steps": steps, "all_in_flops": spent, **losses}
+    losses = {"loss": ended.final_loss, **{key: (ended.growth or {})[key] for key in ("loss_initial", "loss_after")}}
+    return {"arm": name, "seed": seed, "steps": steps, "all_in_flops": ended.cost("all_in", "flops"), **losses}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Arms from the best to the worst, as means over seeds: final loss, with grown and with initial maps, FLOPs."""
-    shown = ("loss", "loss_after", "loss_initial", "all_in_flops")
-    means = {
-        name: [statistics.fmean(row[key] for row in rows if row["arm"] == name) for key in shown]
-        for name in {row["arm"] for row in rows}
-    }
-    for name, (loss, after, initial, spent) in sorted(means.items(), key=lambda item: item[1]):
+    keys, names = ("loss", "loss_after", "loss_initial", "all_in_flops"), {row["arm"] for row in rows}
+    means = {name: [statistics.fmean(row[key] for row in rows if row["arm"] == name) for key in keys] for name in names}
+    for name, (loss, after, initial, spent) in sorted(means.items(), key=lambda arm: arm[1]):
         print(f"{name:44}{loss:8.4f}{after:8.3f}{initial:8.3f}{spent:10.3e}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="width")
-    parser.add_argument("--arms", nargs="*", default=[], help="beginnings of their names; all of them without")
+    parser.add_argument("--arms", nargs="*", default=[""], help="beginnings of their names; all of them without")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--equal-steps", action="store_true", help="learning steps come on top")
     options = parser.parse_args()
-    plan = Plan(40, 40, 5, 1_000_000) if options.quick else Plan()
-    plan, seeds = replace(plan, equal_steps=options.equal_steps), options.seeds[:1] if options.quick else options.seeds
-    names = [n for n in arms(options.pair) if n.startswith(tuple(options.arms) or "")]
+    plan = replace(Plan(20, 20, 3, 1_000_000) if options.quick else Plan(), equal_steps=options.equal_steps)
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    names = [name for name in arms(options.pair) if name.startswith(tuple(options.arms))]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for split, files in zip(("train", "validation"), split_by_file(documents(plan.limit_bytes)), strict=True):
@@ -146,12 +138,11 @@ def main() -> None:
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             for done in [pool.submit(train_source, folder, seed, options.pair, plan) for seed in seeds]:
                 done.result()
-            jobs = [(folder, seed, options.pair, name, plan) for seed in seeds for name in names]
-            rows = [done.result() for done in [pool.submit(measure, *job) for job in jobs]]
+            runs = [pool.submit(measure, folder, seed, options.pair, name, plan) for seed in seeds for name in names]
+            rows = [done.result() for done in runs]
     show(rows)
-    name = "ligo" if options.pair == "width" else f"ligo_{options.pair}"
     if not options.quick:
-        results_file.save(name, rows, plan=asdict(plan), lrs=LRS)
+        results_file.save("ligo" if options.pair == "width" else f"ligo_{options.pair}", rows, plan=asdict(plan))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 
 from megagrow import ops
 from megagrow.config import ModelConfig
+from megagrow.roles import num_parameters
 from megagrow_kernels.launch import ANY
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -392,3 +393,40 @@ def test_preprocess_measures_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert [row.unit for row in rows] == ["documents/s", "documents/s", "x"]
     assert rows[2].value == pytest.approx(rows[1].value / rows[0].value)
     assert rows[2].holds == (rows[2].value >= preprocess.SHARE)
+
+
+def test_growth_judges_by_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = load("growth", monkeypatch)
+    assert 110e6 < num_parameters(growth.SMALL) < 130e6
+    assert 330e6 < num_parameters(growth.LARGE) < 380e6
+    name, case = next((name, case) for name, case in growth.GROWTHS.items() if case.is_local)
+    planned = growth.phases(growth.Layout(case.config, 4), "cpu")[0][1].memory
+    rank = {"source": 100.0, "target": 1000.0, "layer": 10.0, "sent": 0.0, "send_seconds": [0.0, 0.0]}
+
+    def holds(peak: float, seconds: float) -> list[bool]:
+        found = [
+            rank
+            | {"pipeline": held.rank, "peak": peak * held.total, "target": 1.06 * held.total}
+            | {"seconds": [seconds, seconds], "copy_seconds": [1.0, 1.0]}
+            for held in planned
+        ]
+        monkeypatch.setattr(growth, "launch", lambda *_: found)
+        return [row.holds for row in growth.growth_rows(name, case) if row.bound]
+
+    assert holds(1.05, 2.9) == [True] * 4
+    assert holds(1.05, 3.1) == [True, True, False, False]
+    assert holds(1.2, 2.9) == [False, False, True, True]
+
+
+def test_learning_is_judged_beside_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = load("growth", monkeypatch)
+    name, case = next(iter(growth.LEARNING.items()))
+    planned = {held.rank: held.total for held in growth.phases(growth.Layout(case.config, 4), "cpu")[0][1].memory}
+    steps = {"learn": (1.0, 2.1), "plain": (1.2, 1.0)}
+
+    def launch(_: str, kind: str) -> list[dict[str, Any]]:
+        share, seconds = steps[kind]
+        return [{"pipeline": r, "peak": share * b, "seconds": [seconds, seconds]} for r, b in planned.items()]
+
+    monkeypatch.setattr(growth, "launch", launch)
+    assert [row.holds for row in growth.learning_rows(name, case) if row.bound] == [True, False, True]

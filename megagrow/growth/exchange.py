@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.checkpoint.agreement import Ranks
-from megagrow.growth.grow import Fetch
+from megagrow.growth.grow import Fetch, Ranges
 from megagrow.growth.operator import Quantity, copied_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import Box, box, local
-from megagrow.roles import parameter_shapes
+from megagrow.roles import parameter_names
 
 Boxes = Sequence[Mapping[str, Box]]  # by rank: what it holds, or needs, of each tensor
 
@@ -39,7 +39,7 @@ class Exchange:
         self, recipe: Recipe, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], mesh: Mesh
     ) -> None:
         assert recipe.copies, "learned maps need whole tensors: see mesh_fetch"
-        self.mesh, self._shapes = mesh, parameter_shapes(recipe.source)
+        self.mesh, self._names = mesh, parameter_names(recipe.source)
         ranks = Ranks(mesh.world.group, alone=mesh.world.size == 1)
         self._has: Boxes = ranks.gather(_boxes(sources))
         stored = ranks.gather(_boxes(targets))
@@ -49,26 +49,27 @@ class Exchange:
     def fetch(self, tensors: Mapping[str, Tensor], quantity: Quantity = "value") -> Fetch:
         """Reads parameters of the source, or one of their moments; every call is a collective.
 
-        What it gives has the whole tensor's shape, but only the range that this rank needs is filled.
+        What it gives is the range that this rank needs, a view of its own piece where that holds it.
 
         Args:
             tensors: this rank's, by parameter name, of one dtype.
             quantity: what they are, as in `grow.grow_into`.
         """
         dtype, needs = next(iter(tensors.values())).dtype, self._needs["value" if quantity == "value" else "gradient"]
+        needed = needs[self.mesh.world.rank]
 
-        def fetch(name: str) -> Tensor:
-            whole = torch.empty(self._shapes[name], dtype=dtype, device=self.mesh.device)
+        def read(name: str) -> Tensor:
             piece = local(tensors[name]).detach().to(self.mesh.device) if name in tensors else None
-            self._fill(name, whole, piece, needs)
+            region = self._region(name, piece, needed.get(name, ()), dtype)
+            self._fill(name, region, piece, needs)
             heartbeat.progress()
-            return whole
+            return region
 
-        return fetch
+        return Ranges(read, lambda name: tuple(each.start for each in needed[name]))
 
     def moves(self) -> Iterator[tuple[int, int, int]]:
         """(sender, receiver, elements) of all that weights and both moments move, also from a rank to itself."""
-        for name in self._shapes:
+        for name in self._names:
             for needs, times in (self._needs["value"], 1), (self._needs["gradient"], 2):
                 for sender, receiver, part in self._moves(name, needs):
                     yield sender, receiver, times * _size(part)
@@ -85,19 +86,29 @@ class Exchange:
                 if _size(part):
                     yield receiver if receiver in ranks else ranks[receiver % len(ranks)], receiver, part
 
-    def _fill(self, name: str, whole: Tensor, piece: Tensor | None, needs: Boxes) -> None:
-        """Puts what is needed here into `whole`, and sends from `piece` what others need."""
+    def _region(self, name: str, piece: Tensor | None, need: Box, dtype: torch.dtype) -> Tensor:
+        """What is needed here, or memory for it."""
+        own = self._has[self.mesh.world.rank].get(name)
+        if piece is not None and own is not None and need and _covers(own, need):
+            return piece[_within(need, own)]
+        shape = [each.stop - each.start for each in need]
+        return torch.empty(shape if need else 0, dtype=dtype, device=self.mesh.device)
+
+    def _fill(self, name: str, region: Tensor, piece: Tensor | None, needs: Boxes) -> None:
+        """Puts what is needed here into its place, and sends from `piece` what others need."""
         me, operations, arrived = self.mesh.world.rank, [], []
+        own, need = self._has[me].get(name, ()), needs[me].get(name, ())
+        is_here = bool(own and need) and _covers(own, need)
         for sender, receiver, part in self._moves(name, needs):
-            if sender == me:
+            if sender == receiver == me and not is_here:
                 assert piece is not None
-                own = piece[_within(part, self._has[me][name])]
-            if sender == receiver == me:
-                whole[part] = own
-            elif sender == me:
-                operations.append(dist.P2POp(dist.isend, own.contiguous(), group=self._group, group_peer=receiver))
-            elif receiver == me:
-                target = whole[part]
+                region[_within(part, need)] = piece[_within(part, own)]
+            elif sender == me != receiver:
+                assert piece is not None
+                sent = piece[_within(part, own)].contiguous()
+                operations.append(dist.P2POp(dist.isend, sent, group=self._group, group_peer=receiver))
+            elif receiver == me != sender:
+                target = region[_within(part, need)]
                 buffer = target if target.is_contiguous() else target.new_empty(target.shape)
                 operations.append(dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=sender))
                 arrived.append((target, buffer))
@@ -134,6 +145,10 @@ def _hull(one: Box, other: Box) -> Box:
 def _overlap(one: slice, other: slice) -> slice:
     start = max(one.start, other.start)
     return slice(start, max(start, min(one.stop, other.stop)))
+
+
+def _covers(own: Box, need: Box) -> bool:
+    return all(a.start <= b.start and b.stop <= a.stop for a, b in zip(own, need, strict=True))
 
 
 def _within(part: Box, whole: Box) -> Box:

@@ -8,7 +8,7 @@ that its own shards need, and forgets it. No target tensor ever exists whole.
 
 import math
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,22 @@ from megagrow.roles import (
 Fetch = Callable[[str], Tensor]
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """A `Fetch`, for recipes that copy, that gives only a range of each tensor.
+
+    Attributes:
+        read: gives the range.
+        origin: gives where it begins in the whole tensor.
+    """
+
+    read: Fetch
+    origin: Callable[[str], tuple[int, ...]]
+
+    def __call__(self, name: str) -> Tensor:
+        return self.read(name)
+
+
 def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quantity: Quantity = "value") -> None:
     """Fills every target's local shard with its part of the grown tensor.
 
@@ -56,7 +72,8 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
     with torch.no_grad():
         if recipe.copies:
             for name, source in _copied_sources(recipe, fetch, boxes):
-                write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity)
+                origin = fetch.origin(recipe.source_name(name)) if isinstance(fetch, Ranges) else (0, 0)
+                write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity, origin)
             return
         for name, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
             pieces[name].copy_(grown)

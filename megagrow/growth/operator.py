@@ -17,7 +17,7 @@ R is plain replication. Entries without a source have no old gradient: theirs is
 # Shape suffix legend: R, C = rows and columns of the box; O, I = rows and columns of the source matrix.
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +84,10 @@ class _Dim:
 
     def index(self, box: slice) -> Tensor:
         """The source row (column) of each target row (column) of the range; NEW where there is none. Of copies only."""
+        if len(self.maps) == 1:
+            (axis_map,), elements = self.maps, torch.arange(box.start, box.stop)
+            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have an index"
+            return elements if axis_map is None else axis_map.index[elements]
         elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
         found = []
         for part, (axis_map, elements) in enumerate(zip(self.maps, elements_by_part, strict=True)):
@@ -132,13 +136,20 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
 
 
 def write_box(
-    recipe: Recipe, name: str, source: Tensor, box: Box, target: Tensor, quantity: Quantity = "value"
+    recipe: Recipe,
+    name: str,
+    source: Tensor,
+    box: Box,
+    target: Tensor,
+    quantity: Quantity = "value",
+    origin: Sequence[int] = (0, 0),
 ) -> None:
     """`grow_box` into `target`, bit for bit, of a recipe that copies: in pieces of rows that stay in a cache.
 
     Args:
         recipe, name, source, box, quantity: as in `grow_box`.
         target: [R, C] or [R], overwritten.
+        origin: where `source` begins in the whole source tensor, of which it holds `copied_box` at least.
     """
     dims = _dims(recipe, name, quantity)
     if _uses_all(recipe, name, dims, quantity):
@@ -147,7 +158,9 @@ def write_box(
     if quantity == "value" and recipe.is_silent(name):
         target.zero_()
         return
-    rows_R, *columns = (dim.index(part).to(source.device) for dim, part in zip(dims, box, strict=True))
+    indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
+    shifted = (torch.where(each == NEW, NEW, each - start) for each, start in zip(indices, origin, strict=False))
+    rows_R, *columns = (index.to(source.device) for index in shifted)
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
     if target.ndim == 2 and ops.serves("sparse_map", target):
         (columns_C,) = columns
@@ -159,9 +172,12 @@ def write_box(
         piece = slice(start, start + step)
         x = _gathered(source, 0, rows_R[piece])
         x = x if factor == 1 else x.to(torch.promote_types(source.dtype, torch.float32)) * factor
+        of_rows, *others = diagonals
+        if columns and not any(each is not None for each in diagonals) and _can_take(target[piece], x, columns[0]):
+            torch.index_select(x, 1, columns[0], out=target[piece])
+            continue
         for columns_C in columns:
             x = _gathered(x, 1, columns_C)
-        of_rows, *others = diagonals
         target[piece] = _times(x, [None if of_rows is None else of_rows[piece], *others])
 
 
@@ -258,7 +274,16 @@ def _gathered(x: Tensor, dim: int, index: Tensor) -> Tensor:
     is_new = index == NEW
     if not is_new.any():
         return x.index_select(dim, index)
+    if is_new.all():  # x may have none at all then
+        shape = list(x.shape)
+        shape[dim] = len(index)
+        return x.new_zeros(shape)
     return x.index_select(dim, index.clamp(min=0)).index_fill(dim, torch.where(is_new)[0], 0)
+
+
+def _can_take(target: Tensor, x: Tensor, index: Tensor) -> bool:
+    """Whether columns of x can be gathered straight into the target."""
+    return target.is_contiguous() and target.dtype == x.dtype and not (index == NEW).any()
 
 
 def _uses_all(recipe: Recipe, name: str, dims: list[_Dim], quantity: Quantity) -> bool:

@@ -8,7 +8,7 @@ train    everything after that, or all of a plain run
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -23,13 +23,21 @@ from megagrow.growth.recipe import Recipe
 from megagrow.plan.activations import DeviceType
 from megagrow.plan.layout import Layout
 from megagrow.plan.memory import MOMENTS, PARAMETER, Extra, Parts, RankMemory, step_memory
-from megagrow.plan.weights import rank_unit, tensor_elements, trained_elements
+from megagrow.plan.weights import (
+    layer_names,
+    other_names,
+    rank_unit,
+    stored_elements,
+    tensor_elements,
+    trained_elements,
+)
 from megagrow.roles import layer_name, leaves, parameter_shapes
 from megagrow.salt.teacher import check_teacher
 from megagrow.timeline import growth_configs, latest_step, num_growths
 
 CONVENTIONS: tuple[Convention, ...] = ("full", "causal")
 MAP = 16  # bytes per element of a learned map: itself, its gradient, two moments, all float32
+SAVED_MAP = 12  # of these, what a checkpoint has
 
 
 @dataclass(frozen=True)
@@ -111,32 +119,50 @@ def _growths(layout: Layout, source: ModelConfig, device: DeviceType) -> list[Ph
 def _growing(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
     if layout.config.growth.method == "ligo":
         return _learning_maps(layout, source, device)
-    memory = []
-    for rank in range(layout.pipeline):
-        small, large = rank_unit(layout.of_model(source), rank), rank_unit(layout, rank)
-        trained = trained_elements(layout.of_model(source), rank) + trained_elements(layout, rank)
-        parts = Parts(parameters=PARAMETER * (small.stored + large.stored), moments=MOMENTS * trained)
-        parts["a whole tensor of the source"] = 2 * PARAMETER * max(map(prod, parameter_shapes(source).values()))
-        memory.append(RankMemory(rank, layout.rank_stages(rank), large.stored, parts, "growing", (), Parts()))
+    memory = [_growing_rank(layout, source, rank) for rank in range(layout.pipeline)]
     return Phase("growing", 0, {c: 0.0 for c in CONVENTIONS}, memory)
+
+
+def _growing_rank(layout: Layout, source: ModelConfig, rank: int) -> RankMemory:
+    """While the weights grow, or while the moments do, when the source's weights are gone, whichever is fuller.
+
+    A save that was under way is done by then, and its copy in host memory given back.
+    """
+    of_source, stages = layout.of_model(source), layout.rank_stages(rank)
+    small, large = PARAMETER * rank_unit(of_source, rank).stored, PARAMETER * rank_unit(layout, rank).stored
+    old, new = (MOMENTS * trained_elements(each, rank) for each in (of_source, layout))
+    names = [*layer_names(source), *(name for stage in stages for name in other_names(source, stage))]
+    needed, whole = (
+        PARAMETER * max(sizes)
+        for sizes in zip(
+            *((stored_elements(of_source, n), prod(parameter_shapes(source)[n])) for n in names), strict=True
+        )
+    )
+    weights = Parts({"parameters": small + large, "moments": old, "a tensor of the source": whole})
+    moments = Parts({"parameters": large, "moments": old + new, "a tensor of the source": needed})
+    kinds = {"weights grow": weights, "moments grow": moments}
+    moment = max(kinds, key=lambda kind: kinds[kind].total())
+    return RankMemory(rank, stages, large // PARAMETER, kinds[moment], moment, (), Parts())
 
 
 def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
     """A step, or the moment after it in which gradients are taken to the maps, whichever is fuller."""
     config, variant = layout.config, layout.config.growth.ligo_variant
     start = start_recipe(config.growth.ligo_init, source, layout.model)
-    static, spread = {}, _spread_bytes(layout, source)
+    static, saved, spread = {}, {}, _spread_bytes(layout, source)
     for rank in range(layout.pipeline):
         small = PARAMETER * rank_unit(layout.of_model(source), rank).stored
         layers = [layer for stage in layout.rank_stages(rank) for layer in stage.layers]
         static[rank] = Parts({"source": small, "maps": MAP * map_elements(start, variant, layers)})
+        saved[rank] = small + SAVED_MAP * map_elements(start, variant, layers)
     memory = []
     for held in step_memory(layout, device, Extra(static, has_moments=False)):
         parts = static[held.rank] + Parts(parameters=held.parts["parameters"], gradients=held.parts["parameters"])
         after = parts + Parts({"a leaf of all the source's layers": spread})
         if after.total() > held.total:
-            held = RankMemory(held.rank, held.stages, held.parameters, after, "gradients of the maps", (), held.host)
-        memory.append(held)
+            held = replace(held, parts=after, moment="gradients of the maps", in_flight=())
+        host = Parts({"copy for the checkpoint": saved[held.rank]} if config.checkpoint.asynchronous else {})
+        memory.append(replace(held, host=host))
     length = config.data.seq_length
     pair, tokens = (source, layout.model), layout.step_tokens
     per_step = {c: flops.ligo_step_flops(*pair, tokens, length, c, variant) for c in CONVENTIONS}
