@@ -56,7 +56,7 @@ bench: setup .peers/.installed ## the benchmarks; results in benchmarks/results
 	set -e; for file in $(filter-out benchmarks/results_file.py benchmarks/kernel_%.py,$(wildcard benchmarks/*.py)); do PYTHONPATH=$(abspath .peers) $(bin)/python $$file; done
 
 kernels: setup ## the tests of the kernels, interpreted on the CPU and compiled without a GPU
-	$(bin)/python -m pytest tests/kernels
+	$(bin)/python -m pytest -o python_files='test_*.py slow_*.py' tests/kernels
 
 peers: setup .peers/.installed ## kernels, data and exchange against liger-kernel, megatron-core, transformers … (minutes)
 	PYTHONPATH=$(abspath .peers) $(bin)/python -m pytest -o python_files='against_*.py' tests/peers

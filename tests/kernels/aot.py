@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs that need not be there, and reports what became of them, as JSON.
 
-    python -m tests.kernels.aot
+    python -m tests.kernels.aot sm_90a …      # all targets, if none is named
 
 It wants a process of its own, in which Triton does not interpret.
 """
@@ -12,6 +12,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from io import StringIO
 
 import triton
@@ -87,12 +88,14 @@ def narrow_offsets(ttir: str, row_axes: str) -> list[str]:
 
 
 def main() -> None:
+    targets = tuple(sys.argv[1:]) or tuple(TARGETS)
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(2, initializer=_prepare, initargs=(folder,)) as pool,
     ):
-        num_builds = len(_all_builds())
-        json.dump([asdict(report) for report in pool.map(_report, range(num_builds), chunksize=8)], sys.stdout)
+        num_builds = len(_all_builds(targets))
+        reports = pool.map(partial(_report, targets), range(num_builds), chunksize=8)
+        json.dump([asdict(report) for report in reports], sys.stdout)
 
 
 def _prepare(folder: str) -> None:
@@ -100,13 +103,13 @@ def _prepare(folder: str) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True  # printed: registers and spills
 
 
-def _all_builds() -> list[Build]:
-    return [*pinned(), *bad()]
+def _all_builds(targets: tuple[str, ...]) -> list[Build]:
+    return [*pinned(targets), *bad()]
 
 
-def _report(index: int) -> Report:
+def _report(targets: tuple[str, ...], index: int) -> Report:
     """By number: a kernel cannot be sent to another process."""
-    return compiled(_all_builds()[index])
+    return compiled(_all_builds(targets)[index])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is compiled, by file of kernels: `pinned` must pass the gate, `bad` must not."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from megagrow_kernels.launch import Launch, wide_warps
@@ -25,9 +25,9 @@ from tests.kernels.builds import (
 FILES = (norm, vocab_loss, distill_loss, glu, gelu, dropout_add, rope, adamw, layer_mix, sparse_map, dense_map)
 
 
-def pinned() -> Iterator[Build]:
-    """Every pinned configuration, for every target."""
-    for target, file in itertools.product(TARGETS, FILES):
+def pinned(targets: Iterable[str] = TARGETS) -> Iterator[Build]:
+    """Every pinned configuration, for every one of these targets."""
+    for target, file in itertools.product(targets, FILES):
         for build in file.pinned(target):
             yield build if TARGETS[target].backend == "cuda" else _with_wide_warps(build)
 
