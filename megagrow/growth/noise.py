@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megagrow.model.transformer import name_seed
-from megagrow.torch_ops import mix
+from megagrow.torch_ops import mix, mix_
 
 FIELD = 1 << 16
+FIELDS = (1 << 32) * (FIELD - 1) + FIELD - 1  # the first and third of a hash
 STD = math.sqrt(4 * (FIELD**2 - 1) / 12)  # of a sum of four uniform numbers 0 … FIELD - 1
 
 
@@ -26,9 +27,10 @@ def normal(seed: int, name: str, rows_R: Tensor, columns_C: Tensor, num_columns:
         num_columns: of the whole matrix.
     """
     key = mix(torch.tensor(name_seed(seed, f"growth.{name}"), device=rows_R.device))
-    hashes_RC = mix(mix(key + rows_R[:, None] * num_columns) + columns_C)
-    sums_RC = sum((hashes_RC >> 16 * i & FIELD - 1 for i in range(4)), start=torch.zeros_like(hashes_RC))
-    return ((sums_RC - 2 * (FIELD - 1)).double() / STD).float()
+    hashes_RC = mix_(mix(key + rows_R[:, None] * num_columns) + columns_C)
+    sums_RC = (hashes_RC & FIELDS).add_((hashes_RC >> 16).bitwise_and_(FIELDS))  # of two fields in each half
+    sums_RC = (sums_RC >> 32).add_(sums_RC).bitwise_and_((1 << 32) - 1)
+    return sums_RC.sub_(2 * (FIELD - 1)).double().div_(STD).float()
 
 
 def mean(x: Tensor, dim: int) -> Tensor:

@@ -37,7 +37,7 @@ Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg;
 New = Literal["zero", "free", "average"]  # what elements without a source become, see `recipe.Fill`
 
 MAX_COPIED = 1 << 18  # entries that are copied at a time: they stay in a core's cache from step to step
-MAX_RANDOM = 1 << 20  # random entries that are made at a time: their hashes take several times their memory
+MAX_RANDOM = 1 << 18  # random entries that are made at a time: their hashes stay in a cache
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The gate that needs no GPU: what the compiler makes of every pinned configuration on Hopper; slow_aot.py: elsewhere."""
+"""The gate that needs no GPU: what the compiler makes of every pinned configuration for Hopper."""
 
 import pytest
 
