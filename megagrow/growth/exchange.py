@@ -22,6 +22,7 @@ from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import Box, box, local
 from megagrow.roles import parameter_names
 
+Key = tuple[tuple[int, int], ...]  # a box that can be looked up
 Boxes = Sequence[Mapping[str, Box]]  # by rank: what it holds, or needs, of each tensor
 
 
@@ -40,11 +41,10 @@ class Exchange:
     ) -> None:
         assert recipe.copies, "learned maps need whole tensors: see mesh_fetch"
         self.mesh, self._names = mesh, parameter_names(recipe.source)
-        ranks = Ranks(mesh.world.group, alone=mesh.world.size == 1)
+        ranks, stored = Ranks(mesh.world.group, alone=mesh.world.size == 1), _boxes(targets)
         self._has: Boxes = ranks.gather(_boxes(sources))
-        stored = ranks.gather(_boxes(targets))
         kinds: tuple[Quantity, ...] = ("value", "gradient")  # what is new in moments is 0, and needs nothing
-        self._needs = {kind: [_needed(recipe, boxes, kind) for boxes in stored] for kind in kinds}
+        self._needs = {kind: ranks.gather(_needed(recipe, stored, kind)) for kind in kinds}
 
     def fetch(self, tensors: Mapping[str, Tensor], quantity: Quantity = "value") -> Fetch:
         """Reads parameters of the source, or one of their moments; every call is a collective.
@@ -74,14 +74,15 @@ class Exchange:
                 for sender, receiver, part in self._moves(name, needs):
                     yield sender, receiver, times * _size(part)
 
-    def _moves(self, name: str, all_needs: Boxes) -> Iterator[tuple[int, int, Box]]:
-        """(sender, receiver, range) of all that is needed of a tensor, in an order that all ranks share."""
-        holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    def _moves(self, name: str, all_needs: Boxes, of: int | None = None) -> Iterator[tuple[int, int, Box]]:
+        """(sender, receiver, range) of what is needed of a tensor: all, or what rank `of` may send or receive."""
+        holders: dict[Key, list[int]] = {}
         for rank, boxes in enumerate(self._has):
             if name in boxes:
                 holders.setdefault(_key(boxes[name]), []).append(rank)
+        sent = {key: ranks for key, ranks in holders.items() if of in ranks}
         for receiver, needs in enumerate(all_needs):
-            for key, ranks in holders.items() if name in needs else ():
+            for key, ranks in (holders if of in (None, receiver) else sent).items() if name in needs else ():
                 part = tuple(_overlap(slice(*k), need) for k, need in zip(key, needs[name], strict=True))
                 if _size(part):
                     yield receiver if receiver in ranks else ranks[receiver % len(ranks)], receiver, part
@@ -99,7 +100,7 @@ class Exchange:
         me, operations, arrived = self.mesh.world.rank, [], []
         own, need = self._has[me].get(name, ()), needs[me].get(name, ())
         is_here = bool(own and need) and _covers(own, need)
-        for sender, receiver, part in self._moves(name, needs):
+        for sender, receiver, part in self._moves(name, needs, of=me):
             if sender == receiver == me and not is_here:
                 assert piece is not None
                 region[_within(part, need)] = piece[_within(part, own)]
@@ -156,7 +157,7 @@ def _within(part: Box, whole: Box) -> Box:
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole, strict=True))
 
 
-def _key(part: Box) -> tuple[tuple[int, int], ...]:
+def _key(part: Box) -> Key:
     return tuple((each.start, each.stop) for each in part)
 
 

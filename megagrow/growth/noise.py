@@ -35,11 +35,15 @@ def normal(seed: int, name: str, rows_R: Tensor, columns_C: Tensor, num_columns:
 
 def mean(x: Tensor, dim: int) -> Tensor:
     """The mean over a dim, kept with size 1, in x's dtype; the order of additions depends on that dim's size alone."""
-    terms, size = x.movedim(dim, 0).double(), x.shape[dim]
-    while len(terms) > 1:
-        half = len(terms) // 2
-        terms = torch.cat([terms[:half] + terms[half : 2 * half], terms[2 * half :]])
-    return (terms / size).to(x.dtype).movedim(0, dim)
+    terms, size = x.movedim(dim, 0).to(torch.double, copy=True), x.shape[dim]
+    left = size
+    while left > 1:
+        half = left // 2
+        terms[:half] += terms[half : 2 * half]
+        if left % 2:
+            terms[half] = terms[left - 1]
+        left = half + left % 2
+    return (terms[:1] / size).to(x.dtype).movedim(0, dim)
 
 
 def root_mean_square(x: Tensor, chunk: int = 1 << 20) -> float:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from megagrow import ops
 from megagrow.config import ModelConfig
-from megagrow.growth.maps import NEW, AxisMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
-from megagrow.growth.noise import normal, root_mean_square
+from megagrow.growth.maps import NEW, AxisMap, DenseMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
+from megagrow.growth.noise import mean, normal, root_mean_square
 from megagrow.growth.recipe import Recipe, Use
 from megagrow.model.transformer import initial_std
 from megagrow.parallel.shards import Box
@@ -122,12 +122,11 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
     """
     dims = _dims(recipe, name, quantity)
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
-    source = source if factor == 1 else source.to(torch.promote_types(source.dtype, torch.float32)) * factor
-    x = source
-    for d in _cheaper_order(source, box):
+    x = source = _scaled(source, factor)
+    for d in _order(dims, source, box):
         x = dims[d].spread(x, d, box[d])
-    if quantity == "value":
-        x = _add_random(recipe, name, dims, source, x, box)
+    if quantity == "value" and _has_random(dims):
+        x = _with_random(recipe, name, dims, source, x, box)
     x = _times(x, diagonals)
     if quantity == "value":
         x = _add_noise(recipe, name, dims, source, x, box)
@@ -152,7 +151,7 @@ def write_box(
         origin: where `source` begins in the whole source tensor, of which it holds `copied_box` at least.
     """
     dims = _dims(recipe, name, quantity)
-    if _uses_all(recipe, name, dims, quantity):
+    if _uses_all(recipe, dims, quantity):
         target.copy_(grow_box(recipe, name, source, box, quantity))
         return
     if quantity == "value" and recipe.is_silent(name):
@@ -162,40 +161,72 @@ def write_box(
     shifted = (torch.where(each == NEW, NEW, each - start) for each, start in zip(indices, origin, strict=False))
     rows_R, *columns = (index.to(source.device) for index in shifted)
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
-    if target.ndim == 2 and ops.serves("sparse_map", target):
+    averages = [dim.new == "average" for dim in dims]
+    if target.ndim == 2 and not any(averages) and ops.serves("sparse_map", target):
         (columns_C,) = columns
         row_scales_2R, column_scales_2C = map(_doubled, diagonals, (rows_R, columns_C))
         ops.sparse_map_([target], [source], rows_R, columns_C, row_scales_2R * factor, column_scales_2C)
-        return
+    else:
+        _copy_pieces(source, target, rows_R, columns, factor, diagonals, averages)
+    if quantity == "value" and _has_random(dims):
+        _write_random(recipe, name, dims, source, target, box, factor, diagonals)
+
+
+def _copy_pieces(
+    source: Tensor,
+    target: Tensor,
+    rows_R: Tensor,
+    columns: Sequence[Tensor],
+    factor: float,
+    diagonals: list[Tensor | None],
+    averages: list[bool],
+) -> None:
+    """Copies, and means of the source's elements, into the target; all other new entries become 0."""
+    is_scaled = any(each is not None for each in diagonals)
+    rest_1C = None
+    if averages[0] and (rows_R == NEW).any():
+        rest_1C = mean(_scaled(source, factor), 0)
     step = max(1, MAX_COPIED // math.prod(target.shape[1:]))
     for start in range(0, len(rows_R), step):
         piece = slice(start, start + step)
-        x = _gathered(source, 0, rows_R[piece])
-        x = x if factor == 1 else x.to(torch.promote_types(source.dtype, torch.float32)) * factor
-        of_rows, *others = diagonals
-        if columns and not any(each is not None for each in diagonals) and _can_take(target[piece], x, columns[0]):
+        x = _scaled(_gathered(source, 0, rows_R[piece]), factor)
+        if rest_1C is not None:
+            x[rows_R[piece] == NEW] = rest_1C
+        if columns and not is_scaled and _can_take(target[piece], x, columns[0]):
             torch.index_select(x, 1, columns[0], out=target[piece])
             continue
         for columns_C in columns:
+            rest_R1 = mean(x, 1) if averages[1] and (columns_C == NEW).any() else None
             x = _gathered(x, 1, columns_C)
+            if rest_R1 is not None:
+                x[:, columns_C == NEW] = rest_R1
+        of_rows, *others = diagonals
         target[piece] = _times(x, [None if of_rows is None else of_rows[piece], *others])
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x.to(torch.promote_types(x.dtype, torch.float32)) * factor
 
 
 def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value") -> Box:
     """The smallest box of the source parameter that the range `box` of the target parameter needs.
 
-    It is the whole where new entries or noise depend on all of the source, or rows come from two layers.
+    It is the whole where new entries or noise depend on all of the source, or rows come from two layers; where new
+    elements are means, the whole of their dim.
     """
     dims, whole = _dims(recipe, name, quantity), shape_of(role_of(name), recipe.source)
-    if _uses_all(recipe, name, dims, quantity) or recipe.reads_next(name):
+    if _uses_all(recipe, dims, quantity) or recipe.reads_next(name):
         return tuple(slice(0, size) for size in whole)
     indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
-    return tuple(_hull(index[index != NEW]) for index in indices)
+    return tuple(
+        slice(0, size) if dim.new == "average" and (index == NEW).any() else _hull(index[index != NEW])
+        for dim, index, size in zip(dims, indices, whole, strict=True)
+    )
 
 
 def has_random_entries(recipe: Recipe, name: str) -> bool:
     """Whether some entries of a target parameter have no source and become random."""
-    return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in _dims(recipe, name, "value"))
+    return _has_random(_dims(recipe, name, "value"))
 
 
 def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None:
@@ -286,10 +317,14 @@ def _can_take(target: Tensor, x: Tensor, index: Tensor) -> bool:
     return target.is_contiguous() and target.dtype == x.dtype and not (index == NEW).any()
 
 
-def _uses_all(recipe: Recipe, name: str, dims: list[_Dim], quantity: Quantity) -> bool:
-    """Whether entries of a target parameter depend on more of the source than they copy."""
-    has_new = any(dim.new != "zero" and any(map(_has_new, dim.maps)) for dim in dims)
-    return quantity == "value" and (has_new or recipe.noise > 0)
+def _uses_all(recipe: Recipe, dims: list[_Dim], quantity: Quantity) -> bool:
+    """Whether entries of a target parameter depend on all of the source: random ones that are as large as it is."""
+    as_large = recipe.noise > 0 or (_has_random(dims) and recipe.fill.std == "source")
+    return quantity == "value" and as_large
+
+
+def _has_random(dims: list[_Dim]) -> bool:
+    return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in dims)
 
 
 def _hull(index: Tensor) -> slice:
@@ -300,23 +335,49 @@ def _hull(index: Tensor) -> slice:
     return slice(int(first), int(last) + 1)
 
 
-def _add_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
+def _with_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
     """x with random entries where all new dims are free."""
-    if not any(dim.new == "free" for dim in dims):
-        return x
-    new_R, new_C = (dim.is_new(part).to(x.device) for dim, part in zip(dims, box, strict=True))
-    if not (new_R.any() or new_C.any()):
-        return x
-    std = initial_std(role_of(name), recipe.target) if recipe.fill.std == "initial" else root_mean_square(source)
-    may_R, may_C = (~new | (dim.new == "free") for dim, new in zip(dims, (new_R, new_C), strict=True))
-    columns_C = torch.arange(box[1].start, box[1].stop, device=x.device)
     learned = recipe.fill_scales is not None
     filled = torch.zeros_like(x) if learned else x
-    for piece, rows_R in _pieces(box, x.device):
-        wanted_RC = (new_R[piece, None] | new_C) & may_R[piece, None] & may_C
-        random_RC = normal(recipe.seed, name, rows_R, columns_C, _num_columns(recipe, name))
-        filled[piece] = torch.where(wanted_RC, random_RC.to(x.dtype) * (std * recipe.fill.ratio), filled[piece])
+    for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, source, box, x.dtype):
+        filled[piece] = torch.where(wanted_RC, random_RC, filled[piece])
     return x + filled * recipe.fill_scale(name) if learned else filled
+
+
+def _write_random(
+    recipe: Recipe,
+    name: str,
+    dims: list[_Dim],
+    source: Tensor,
+    target: Tensor,
+    box: Box,
+    factor: float,
+    diagonals: list[Tensor | None],
+) -> None:
+    """Random entries into a target that has all others."""
+    dtype = source.dtype if factor == 1 else torch.promote_types(source.dtype, torch.float32)
+    of_rows, *others = diagonals
+    for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, source, box, dtype):
+        scaled_RC = _times(random_RC, [None if of_rows is None else of_rows[piece], *others])
+        target[piece] = torch.where(wanted_RC, scaled_RC.to(target.dtype), target[piece])
+
+
+def _random_pieces(
+    recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, box: Box, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of a box that have random entries: where they are in it, which entries these are, and what they are."""
+    device = source.device
+    new_R, new_C = (dim.is_new(part).to(device) for dim, part in zip(dims, box, strict=True))
+    if not (new_R.any() or new_C.any()):
+        return
+    std = initial_std(role_of(name), recipe.target) if recipe.fill.std == "initial" else root_mean_square(source)
+    may_R, may_C = (~new | (dim.new == "free") for dim, new in zip(dims, (new_R, new_C), strict=True))
+    columns_C = torch.arange(box[1].start, box[1].stop, device=device)
+    for piece, rows_R in _pieces(box, device):
+        wanted_RC = (new_R[piece, None] | new_C) & may_R[piece, None] & may_C
+        if wanted_RC.any():
+            random_RC = normal(recipe.seed, name, rows_R, columns_C, _num_columns(recipe, name))
+            yield piece, wanted_RC, random_RC.to(dtype) * (std * recipe.fill.ratio)
 
 
 def _add_noise(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
@@ -392,6 +453,11 @@ def _split_fused(box: slice, num_parts: int, unit: int) -> tuple[list[Tensor], T
     return [element[part == p] for p in range(num_parts)], by_part.argsort()
 
 
-def _cheaper_order(source: Tensor, box: Box) -> list[int]:
-    """Which dim to grow first: for [o, i] -> [r, c] rows first cost r·i·(o + c), columns first o·c·(i + r)."""
+def _order(dims: list[_Dim], source: Tensor, box: Box) -> list[int]:
+    """Which dim to grow first: of copies the rows, whatever the box, since means of means depend on it.
+
+    Of learned maps the cheaper: for [o, i] -> [r, c] rows first cost r·i·(o + c), columns first o·c·(i + r).
+    """
+    if not any(isinstance(axis_map, DenseMap | ExtendedMap) for dim in dims for axis_map in dim.maps):
+        return list(range(source.ndim))
     return sorted(range(source.ndim), key=lambda d: 1 / source.shape[d] - 1 / (box[d].stop - box[d].start))

@@ -42,12 +42,14 @@ def report(recipe: Recipe, small: Transformer, ids_BS: Tensor, steps: int = 5) -
     grown = grow_model(recipe, small)
     start = _largest(replica_distances(recipe, _parameters(grown)))
     rank = effective_ranks(_parameters(small)), effective_ranks(_parameters(grown))
-    gradients = gradient_errors(recipe, gradients_of(small, ids_BS), gradients_of(grown, ids_BS))
+    gradients = None
+    if promises_gradients(recipe):
+        gradients = _largest(gradient_errors(recipe, gradients_of(small, ids_BS), gradients_of(grown, ids_BS)))
     function, step = function_change(small, grown, ids_BS), step_error(recipe, small, ids_BS)
     train(grown, Optimizer(dict(grown.named_parameters()), VERIFY_STEP), ids_BS, steps)
     return {
         "function_change": function,
-        "gradient_error": _largest(gradients),
+        "gradient_error": gradients,
         "step_error": step,
         "replica_distance": start,
         "replica_distance_later": _largest(replica_distances(recipe, _parameters(grown))),
@@ -70,6 +72,18 @@ def function_change(small: Transformer, grown: Transformer, ids_BS: Tensor) -> f
     with torch.no_grad():
         small_BSV, grown_BSV = small.logits(ids_BS), grown.logits(ids_BS)
     return _distance(grown_BSV[..., : small_BSV.shape[-1]], small_BSV)
+
+
+def promises_gradients(recipe: Recipe) -> bool:
+    """Whether the gradients of what is copied are R(grad)/n_out: equal copies that keep the function, and no more.
+
+    Cancelling noise changes what flows back; so do unequal shares of the residual stream, and means beside its units,
+    through every norm.
+    """
+    hidden = recipe.axes.get("hidden")
+    shares = hidden.in_scale if isinstance(hidden, SparseMap) else 1.0
+    is_even = not isinstance(shares, Tensor) or bool((shares == shares[0]).all())
+    return recipe.keeps_function and not recipe.noise and is_even and ("hidden", "out") not in recipe.fill.average
 
 
 def gradient_errors(recipe: Recipe, small: Mapping[str, Tensor], grown: Mapping[str, Tensor]) -> dict[str, float]:

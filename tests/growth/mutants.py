@@ -16,10 +16,11 @@ from megagrow.config import ModelConfig
 from megagrow.growth import methods, moments, operator, width
 from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into
-from megagrow.growth.maps import AxisMap, SparseMap
+from megagrow.growth.maps import AxisMap, Form, SparseMap
 from megagrow.growth.operator import Quantity
 from megagrow.growth.recipe import Recipe
 from megagrow.growth.width import Width
+from megagrow.roles import role_of
 from megagrow.train import growing
 
 Mutant = Callable[[], AbstractContextManager[Any]]
@@ -61,7 +62,12 @@ def eps_without_factor() -> AbstractContextManager[Any]:
 
 def tied_head_without_scale() -> AbstractContextManager[Any]:
     """A shared matrix grows as the embedding, and nothing divides by the copies that it reads."""
-    return mock.patch.object(operator, "_forms", lambda name, model: ("out", "in"))
+    forms, embeddings = operator._forms, ("embedding", "positions", "token_types")
+
+    def without(name: str, model: ModelConfig) -> tuple[Form, Form]:
+        return forms(name, model) if role_of(name).kind in embeddings else ("out", "in")
+
+    return mock.patch.object(operator, "_forms", without)
 
 
 def sixteen_bit_masters() -> AbstractContextManager[Any]:

@@ -8,15 +8,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow.config import ModelConfig
+from megagrow.errors import ConfigError
 from megagrow.growth import maps
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.maps import SparseMap
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.operator import Quantity, grow_box
+from megagrow.growth.operator import Quantity, copied_box, grow_box, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.growth import models
 from tests.growth.models import make, tensors_of, widened
+from tests.growth.recipes import METHODS, recipe_of
 
 SOURCE = dataclasses.replace(models.EVERYTHING, num_layers=1)
 TARGET = widened(SOURCE, hidden=2, query=4, kv=2, ffn=3)
@@ -65,6 +67,43 @@ def test_box_of_unequal_scales_is_the_box_of_the_whole(quantity: Quantity) -> No
     recipe = dataclasses.replace(recipe, axes={**axes, "key": recipe.axes["key"]})
     for found, expected in boxes_and_wholes(recipe, quantity):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("quantity", ["value", "squared_gradient"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("source", [models.EVERYTHING, models.GPT2], ids=lambda source: source.family)
+def test_box_by_any_method_is_the_box_of_the_whole_bit_for_bit(
+    method: str, source: ModelConfig, quantity: Quantity
+) -> None:
+    """From the part of the source that it is said to need, in float32."""
+    try:
+        recipe = recipe_of(method, source)
+    except ConfigError:
+        return  # refused for this family, see test_methods.py
+    generator, small = torch.Generator().manual_seed(3), {n: t.float() for n, t in tensors_of(make(source)).items()}
+    for name, shape in parameter_shapes(recipe.target).items():
+        rows = [small[each] for each in recipe.source_names(name)]
+        needed = torch.cat([rows[0], rows[-1]]) if recipe.reads_next(name) else rows[0]
+        whole = grow_box(recipe, name, needed, tuple(slice(0, size) for size in shape), quantity)
+        for _ in range(3):
+            box = random_box(shape, generator)
+            assert torch.equal(grow_box(recipe, name, needed, box, quantity), whole[box]), name
+            part = (slice(None),) * needed.ndim if recipe.reads_next(name) else copied_box(recipe, name, box, quantity)
+            found = torch.full_like(whole[box], torch.nan)
+            write_box(recipe, name, needed[part], box, found, quantity, [each.start or 0 for each in part])
+            assert torch.equal(found, whole[box]), name
+
+
+def test_means_of_means_do_not_depend_on_the_box() -> None:
+    """Both dims of an embedding have new elements: which is averaged first decides the last bit of the corner."""
+    source = dataclasses.replace(models.GPT2, vocab_size=256, hidden_size=192, num_heads=3, num_kv_heads=3)
+    target = dataclasses.replace(source, vocab_size=320, hidden_size=200, head_dim=64, norm_eps=1e-5 * 192 / 200)
+    recipe = make_recipe("clone", dataclasses.replace(source, head_dim=64), target)
+    for seed in range(5):
+        weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(seed))
+        whole = grow_box(recipe, "embedding.tokens", weight, (slice(0, 320), slice(0, 200)))
+        half = grow_box(recipe, "embedding.tokens", weight, (slice(160, 320), slice(0, 200)))
+        assert torch.equal(half, whole[160:])
 
 
 def test_box_of_dense_maps_is_the_box_of_the_whole() -> None:
