@@ -15,6 +15,7 @@ from megagrow.config import (
     require,
 )
 from megagrow.errors import ConfigError
+from megagrow.new_part import settling_steps
 from megagrow.timeline import growth_configs, growth_settings, latest_step, models, num_growths, step_tokens
 
 # Fields of a model that growth keeps: what kind of model it is, and sizes that nothing can stretch.
@@ -323,6 +324,20 @@ def check_growth_times(config: Config, world_size: int) -> None:
             f"{where} comes before step {latest}, the growth before it at step {before} at the latest: one comes after "
             "the other; give later growths later steps, or grow both axes by one method",
         )
+        settled = before + _settling_steps(config, number - 1) if number and own.optimizer != "reset" else 0
+        require(
+            latest >= settled,
+            f"{where} comes before step {latest}, while entries that the growth before step {before} adds have updates "
+            f"of their own, which the next growth would lose (optim.beta2={config.optim.beta2} keeps them long); grow "
+            f"before step {settled} at the earliest, or use optimizer=exact in the first one or reset in the second",
+        )
+
+
+def _settling_steps(config: Config, number: int) -> int:
+    """Steps in which the entries that a growth adds have updates of their own."""
+    own, optim = growth_settings(config.growth, number), config.optim
+    counts = settling_steps(optim.beta1, optim.beta2) if own.optimizer in ("asymmetric", "zero_pad") else 0
+    return max(counts, own.rewarmup_steps if own.rewarmup_part == "new" else 0)
 
 
 def check_freezing(config: Config, world_size: int) -> None:
@@ -336,6 +351,11 @@ def check_freezing(config: Config, world_size: int) -> None:
             "backward pass that makes weights' gradients needs one of each; use 1F1B or Interleaved1F1B",
         )
         is_last = number == num_growths(growth) - 1
+        require(
+            frozen == 0 or is_last or latest_step(config, number) + frozen < latest_step(config, number + 1),
+            f"{where}.freeze_steps={frozen} keeps the older layers frozen up to the next growth; they have to learn "
+            "again before it: freeze for fewer steps, or grow later",
+        )
         require(
             not is_last or latest_step(config, number) + frozen < steps,
             f"{where}.freeze_steps={frozen} would keep the older layers frozen to the end of train.steps={steps}; the "

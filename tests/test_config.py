@@ -275,6 +275,18 @@ BAD_COMBINATIONS = [
             (growing(EarlierGrowth(num_heads=3, num_kv_heads=2, at_step=5)), ["num_kv_heads=2", "num_heads=3"]),
             (growing(EarlierGrowth(num_layers=6, at_step=5, method="ligo")), ["optimizer=exact", "reset"]),
             (growing(freeze_steps=41), ["freeze_steps=41", "trains all layers"]),
+            (
+                growing(EarlierGrowth(num_layers=6, at_step=5, optimizer="reset", freeze_steps=4)),
+                ["growth.earlier[0].freeze_steps=4", "up to the next growth"],
+            ),
+            (
+                growing(EarlierGrowth(num_layers=6, at_step=5, optimizer="asymmetric")),
+                ["growth comes before step 9", "step 5 adds have updates of their own", "before step 184 at the"],
+            ),
+            (
+                growing(EarlierGrowth(num_layers=6, at_step=5), rewarmup_part="new", rewarmup_steps=5),
+                ["growth comes before step 9", "before step 10 at the earliest"],
+            ),
         ]
     ),
     (

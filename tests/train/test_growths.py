@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from megagrow.checkpoint import store
-from megagrow.config import CheckpointConfig, Config, GrowthConfig, ModelConfig
+from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, ModelConfig, OptimConfig
 from megagrow.earlier_growth import EarlierGrowth
+from megagrow.optim import StepGuard
 from megagrow.train import growing, run
 from megagrow.train.timing import is_flat
 from tests.ranks import run_ranks
@@ -64,6 +65,11 @@ def resumed_at(step: int, whole: Path, config: Callable[[Path], Config], directo
     return directory
 
 
+def saved_state(directory: Path, step: int) -> dict[str, Any]:
+    """What the checkpoint of a step holds beside tensors."""
+    return store.read_manifest(directory / "checkpoints" / f"step-{step}").state
+
+
 def sample_ids(directory: Path) -> list[int]:
     lines = (directory / "samples-0.jsonl").read_text().splitlines()
     return [i for line in lines for i in json.loads(line)[1]]
@@ -108,6 +114,56 @@ def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path, lear
     for step in (3, 5):
         found = resumed_at(step, learned, lambda folder: learned_then_stacked(corpus, folder), tmp_path / f"at-{step}")
         assert_same_run(found, learned)
+
+
+def grown_apart(corpus: Path, directory: Path, policy: Any) -> Config:
+    """A wider FFN before step 3, whose new entries have updates of their own for 5 steps; more width before step 8."""
+    method = "clone" if policy == "asymmetric" else "zero_pad"
+    warm: dict[str, Any] = {"rewarmup_steps": 5, "rewarmup_part": "new"}
+    earlier = EarlierGrowth(ffn_size=WIDE.ffn_size, at_step=3)
+    growth = GrowthConfig(method, source=SMALL, at_step=8, optimizer=policy, earlier=(earlier,), **warm)
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, beta1=0.1, beta2=0.15)
+    model = dataclasses.replace(WIDE, norm_eps=5e-6) if method == "zero_pad" else WIDE
+    return make_config(corpus, directory, 12, model=model, growth=growth, optim=optim, checkpoint=EVERY_STEP)
+
+
+@pytest.mark.parametrize(("policy", "step"), [("asymmetric", 5), ("zero_pad", 10)])
+def test_new_entries_of_two_growths_and_resuming_among_them(
+    corpus: Path, tmp_path: Path, policy: str, step: int
+) -> None:
+    def config(directory: Path) -> Config:
+        return grown_apart(corpus, directory, policy)
+
+    assert run(config(tmp_path / "whole")) == 0
+    parts = [saved_state(tmp_path / "whole", step)["optimizer"].get("new_part") for step in range(1, 13)]
+    assert [part and part["since"] for part in parts] == [None] * 3 + [3] * 4 + [None] + [8] * 4
+    assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / "resumed"), tmp_path / "whole")
+
+
+def test_a_growth_waits_for_the_new_entries_of_the_one_before(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates that were refused do not count, so that the steps of the configuration are too few."""
+    accepts = StepGuard.accepts
+    monkeypatch.setattr(StepGuard, "accepts", lambda self, *a: accepts(self, *a) and refused.pop(0))
+    refused = [step not in (5, 6) for step in range(1, 15)]
+    assert run(grown_apart(corpus, tmp_path, "zero_pad")) == 0
+    assert [event["step"] for event in ledger(tmp_path)["events"]] == [3, 10]
+
+
+def test_a_source_that_grew_lately_is_refused(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = grown_apart(corpus, tmp_path / "source", "zero_pad")
+    assert run(config) == 0
+    for number, (policy, at_step, code) in enumerate([("exact", 0, 2), ("exact", 1, 0), ("reset", 0, 0)]):
+        growth = GrowthConfig("stack", at_step=at_step, optimizer=policy)
+        again = dataclasses.replace(
+            make_config(corpus, tmp_path / str(number), 2, model=dataclasses.replace(config.model, num_layers=4)),
+            growth=growth,
+            init=InitConfig(from_=str(tmp_path / "source"), skip_source_check=True),
+            optim=config.optim,
+        )
+        assert run(again) == code
+        assert ("grew lately" in capfd.readouterr().err) == bool(code)
 
 
 def test_growing_at_a_number_of_tokens(corpus: Path, tmp_path: Path) -> None:
