@@ -4,22 +4,27 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from torch import Tensor
 
+from megagrow import flops
 from megagrow.checkpoint import store
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, ModelConfig, OptimConfig
 from megagrow.earlier_growth import EarlierGrowth
-from megagrow.optim import StepGuard
-from megagrow.train import growing, run
+from megagrow.optim import Optimizer, StepGuard
+from megagrow.train import growing, run, saving
+from megagrow.train.learner import Learner, MapLearner, ModelLearner
+from megagrow.train.state import RunState
 from megagrow.train.timing import is_flat
 from tests.ranks import run_ranks
 from tests.train.resumed import samples_noted
 from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
-from tests.train.test_run import assert_same_run, cut_back, ledger
+from tests.train.test_run import assert_same_run, cut_back, grown, ledger
 
 WIDE = dataclasses.replace(LARGE, num_layers=SMALL.num_layers)
 DEEP = dataclasses.replace(SMALL, num_layers=8)
@@ -250,6 +255,68 @@ def test_a_crash_while_growing_leaves_the_run_before_it(
     monkeypatch.undo()
     assert run(config) == 0
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_crash_before_the_grown_model_is_saved_leaves_its_maps_to_be_learned_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: Path
+) -> None:
+    """The growth is complete in memory, its first checkpoint is not."""
+    config, save = learned_then_stacked(corpus, tmp_path / "run"), saving.save
+
+    def crash(saver: Any, learner: Any, state: RunState, *rest: Any) -> None:
+        if state.growths == 1:
+            raise RuntimeError("the machine is gone")
+        save(saver, learner, state, *rest)
+
+    monkeypatch.setattr(saving, "save", crash)
+    assert run(config) == 1
+    newest = store.candidates(tmp_path / "run/checkpoints")[0]
+    assert store.read_manifest(newest).state["phase"] == "ligo"
+    monkeypatch.undo()
+    assert run(config) == 0
+    assert_same_run(tmp_path / "run", learned)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().size() for tensor in tensors)
+
+
+def test_what_learned_the_maps_is_gone_before_the_moments_come(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """So are the small model's moments before the large one comes; and a file of maps that fails ends no run."""
+    held: dict[str, int] = {}
+    begin, finish, build, optimizer = growing.begin, growing.finish, growing.map_learner, growing.Optimizer
+    learners: list[Learner] = []
+
+    def noted(stage: Any, learner: Learner, *rest: Any) -> Learner:
+        learners[:] = [learner]
+        return cast(Learner, stage(learner, *rest))
+
+    def watched_build(*args: Any) -> MapLearner:
+        assert isinstance(learners[0], ModelLearner)
+        held["moments"] = num_bytes(learners[0].optimizer.tensors().values())
+        return build(*args)
+
+    def watched_optimizer(*args: Any) -> Optimizer:
+        if learners:
+            held["learning"] = num_bytes(learners[0].tensors().values())
+        return optimizer(*args)
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(growing, "begin", partial(noted, begin))
+    monkeypatch.setattr(growing, "finish", partial(noted, finish))
+    monkeypatch.setattr(growing, "map_learner", watched_build)
+    monkeypatch.setattr(growing, "Optimizer", watched_optimizer)
+    monkeypatch.setattr(growing, "save_maps", fail)
+    config = grown(make_config(corpus, tmp_path, 4), "ligo")
+    assert run(config) == 0
+    assert held == {"moments": 0, "learning": 0}
+    assert "warning: the learned maps are not kept" in capfd.readouterr().err
+    (generated,) = [phase["flops"] for phase in ledger(tmp_path)["phases"] if phase["phase"] == "growth"]
+    assert generated == flops.ligo_generation_flops(SMALL, LARGE)  # once: the steps that learn have their own
 
 
 def test_growing_twice_on_shards_equals_one_process(corpus: Path, tmp_path: Path, twice: Path) -> None:
