@@ -31,7 +31,7 @@ from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, release
 from megagrow.parallel.stages import own_stages
-from megagrow.timeline import growth_configs, growth_settings, latest_step, num_growths
+from megagrow.timeline import growth_configs, growth_settings, latest_step, num_growths, policy_of
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
 from megagrow.train.state import RunState
@@ -144,7 +144,7 @@ def check_recipes(state: RunState, config: Config) -> None:
     for growing in growth_configs(config, source, state.growths) if state.phase != "main" else []:
         recipe, growth = _recipe(source, growing), growing.growth
         if not growth.learns_maps:
-            grow_multipliers(recipe, growth.optimizer)
+            grow_multipliers(recipe, policy_of(growth))
         if growth.freeze_steps:
             _check_freezable(recipe)
         source = growing.model
@@ -166,7 +166,7 @@ def grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner
     They are given back before the large moments take memory, so that a rank never holds more than both models' moments
     and the large weights.
     """
-    recipe, policy = _recipe(small.part.config, config), config.growth.optimizer
+    recipe, policy = _recipe(small.part.config, config), policy_of(config.growth)
     part, old = build_part(config.model, config, mesh), small.optimizer
     multipliers = grow_multipliers(recipe, policy, old.multipliers)
     exchange = Exchange(recipe, small.part.parameters, part.parameters, mesh)

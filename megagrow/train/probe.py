@@ -13,10 +13,10 @@ from typing import Any
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import Source
 from megagrow.checks import check, check_chain
-from megagrow.config import CheckpointConfig, Config, InitConfig, RunConfig, SaltConfig, require
+from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, RunConfig, SaltConfig, require
 from megagrow.optim import lr_at
 from megagrow.parallel.mesh import Mesh
-from megagrow.timeline import growth_config, latest_step, num_growths, order_size
+from megagrow.timeline import growth_config, latest_step, num_growths, order_size, policy_of
 from megagrow.train.growing import check_recipes
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
@@ -34,9 +34,9 @@ class Candidate:
 
     @classmethod
     def parse(cls, text: str, optimizer: str) -> "Candidate":
-        """`METHOD` or `METHOD:POLICY`; where no policy is named, `optimizer`."""
+        """`METHOD` or `METHOD:POLICY`; where no policy is named, `optimizer` or, if empty, the method's own."""
         method, _, policy = text.partition(":")
-        return cls(method, policy or optimizer)
+        return cls(method, policy or optimizer or policy_of(GrowthConfig(method)))
 
     def __str__(self) -> str:
         return f"{self.method}:{self.optimizer}"
