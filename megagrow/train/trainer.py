@@ -374,7 +374,8 @@ class Trainer:
             return None
         peak = flops.peak_flops_per_second(torch.cuda.get_device_name(), self.config.train.precision)
         model = self.learner.part.config
-        per_token = flops.training_flops(model, 1, self.config.data.seq_length)
+        frozen = timing.frozen_layers(self.state, self.config)
+        per_token = flops.training_flops(model, 1, self.config.data.seq_length, frozen_layers=frozen)
         return None if peak is None else tokens_per_second * per_token / (peak * self.mesh.world.size)
 
     def _roll_back(self, result: StepResult) -> None:
