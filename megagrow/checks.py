@@ -16,7 +16,15 @@ from megagrow.config import (
 )
 from megagrow.errors import ConfigError
 from megagrow.new_part import settling_steps
-from megagrow.timeline import growth_configs, growth_settings, latest_step, models, num_growths, step_tokens
+from megagrow.timeline import (
+    growth_configs,
+    growth_name,
+    growth_settings,
+    latest_step,
+    models,
+    num_growths,
+    step_tokens,
+)
 
 # Fields of a model that growth keeps: what kind of model it is, and sizes that nothing can stretch.
 KIND_FIELDS = (
@@ -299,7 +307,7 @@ def check_growth_times(config: Config, world_size: int) -> None:
     growth, steps = config.growth, config.train.steps
     last = steps * step_tokens(config)
     for number in range(num_growths(growth)):
-        own, where, latest = growth_settings(growth, number), _growth_name(config, number), latest_step(config, number)
+        own, where, latest = growth_settings(growth, number), growth_name(growth, number), latest_step(config, number)
         require(
             own.at_step == 0 or own.at_tokens == 0,
             f"{where}.at_step={own.at_step} and at_tokens={own.at_tokens} both say when; leave one of them out",
@@ -344,7 +352,7 @@ def check_freezing(config: Config, world_size: int) -> None:
     """Raises ConfigError where layers cannot stand still, or would for ever."""
     growth, steps = config.growth, config.train.steps
     for number in range(num_growths(growth)):
-        where, frozen = _growth_name(config, number), growth_settings(growth, number).freeze_steps
+        where, frozen = growth_name(config.growth, number), growth_settings(growth, number).freeze_steps
         require(
             frozen == 0 or not config.parallel.splits_backward,
             f"{where}.freeze_steps={frozen} with parallel.schedule={config.parallel.schedule}: the half of its "
@@ -367,7 +375,7 @@ def check_chain(config: Config, source: ModelConfig) -> None:
     """Raises ConfigError unless each growth of the run adds to the model that the one before left."""
     small = source
     for number, growing in enumerate(growth_configs(config, source)):
-        where = _growth_name(config, number)
+        where = growth_name(config.growth, number)
         try:
             check_growable(small, growing.model)
         except ConfigError as error:
@@ -378,10 +386,6 @@ def check_chain(config: Config, source: ModelConfig) -> None:
             "after; give it more layers, or a larger size",
         )
         small = growing.model
-
-
-def _growth_name(config: Config, number: int) -> str:
-    return "growth" if number == len(config.growth.earlier) else f"growth.earlier[{number}]"
 
 
 def check_growable(source: ModelConfig, target: ModelConfig) -> None:

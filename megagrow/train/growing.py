@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source
-from megagrow.config import Config, ModelConfig, require
-from megagrow.errors import MegagrowError
+from megagrow.config import Config, GrowthConfig, ModelConfig, require
+from megagrow.errors import ConfigError, MegagrowError
 from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo
@@ -31,7 +31,7 @@ from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, release
 from megagrow.parallel.stages import own_stages
-from megagrow.timeline import growth_configs, growth_settings, latest_step, num_growths, policy_of
+from megagrow.timeline import growth_configs, growth_name, growth_settings, latest_step, num_growths, policy_of
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
 from megagrow.train.state import RunState
@@ -141,13 +141,21 @@ def check_recipes(state: RunState, config: Config) -> None:
         ConfigError: a method or a policy does not serve the models.
     """
     source = state.model
-    for growing in growth_configs(config, source, state.growths) if state.phase != "main" else []:
-        recipe, growth = _recipe(source, growing), growing.growth
-        if not growth.learns_maps:
-            grow_multipliers(recipe, policy_of(growth))
-        if growth.freeze_steps:
-            _check_freezable(recipe)
+    coming = growth_configs(config, source, state.growths) if state.phase != "main" else []
+    for number, growing in enumerate(coming, state.growths):
+        try:
+            _check_recipe(_recipe(source, growing), growing.growth)
+        except ConfigError as error:
+            where = f"{growth_name(config.growth, number)}: " if config.growth.earlier else ""
+            raise ConfigError(f"{where}{error}") from None
         source = growing.model
+
+
+def _check_recipe(recipe: Recipe, growth: GrowthConfig) -> None:
+    if not growth.learns_maps:
+        grow_multipliers(recipe, policy_of(growth))
+    if growth.freeze_steps:
+        _check_freezable(recipe)
 
 
 def _check_freezable(recipe: Recipe) -> None:

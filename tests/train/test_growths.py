@@ -121,6 +121,23 @@ def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path, lear
         assert_same_run(found, learned)
 
 
+def test_padding_twice_says_which_norm_eps_it_needs(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each padding of the hidden axis has its own; the error names the growth."""
+    model = dataclasses.replace(SMALL, hidden_size=32, head_dim=8, norm_eps=5e-6)
+    earlier = EarlierGrowth(hidden_size=24, at_step=1)
+    growth = GrowthConfig("zero_pad", source=SMALL, at_step=2, optimizer="reset", earlier=(earlier,))
+    assert run(make_config(corpus, tmp_path, 3, model=model, growth=growth)) == 2
+    needed = 1e-5 * (16 / 24)
+    error = capfd.readouterr().err
+    assert "growth.earlier[0]: growth.method=zero_pad needs" in error and f"set norm_eps={needed!r}" in error
+    growth = dataclasses.replace(growth, earlier=(dataclasses.replace(earlier, norm_eps=needed),))
+    assert run(make_config(corpus, tmp_path, 3, model=model, growth=growth)) == 0
+    for event in ledger(tmp_path)["events"]:
+        assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
+
+
 def grown_apart(corpus: Path, directory: Path, policy: Any) -> Config:
     """A wider FFN before step 3, whose new entries have updates of their own for 5 steps; more width before step 8."""
     method = "clone" if policy == "asymmetric" else "zero_pad"
