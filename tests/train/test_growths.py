@@ -357,3 +357,11 @@ def test_a_run_without_a_small_model_trains_one_first(
     assert totals["all_in"]["tokens"] == 8 * 64 and totals["papers_convention"]["tokens"] == 6 * 64
     cut_back(tmp_path, 4)
     assert run(config) == 0  # the unchanged command
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=12))  # a quarter of it is 3
+    assert run(longer) == 0
+    (event,) = ledger(tmp_path)["events"]
+    assert event["step"] == 2 and len(metrics(tmp_path)) == 12
+    capfd.readouterr()
+    for at_step, code in ((2, 0), (3, 4)):  # what the command says counts
+        assert run(dataclasses.replace(longer, growth=dataclasses.replace(config.growth, at_step=at_step))) == code
+    assert "growth.at_step was 2 there" in capfd.readouterr().err
