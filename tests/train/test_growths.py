@@ -17,7 +17,8 @@ from megagrow.checkpoint import store
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, ModelConfig, OptimConfig
 from megagrow.earlier_growth import EarlierGrowth
 from megagrow.optim import Optimizer, StepGuard
-from megagrow.train import growing, run, saving
+from megagrow.parallel.mesh import make_mesh
+from megagrow.train import growing, run, saving, timing
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.state import RunState
 from megagrow.train.timing import is_flat
@@ -230,6 +231,20 @@ def test_growing_when_the_loss_is_flat(corpus: Path, tmp_path: Path) -> None:
     assert event["reason"] == "plateau" and event["step"] == flat[0] + 2 < 13
     step = event["step"] - 1
     assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / "resumed"), tmp_path / "whole")
+
+
+def due_on_ranks(config: Config, flat_rank: int) -> str | None:
+    """What a rank says of the plateau that one rank alone sees."""
+    mesh = make_mesh(config.parallel)
+    losses = [1.0, 1.0] if mesh.world.rank == flat_rank else [9.0, 1.0]
+    return timing.due(RunState(SMALL, "small", train_step=5, losses=losses), config, mesh)
+
+
+def test_ranks_agree_that_the_loss_is_flat(tmp_path: Path) -> None:
+    growth = GrowthConfig("stack", source=SMALL, at_step=13, at_plateau=0.1, plateau_window=1)
+    config = make_config(tmp_path, tmp_path, 15, model=DEEP, growth=growth)
+    assert run_ranks(due_on_ranks, 2, config, 0) == ["plateau"] * 2
+    assert run_ranks(due_on_ranks, 2, config, 1) == [None] * 2
 
 
 def files(directory: Path) -> dict[str, str]:
