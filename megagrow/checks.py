@@ -15,7 +15,16 @@ from megagrow.config import (
     require,
 )
 from megagrow.errors import ConfigError
-from megagrow.timeline import growth_configs, growth_settings, latest_step, models, num_growths, step_tokens
+from megagrow.new_part import settling_steps
+from megagrow.timeline import (
+    growth_configs,
+    growth_name,
+    growth_settings,
+    latest_step,
+    models,
+    num_growths,
+    step_tokens,
+)
 
 # Fields of a model that growth keeps: what kind of model it is, and sizes that nothing can stretch.
 KIND_FIELDS = (
@@ -298,7 +307,7 @@ def check_growth_times(config: Config, world_size: int) -> None:
     growth, steps = config.growth, config.train.steps
     last = steps * step_tokens(config)
     for number in range(num_growths(growth)):
-        own, where, latest = growth_settings(growth, number), _growth_name(config, number), latest_step(config, number)
+        own, where, latest = growth_settings(growth, number), growth_name(growth, number), latest_step(config, number)
         require(
             own.at_step == 0 or own.at_tokens == 0,
             f"{where}.at_step={own.at_step} and at_tokens={own.at_tokens} both say when; leave one of them out",
@@ -323,19 +332,38 @@ def check_growth_times(config: Config, world_size: int) -> None:
             f"{where} comes before step {latest}, the growth before it at step {before} at the latest: one comes after "
             "the other; give later growths later steps, or grow both axes by one method",
         )
+        settled = before + _settling_steps(config, number - 1) if number and own.optimizer != "reset" else 0
+        require(
+            latest >= settled,
+            f"{where} comes before step {latest}, while entries that the growth before step {before} adds have updates "
+            f"of their own, which the next growth would lose (optim.beta2={config.optim.beta2} keeps them long); grow "
+            f"before step {settled} at the earliest, or use optimizer=exact in the first one or reset in the second",
+        )
+
+
+def _settling_steps(config: Config, number: int) -> int:
+    """Steps in which the entries that a growth adds have updates of their own."""
+    own, optim = growth_settings(config.growth, number), config.optim
+    counts = settling_steps(optim.beta1, optim.beta2) if own.optimizer in ("asymmetric", "zero_pad") else 0
+    return max(counts, own.rewarmup_steps if own.rewarmup_part == "new" else 0)
 
 
 def check_freezing(config: Config, world_size: int) -> None:
     """Raises ConfigError where layers cannot stand still, or would for ever."""
     growth, steps = config.growth, config.train.steps
     for number in range(num_growths(growth)):
-        where, frozen = _growth_name(config, number), growth_settings(growth, number).freeze_steps
+        where, frozen = growth_name(config.growth, number), growth_settings(growth, number).freeze_steps
         require(
             frozen == 0 or not config.parallel.splits_backward,
             f"{where}.freeze_steps={frozen} with parallel.schedule={config.parallel.schedule}: the half of its "
             "backward pass that makes weights' gradients needs one of each; use 1F1B or Interleaved1F1B",
         )
         is_last = number == num_growths(growth) - 1
+        require(
+            frozen == 0 or is_last or latest_step(config, number) + frozen < latest_step(config, number + 1),
+            f"{where}.freeze_steps={frozen} keeps the older layers frozen up to the next growth; they have to learn "
+            "again before it: freeze for fewer steps, or grow later",
+        )
         require(
             not is_last or latest_step(config, number) + frozen < steps,
             f"{where}.freeze_steps={frozen} would keep the older layers frozen to the end of train.steps={steps}; the "
@@ -347,7 +375,7 @@ def check_chain(config: Config, source: ModelConfig) -> None:
     """Raises ConfigError unless each growth of the run adds to the model that the one before left."""
     small = source
     for number, growing in enumerate(growth_configs(config, source)):
-        where = _growth_name(config, number)
+        where = growth_name(config.growth, number)
         try:
             check_growable(small, growing.model)
         except ConfigError as error:
@@ -358,10 +386,6 @@ def check_chain(config: Config, source: ModelConfig) -> None:
             "after; give it more layers, or a larger size",
         )
         small = growing.model
-
-
-def _growth_name(config: Config, number: int) -> str:
-    return "growth" if number == len(config.growth.earlier) else f"growth.earlier[{number}]"
 
 
 def check_growable(source: ModelConfig, target: ModelConfig) -> None:

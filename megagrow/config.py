@@ -324,8 +324,8 @@ class GrowthConfig:
     breaker_scale: float = 0.3  # noise: std relative to the weights; split: largest difference of a share from 1/n
     source: ModelConfig | None = None  # the small model that this run trains first; None: it comes from init.from
     at_step: int = 0  # grow before this step; 0: at start-up
-    # What becomes of the moments (growth/moments.py says what suits which method); learned maps need reset.
-    optimizer: Policy = "exact"
+    # What becomes of the moments (growth/moments.py says what suits which method); empty: reset for ligo, else exact
+    optimizer: Literal["", "exact", "asymmetric", "zero_pad", "reset"] = ""
     rewarmup_steps: int = 0  # linear warm-up of the learning rate after growing
     rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
     rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)

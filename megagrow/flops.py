@@ -102,11 +102,16 @@ def training_flops(
 ) -> float:
     """FLOPs of training on `tokens`: forward, and twice that for the two kinds of gradients; `electra`: once.
 
-    Frozen layers at the bottom have a forward pass only.
+    Frozen layers at the bottom have a forward pass only, and the embedding below them, tied to the head, no gradient.
     """
     backward = 1 if convention == "electra" else 2
-    skipped = frozen_layers * layer_flops_per_token(model, seq_length, convention) if frozen_layers else 0.0
-    return (1 + backward) * forward_flops(model, tokens, seq_length, convention) - backward * tokens * skipped
+    whole = (1 + backward) * forward_flops(model, tokens, seq_length, convention)
+    if frozen_layers == 0:
+        return whole
+    skipped = backward * frozen_layers * layer_flops_per_token(model, seq_length, convention)
+    if model.tied_embeddings:
+        skipped += (backward - 1) * 2.0 * model.vocab_size * model.hidden_size
+    return whole - tokens * skipped
 
 
 def _electra_flops_per_token(model: ModelConfig, seq_length: int) -> float:

@@ -58,6 +58,12 @@ class Schedule:
         return settled and step - self.since > self.steps
 
 
+def settling_steps(beta1: float, beta2: float) -> int:
+    """Updates after which moments that began at zero are corrected like those of a longer past."""
+    beta = max(beta1, beta2)
+    return math.floor(math.log(SETTLED) / math.log(beta)) if beta > 0 else 0
+
+
 @dataclass(frozen=True, eq=False)
 class Kept:
     """The old entries of this rank's piece of a tensor: those in these rows and in these columns.

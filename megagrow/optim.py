@@ -148,10 +148,14 @@ class Optimizer:
         """What is not a tensor: the step, the multipliers that differ from 1, and the new part while it differs."""
         changed = {name: asdict(m) for name, m in self.multipliers.items() if m != Multipliers()}
         state = {"step": self.step_count, "multipliers": changed}
-        part, betas = self.new_part, (self.config.beta1, self.config.beta2)
-        if part is not None and not part.schedule.is_over(self.step_count + 1, *betas):
-            state["new_part"] = part.state()
+        if self.new_part is not None and self.treats_new_part():
+            state["new_part"] = self.new_part.state()
         return state
+
+    def treats_new_part(self, steps: int = 0) -> bool:
+        """Whether there is a part that still has updates of its own, so many steps from now."""
+        part, step = self.new_part, self.step_count + steps + 1
+        return part is not None and not part.schedule.is_over(step, self.config.beta1, self.config.beta2)
 
 
 def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float, mesh: Mesh) -> float:

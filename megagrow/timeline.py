@@ -7,8 +7,8 @@ growth number                                   0                  n - 1        
 from dataclasses import replace
 from typing import Any, cast
 
-from megagrow.config import Config, GrowthConfig, ModelConfig
-from megagrow.earlier_growth import SIZES, EarlierGrowth
+from megagrow.config import Config, GrowthConfig, ModelConfig, Policy
+from megagrow.earlier_growth import CHANGES, EarlierGrowth
 
 
 def num_growths(growth: GrowthConfig) -> int:
@@ -17,10 +17,22 @@ def num_growths(growth: GrowthConfig) -> int:
 
 
 def growth_settings(growth: GrowthConfig, number: int) -> GrowthConfig:
-    """The settings of one of a run's growths, counted from 0, as if it were the only one."""
-    if number == len(growth.earlier):
-        return replace(growth, earlier=())
-    own = growth.earlier[number]
+    """The settings of one of a run's growths, counted from 0, as if it were the only one; with a policy."""
+    own = growth if number == len(growth.earlier) else _earlier_settings(growth, growth.earlier[number])
+    return replace(own, optimizer=policy_of(own), earlier=())
+
+
+def growth_name(growth: GrowthConfig, number: int) -> str:
+    """The section of the configuration that holds one of a run's growths."""
+    return "growth" if number == len(growth.earlier) else f"growth.earlier[{number}]"
+
+
+def policy_of(growth: GrowthConfig) -> Policy:
+    """What becomes of the moments; where nothing is said `exact`, which refuses what it has no rule for."""
+    return growth.optimizer or ("reset" if growth.learns_maps else "exact")
+
+
+def _earlier_settings(growth: GrowthConfig, own: EarlierGrowth) -> GrowthConfig:
     return replace(
         growth,
         method=own.method or growth.method,
@@ -30,7 +42,6 @@ def growth_settings(growth: GrowthConfig, number: int) -> GrowthConfig:
         at_plateau=own.at_plateau,
         rewarmup_steps=growth.rewarmup_steps if own.rewarmup_steps < 0 else own.rewarmup_steps,
         freeze_steps=own.freeze_steps,
-        earlier=(),
     )
 
 
@@ -57,7 +68,7 @@ def growth_configs(config: Config, source: ModelConfig, first: int = 0) -> list[
 
 def resized(model: ModelConfig, sizes: EarlierGrowth) -> ModelConfig:
     """The model with other sizes, and its own where none are given; all else stays as it is."""
-    given = {name: getattr(sizes, name) for name in SIZES if getattr(sizes, name)}
+    given = {name: getattr(sizes, name) for name in CHANGES if getattr(sizes, name)}
     if "num_heads" in given and "num_kv_heads" not in given and model.num_kv_heads == model.num_heads:
         given["num_kv_heads"] = given["num_heads"]
     return replace(model, **given)

@@ -218,7 +218,7 @@ BAD_COMBINATIONS = [
     ),
     (config_with(growth=GrowthConfig(method="stack")), 1, ["nothing to grow", "--init.from"]),
     (
-        config_with(growth=GrowthConfig(method="ligo", source=SMALL, at_step=5)),
+        config_with(growth=GrowthConfig(method="ligo", source=SMALL, at_step=5, optimizer="exact")),
         1,
         ["growth.optimizer=exact", "learned maps", "reset"],
     ),
@@ -273,8 +273,20 @@ BAD_COMBINATIONS = [
             (growing(EarlierGrowth(num_layers=9, at_step=5)), ["growth: ", "num_layers=8 is smaller"]),
             (growing(EarlierGrowth(num_layers=1, at_step=5)), ["growth.earlier[0]: ", "num_layers=1 is smaller"]),
             (growing(EarlierGrowth(num_heads=3, num_kv_heads=2, at_step=5)), ["num_kv_heads=2", "num_heads=3"]),
-            (growing(EarlierGrowth(num_layers=6, at_step=5, method="ligo")), ["optimizer=exact", "reset"]),
+            (growing(EarlierGrowth(num_layers=6, at_step=5, method="ligo", optimizer="exact")), ["optimizer=exact"]),
             (growing(freeze_steps=41), ["freeze_steps=41", "trains all layers"]),
+            (
+                growing(EarlierGrowth(num_layers=6, at_step=5, optimizer="reset", freeze_steps=4)),
+                ["growth.earlier[0].freeze_steps=4", "up to the next growth"],
+            ),
+            (
+                growing(EarlierGrowth(num_layers=6, at_step=5, optimizer="asymmetric")),
+                ["growth comes before step 9", "step 5 adds have updates of their own", "before step 184 at the"],
+            ),
+            (
+                growing(EarlierGrowth(num_layers=6, at_step=5), rewarmup_part="new", rewarmup_steps=5),
+                ["growth comes before step 9", "before step 10 at the earliest"],
+            ),
         ]
     ),
     (
@@ -288,6 +300,20 @@ BAD_COMBINATIONS = [
     ),
     (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone"]),
 ]
+
+
+@pytest.mark.parametrize(
+    ("method", "earlier", "policies"),
+    [("ligo", EarlierGrowth(), ["reset", "reset"]), ("stack", EarlierGrowth(method="ligo"), ["reset", "exact"])],
+)
+def test_learned_maps_leave_the_moments_behind_unless_told_otherwise(
+    method: str, earlier: EarlierGrowth, policies: list[str]
+) -> None:
+    earlier = dataclasses.replace(earlier, num_layers=6, at_step=5)
+    growth = dataclasses.replace(growing(earlier), method=method)
+    model = dataclasses.replace(SMALL, num_layers=8)
+    check(config_with(model=model, train=TrainConfig(steps=50), growth=growth), 1)
+    assert [growth_settings(growth, number).optimizer for number in (0, 1)] == policies
 
 
 @pytest.mark.parametrize(("config", "world_size", "words"), BAD_COMBINATIONS)

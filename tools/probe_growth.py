@@ -47,8 +47,8 @@ def main() -> None:
 def table(outcomes: list[Outcome]) -> Table:
     shown = Table("candidate", "loss as grown", "loss after the lag", "FLOPs", "seconds")
     for each in outcomes:
-        initial = "not finite" if each.loss_initial is None else f"{each.loss_initial:.4f}"
-        shown.add_row(each.candidate, initial, f"{each.loss:.4f}", f"{each.flops:.3g}", f"{each.seconds:.1f}")
+        losses = ["not finite" if loss is None else f"{loss:.4f}" for loss in (each.loss_initial, each.loss)]
+        shown.add_row(each.candidate, *losses, f"{each.flops:.3g}", f"{each.seconds:.1f}")
     return shown
 
 

@@ -60,26 +60,31 @@ def bootstrapped(config: Config) -> Config:
         "growth.bootstrap sets the time of one growth, growth.earlier holds more; give growth.source and each at_step",
     )
     source = growth.source or derived_source(config.model)
-    if growth.at_step or growth.at_tokens:
-        return replace(config, growth=replace(growth, source=source))
-    steps = min(-(-_rule(config) // step_tokens(config)), config.train.steps * LARGEST_SHARE)
-    return replace(config, growth=replace(growth, source=source, at_step=max(int(steps), 1)))
+    at_step = growth.at_step if growth.at_step or growth.at_tokens else _derived_step(config)
+    return replace(config, growth=replace(growth, source=source, at_step=at_step))
 
 
 def explain(config: Config) -> str:
-    """What `bootstrapped` has chosen, and why, in words; "" where it chose nothing."""
+    """What is trained first, and why so long, in words; "" without `growth.bootstrap`."""
     growth = config.growth
     if not growth.bootstrap or growth.source is None:
         return ""
     asked, when = _rule(config), f"before step {growth.at_step}" if growth.at_step else f"at {growth.at_tokens} tokens"
     by_rule = -(-asked // step_tokens(config))
     layers = f"growth.bootstrap: a model of {growth.source.num_layers} layers is trained first, and grows {when}"
+    if growth.at_step != _derived_step(config):
+        return f"{layers}, as the configuration says; G_stack's rule asks for {asked:.3g} tokens ({by_rule:.3g} steps)"
     if by_rule <= growth.at_step:
         return f"{layers}, after the {asked:.3g} tokens that G_stack's rule asks for"
     return (
         f"{layers}; G_stack's rule, made for far longer runs, asks for {asked:.3g} tokens ({by_rule:.3g} steps), but "
         f"no more than {LARGEST_SHARE:.0%} of train.steps={config.train.steps} are taken"
     )
+
+
+def _derived_step(config: Config) -> int:
+    steps = min(-(-_rule(config) // step_tokens(config)), config.train.steps * LARGEST_SHARE)
+    return max(int(steps), 1)
 
 
 def _rule(config: Config) -> float:

@@ -147,7 +147,7 @@ def _check_eps(method: str, width: Width, source: ModelConfig, target: ModelConf
         abs(target.norm_eps - needed) <= 1e-9 * needed,
         f"growth.method={method} needs the target's norm_eps={needed!r} (the source has {source.norm_eps}"
         + (f", and its norms average over {target.hidden_size} units instead" if width.eps_scale != 1 else "")
-        + f"), but it is {target.norm_eps}; set model.norm_eps={needed!r}",
+        + f"), but it is {target.norm_eps}; set norm_eps={needed!r}",
     )
 
 

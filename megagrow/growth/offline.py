@@ -20,7 +20,7 @@ from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, rea
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.staged import StagedFolder, check_free
-from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, Policy
+from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, Policy, require
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.growth.grow import Fetch, grow_into, grow_whole
@@ -122,6 +122,11 @@ def _stage(staged: StagedFolder, tokenizer: Path | None) -> Path:
 
 def _grow_own(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's shards of all that the grown checkpoint stores, and its state."""
+    require(
+        policy == "reset" or "new_part" not in (source.optimizer or {}),
+        f"{source.path} grew lately, and the moments or the rate of its new entries are not yet those of the others, "
+        "which growing again would lose; train it further first, or leave the moments behind: --optimizer reset",
+    )
     parameters = _empty_target(source, recipe, mesh)
     grow_into(recipe, source.fetch, parameters)
     tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}

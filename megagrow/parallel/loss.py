@@ -255,7 +255,7 @@ class _Loss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
         # Summed over many chunks, which the head's own dtype would round each time.
         make_head = torch.empty_like if len(hidden_TH) else torch.zeros_like  # the first chunk writes it
-        grad_head = make_head(head_VH, dtype=wide) if needs_gradient else None
+        grad_head = make_head(head_VH, dtype=wide) if needs_gradient and ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs_gradient and bias_V is not None else None
         for start in range(0, hidden_TH.shape[0], options.chunk_tokens):
             part = slice(start, start + options.chunk_tokens)
@@ -274,8 +274,9 @@ class _Loss(torch.autograd.Function):
                     options,
                     needs_gradient,
                 )
-            if grad_hidden is not None and grad_head is not None:
+            if grad_hidden is not None:
                 grad_hidden[part] = ops.product(logits_CV, head.T)
+            if grad_head is not None:
                 ops.add_product_(grad_head, logits_CV.T, hidden_CH.T, is_first=start == 0)
             if grad_bias is not None:
                 grad_bias += logits_CV.sum(0, dtype=wide)

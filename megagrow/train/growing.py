@@ -9,15 +9,15 @@ In a run whose model grows several times, each target but the last is the source
 of the grown model is complete, the newest one on disk is of the model before: whoever resumes from it grows again.
 """
 
-import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source
-from megagrow.config import Config, ModelConfig, require
+from megagrow.config import Config, GrowthConfig, ModelConfig, require
+from megagrow.errors import ConfigError, MegagrowError
 from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into, mesh_fetch
 from megagrow.growth.ligo import Ligo
@@ -31,7 +31,7 @@ from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, release
 from megagrow.parallel.stages import own_stages
-from megagrow.timeline import growth_configs, growth_settings, num_growths
+from megagrow.timeline import growth_configs, growth_name, growth_settings, latest_step, num_growths, policy_of
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.part import Part, build_part
 from megagrow.train.state import RunState
@@ -42,11 +42,21 @@ def new_learner(part: Part, config: Config, source: Source | None = None) -> Mod
 
     A source's moments are kept only where they are about to grow with it; a run that starts from the weights of a
     finished one has its own optimizer.
+
+    Raises:
+        ConfigError: entries that the source got when it was grown itself still have updates of their own when the model
+            grows.
     """
     keeps_moments = num_growths(config.growth) > 0 and growth_settings(config.growth, 0).optimizer != "reset"
     if source is None or source.optimizer is None or not keeps_moments:
         return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
-    optimizer = _restored_optimizer(part, config, source.optimizer)
+    optimizer, latest = _restored_optimizer(part, config, source.optimizer), latest_step(config, 0)
+    require(
+        not optimizer.treats_new_part(latest),
+        f"growth comes before step {latest}, but {source.path} grew lately, and the moments or the rate of its new "
+        "entries are not yet those of the others, which the next growth would lose; grow later, or use "
+        "growth.optimizer=reset",
+    )
     for moment, tensors in optimizer.moments().items():
         for name, tensor in tensors.items():
             fill(tensor, source.read(f"optim.{moment}.{name}").to(tensor.device))
@@ -68,12 +78,24 @@ def after_load(learner: Learner, state: RunState) -> None:
         learner.generate()
 
 
+def is_ready(learner: Learner, state: RunState, config: Config) -> bool:
+    """Whether the next growth loses nothing of the one before it, whose new entries may still have their own updates.
+
+    Moments that are to be forgotten have nothing to lose.
+    """
+    if not isinstance(learner, ModelLearner) or state.phase != "small":
+        return True
+    return state.growing(config).growth.optimizer == "reset" or not learner.optimizer.treats_new_part()
+
+
 def begin(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Learner:
     """Grows at once, or begins to learn the maps; moves the state on."""
     assert isinstance(learner, ModelLearner)
     growing = state.growing(config)
     if growing.growth.learns_maps:
         state.phase, state.ligo_step = "ligo", 0
+        for moments in learner.optimizer.moments().values():
+            release(moments.values())
         grown = map_learner(learner.part, growing)
         grown.generate()
         return grown
@@ -82,18 +104,28 @@ def begin(learner: Learner, state: RunState, config: Config, mesh: Mesh) -> Lear
     return grown_learner
 
 
-def finish(learner: Learner, state: RunState, config: Config) -> ModelLearner:
-    """Keeps what the maps generate as the target's weights and drops maps and source; moves the state on."""
+def finish(learner: Learner, state: RunState, config: Config, tell: Callable[[str], None]) -> ModelLearner:
+    """Keeps what the maps have generated as the target's weights and drops maps and source; moves the state on.
+
+    Maps and source give their memory back before the moments take it.
+    """
     assert isinstance(learner, MapLearner)
-    learner.generate()
+    _write_maps(learner, Path(config.run.dir) / maps_file(state.growths, config), tell)
+    _complete(state, config)
+    for moments in learner.adamw.state.values():
+        release(moments.values())
+    release([*learner.ligo.parameters().values(), *learner.small.parameters.values()])
+    return ModelLearner(learner.part, Optimizer(learner.part.parameters, config.optim), config)
+
+
+def _write_maps(learner: MapLearner, path: Path, tell: Callable[[str], None]) -> None:
+    """A collective. The run does not need the file: it goes on without."""
     maps = learner.ligo.gathered(learner.part.mesh)
     if learner.part.mesh.is_main:
-        save_maps(learner.ligo, Path(config.run.dir) / maps_file(state.growths, config), maps)
-    _complete(state, config)
-    part = learner.part
-    del learner
-    gc.collect()
-    return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
+        try:
+            save_maps(learner.ligo, path, maps)
+        except (OSError, MegagrowError) as error:
+            tell(f"warning: the learned maps are not kept, {path} cannot be written: {error}")
 
 
 def maps_file(number: int, config: Config) -> str:
@@ -109,13 +141,21 @@ def check_recipes(state: RunState, config: Config) -> None:
         ConfigError: a method or a policy does not serve the models.
     """
     source = state.model
-    for growing in growth_configs(config, source, state.growths) if state.phase != "main" else []:
-        recipe, growth = _recipe(source, growing), growing.growth
-        if not growth.learns_maps:
-            grow_multipliers(recipe, growth.optimizer)
-        if growth.freeze_steps:
-            _check_freezable(recipe)
+    coming = growth_configs(config, source, state.growths) if state.phase != "main" else []
+    for number, growing in enumerate(coming, state.growths):
+        try:
+            _check_recipe(_recipe(source, growing), growing.growth)
+        except ConfigError as error:
+            where = f"{growth_name(config.growth, number)}: " if config.growth.earlier else ""
+            raise ConfigError(f"{where}{error}") from None
         source = growing.model
+
+
+def _check_recipe(recipe: Recipe, growth: GrowthConfig) -> None:
+    if not growth.learns_maps:
+        grow_multipliers(recipe, policy_of(growth))
+    if growth.freeze_steps:
+        _check_freezable(recipe)
 
 
 def _check_freezable(recipe: Recipe) -> None:
@@ -134,7 +174,7 @@ def grow_copies(small: ModelLearner, config: Config, mesh: Mesh) -> ModelLearner
     They are given back before the large moments take memory, so that a rank never holds more than both models' moments
     and the large weights.
     """
-    recipe, policy = _recipe(small.part.config, config), config.growth.optimizer
+    recipe, policy = _recipe(small.part.config, config), policy_of(config.growth)
     part, old = build_part(config.model, config, mesh), small.optimizer
     multipliers = grow_multipliers(recipe, policy, old.multipliers)
     exchange = Exchange(recipe, small.part.parameters, part.parameters, mesh)

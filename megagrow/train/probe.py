@@ -5,18 +5,22 @@ after a lag tells more.
 """
 
 import gc
+import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import Source
 from megagrow.checks import check, check_chain
-from megagrow.config import CheckpointConfig, Config, InitConfig, RunConfig, SaltConfig, require
+from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, RunConfig, SaltConfig, require
+from megagrow.config_file import to_dict
+from megagrow.errors import NonFiniteError
 from megagrow.optim import lr_at
 from megagrow.parallel.mesh import Mesh
-from megagrow.timeline import growth_config, latest_step, num_growths, order_size
+from megagrow.timeline import growth_config, latest_step, learning_steps, num_growths, order_size, policy_of
 from megagrow.train.growing import check_recipes
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
@@ -34,9 +38,9 @@ class Candidate:
 
     @classmethod
     def parse(cls, text: str, optimizer: str) -> "Candidate":
-        """`METHOD` or `METHOD:POLICY`; where no policy is named, `optimizer`."""
+        """`METHOD` or `METHOD:POLICY`; where no policy is named, `optimizer` or, if empty, the method's own."""
         method, _, policy = text.partition(":")
-        return cls(method, policy or optimizer)
+        return cls(method, policy or optimizer or policy_of(GrowthConfig(method)))
 
     def __str__(self) -> str:
         return f"{self.method}:{self.optimizer}"
@@ -48,14 +52,14 @@ class Outcome:
 
     Attributes:
         candidate: its method and policy.
-        loss_initial: validation loss right after growing, or after learning the operator.
-        loss: validation loss after the lag.
+        loss_initial: validation loss right after growing, or after learning the operator; None: not finite.
+        loss: validation loss after the lag; None: it diverged.
         flops, seconds: of growing, of learning the operator, and of the lag.
     """
 
     candidate: str
     loss_initial: float | None
-    loss: float
+    loss: float | None
     flops: float | None
     seconds: float | None
 
@@ -70,6 +74,8 @@ class _Fork(Trainer):
 def probe(source: Source, config: Config, candidates: Sequence[Candidate], steps: int, mesh: Mesh) -> list[Outcome]:
     """Grows and trains every candidate on the same samples at the same learning rates; a collective over the mesh.
 
+    One that learns an operator does so on the samples before: the lag has the same for all.
+
     Args:
         source: the small model. Of an own checkpoint on the same data the samples go on where it stopped.
         config: the run that is planned; its next growth is probed. The learning rate is that of the step at which it
@@ -79,7 +85,7 @@ def probe(source: Source, config: Config, candidates: Sequence[Candidate], steps
         mesh: where this rank stands.
 
     Returns:
-        The outcomes, the lowest loss after the lag first.
+        The outcomes, the lowest loss after the lag first, and last those that diverged.
 
     Raises:
         ConfigError: a candidate cannot grow these models, or there is nothing to measure on.
@@ -87,14 +93,17 @@ def probe(source: Source, config: Config, candidates: Sequence[Candidate], steps
     require(bool(config.data.validation or config.data.split), "probing ranks by validation loss: set data.validation")
     require(config.train.eval_batches > 0, "probing ranks by validation loss: set train.eval_batches")
     require(num_growths(config.growth) > 0, "growth.method=none plans no growth; set growth.method")
+    require(all(c.method != "none" for c in candidates), "the candidate none does not grow: there is nothing to probe")
     forks = [_fork_config(source, config, candidate, steps) for candidate in candidates]
     for fork in forks:
         check(fork, mesh.world.size)
         check_chain(fork, source.model)
         check_recipes(RunState(source.model, "small"), fork)
-    cursor = _cursor(source, config)
-    outcomes = [_outcome(c, fork, cursor, mesh) for c, fork in zip(candidates, forks, strict=True)]
-    return sorted(outcomes, key=lambda outcome: outcome.loss)
+    learning = [learning_steps(fork.growth) for fork in forks]
+    begins = _cursor(source, config) + max(learning) * config.train.global_batch_size
+    cursors = [begins - steps * config.train.global_batch_size for steps in learning]
+    outcomes = [_outcome(*each, mesh) for each in zip(candidates, forks, cursors, strict=True)]
+    return sorted(outcomes, key=lambda outcome: math.inf if outcome.loss is None else outcome.loss)
 
 
 def caution(steps: int, config: Config) -> str:
@@ -132,20 +141,30 @@ def _outcome(candidate: Candidate, fork: Config, cursor: int, mesh: Mesh) -> Out
     with tempfile.TemporaryDirectory() as directory:
         trainer = _Fork(replace(fork, run=RunConfig(directory, log_interval=fork.train.steps)), mesh)
         trainer.state.cursors["all"] = cursor
-        trainer.run(StopRequest())
-        spent, (event,) = trainer.state.ledger.own(), trainer.state.ledger.events
-        loss = trainer.validation_loss
-    assert loss is not None, "the last step of a run is evaluated"
+        loss = None
+        with suppress(NonFiniteError):
+            trainer.run(StopRequest())
+            loss = trainer.validation_loss
+            assert loss is not None, "the last step of a run is evaluated"
+        spent, events = trainer.state.ledger.own(), trainer.state.ledger.events
     del trainer
     gc.collect()  # the next model needs its memory
-    return Outcome(str(candidate), event["loss_after"], loss, spent["flops"], spent["seconds"])
+    initial = events[0]["loss_after"] if events else None
+    kept = loss if loss is not None and math.isfinite(loss) else None
+    return Outcome(str(candidate), initial, kept, spent["flops"], spent["seconds"])
 
 
 def _cursor(source: Source, config: Config) -> int:
-    """The first sample that the source has not seen, if it was trained on these data."""
+    """The first sample that the source has not seen, if it was trained on these samples."""
     if source.ledger is None:  # from outside
         return 0
     manifest = store.read_manifest(source.path)
     data, cursors = manifest.config.get("data"), manifest.state.get("cursors")
-    same = isinstance(data, dict) and all(data.get(k) == getattr(config.data, k) for k in ("train", "seed", "order"))
+    same = isinstance(data, dict) and all(data.get(name) == value for name, value in _order(config).items())
     return int(cursors["all"]) if same and isinstance(cursors, dict) else 0
+
+
+def _order(config: Config) -> dict[str, Any]:
+    """What says which samples there are, and in which order."""
+    plain = to_dict(config.data)
+    return {name: plain[name] for name in ("train", "seed", "order", "seq_length", "split", "num_samples")}

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Timer
@@ -26,6 +26,7 @@ from megagrow.parallel import heartbeat
 from megagrow.parallel.board import Ending
 from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
 from megagrow.parallel.watchdog import STACKS, Watchdog, limit_collectives, problem_with
+from megagrow.train import saving
 from megagrow.train.stop import StopRequest
 from megagrow.train.trainer import Trainer
 
@@ -66,10 +67,10 @@ def run(config: Config) -> int:
     watchdog, stop = Watchdog(config.run.timeout, directory, partial(_tell, directory)), StopRequest()
     end, error = End(1, "interrupted"), None  # what holds when ctrl-C comes before the loop, which would save
     try:
-        config = bootstrapped(config)
+        given, config = config, bootstrapped(config)
         _join(config, watchdog)
         stop.listen()
-        _train(config, watchdog, stop)
+        _train(given, config, watchdog, stop)
         end = End(0, "done", agreed=True)
     except Exception as caught:
         stop.wait_for_end()
@@ -96,12 +97,24 @@ def _join(config: Config, watchdog: Watchdog) -> None:
     watchdog.start()
 
 
-def _train(config: Config, watchdog: Watchdog, stop: StopRequest) -> None:
+def _train(given: Config, config: Config, watchdog: Watchdog, stop: StopRequest) -> None:
     mesh = _prepare(config, watchdog)
+    if config.growth != given.growth:
+        config = _as_begun(given, config, mesh)
     trainer = Trainer(config, mesh)
     if mesh.is_main:
         write_atomically(Path(config.run.dir) / "config.json", dump(config).encode())
     trainer.run(stop)
+
+
+def _as_begun(given: Config, config: Config, mesh: Mesh) -> Config:
+    """The run grows when `growth.bootstrap` said when it began, whatever `train.steps` has become since."""
+    at_step = saving.saved_at_step(config, mesh)
+    if given.growth.at_step or given.growth.at_tokens or at_step is None:
+        return config
+    config = replace(config, growth=replace(config.growth, at_step=at_step))
+    check(config, mesh.world.size)
+    return config
 
 
 def _prepare(config: Config, watchdog: Watchdog) -> Mesh:

@@ -66,6 +66,13 @@ def saved(config: Config, mesh: Mesh) -> list[Path]:
     return Ranks(mesh.checkpoint_group).first(f"cannot resume from {root}", lambda: store.candidates(root))
 
 
+def saved_at_step(config: Config, mesh: Mesh) -> int | None:
+    """`growth.at_step` of the run as its newest checkpoint has it; None when the run is new; a collective."""
+    growth = next((store.read_manifest(path).config.get("growth") for path in saved(config, mesh)), None)
+    at_step = growth.get("at_step") if isinstance(growth, dict) else None
+    return at_step if type(at_step) is int and at_step > 0 else None
+
+
 def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunState:
     """The state in a checkpoint, after making sure that it is of the same run; `tell` gets what else has changed.
 

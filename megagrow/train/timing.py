@@ -6,7 +6,10 @@ Whichever of these comes first:
     tokens    the run has trained on `at_tokens` tokens
     plateau   the training loss (`loss` of metrics.jsonl) is flat: its mean over the last `plateau_window` steps is
               above (1 - `at_plateau`) times that over as many steps before. Steps of a warm-up and
-              steps that were refused do not count, nor do those of the model before the last growth.
+              steps that were refused do not count, nor do those with frozen layers, nor those of the model before the
+              last growth.
+
+A growth waits while layers stand still, and while entries that the one before it added have updates of their own.
 """
 
 import math
@@ -26,7 +29,7 @@ def due(state: RunState, config: Config, mesh: Mesh) -> str | None:
 
     A collective where the growth waits for a plateau.
     """
-    if state.phase != "small":
+    if state.phase != "small" or frozen_layers(state, config) or restarts(state, config):
         return None
     growth = growth_settings(config.growth, state.growths)
     if growth.at_tokens:
@@ -76,17 +79,19 @@ def restarts(state: RunState, config: Config) -> bool:
     if state.phase == "ligo" or state.grown_at is None:
         return False
     growth = _last_growth(state, config)
-    return growth.optimizer == "reset" and 0 < growth.freeze_steps == _steps_since(state)
+    return _restarts_after(growth) and growth.freeze_steps == _steps_since(state)
 
 
 def rewarmup(state: RunState, config: Config) -> float:
     """What the learning rate of the next step is multiplied by, as the last growth is recent.
 
-    That of the new part alone is the optimizer's affair.
+    It rises again where the optimizer has begun anew. That of the new part alone is the optimizer's affair.
     """
     growth, since = _last_growth(state, config), _steps_since(state)
     if since is None or growth.rewarmup_steps == 0 or growth.rewarmup_part == "new":
         return 1.0
+    if _restarts_after(growth) and since >= growth.freeze_steps:
+        since -= growth.freeze_steps
     return min(1.0, (since + 1) / growth.rewarmup_steps)
 
 
@@ -98,10 +103,18 @@ def _last_growth(state: RunState, config: Config) -> GrowthConfig:
     return growth_settings(config.growth, max(state.growths - 1, 0))
 
 
+def _restarts_after(growth: GrowthConfig) -> bool:
+    return growth.optimizer == "reset" and growth.freeze_steps > 0
+
+
 def _end_of_warmup(state: RunState, config: Config) -> int:
+    """The step of the schedule from which on losses show how the whole model learns."""
     if state.grown_at is None:
         return config.optim.warmup_steps
-    return max(config.optim.warmup_steps, state.grown_at + _last_growth(state, config).rewarmup_steps)
+    growth = _last_growth(state, config)
+    frozen, rises = growth.freeze_steps, growth.rewarmup_steps
+    after = frozen + rises if _restarts_after(growth) else max(frozen, rises)
+    return max(config.optim.warmup_steps, state.grown_at + after)
 
 
 def _agreed(flag: bool, mesh: Mesh) -> bool:

@@ -200,22 +200,23 @@ class Trainer:
 
     def _grow_if_due(self) -> None:
         state, config = self.state, self.config
-        reason = timing.due(state, config, self.mesh)
+        ready = growing.is_ready(self.learner, state, config)
+        reason = timing.due(state, config, self.mesh) if ready else None
         if reason is not None:
             before = self._loss_for_event()
-            with self._growing():
+            with self._growing(generates=state.growing(config).growth.learns_maps):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
             initial = self._loss_for_event()
             state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": initial}
         if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
-            with self._growing():
-                self.learner = growing.finish(self.learner, state, config)
+            with self._growing(generates=False):  # the last step has
+                self.learner = growing.finish(self.learner, state, config, self.progress.message)
         if state.phase != "ligo" and state.pending_event is not None:
             self._record_growth()
 
     @contextmanager
-    def _growing(self) -> Iterator[None]:
-        """Charges the generation of the large model's weights; from here on losses are of another model."""
+    def _growing(self, generates: bool) -> Iterator[None]:
+        """Charges the time, and generating the large model's weights; from here on losses are of another model."""
         state = self.state
         source, growth = state.model, state.growing(self.config)
         self._wait_for_save()
@@ -225,7 +226,7 @@ class Trainer:
         yield
         gc.collect()  # the small model's modules hold each other
         spent = 0.0
-        if growth.growth.learns_maps:
+        if generates:
             spent = flops.ligo_generation_flops(source, growth.model, growth.growth.ligo_variant)
         seconds = time.perf_counter() - began
         state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(growth.model))
@@ -373,7 +374,8 @@ class Trainer:
             return None
         peak = flops.peak_flops_per_second(torch.cuda.get_device_name(), self.config.train.precision)
         model = self.learner.part.config
-        per_token = flops.training_flops(model, 1, self.config.data.seq_length)
+        frozen = timing.frozen_layers(self.state, self.config)
+        per_token = flops.training_flops(model, 1, self.config.data.seq_length, frozen_layers=frozen)
         return None if peak is None else tokens_per_second * per_token / (peak * self.mesh.world.size)
 
     def _roll_back(self, result: StepResult) -> None:

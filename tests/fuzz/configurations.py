@@ -31,7 +31,7 @@ COUNTS = {  # from 0 on
     "growth.rewarmup_factor",
     *("growth.ligo_steps", "growth.ligo_lr", "growth.ligo_noise", "salt.steps", "checkpoint.interval"),
     *("growth.rewarmup_factor", "growth.breaker_scale", "growth.at_tokens", "growth.freeze_steps"),
-    *(f"growth.earlier.{name}" for name in ("at_step", "at_tokens", "freeze_steps", *GROWN_SIZES)),
+    *(f"growth.earlier.{name}" for name in ("at_step", "at_tokens", "freeze_steps", "norm_eps", *GROWN_SIZES)),
     *("checkpoint.keep_last", "model.rope_scaling.original_max_positions", "model.rope_scaling.attention_factor"),
 }
 RANGES: dict[str, Callable[[float], bool]] = {

@@ -59,6 +59,10 @@ def test_what_is_given_stays() -> None:
     source = ModelConfig(num_layers=4)
     given = bootstrapped(Config(growth=dataclasses.replace(BOOTSTRAP, source=source, at_tokens=5_000)))
     assert (given.growth.source, given.growth.at_step) == (source, 0)
+    early = bootstrapped(Config(growth=dataclasses.replace(BOOTSTRAP, at_step=20)))
+    assert early.growth.at_step == 20
+    for found in (given, early):
+        assert "as the configuration says; G_stack's rule asks for" in explain(found) and "25%" not in explain(found)
     plain = Config(growth=GrowthConfig("stack", source=source, at_step=5))
     assert bootstrapped(plain) is plain
 

@@ -15,7 +15,7 @@ from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.source import Source, load_model, open_source
 from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.config_file import dump, to_dict
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import save_maps
@@ -97,6 +97,11 @@ def test_a_grown_checkpoint_knows_its_new_part(tmp_path: Path) -> None:
     for moment in QUANTITIES:
         for name, tensor in moments_of(SOURCE, moment).items():
             assert torch.count_nonzero(large.read(f"optim.{moment}.{name}")) == tensor.numel(), name
+    deeper = make_recipe("stack", WIDE, dataclasses.replace(WIDE, num_layers=2 * WIDE.num_layers))
+    with pytest.raises(ConfigError, match="grew lately.*--optimizer reset"):
+        grow_folder(large, tmp_path / "again", deeper, Mesh.single())
+    assert not (tmp_path / "again").exists()
+    grow_folder(large, tmp_path / "again", deeper, Mesh.single(), "reset")
 
 
 def test_reset_and_learned_maps_leave_the_moments_behind(tmp_path: Path) -> None:

@@ -4,21 +4,28 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from torch import Tensor
 
+from megagrow import flops
 from megagrow.checkpoint import store
-from megagrow.config import CheckpointConfig, Config, GrowthConfig, ModelConfig
+from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, ModelConfig, OptimConfig
 from megagrow.earlier_growth import EarlierGrowth
-from megagrow.train import growing, run
+from megagrow.optim import Optimizer, StepGuard
+from megagrow.parallel.mesh import make_mesh
+from megagrow.train import growing, run, saving, timing
+from megagrow.train.learner import Learner, MapLearner, ModelLearner
+from megagrow.train.state import RunState
 from megagrow.train.timing import is_flat
 from tests.ranks import run_ranks
 from tests.train.resumed import samples_noted
 from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
-from tests.train.test_run import assert_same_run, cut_back, ledger
+from tests.train.test_run import assert_same_run, cut_back, grown, ledger
 
 WIDE = dataclasses.replace(LARGE, num_layers=SMALL.num_layers)
 DEEP = dataclasses.replace(SMALL, num_layers=8)
@@ -62,6 +69,11 @@ def resumed_at(step: int, whole: Path, config: Callable[[Path], Config], directo
     cut_back(directory, step)
     assert run(config(directory)) == 0
     return directory
+
+
+def saved_state(directory: Path, step: int) -> dict[str, Any]:
+    """What the checkpoint of a step holds beside tensors."""
+    return store.read_manifest(directory / "checkpoints" / f"step-{step}").state
 
 
 def sample_ids(directory: Path) -> list[int]:
@@ -110,6 +122,73 @@ def test_maps_are_learned_between_two_growths(corpus: Path, tmp_path: Path, lear
         assert_same_run(found, learned)
 
 
+def test_padding_twice_says_which_norm_eps_it_needs(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each padding of the hidden axis has its own; the error names the growth."""
+    model = dataclasses.replace(SMALL, hidden_size=32, head_dim=8, norm_eps=5e-6)
+    earlier = EarlierGrowth(hidden_size=24, at_step=1)
+    growth = GrowthConfig("zero_pad", source=SMALL, at_step=2, optimizer="reset", earlier=(earlier,))
+    assert run(make_config(corpus, tmp_path, 3, model=model, growth=growth)) == 2
+    needed = 1e-5 * (16 / 24)
+    error = capfd.readouterr().err
+    assert "growth.earlier[0]: growth.method=zero_pad needs" in error and f"set norm_eps={needed!r}" in error
+    growth = dataclasses.replace(growth, earlier=(dataclasses.replace(earlier, norm_eps=needed),))
+    assert run(make_config(corpus, tmp_path, 3, model=model, growth=growth)) == 0
+    for event in ledger(tmp_path)["events"]:
+        assert event["loss_after"] == pytest.approx(event["loss_before"], abs=1e-5)
+
+
+def grown_apart(corpus: Path, directory: Path, policy: Any) -> Config:
+    """A wider FFN before step 3, whose new entries have updates of their own for 5 steps; more width before step 8."""
+    method = "clone" if policy == "asymmetric" else "zero_pad"
+    warm: dict[str, Any] = {"rewarmup_steps": 5, "rewarmup_part": "new"}
+    earlier = EarlierGrowth(ffn_size=WIDE.ffn_size, at_step=3)
+    growth = GrowthConfig(method, source=SMALL, at_step=8, optimizer=policy, earlier=(earlier,), **warm)
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, beta1=0.1, beta2=0.15)
+    model = dataclasses.replace(WIDE, norm_eps=5e-6) if method == "zero_pad" else WIDE
+    return make_config(corpus, directory, 12, model=model, growth=growth, optim=optim, checkpoint=EVERY_STEP)
+
+
+@pytest.mark.parametrize(("policy", "step"), [("asymmetric", 5), ("zero_pad", 10)])
+def test_new_entries_of_two_growths_and_resuming_among_them(
+    corpus: Path, tmp_path: Path, policy: str, step: int
+) -> None:
+    def config(directory: Path) -> Config:
+        return grown_apart(corpus, directory, policy)
+
+    assert run(config(tmp_path / "whole")) == 0
+    parts = [saved_state(tmp_path / "whole", step)["optimizer"].get("new_part") for step in range(1, 13)]
+    assert [part and part["since"] for part in parts] == [None] * 3 + [3] * 4 + [None] + [8] * 4
+    assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / "resumed"), tmp_path / "whole")
+
+
+def test_a_growth_waits_for_the_new_entries_of_the_one_before(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates that were refused do not count, so that the steps of the configuration are too few."""
+    accepts = StepGuard.accepts
+    monkeypatch.setattr(StepGuard, "accepts", lambda self, *a: accepts(self, *a) and refused.pop(0))
+    refused = [step not in (5, 6) for step in range(1, 15)]
+    assert run(grown_apart(corpus, tmp_path, "zero_pad")) == 0
+    assert [event["step"] for event in ledger(tmp_path)["events"]] == [3, 10]
+
+
+def test_a_source_that_grew_lately_is_refused(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = grown_apart(corpus, tmp_path / "source", "zero_pad")
+    assert run(config) == 0
+    for number, (policy, at_step, code) in enumerate([("exact", 0, 2), ("exact", 1, 0), ("reset", 0, 0)]):
+        growth = GrowthConfig("stack", at_step=at_step, optimizer=policy)
+        again = dataclasses.replace(
+            make_config(corpus, tmp_path / str(number), 2, model=dataclasses.replace(config.model, num_layers=4)),
+            growth=growth,
+            init=InitConfig(from_=str(tmp_path / "source"), skip_source_check=True),
+            optim=config.optim,
+        )
+        assert run(again) == code
+        assert ("grew lately" in capfd.readouterr().err) == bool(code)
+
+
 def test_growing_at_a_number_of_tokens(corpus: Path, tmp_path: Path) -> None:
     """Each step has 64 tokens: 150 are reached with the third, and the two that learn each growth's maps count."""
     fields = {"method": "ligo", "optimizer": "reset", "ligo_steps": 2}
@@ -154,6 +233,20 @@ def test_growing_when_the_loss_is_flat(corpus: Path, tmp_path: Path) -> None:
     assert_same_run(resumed_at(step, tmp_path / "whole", config, tmp_path / "resumed"), tmp_path / "whole")
 
 
+def due_on_ranks(config: Config, flat_rank: int) -> str | None:
+    """What a rank says of the plateau that one rank alone sees."""
+    mesh = make_mesh(config.parallel)
+    losses = [1.0, 1.0] if mesh.world.rank == flat_rank else [9.0, 1.0]
+    return timing.due(RunState(SMALL, "small", train_step=5, losses=losses), config, mesh)
+
+
+def test_ranks_agree_that_the_loss_is_flat(tmp_path: Path) -> None:
+    growth = GrowthConfig("stack", source=SMALL, at_step=13, at_plateau=0.1, plateau_window=1)
+    config = make_config(tmp_path, tmp_path, 15, model=DEEP, growth=growth)
+    assert run_ranks(due_on_ranks, 2, config, 0) == ["plateau"] * 2
+    assert run_ranks(due_on_ranks, 2, config, 1) == [None] * 2
+
+
 def files(directory: Path) -> dict[str, str]:
     """What a resumed run would read."""
     found = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -196,6 +289,68 @@ def test_a_crash_while_growing_leaves_the_run_before_it(
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_crash_before_the_grown_model_is_saved_leaves_its_maps_to_be_learned_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: Path
+) -> None:
+    """The growth is complete in memory, its first checkpoint is not."""
+    config, save = learned_then_stacked(corpus, tmp_path / "run"), saving.save
+
+    def crash(saver: Any, learner: Any, state: RunState, *rest: Any) -> None:
+        if state.growths == 1:
+            raise RuntimeError("the machine is gone")
+        save(saver, learner, state, *rest)
+
+    monkeypatch.setattr(saving, "save", crash)
+    assert run(config) == 1
+    newest = store.candidates(tmp_path / "run/checkpoints")[0]
+    assert store.read_manifest(newest).state["phase"] == "ligo"
+    monkeypatch.undo()
+    assert run(config) == 0
+    assert_same_run(tmp_path / "run", learned)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().size() for tensor in tensors)
+
+
+def test_what_learned_the_maps_is_gone_before_the_moments_come(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """So are the small model's moments before the large one comes; and a file of maps that fails ends no run."""
+    held: dict[str, int] = {}
+    begin, finish, build, optimizer = growing.begin, growing.finish, growing.map_learner, growing.Optimizer
+    learners: list[Learner] = []
+
+    def noted(stage: Any, learner: Learner, *rest: Any) -> Learner:
+        learners[:] = [learner]
+        return cast(Learner, stage(learner, *rest))
+
+    def watched_build(*args: Any) -> MapLearner:
+        assert isinstance(learners[0], ModelLearner)
+        held["moments"] = num_bytes(learners[0].optimizer.tensors().values())
+        return build(*args)
+
+    def watched_optimizer(*args: Any) -> Optimizer:
+        if learners:
+            held["learning"] = num_bytes(learners[0].tensors().values())
+        return optimizer(*args)
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(growing, "begin", partial(noted, begin))
+    monkeypatch.setattr(growing, "finish", partial(noted, finish))
+    monkeypatch.setattr(growing, "map_learner", watched_build)
+    monkeypatch.setattr(growing, "Optimizer", watched_optimizer)
+    monkeypatch.setattr(growing, "save_maps", fail)
+    config = grown(make_config(corpus, tmp_path, 4), "ligo")
+    assert run(config) == 0
+    assert held == {"moments": 0, "learning": 0}
+    assert "warning: the learned maps are not kept" in capfd.readouterr().err
+    (generated,) = [phase["flops"] for phase in ledger(tmp_path)["phases"] if phase["phase"] == "growth"]
+    assert generated == flops.ligo_generation_flops(SMALL, LARGE)  # once: the steps that learn have their own
+
+
 def test_growing_twice_on_shards_equals_one_process(corpus: Path, tmp_path: Path, twice: Path) -> None:
     many = grown_twice(corpus, tmp_path / "many", at_plateau=0.001, plateau_window=1)  # asked for, not met
     assert run_ranks(run_on_ranks, 4, many, 2, 1) == [0] * 4
@@ -217,3 +372,11 @@ def test_a_run_without_a_small_model_trains_one_first(
     assert totals["all_in"]["tokens"] == 8 * 64 and totals["papers_convention"]["tokens"] == 6 * 64
     cut_back(tmp_path, 4)
     assert run(config) == 0  # the unchanged command
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=12))  # a quarter of it is 3
+    assert run(longer) == 0
+    (event,) = ledger(tmp_path)["events"]
+    assert event["step"] == 2 and len(metrics(tmp_path)) == 12
+    capfd.readouterr()
+    for at_step, code in ((2, 0), (3, 4)):  # what the command says counts
+        assert run(dataclasses.replace(longer, growth=dataclasses.replace(config.growth, at_step=at_step))) == code
+    assert "growth.at_step was 2 there" in capfd.readouterr().err

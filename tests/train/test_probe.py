@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from megagrow.checkpoint.source import open_source
 from megagrow.config import Config, GrowthConfig, ParallelConfig, TrainConfig
 from megagrow.config_file import dump
 from megagrow.errors import ConfigError
 from megagrow.parallel.mesh import Mesh, make_mesh
-from megagrow.train.probe import Candidate, Outcome, caution, probe
+from megagrow.parallel.pipeline import Batch, Engine
+from megagrow.train.probe import Candidate, Outcome, _cursor, caution, probe
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, make_config
 
@@ -66,12 +70,48 @@ def test_what_cannot_be_probed_is_refused_before_any_training(trained: Path, cor
     for changed, candidate, words in [
         (config, Candidate("clon", "exact"), "growth.method=clon"),
         (config, Candidate("ligo", "exact"), "learned maps"),
+        (config, Candidate("none", "exact"), "candidate none"),
         (config, Candidate("stack", "exact"), "stack grows depth only"),
         (dataclasses.replace(config, growth=GrowthConfig()), CANDIDATES[0], "growth.method=none"),
         (dataclasses.replace(config, train=TrainConfig(eval_batches=0)), CANDIDATES[0], "train.eval_batches"),
     ]:
         with pytest.raises(ConfigError, match=words):
             probe(source, changed, [CANDIDATES[0], candidate], 3, Mesh.single())
+
+
+def test_a_candidate_that_diverges_is_the_last_one(
+    trained: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a loss that is no number, or by refused steps; the candidates after it still have their turn.
+
+    Samples of the lag are the same for all, those that learn maps come before.
+    """
+    config, lag = planned(corpus), 3
+    growth = dataclasses.replace(config.growth, ligo_steps=2)
+    config = dataclasses.replace(config, growth=growth, optim=dataclasses.replace(config.optim, max_bad_steps=2))
+    train_step = Engine.train_step
+    first: list[int] = []
+
+    def watched(self: Engine, batch: Batch) -> Tensor:
+        first.append(int(batch.ids.sum()))
+        return train_step(self, batch) * (math.nan if len(first) in (2, 3) else 1.0)
+
+    monkeypatch.setattr(Engine, "train_step", watched)
+    candidates = [CANDIDATES[1], CANDIDATES[0], Candidate.parse("ligo", "")]
+    outcomes = probe(open_source(trained), config, candidates, lag, Mesh.single())
+    assert {each.candidate for each in outcomes[:2]} == {"clone:exact", "ligo:reset"}
+    assert (outcomes[2].candidate, outcomes[2].loss) == ("clone:reset", None)
+    assert first[:3] == first[3:6] == first[8:] and len(first) == 11
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    table = runpy.run_path(str(ROOT / "tools/probe_growth.py"))["table"](outcomes)
+    assert list(table.columns[2].cells)[2] == "not finite"
+
+
+def test_samples_go_on_only_in_the_same_order(trained: Path, corpus: Path) -> None:
+    source, config = open_source(trained), planned(corpus)
+    assert _cursor(source, config) == 40 * 4
+    for changed in ({"seq_length": 8}, {"seed": 5}):
+        assert _cursor(source, dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))) == 0
 
 
 def test_a_long_lag_is_not_called_short(corpus: Path) -> None:
