@@ -193,6 +193,12 @@ def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value"
     return tuple(_hull(index[index != NEW]) for index in indices)
 
 
+def grows_by_rows(recipe: Recipe, name: str, quantity: Quantity = "value") -> bool:
+    """Whether each row of a target parameter is made of the row of the source parameter in the same place alone."""
+    dims = _dims(recipe, name, quantity)
+    return dims[0].maps == (None,) and not _uses_all(recipe, name, dims, quantity)
+
+
 def has_random_entries(recipe: Recipe, name: str) -> bool:
     """Whether some entries of a target parameter have no source and become random."""
     return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in _dims(recipe, name, "value"))
