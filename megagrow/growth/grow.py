@@ -312,7 +312,7 @@ def _mixed_box(recipe: Recipe, weights_PKJ: Tensor, name: str, boxes: Sequence[T
     """Σ_j w_kj · (box of layer j): rows of different fused parts have different weights."""
     role, (k, _) = role_of(name), split_name(name)
     part = torch.arange(rows[0].start, rows[0].stop) // axis_unit(role.out, recipe.target) % len(role.parts)
-    weights_RJ = weights_PKJ[part.to(weights_PKJ.device), k]
+    weights_RJ = weights_PKJ[part.to(weights_PKJ.device), k].to(boxes[0].device)
     mixed = torch.zeros_like(boxes[0])
     for j, wide in enumerate(boxes):
         mixed = mixed + wide * (weights_RJ[:, j, None] if wide.ndim == 2 else weights_RJ[:, j])

@@ -322,7 +322,7 @@ def _add_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: 
         wanted_RC = (new_R[piece, None] | new_C) & may_R[piece, None] & may_C
         random_RC = normal(recipe.seed, name, rows_R, columns_C, _num_columns(recipe, name))
         filled[piece] = torch.where(wanted_RC, random_RC.to(x.dtype) * (std * recipe.fill.ratio), filled[piece])
-    return x + filled * recipe.fill_scale(name) if learned else filled
+    return x + filled * recipe.fill_scale(name).to(x.device) if learned else filled
 
 
 def _add_noise(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:

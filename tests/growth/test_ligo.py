@@ -27,7 +27,7 @@ from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.parallel.shards import fill, full
 from megagrow.parallel.stages import own_stages
-from megagrow.roles import leaves, role_of, split_name
+from megagrow.roles import leaves, parameter_shapes, role_of, split_name
 from megagrow.train.part import build_part, gradients
 from tests.growth import dense_ligo, models
 from tests.growth.models import distance, make, make_ids, tensors_of, widened
@@ -145,6 +145,30 @@ def test_gradients_of_weights_go_as_they_are_used(variant: Variant) -> None:
 
     ligo.pull_back(fetch, tensors_of(model), of_weights, Mesh.single())
     assert not any(gradient() is not None for gradient in alive.values())
+
+
+@pytest.mark.parametrize("variant", ["tied", "source_layer", "target_layer"])
+def test_maps_can_be_on_another_device_than_what_grows(variant: Variant) -> None:
+    source, target = PAIRS["everything"]
+    ligo, small = make_ligo(source, target, variant), tensors_of(make(source))
+    boxes = {name: tuple(map(slice, [0, 0], shape)) for name, shape in parameter_shapes(target).items()}
+    grown = grow.grown_boxes(ligo.recipe(), small.__getitem__, boxes, torch.device("meta"))
+    assert {name: (x.device.type, x.requires_grad) for name, _, x in grown} == dict.fromkeys(boxes, ("meta", True))
+
+
+def test_a_factor_of_random_entries_comes_to_their_device() -> None:
+    source, target = PAIRS["gqa"]
+    recipe, asked = make_ligo(source, target, "full_rank").recipe(), list[torch.device]()
+
+    class Elsewhere:
+        def to(self, device: torch.device) -> Tensor:
+            asked.append(device)
+            return torch.tensor(2.0)
+
+    name = "layers.1.mlp.down.weight"
+    elsewhere = dataclasses.replace(recipe, fill_scales={"mlp.down.weight": [Elsewhere()] * 3})  # type: ignore[dict-item]
+    grow_whole(elsewhere, tensors_of(make(source)).__getitem__, name)
+    assert asked == [torch.device("cpu")]
 
 
 def config_of(model: ModelConfig, parallel: ParallelConfig) -> Config:
