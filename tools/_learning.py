@@ -24,6 +24,7 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     ligo = parser.add_argument_group("ligo")
     ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
     ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
+    ligo.add_argument("--save-maps", type=Path, metavar="FILE", help="where they go; default DST.maps.safetensors")
     for name, text in LIGO.items():
         default, choices = getattr(GrowthConfig(), f"ligo_{name}"), get_args(Variant) if name == "variant" else None
         option = f"--{name.replace('_', '-')}"

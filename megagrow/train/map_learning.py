@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -147,6 +148,22 @@ def grown_ledger(source: Source) -> Ledger | None:
     ledger = Ledger()
     ledger.inherit("source", source.identity, Ledger.from_dict(source.ledger, f"{source.path}: ledger"))
     return ledger
+
+
+def charged(ledger: Ledger | None, ligo: Ligo | None, target: ModelConfig, seconds: float) -> dict[str, Any] | None:
+    """The ledger with what applying the operator cost: by learned maps, or by copies.
+
+    Args:
+        ledger: from `grown_ledger`.
+        ligo: the maps; None: copies, which take no arithmetic.
+        target: the grown model.
+        seconds: that growing took.
+    """
+    if ledger is None:
+        return None
+    spent = flops.ligo_generation_flops(ligo.start.source, target, ligo.variant) if ligo else 0.0
+    ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(target))
+    return ledger.to_dict()
 
 
 def _config(source: Source, target: ModelConfig, how: MapLearning, mesh: Mesh) -> Config:

@@ -19,8 +19,8 @@ from megagrow.config_file import dump
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError, DataError
-from megagrow.flops import ligo_step_flops
-from megagrow.growth.grow import Fetch
+from megagrow.flops import ligo_generation_flops, ligo_step_flops
+from megagrow.growth.grow import Fetch, grow_whole
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import load_maps
 from megagrow.ledger import Ledger
@@ -100,10 +100,14 @@ def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) 
     losses = [check_fits(source, held_out, Mesh.single()) for source in (open_source(trained), grown)]
     assert losses[1] < losses[0] + 0.5
     ledger = Ledger.from_dict(grown.ledger)
-    learning = 10 * ligo_step_flops(SMALL, LARGE, 8 * 16, 16)
+    learning = 10 * ligo_step_flops(SMALL, LARGE, 8 * 16, 16) + ligo_generation_flops(SMALL, LARGE)
     before = Ledger.from_dict(open_source(trained).ledger).totals()["all_in"]
     assert ledger.totals()["papers_convention"]["flops"] == pytest.approx(learning)
     assert ledger.totals()["all_in"]["flops"] == pytest.approx(learning + before["flops"])
+    assert [phase.phase for phase in ledger.phases] == ["ligo", "growth"]
+    name = "layers.2.mlp.down.weight"
+    by_maps = grow_whole(load_maps(tmp_path / "grown.maps.safetensors").recipe(), open_source(trained).fetch, name)
+    torch.testing.assert_close(grown.fetch(name), by_maps)
     assert json.loads(target.read_text())["model"]["hidden_size"] == 32
 
 
