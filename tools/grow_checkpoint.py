@@ -12,41 +12,34 @@ data, 4 checkpoint.
 """
 
 import argparse
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from _command import Arguments, add_method, recipe_of, run
-from _learning import add_learning, learning_of
+from _learning import add_learning, check_learning, learning_of
 
-from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
 from megagrow.config import ModelConfig, ParallelConfig, Policy, require
 from megagrow.growth.ligo import Ligo
-from megagrow.growth.ligo_file import save_maps
 from megagrow.growth.ligo_maps import start_recipe
-from megagrow.growth.maps import LayerMix
-from megagrow.growth.moments import rule_problem
-from megagrow.growth.offline import check_destination, grow_folder, moments_policy, target_model
+from megagrow.growth.offline import check_destination, grow_folder, moments_note, moments_policy, target_model
 from megagrow.growth.recipe import Recipe
 from megagrow.ledger import Ledger
 from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
-from megagrow.train.map_learning import apply_maps, charged, grown_ledger, learn_maps
+from megagrow.train.map_learning import apply_maps, charged, grown_ledger, keep_maps, learn_maps
 
 
 def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
-    check_options(options)
+    check_learning(options)
     is_learned, pair = options.method == "ligo", (source.model, target)
     recipe = start_recipe(options.init, *pair, options.seed) if is_learned else recipe_of(options, *pair)
-    # Learned maps mix layers: no policy has a rule for that, and it is told before they are learned.
-    planned = replace(recipe, method="ligo", layers=LayerMix({})) if is_learned else recipe
-    policy, ledger = moments_policy(planned, options.optimizer), grown_ledger(source)
+    policy, ledger = moments_policy(recipe, options.optimizer, is_learned), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)
     ligo = learned_maps(source, target, options, mesh, ledger or Ledger()) if is_learned else None
@@ -61,16 +54,7 @@ def show(source: Source, path: Path, recipe: Recipe, policy: Policy) -> None:
     small, large = (num_parameters(model) / 1e6 for model in (recipe.source, recipe.target))
     kept = "keeps the function" if recipe.keeps_function else "does not keep the function"
     wrote = f"wrote {path}: {small:.2f}M -> {large:.2f}M parameters; {recipe.method} {kept}"
-    print(*filter(None, (source.note, wrote, what_became_of_moments(source, recipe, policy))), sep="\n")
-
-
-def what_became_of_moments(source: Source, recipe: Recipe, policy: Policy) -> str:
-    if source.optimizer is None:
-        return "the source has no moments of Adam; training starts with fresh ones"
-    if policy != "reset":
-        return f"the moments of Adam have grown by policy {policy}"
-    reason = rule_problem(recipe, "exact")
-    return "the moments of Adam are left behind" + (f": policy exact {reason}" if reason else "")
+    print(*filter(None, (source.note, wrote, moments_note(source, recipe, policy))), sep="\n")
 
 
 def parser() -> Arguments:
@@ -84,19 +68,6 @@ def parser() -> Arguments:
     return parser
 
 
-def check_options(options: argparse.Namespace) -> None:
-    given = [option for option in (options.maps, options.data) if option is not None]
-    require(
-        len(given) == (options.method == "ligo"),
-        "--method ligo learns its maps on --data PREFIX or applies learned ones from --maps FILE; give one of them, "
-        "and neither with another method",
-    )
-    require(
-        options.save_maps is None or options.data is not None,
-        "--save-maps keeps maps that are learned on --data PREFIX; without, there are none; leave it out",
-    )
-
-
 def learned_maps(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Ligo:
     """Maps that are read, or that are learned and saved before anything grows by them."""
     if o.maps is not None:
@@ -104,8 +75,7 @@ def learned_maps(source: Source, target: ModelConfig, o: argparse.Namespace, mes
     with Progress(o.steps, enabled=mesh.is_main) as progress:
         tell = partial(progress.update, phase="ligo")
         ligo = learn_maps(source, target, learning_of(o), mesh, tell, ledger)
-    file = o.save_maps or o.dst.with_name(f"{o.dst.name}.maps.safetensors")
-    Ranks(mesh.checkpoint_group).first(f"cannot save the maps to {file}", lambda: save_maps(ligo, file))
+    keep_maps(ligo, o.save_maps or o.dst.with_name(f"{o.dst.name}.maps.safetensors"), mesh)
     return ligo
 
 

@@ -6,7 +6,7 @@ memory. An own checkpoint is grown into shards over all ranks; the optimizer's m
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, Polic
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.growth.grow import Fetch, grow_into, grow_whole
+from megagrow.growth.maps import LayerMix
 from megagrow.growth.moments import (
     QUANTITIES,
     check_policy,
@@ -54,16 +55,32 @@ def check_destination(source: Source, destination: Path, target: ModelConfig, me
     Ranks(mesh.checkpoint_group).first(f"cannot grow into {destination}", lambda: check_free(destination))
 
 
-def moments_policy(recipe: Recipe, asked: Policy | None) -> Policy:
+def moments_policy(recipe: Recipe, asked: Policy | None, is_learned: bool = False) -> Policy:
     """What becomes of the moments: what was asked for; else `exact` where that has a rule, and `reset` elsewhere.
+
+    Args:
+        recipe: how to grow.
+        asked: what was asked for; None: nothing.
+        is_learned: whether the recipe is where maps start that are about to be learned; no policy has a rule for these.
 
     Raises:
         ConfigError: the policy that was asked for has no rule for the recipe.
     """
+    recipe = replace(recipe, method="ligo", layers=LayerMix({})) if is_learned else recipe
     if asked is None:
         return "reset" if rule_problem(recipe, "exact") else "exact"
     check_policy(recipe, asked)
     return asked
+
+
+def moments_note(source: Source, recipe: Recipe, policy: Policy) -> str:
+    """What has become of the moments, in one line."""
+    if source.optimizer is None:
+        return "the source has no moments of Adam; training starts with fresh ones"
+    if policy != "reset":
+        return f"the moments of Adam have grown by policy {policy}"
+    reason = rule_problem(recipe, "exact")
+    return "the moments of Adam are left behind" + (f": policy exact {reason}" if reason else "")
 
 
 def grow_folder(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megagrow import flops
+from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.source import Source, check_tokens, judge_fit
 from megagrow.checks import check
@@ -19,7 +20,7 @@ from megagrow.data.mlm import Masking, make_masking
 from megagrow.errors import NonFiniteError
 from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
 from megagrow.growth.ligo import Ligo
-from megagrow.growth.ligo_file import load_maps
+from megagrow.growth.ligo_file import load_maps, save_maps
 from megagrow.growth.ligo_maps import start_recipe
 from megagrow.ledger import Ledger, Phase
 from megagrow.optim import StepGuard
@@ -135,6 +136,15 @@ def apply_maps(path: Path, source: Source, target: ModelConfig, ledger: Ledger) 
     )
     ledger.phases.append(Phase("ligo", describe_model(target), tokens=None, flops=None, seconds=None))
     return ligo
+
+
+def keep_maps(ligo: Ligo, path: Path, mesh: Mesh) -> None:
+    """Writes learned maps to a file, which `apply_maps` reads; a collective.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    Ranks(mesh.checkpoint_group).first(f"cannot save the maps to {path}", lambda: save_maps(ligo, path))
 
 
 def grown_ledger(source: Source) -> Ledger | None:
