@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from megagrow.config import GrowthConfig
+from megagrow.config import GrowthConfig, require
 from megagrow.growth.ligo_maps import Variant
 from megagrow.train.map_learning import MapLearning
 
@@ -24,6 +24,7 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     ligo = parser.add_argument_group("ligo")
     ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
     ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
+    ligo.add_argument("--save-maps", type=Path, metavar="FILE", help="where they go; default DST.maps.safetensors")
     for name, text in LIGO.items():
         default, choices = getattr(GrowthConfig(), f"ligo_{name}"), get_args(Variant) if name == "variant" else None
         option = f"--{name.replace('_', '-')}"
@@ -32,6 +33,20 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     ligo.add_argument("--batch-size", type=int, default=16, help="samples per step, over all ranks")
     ligo.add_argument("--mask-token", type=int, default=-1, help="of an encoder whose tokenizer is not there")
     ligo.add_argument("--skip-source-check", action="store_true", help="even if SRC does not fit the data")
+
+
+def check_learning(options: argparse.Namespace) -> None:
+    """Maps are learned, or read, by `ligo` alone."""
+    given = [option for option in (options.maps, options.data) if option is not None]
+    require(
+        len(given) == (options.method == "ligo"),
+        "--method ligo learns its maps on --data PREFIX or applies learned ones from --maps FILE; give one of them, "
+        "and neither with another method",
+    )
+    require(
+        options.save_maps is None or options.data is not None,
+        "--save-maps keeps maps that are learned on --data PREFIX; without, there are none; leave it out",
+    )
 
 
 def learning_of(options: argparse.Namespace) -> MapLearning:

@@ -6,8 +6,9 @@
     python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100 --lr 3e-3
 
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
-file or a Hugging Face config.json. `ligo` learns its maps on --data, or applies maps learned before (--maps). Weights
-keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method cannot reach, 3 data, 4 checkpoint.
+file or a Hugging Face config.json. `ligo` learns its maps on --data and leaves them beside DST, or applies maps learned
+before (--maps). Weights keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method cannot reach, 3
+data, 4 checkpoint.
 """
 
 import argparse
@@ -16,43 +17,44 @@ from pathlib import Path
 from typing import get_args
 
 from _command import Arguments, add_method, recipe_of, run
-from _learning import add_learning, learning_of
+from _learning import add_learning, check_learning, learning_of
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.checks import check_model
 from megagrow.config import ModelConfig, ParallelConfig, Policy, require
+from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_maps import start_recipe
-from megagrow.growth.offline import check_destination, grow_folder, target_model
+from megagrow.growth.offline import check_destination, grow_folder, moments_note, moments_policy, target_model
 from megagrow.growth.recipe import Recipe
 from megagrow.ledger import Ledger
 from megagrow.metrics import Progress
 from megagrow.parallel.mesh import Mesh, init_distributed, leave_distributed, make_mesh
 from megagrow.roles import num_parameters
-from megagrow.train.map_learning import apply_maps, grown_ledger, learn_maps
+from megagrow.train.map_learning import apply_maps, charged, grown_ledger, keep_maps, learn_maps
 
 
 def main() -> None:
     options = parser().parse_args()
     source, target = open_source(options.src), target_model(options.target)
-    check_options(options)
+    check_learning(options)
     is_learned, pair = options.method == "ligo", (source.model, target)
     recipe = start_recipe(options.init, *pair, options.seed) if is_learned else recipe_of(options, *pair)
-    ledger = grown_ledger(source)
+    policy, ledger = moments_policy(recipe, options.optimizer, is_learned), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)
-    if is_learned:
-        recipe = learned_recipe(source, target, options, mesh, ledger or Ledger())
-    grow_folder(source, options.dst, recipe, mesh, options.optimizer, ledger.to_dict() if ledger else None)
+    ligo = learned_maps(source, target, options, mesh, ledger or Ledger()) if is_learned else None
+    recipe = ligo.recipe() if ligo else recipe
+    grow_folder(source, options.dst, recipe, mesh, policy, partial(charged, ledger, ligo, target))
     if mesh.is_main:
-        show(source, options.dst, recipe)
+        show(source, options.dst, recipe, policy)
     leave_distributed()
 
 
-def show(source: Source, path: Path, recipe: Recipe) -> None:
+def show(source: Source, path: Path, recipe: Recipe, policy: Policy) -> None:
     small, large = (num_parameters(model) / 1e6 for model in (recipe.source, recipe.target))
     kept = "keeps the function" if recipe.keeps_function else "does not keep the function"
     wrote = f"wrote {path}: {small:.2f}M -> {large:.2f}M parameters; {recipe.method} {kept}"
-    print(*filter(None, (source.note, wrote)), sep="\n")
+    print(*filter(None, (source.note, wrote, moments_note(source, recipe, policy))), sep="\n")
 
 
 def parser() -> Arguments:
@@ -60,27 +62,21 @@ def parser() -> Arguments:
     parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
     parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
     add_method(parser)
-    parser.add_argument("--optimizer", choices=get_args(Policy), default="exact")
+    parser.add_argument("--optimizer", choices=get_args(Policy), help="default: exact where it has a rule, else reset")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")
     add_learning(parser)
     return parser
 
 
-def check_options(options: argparse.Namespace) -> None:
-    given = [option for option in (options.maps, options.data) if option is not None]
-    require(
-        len(given) == (options.method == "ligo"),
-        "--method ligo learns its maps on --data PREFIX or applies learned ones from --maps FILE; give one of them, "
-        "and neither with another method",
-    )
-
-
-def learned_recipe(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Recipe:
-    if o.maps is None:
-        with Progress(o.steps, enabled=mesh.is_main) as progress:
-            tell = partial(progress.update, phase="ligo")
-            return learn_maps(source, target, learning_of(o), mesh, tell, ledger).recipe()
-    return apply_maps(o.maps, source, target, ledger).recipe()
+def learned_maps(source: Source, target: ModelConfig, o: argparse.Namespace, mesh: Mesh, ledger: Ledger) -> Ligo:
+    """Maps that are read, or that are learned and saved before anything grows by them."""
+    if o.maps is not None:
+        return apply_maps(o.maps, source, target, ledger)
+    with Progress(o.steps, enabled=mesh.is_main) as progress:
+        tell = partial(progress.update, phase="ligo")
+        ligo = learn_maps(source, target, learning_of(o), mesh, tell, ledger)
+    keep_maps(ligo, o.save_maps or o.dst.with_name(f"{o.dst.name}.maps.safetensors"), mesh)
+    return ligo
 
 
 def make_growth_mesh(target: ModelConfig, tensor: int) -> Mesh:

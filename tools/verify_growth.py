@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source, open_source
-from megagrow.config import Config, require
+from megagrow.config import Config, DataConfig, require
 from megagrow.data.loader import Stream, shuffled
 from megagrow.growth.offline import target_model
 from megagrow.growth.recipe import Recipe
@@ -39,6 +39,9 @@ MEANING = {
 
 def main() -> None:
     options = parser().parse_args()
+    for name in ("seq_length", "batch_size", "steps"):
+        value = getattr(options, name)
+        require(value > 0, f"--{name.replace('_', '-')}={value} must be positive; leave it out for the default")
     source, target = open_source(options.src), target_model(options.target)
     require("ligo" not in options.method, "ligo's maps are learned, and have no rules that a step could be checked by")
     recipe = recipe_of(options, source.model, target)
@@ -54,12 +57,13 @@ def whole_model(source: Source) -> Transformer:
 
 
 def tokens(source: Source, options: argparse.Namespace) -> Tensor:
+    length = min(options.seq_length, source.model.max_seq_length)
     if options.data is None:
-        generator = torch.Generator().manual_seed(options.seed)
-        shape = options.batch_size, min(options.seq_length, source.model.max_seq_length) + 1
+        generator, shape = torch.Generator().manual_seed(options.seed), (options.batch_size, length + 1)
         return torch.randint(0, source.model.vocab_size, shape, generator=generator)
-    stream = Stream([shuffled(open_dataset(options.data, source.model, Config()), options.seed)])
-    return torch.as_tensor(stream.batch(0, options.batch_size, 0, 1).tokens)[:, : options.seq_length + 1].long()
+    config = Config(data=DataConfig(seq_length=length))
+    stream = Stream([shuffled(open_dataset(options.data, source.model, config), options.seed)])
+    return torch.as_tensor(stream.batch(0, options.batch_size, 0, 1).tokens).long()
 
 
 def show(recipe: Recipe, figures: dict[str, float | None]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.growth.maps import LayerMap, LayerMix
-from megagrow.growth.operator import Quantity, grow_box, write_box
+from megagrow.growth.operator import Quantity, grow_box, grows_by_rows, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
@@ -38,6 +38,8 @@ from megagrow.roles import (
 # Gives a whole source tensor by name. May be a collective: all ranks ask for the same names in the same order.
 Fetch = Callable[[str], Tensor]
 
+ROWS = 4096  # of an embedding or output matrix, that are grown at a time
+
 
 @dataclass(frozen=True)
 class Ranges:
@@ -50,6 +52,22 @@ class Ranges:
 
     read: Fetch
     origin: Callable[[str], tuple[int, ...]]
+
+    def __call__(self, name: str) -> Tensor:
+        return self.read(name)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A `Fetch` of a model whose shards are cut like those of the target, each axis of which that does not grow alike.
+
+    Attributes:
+        read: gathers a whole tensor; a collective.
+        piece: gives what this rank stores of a tensor; no collective.
+    """
+
+    read: Fetch
+    piece: Fetch
 
     def __call__(self, name: str) -> Tensor:
         return self.read(name)
@@ -75,8 +93,8 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
                 origin = fetch.origin(recipe.source_name(name)) if isinstance(fetch, Ranges) else (0, 0)
                 write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity, origin)
             return
-        for name, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
-            pieces[name].copy_(grown)
+        for name, rows, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
+            pieces[name][rows].copy_(grown)
 
 
 def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "value") -> Tensor:
@@ -101,24 +119,54 @@ def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "va
 
 def grown_boxes(
     recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], device: torch.device, quantity: Quantity = "value"
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields one box of each target parameter in `boxes`, grown.
+) -> Iterator[tuple[str, slice, Tensor]]:
+    """Yields the box of each target parameter in `boxes`, grown: (name, rows of the box, what they become).
 
-    Every source tensor that the recipe uses is fetched once, whatever is wanted, in an order that depends on the recipe
-    alone. Differentiable in learned maps: the caller goes backward from each box before it asks for the next.
+    Every source tensor that must be gathered is fetched once, whatever is wanted, in an order that depends on the
+    recipe alone. What grows row by row, as an embedding does, comes in pieces of rows, from this rank's own shard where
+    `fetch` has one. Differentiable in learned maps: the caller goes backward from each piece before it asks for more.
     """
+    for leaf in leaves(recipe.target):
+        for name, grown in _grown_layers(recipe, leaf, fetch, boxes, device, quantity):
+            yield name, slice(0, len(grown)), grown
+            del grown
     for name in parameter_names(recipe.target):
         if split_name(name)[0] is None:
-            source = fetch(name)
-            if name in boxes:
-                yield name, grow_box(recipe, name, source.to(device), boxes[name], quantity)
-            del source
-    for leaf in leaves(recipe.target):
-        yield from _grown_layers(recipe, leaf, fetch, boxes, device, quantity)
+            rows = _rows(fetch, name, boxes) if grows_by_rows(recipe, name, quantity) else _whole(fetch, name, boxes)
+            for piece, source, where in rows:
+                yield name, piece, grow_box(recipe, name, source.to(device), where, quantity)
+
+
+def _whole(fetch: Fetch, name: str, boxes: Mapping[str, Box]) -> Iterator[tuple[slice, Tensor, Box]]:
+    """All rows of a wanted box, the source tensor, and the box."""
+    source = fetch(name)
+    if name in boxes:
+        first, *_ = boxes[name]
+        yield slice(0, first.stop - first.start), source, boxes[name]
+
+
+def _rows(fetch: Fetch, name: str, boxes: Mapping[str, Box]) -> Iterator[tuple[slice, Tensor, Box]]:
+    """The rows of a wanted box in pieces: where they are in it, those of the source, and the box as seen from them."""
+    own = _own_rows(fetch, name, boxes)
+    if own is None:
+        return
+    first, *columns = boxes[name]
+    assert len(own) == first.stop - first.start, "rows that do not grow are cut alike"
+    for start in range(0, len(own), ROWS):
+        source = own[start : start + ROWS]
+        yield slice(start, start + len(source)), source, (slice(0, len(source)), *columns)
+
+
+def _own_rows(fetch: Fetch, name: str, boxes: Mapping[str, Box]) -> Tensor | None:
+    """The rows of a source tensor that stand where those of the wanted box do; None: it is not wanted."""
+    if isinstance(fetch, Shards):
+        return fetch.piece(name) if name in boxes else None
+    source = fetch(name)
+    return source[boxes[name][0]] if name in boxes else None
 
 
 def _copied_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """The wanted target parameters with the source tensors that they copy, fetched in the order of `grown_boxes`."""
+    """The wanted target parameters with the source tensors that they copy, fetched in an order that all ranks share."""
     assert isinstance(recipe.layers, LayerMap), "mixed layers are no copies"
     for name in parameter_names(recipe.target):
         if split_name(name)[0] is None:
@@ -130,8 +178,8 @@ def _copied_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Ite
         yield from _copied_layers(recipe, recipe.layers, leaf, fetch, wanted)
 
 
-def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: Mesh) -> Fetch:
-    """Reads the shards of a model that lives in this job; every call is a collective over all ranks.
+def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: Mesh) -> Shards:
+    """Reads the shards of a model that lives in this job; every whole tensor takes a collective over all ranks.
 
     The pipeline rank that owns a tensor gathers it, then sends it along the pipeline axis.
 
@@ -152,7 +200,7 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
         heartbeat.progress()
         return broadcast_from(whole, owner, mesh.pp)
 
-    return fetch
+    return Shards(fetch, lambda name: local(source_tensors[name].detach()).to(mesh.device))
 
 
 def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
@@ -264,7 +312,7 @@ def _mixed_box(recipe: Recipe, weights_PKJ: Tensor, name: str, boxes: Sequence[T
     """Σ_j w_kj · (box of layer j): rows of different fused parts have different weights."""
     role, (k, _) = role_of(name), split_name(name)
     part = torch.arange(rows[0].start, rows[0].stop) // axis_unit(role.out, recipe.target) % len(role.parts)
-    weights_RJ = weights_PKJ[part.to(weights_PKJ.device), k]
+    weights_RJ = weights_PKJ[part.to(weights_PKJ.device), k].to(boxes[0].device)
     mixed = torch.zeros_like(boxes[0])
     for j, wide in enumerate(boxes):
         mixed = mixed + wide * (weights_RJ[:, j, None] if wide.ndim == 2 else weights_RJ[:, j])

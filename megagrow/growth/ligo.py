@@ -121,29 +121,31 @@ class Ligo:
         """Writes every target shard of this rank from the source and the maps; see `grow.grow_into`."""
         grow_into(self.recipe(), fetch, targets)
 
-    def pull_back(
-        self, fetch: Fetch, targets: Mapping[str, Tensor], gradients: Mapping[str, Tensor], mesh: Mesh
-    ) -> None:
+    def pull_back(self, fetch: Fetch, targets: Mapping[str, Tensor], gradients: dict[str, Tensor], mesh: Mesh) -> None:
         """Sets `.grad` of every map to the gradient of the loss that gave the target its gradients; a collective.
 
         The formula is applied again, one target parameter at a time, and differentiated; so memory is bounded by the
-        largest parameter (with maps of source layers: by that of all source layers, widened). The gradients of a map
-        add up over the layers, shards and ranks that use it.
+        largest parameter of all source layers (with maps of source layers: widened). The gradients of a map add up over
+        the layers, shards and ranks that use it.
 
         Args:
             fetch: as in `generate`.
             targets: this rank's parameters by name.
             gradients: theirs, whole sums over the batch, laid out like them; the two copies of a tied embedding in a
-                pipeline hold the same gradient.
+                pipeline hold the same gradient. Each is taken out once it is used, so that its memory can go.
             mesh: where the rank stands; says which of several equal pieces counts.
         """
         for parameter in self.parameters().values():
             parameter.grad = torch.zeros_like(parameter)
         boxes = {name: box(t) for name, t in targets.items() if _counts(name, t, mesh) and local(t).numel()}
+        for name in gradients.keys() - boxes.keys():
+            del gradients[name]
         with torch.enable_grad():
-            for name, grown in grown_boxes(self.recipe(), fetch, boxes, mesh.device):
+            for name, rows, grown in grown_boxes(self.recipe(), fetch, boxes, mesh.device):
+                gradient = _taken(gradients, name, rows)
                 if grown.requires_grad:
-                    grown.backward(local(gradients[name]).to(grown.dtype))
+                    grown.backward(gradient.to(grown.dtype))
+                del grown, gradient
         for name, parameter in self.parameters().items():
             assert parameter.grad is not None
             for axis in (mesh.tokens, mesh.tp) if self.is_of_stage(name) else (mesh.world,):
@@ -216,6 +218,14 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Te
             f"{where}: {shown(odd[0])} is {found}, but this growth needs {wanted}; "
             "use maps that were learned for the same source and target sizes, in the same variant"
         )
+
+
+def _taken(gradients: dict[str, Tensor], name: str, rows: slice) -> Tensor:
+    """Rows of this rank's piece of a gradient, which leaves the mapping with the last of them."""
+    piece = local(gradients[name])
+    if rows.stop == len(piece):
+        del gradients[name]
+    return piece[rows]
 
 
 def _counts(name: str, tensor: Tensor, mesh: Mesh) -> bool:

@@ -69,7 +69,7 @@ class DenseMap:
     """Learned combinations: target element t is Σ_s matrix[t, s] · (source element s).
 
     Attributes:
-        matrix: [T, S].
+        matrix: [T, S], on any device: what is needed of it goes to that of the tensor which grows.
         out_scale, in_scale: diagonals of O and I.
     """
 
@@ -79,7 +79,7 @@ class DenseMap:
 
     def spread(self, x: Tensor, dim: int, elements: Elements, average: bool = False) -> Tensor:
         """The rows `elements` of M applied to dim `dim` of x, in the map's dtype; only these rows are multiplied."""
-        rows, x = self.matrix[elements], x.to(self.matrix.dtype)
+        rows, x = self.matrix[elements].to(x.device), x.to(self.matrix.dtype)
         return rows @ x if dim == 0 else x @ rows.T
 
 
@@ -89,7 +89,7 @@ class ExtendedMap:
 
     Attributes:
         index: [T] int64, the source element of each kept element; NEW for the learned ones.
-        matrix: [N, S] the rows of the learned elements, in their order: C.
+        matrix: [N, S] the rows of the learned elements, in their order: C; on any device.
         is_new: [T] bool, learned elements that get what a recipe gives to those without a source besides.
         out_scale, in_scale: diagonals of O and I.
     """
@@ -114,7 +114,7 @@ class ExtendedMap:
         """The rows `elements` of M applied to dim `dim` of x, in C's dtype; only rows of C are multiplied."""
         index, x = self.index[elements], x.to(self.matrix.dtype)
         is_learned = index == NEW
-        rows = self.matrix[_as_range(self.row_of_C[elements][is_learned])]
+        rows = self.matrix[_as_range(self.row_of_C[elements][is_learned])].to(x.device)
         learned = rows @ x if dim == 0 else x @ rows.T
         if average and self.has_new:
             is_new = self.is_new[elements][is_learned].to(x.device, x.dtype)

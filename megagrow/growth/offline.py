@@ -4,8 +4,9 @@ A Hugging Face folder is written parameter by parameter: no more than one grown 
 memory. An own checkpoint is grown into shards over all ranks; the optimizer's moments come along where there is a rule.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, Polic
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.growth.grow import Fetch, grow_into, grow_whole
-from megagrow.growth.moments import QUANTITIES, grow_multipliers, grow_new_part, grow_optimizer, rule_problem
+from megagrow.growth.maps import LayerMix
+from megagrow.growth.moments import (
+    QUANTITIES,
+    check_policy,
+    grow_multipliers,
+    grow_new_part,
+    grow_optimizer,
+    rule_problem,
+)
 from megagrow.growth.recipe import Recipe
 from megagrow.model import Transformer
 from megagrow.optim import Multipliers
@@ -46,13 +55,41 @@ def check_destination(source: Source, destination: Path, target: ModelConfig, me
     Ranks(mesh.checkpoint_group).first(f"cannot grow into {destination}", lambda: check_free(destination))
 
 
+def moments_policy(recipe: Recipe, asked: Policy | None, is_learned: bool = False) -> Policy:
+    """What becomes of the moments: what was asked for; else `exact` where that has a rule, and `reset` elsewhere.
+
+    Args:
+        recipe: how to grow.
+        asked: what was asked for; None: nothing.
+        is_learned: whether the recipe is where maps start that are about to be learned; no policy has a rule for these.
+
+    Raises:
+        ConfigError: the policy that was asked for has no rule for the recipe.
+    """
+    recipe = replace(recipe, method="ligo", layers=LayerMix({})) if is_learned else recipe
+    if asked is None:
+        return "reset" if rule_problem(recipe, "exact") else "exact"
+    check_policy(recipe, asked)
+    return asked
+
+
+def moments_note(source: Source, recipe: Recipe, policy: Policy) -> str:
+    """What has become of the moments, in one line."""
+    if source.optimizer is None:
+        return "the source has no moments of Adam; training starts with fresh ones"
+    if policy != "reset":
+        return f"the moments of Adam have grown by policy {policy}"
+    reason = rule_problem(recipe, "exact")
+    return "the moments of Adam are left behind" + (f": policy exact {reason}" if reason else "")
+
+
 def grow_folder(
     source: Source,
     destination: Path,
     recipe: Recipe,
     mesh: Mesh,
-    policy: Policy = "exact",
-    ledger: dict[str, Any] | None = None,
+    policy: Policy | None = None,
+    ledger: Callable[[float], dict[str, Any] | None] | None = None,
 ) -> None:
     """Writes the grown model to a new folder, in the format of its source; a collective over the mesh.
 
@@ -64,19 +101,21 @@ def grow_folder(
         recipe: how to grow: from `make_recipe`, or `Ligo.recipe` of learned maps.
         mesh: its tensor and data axes share an own checkpoint's work and memory; a Hugging Face folder is written by
             the first rank alone.
-        policy: what becomes of the moments of an own checkpoint that has some, see moments.py; where the policy has no
-            rule for the recipe the grown checkpoint has none, and training starts with a fresh optimizer.
-        ledger: what the grown model has cost, kept in an own checkpoint; None: what the source has.
+        policy: what becomes of the moments of an own checkpoint that has some, see moments.py; None: see
+            `moments_policy`. Under `reset` the grown checkpoint has none, and training starts with a fresh optimizer.
+        ledger: takes the seconds that growing took and gives what the grown model has cost, kept in an own checkpoint;
+            None: what the source has.
 
     Raises:
         CheckpointError: the source is damaged, or the destination is taken or cannot be written.
-        ConfigError: the source's format cannot express the target.
+        ConfigError: the source's format cannot express the target; the policy has no rule for the recipe.
     """
     assert source.model == recipe.source, "the recipe belongs to another source"
+    policy = moments_policy(recipe, policy)
     if hf.is_hf_folder(source.path):
         _write_hf(source, destination, recipe, mesh)
     else:
-        _write_own(source, destination, recipe, mesh, policy, ledger or source.ledger)
+        _write_own(source, destination, recipe, mesh, policy, ledger or (lambda _: source.ledger))
 
 
 def _write_hf(source: Source, destination: Path, recipe: Recipe, mesh: Mesh) -> None:
@@ -88,12 +127,18 @@ def _write_hf(source: Source, destination: Path, recipe: Recipe, mesh: Mesh) -> 
 
 
 def _write_own(
-    source: Source, destination: Path, recipe: Recipe, mesh: Mesh, policy: Policy, ledger: dict[str, Any] | None
+    source: Source,
+    destination: Path,
+    recipe: Recipe,
+    mesh: Mesh,
+    policy: Policy,
+    ledger: Callable[[float], dict[str, Any] | None],
 ) -> None:
     check_destination(source, destination, recipe.target, mesh)
     ranks, action = Ranks(mesh.checkpoint_group), f"cannot grow into {destination}"
+    began = time.perf_counter()
     tensors, state = _grow_own(source, recipe, mesh, policy)
-    state["ledger"] = ledger
+    state["ledger"] = ledger(time.perf_counter() - began)
     tokenizer, staged = tokenizer_of(source), StagedFolder(destination)
     named = "" if tokenizer is None else str((destination / TOKENIZER_FOLDER).absolute())
     try:
@@ -131,7 +176,7 @@ def _grow_own(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy) -> tup
     grow_into(recipe, source.fetch, parameters)
     tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
     state: dict[str, Any] = {"model": to_dict(recipe.target)}
-    if source.optimizer is not None and policy != "reset" and rule_problem(recipe, policy) is None:
+    if source.optimizer is not None and policy != "reset":
         moments = _empty_moments(source, recipe, parameters)
         fetches = {moment: _moment_fetch(source, moment) for moment in moments}
         step = grow_optimizer(recipe, policy, fetches, moments, int(source.optimizer["step"]))

@@ -224,6 +224,13 @@ def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value"
     )
 
 
+def grows_by_rows(recipe: Recipe, name: str, quantity: Quantity = "value") -> bool:
+    """Whether each row of a target parameter is made of the row of the source parameter in the same place alone."""
+    dims = _dims(recipe, name, quantity)
+    drawn = quantity == "value" and (recipe.noise > 0 or _has_random(dims))
+    return dims[0].maps == (None,) and not drawn
+
+
 def has_random_entries(recipe: Recipe, name: str) -> bool:
     """Whether some entries of a target parameter have no source and become random."""
     return _has_random(_dims(recipe, name, "value"))
@@ -341,7 +348,7 @@ def _with_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x:
     filled = torch.zeros_like(x) if learned else x
     for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, source, box, x.dtype):
         filled[piece] = torch.where(wanted_RC, random_RC, filled[piece])
-    return x + filled * recipe.fill_scale(name) if learned else filled
+    return x + filled * recipe.fill_scale(name).to(x.device) if learned else filled
 
 
 def _write_random(

@@ -18,7 +18,8 @@ from megagrow.checkpoint.source import open_source
 from megagrow.checks import check_chain, check_model
 from megagrow.config import ModelConfig, ParallelConfig
 from megagrow.flops import Convention
-from megagrow.growth.ligo_maps import Variant, keeps_old_rows, map_shapes, start_recipe, width_maps
+from megagrow.growth.grow import ROWS
+from megagrow.growth.ligo_maps import Variant, initial_fill, keeps_old_rows, map_shapes, start_recipe, width_maps
 from megagrow.growth.recipe import Recipe
 from megagrow.plan.activations import DeviceType
 from megagrow.plan.layout import Layout
@@ -26,6 +27,7 @@ from megagrow.plan.memory import MOMENTS, PARAMETER, Extra, Parts, RankMemory, s
 from megagrow.plan.weights import (
     layer_names,
     other_names,
+    other_unit,
     rank_unit,
     stored_elements,
     tensor_elements,
@@ -146,10 +148,11 @@ def _growing_rank(layout: Layout, source: ModelConfig, rank: int) -> RankMemory:
 
 
 def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
-    """A step, or the moment after it in which gradients are taken to the maps, whichever is fuller."""
+    """A step, or a moment after it in which gradients are taken to the maps, whichever is fullest."""
     config, variant = layout.config, layout.config.growth.ligo_variant
     start = start_recipe(config.growth.ligo_init, source, layout.model)
-    static, saved, spread = {}, {}, _spread_bytes(layout, source)
+    static, saved = {}, {}
+    of_layers, of_others = _layers_spread(layout, source), _others_spread(layout, start)
     for rank in range(layout.pipeline):
         small = PARAMETER * rank_unit(layout.of_model(source), rank).stored
         layers = [layer for stage in layout.rank_stages(rank) for layer in stage.layers]
@@ -157,10 +160,15 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
         saved[rank] = small + SAVED_MAP * map_elements(start, variant, layers)
     memory = []
     for held in step_memory(layout, device, Extra(static, has_moments=False)):
-        parts = static[held.rank] + Parts(parameters=held.parts["parameters"], gradients=held.parts["parameters"])
-        after = parts + Parts({"a leaf of all the source's layers": spread})
-        if after.total() > held.total:
-            held = replace(held, parts=after, moment="gradients of the maps", in_flight=())
+        stages = layout.rank_stages(held.rank)
+        others = PARAMETER * sum(other_unit(layout, stage).stored for stage in stages)
+        parts = static[held.rank] + Parts(parameters=held.parts["parameters"])
+        for after in (
+            parts + Parts({"gradients": held.parts["parameters"], "a leaf of all the source's layers": of_layers}),
+            parts + Parts({"gradients": others, "rows of an embedding": of_others}),
+        ):
+            if after.total() > held.total:
+                held = replace(held, parts=after, moment="gradients of the maps", in_flight=())
         host = Parts({"copy for the checkpoint": saved[held.rank]} if config.checkpoint.asynchronous else {})
         memory.append(replace(held, host=host))
     length = config.data.seq_length
@@ -178,7 +186,7 @@ def map_elements(start: Recipe, variant: Variant, layers: Collection[int]) -> in
     return sum(prod(shape) for name, shape in shapes.items() if name not in elsewhere)
 
 
-def _spread_bytes(layout: Layout, source: ModelConfig) -> int:
+def _layers_spread(layout: Layout, source: ModelConfig) -> int:
     """The largest leaf of all layers of the source, read whole to mix them, and what one mixture takes beside it.
 
     With maps of each source layer it is the rank's box of the target, to which all of them are widened, and gradients.
@@ -189,6 +197,20 @@ def _spread_bytes(layout: Layout, source: ModelConfig) -> int:
         return PARAMETER * (source.num_layers + 2) * max(prod(small[name]) for name in names)
     ranks = layout.tensor * layout.shard
     return PARAMETER * (2 * source.num_layers + 2) * max(prod(large[name]) for name in names) // ranks
+
+
+def _others_spread(layout: Layout, start: Recipe) -> int:
+    """What growing one parameter outside the layers takes: rows, their gradient, and where they come from.
+
+    An embedding that grows by maps alone is grown in pieces of rows, from the rank's own shard. One with random entries
+    is gathered, and so is what has the hidden units as rows.
+    """
+    filled, found = initial_fill(start, layout.config.growth.ligo_variant), [0]
+    for name in {name for stage in layout.stages for name in other_names(layout.model, stage)}:
+        old, (rows, *columns) = parameter_shapes(start.source)[name], parameter_shapes(layout.model)[name]
+        keeps_rows, stored = rows == old[0] and name not in filled, stored_elements(layout, name)
+        found.append(3 * min(stored, ROWS * prod(columns)) if keeps_rows else prod(old) + 3 * stored)
+    return PARAMETER * max(found)
 
 
 def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: DeviceType) -> Phase:

@@ -114,15 +114,16 @@ class MapLearner:
         loss, ce, kd = self.part.engine.train_step(batch).tolist()
         heartbeat.enter("optimizer")
         parameters, optim = self.part.parameters, self.config.optim
-        self.ligo.pull_back(self.fetch, parameters, gradients(parameters), self.part.mesh)
+        of_weights = gradients(parameters)
+        for parameter in parameters.values():
+            parameter.grad = None
+        self.ligo.pull_back(self.fetch, parameters, of_weights, self.part.mesh)
         norm = self.ligo.gradient_norm(self.part.mesh).item()
         accepted = guard.accepts(loss, norm, optim)
         if accepted:
             scale_gradients(self.ligo.parameters(), norm, optim.clip_norm)
             self._update(lr)
             self.generate()
-        for parameter in self.part.parameters.values():
-            parameter.grad = None
         return StepResult(loss, ce, kd, norm, lr, accepted)
 
     def tensors(self) -> dict[str, Tensor]:

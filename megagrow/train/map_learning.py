@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megagrow import flops
+from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.source import Source, check_tokens, judge_fit
 from megagrow.checks import check
@@ -18,7 +20,7 @@ from megagrow.data.mlm import Masking, make_masking
 from megagrow.errors import NonFiniteError
 from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
 from megagrow.growth.ligo import Ligo
-from megagrow.growth.ligo_file import load_maps
+from megagrow.growth.ligo_file import load_maps, save_maps
 from megagrow.growth.ligo_maps import start_recipe
 from megagrow.ledger import Ledger, Phase
 from megagrow.optim import StepGuard
@@ -136,6 +138,15 @@ def apply_maps(path: Path, source: Source, target: ModelConfig, ledger: Ledger) 
     return ligo
 
 
+def keep_maps(ligo: Ligo, path: Path, mesh: Mesh) -> None:
+    """Writes learned maps to a file, which `apply_maps` reads; a collective.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    Ranks(mesh.checkpoint_group).first(f"cannot save the maps to {path}", lambda: save_maps(ligo, path))
+
+
 def grown_ledger(source: Source) -> Ledger | None:
     """The ledger of a model that is grown from a source, whose cost it inherits; None: nobody knows that cost.
 
@@ -147,6 +158,22 @@ def grown_ledger(source: Source) -> Ledger | None:
     ledger = Ledger()
     ledger.inherit("source", source.identity, Ledger.from_dict(source.ledger, f"{source.path}: ledger"))
     return ledger
+
+
+def charged(ledger: Ledger | None, ligo: Ligo | None, target: ModelConfig, seconds: float) -> dict[str, Any] | None:
+    """The ledger with what applying the operator cost: by learned maps, or by copies.
+
+    Args:
+        ledger: from `grown_ledger`.
+        ligo: the maps; None: copies, which take no arithmetic.
+        target: the grown model.
+        seconds: that growing took.
+    """
+    if ledger is None:
+        return None
+    spent = flops.ligo_generation_flops(ligo.start.source, target, ligo.variant) if ligo else 0.0
+    ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(target))
+    return ledger.to_dict()
 
 
 def _config(source: Source, target: ModelConfig, how: MapLearning, mesh: Mesh) -> Config:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megagrow.errors import CheckpointError, DataError
-from megagrow.growth.grow import grow_whole, mesh_fetch
+from megagrow.growth import grow
+from megagrow.growth.grow import Shards, grow_whole, mesh_fetch
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import load_maps, save_maps
 from megagrow.growth.ligo_maps import Variant, keeps_old_rows, start_recipe
@@ -25,7 +27,7 @@ from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.parallel.shards import fill, full
 from megagrow.parallel.stages import own_stages
-from megagrow.roles import leaves, split_name
+from megagrow.roles import leaves, parameter_shapes, role_of, split_name
 from megagrow.train.part import build_part, gradients
 from tests.growth import dense_ligo, models
 from tests.growth.models import distance, make, make_ids, tensors_of, widened
@@ -114,6 +116,59 @@ def test_pulls_gradients_back_to_the_maps(pair: str, variant: Variant) -> None:
     ligo.pull_back(small.__getitem__, tensors_of(model), of_weights, Mesh.single())
     found = {name: p.grad for name, p in ligo.parameters().items() if p.grad is not None}
     assert distance(found, reference_gradients(ligo, ids)) <= 1e-10
+    assert not of_weights
+
+
+@pytest.mark.parametrize("pair", ["gqa", "everything", "roberta", "depth-only"])
+def test_what_grows_row_by_row_is_grown_in_pieces(pair: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grow, "ROWS", 5)
+    test_generates_what_the_formulas_say(pair, "tied")
+    test_pulls_gradients_back_to_the_maps(pair, "tied")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_weights_go_as_they_are_used(variant: Variant) -> None:
+    """Before each source tensor that is read, no more gradients are alive than are still needed."""
+    source, target = PAIRS["gqa"]
+    ligo, small = make_ligo(source, target, variant), tensors_of(make(source))
+    model, ids = Transformer(target).double(), make_ids(source)
+    ligo.generate(small.__getitem__, tensors_of(model))
+    of_weights = models.gradients_of(model, ids)
+    model.zero_grad()
+    alive, names = {name: weakref.ref(gradient) for name, gradient in of_weights.items()}, list(leaves(target))
+
+    def fetch(name: str) -> Tensor:
+        layer, leaf = split_name(name)
+        used = names if layer is None else names[: names.index(leaf)]
+        assert not [name for name, gradient in alive.items() if split_name(name)[1] in used and gradient() is not None]
+        return small[name]
+
+    ligo.pull_back(fetch, tensors_of(model), of_weights, Mesh.single())
+    assert not any(gradient() is not None for gradient in alive.values())
+
+
+@pytest.mark.parametrize("variant", ["tied", "source_layer", "target_layer"])
+def test_maps_can_be_on_another_device_than_what_grows(variant: Variant) -> None:
+    source, target = PAIRS["everything"]
+    ligo, small = make_ligo(source, target, variant), tensors_of(make(source))
+    boxes = {name: tuple(map(slice, [0, 0], shape)) for name, shape in parameter_shapes(target).items()}
+    grown = grow.grown_boxes(ligo.recipe(), small.__getitem__, boxes, torch.device("meta"))
+    assert {name: (x.device.type, x.requires_grad) for name, _, x in grown} == dict.fromkeys(boxes, ("meta", True))
+
+
+def test_a_factor_of_random_entries_comes_to_their_device() -> None:
+    source, target = PAIRS["gqa"]
+    recipe, asked = make_ligo(source, target, "full_rank").recipe(), list[torch.device]()
+
+    class Elsewhere:
+        def to(self, device: torch.device) -> Tensor:
+            asked.append(device)
+            return torch.tensor(2.0)
+
+    name = "layers.1.mlp.down.weight"
+    elsewhere = dataclasses.replace(recipe, fill_scales={"mlp.down.weight": [Elsewhere()] * 3})  # type: ignore[dict-item]
+    grow_whole(elsewhere, tensors_of(make(source)).__getitem__, name)
+    assert asked == [torch.device("cpu")]
 
 
 def config_of(model: ModelConfig, parallel: ParallelConfig) -> Config:
@@ -141,12 +196,19 @@ def learning_step(pair: str, variant: Variant, whole: Mapping[str, Tensor], mesh
         fill(parameter, whole[name])
     part = build_part(target, config_of(target, mesh.parallel), mesh)
     ligo = make_ligo(source, target, variant, own_stages(target.num_layers, mesh)[0].layers)
-    fetch = mesh_fetch(tensors_of(small), source, mesh)
+    of_mesh, gathered = mesh_fetch(tensors_of(small), source, mesh), set[str]()
+
+    def gather(name: str) -> Tensor:
+        gathered.add(name)
+        return of_mesh(name)
+
+    fetch = Shards(gather, of_mesh.piece)
     ligo.generate(fetch, part.parameters)
     ids = make_ids(source, batch=4).chunk(mesh.dp.size)[mesh.dp.rank]
     weights = torch.full((len(ids), 7), 1 / 28)
     part.engine.train_step(Batch(ids[:, :-1], ids[:, 1:], weights))
     ligo.pull_back(fetch, part.parameters, gradients(part.parameters), mesh)
+    assert variant == "full_rank" or not any(role_of(name).out in ("vocab", "positions") for name in gathered)
     found = {name: p.grad for name, p in ligo.parameters().items() if p.grad is not None}
     generated = {name: full(p) for name, p in part.parameters.items()}
     return generated, found, ligo.gradient_norm(mesh).item()

@@ -184,7 +184,9 @@ def test_command_takes_own_and_hugging_face_configurations(tmp_path: Path, capsy
         destination = tmp_path / f"{kind}-from-{target or 'folder'}"
         options = ["--target", tmp_path / target, "--method", "clone"]
         assert grow_command(tmp_path / kind, destination, *options) == 0
-        assert "clone keeps the function" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "clone keeps the function" in shown
+        assert ("moments of Adam have grown by policy exact" if kind == "own" else "has no moments of Adam") in shown
         assert open_source(destination).model == WIDE
         assert hf.is_hf_folder(destination) == (kind == "hf")
 
@@ -196,6 +198,20 @@ def test_a_taken_folder_is_refused_before_maps_are_read(tmp_path: Path, capsys: 
         options = ["--target", tmp_path / "large.yaml", "--method", "ligo", "--maps", "nowhere"]
         assert grow_command(tmp_path / kind, tmp_path, *options) == 4
         assert "is not empty" in capsys.readouterr().err
+
+
+def test_command_tells_that_moments_are_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_own(tmp_path / "small", SOURCE)
+    (tmp_path / "large.yaml").write_text(dump(Config(model=WIDE)))
+    arguments = ["--target", tmp_path / "large.yaml", "--method", "net2net"]
+    assert grow_command(tmp_path / "small", tmp_path / "large", *arguments) == 0
+    shown = capsys.readouterr().out
+    assert "moments of Adam are left behind: policy exact has no rule for net2net" in shown
+    large = open_source(tmp_path / "large")
+    assert large.optimizer is None
+    phases = Ledger.from_dict(large.ledger).phases
+    assert [(phase.phase, phase.flops, phase.tokens, phase.steps) for phase in phases] == [("growth", 0, 0, 1)]
+    assert phases[0].seconds
 
 
 @pytest.mark.parametrize("variant", get_args(Variant))
@@ -222,6 +238,9 @@ MISTAKES = [
     ({"--method": "clone", "--tensor": 3}, 2, "--tensor 3 does not divide"),
     ({"--target": "nowhere.yaml"}, 2, "neither a preset nor a file"),
     ({"--maps": "nowhere"}, 4, "no file of learned maps"),
+    ({"--maps": "nowhere", "--save-maps": "maps"}, 2, "--save-maps keeps maps that are learned on --data PREFIX"),
+    ({"--method": "clone", "--optimizer": "zero_pad"}, 2, "growth.optimizer=zero_pad has nothing to pad"),
+    ({"--data": "nowhere", "--optimizer": "exact"}, 2, "growth.optimizer=exact has no rule for the learned maps"),
 ]
 
 

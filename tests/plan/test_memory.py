@@ -223,3 +223,16 @@ def test_a_teacher_needs_what_the_plan_says(precision: Any, tmp_path: Path) -> N
         peak,
     )
     assert found["salt"].memory[0].parts["teacher"] == num_parameters(teacher) * (4 if precision == "fp32" else 2)
+
+
+def test_only_an_embedding_with_random_entries_is_gathered_whole() -> None:
+    source, target = (replace(MODEL, vocab_size=1 << 16, hidden_size=size) for size in (64, 128))
+    rows = {}
+    for variant in ("tied", "full_rank"):
+        growth = GrowthConfig(
+            method="ligo", source=source, at_step=1, optimizer="reset", ligo_variant=variant, ligo_init="rms_random"
+        )
+        config = replace(LONG, model=target, parallel=ParallelConfig(pipeline=2), growth=growth)
+        found = {phase.name: phase for phase in phases(Layout(config, 2), "cpu")[0]}
+        rows[variant] = found["ligo"].memory[0].parts.get("rows of an embedding", 0)
+    assert rows["full_rank"] > 4 * source.vocab_size * source.hidden_size > rows["tied"]

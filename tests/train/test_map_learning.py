@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from megagrow.checkpoint.source import check_fits, open_source
 from megagrow.config import GrowthConfig, InitConfig, ParallelConfig
@@ -17,7 +19,9 @@ from megagrow.config_file import dump
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError, DataError
-from megagrow.flops import ligo_step_flops
+from megagrow.flops import ligo_generation_flops, ligo_step_flops
+from megagrow.growth.grow import Fetch, grow_whole
+from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import load_maps
 from megagrow.ledger import Ledger
 from megagrow.parallel.mesh import Mesh, make_mesh
@@ -38,6 +42,20 @@ def learn(
     how = MapLearning(str(corpus / "train"), growth, seq_length=16, batch_size=8)
     ligo = learn_maps(open_source(source), LARGE, how, mesh or Mesh.single(), lambda _, loss: losses.append(loss))
     return losses, ligo.state_dict()
+
+
+def test_gradients_of_weights_are_gone_before_weights_are_generated(
+    trained: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, seen = Ligo.generate, list[bool]()
+
+    def watched(ligo: Ligo, fetch: Fetch, targets: Mapping[str, Tensor]) -> None:
+        seen.append(any(parameter.grad is not None for parameter in targets.values()))
+        generate(ligo, fetch, targets)
+
+    monkeypatch.setattr(Ligo, "generate", watched)
+    learn(trained, corpus, steps=1)
+    assert seen == [False, False]
 
 
 def learn_on_ranks(source: Path, corpus: Path, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -82,10 +100,14 @@ def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) 
     losses = [check_fits(source, held_out, Mesh.single()) for source in (open_source(trained), grown)]
     assert losses[1] < losses[0] + 0.5
     ledger = Ledger.from_dict(grown.ledger)
-    learning = 10 * ligo_step_flops(SMALL, LARGE, 8 * 16, 16)
+    learning = 10 * ligo_step_flops(SMALL, LARGE, 8 * 16, 16) + ligo_generation_flops(SMALL, LARGE)
     before = Ledger.from_dict(open_source(trained).ledger).totals()["all_in"]
     assert ledger.totals()["papers_convention"]["flops"] == pytest.approx(learning)
     assert ledger.totals()["all_in"]["flops"] == pytest.approx(learning + before["flops"])
+    assert [phase.phase for phase in ledger.phases] == ["ligo", "growth"]
+    name = "layers.2.mlp.down.weight"
+    by_maps = grow_whole(load_maps(tmp_path / "grown.maps.safetensors").recipe(), open_source(trained).fetch, name)
+    torch.testing.assert_close(grown.fetch(name), by_maps)
     assert json.loads(target.read_text())["model"]["hidden_size"] == 32
 
 
