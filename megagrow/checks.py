@@ -15,7 +15,6 @@ from megagrow.config import (
     require,
 )
 from megagrow.errors import ConfigError
-from megagrow.new_part import settling_steps
 from megagrow.timeline import (
     growth_configs,
     growth_name,
@@ -23,6 +22,7 @@ from megagrow.timeline import (
     latest_step,
     models,
     num_growths,
+    settling_steps,
     step_tokens,
 )
 

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagrow.timeline import SETTLED
+
 CHUNK, HOST_CHUNK = 2**21, 2**16  # elements that are corrected at a time; on the host what its caches hold
-SETTLED = 1e-4  # once β^n is less, a count of n corrects like any larger one
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,6 @@ class Schedule:
         """Whether the update that is number `step` for the old entries is the same for the new ones, and all later."""
         settled = max(beta1, beta2) ** self.count(step) < SETTLED or self.count(step) == step
         return settled and step - self.since > self.steps
-
-
-def settling_steps(beta1: float, beta2: float) -> int:
-    """Updates after which moments that began at zero are corrected like those of a longer past."""
-    beta = max(beta1, beta2)
-    return math.floor(math.log(SETTLED) / math.log(beta)) if beta > 0 else 0
 
 
 @dataclass(frozen=True, eq=False)

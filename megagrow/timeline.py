@@ -4,11 +4,14 @@ growth.source, or the model of init.from  ──earlier[0]──▶ … ──ea
 growth number                                   0                  n - 1            n
 """
 
+import math
 from dataclasses import replace
 from typing import Any, cast
 
 from megagrow.config import Config, GrowthConfig, ModelConfig, Policy
 from megagrow.earlier_growth import CHANGES, EarlierGrowth
+
+SETTLED = 1e-4  # once β^n is less, a count of n corrects like any larger one
 
 
 def num_growths(growth: GrowthConfig) -> int:
@@ -107,3 +110,9 @@ def order_size(config: Config) -> int:
     """Samples that an order which is made for a whole run has to have."""
     steps = config.train.steps + learning_steps(config.growth)
     return config.data.num_samples or steps * config.train.global_batch_size
+
+
+def settling_steps(beta1: float, beta2: float) -> int:
+    """Updates after which moments that began at zero are corrected like those of a longer past."""
+    beta = max(beta1, beta2)
+    return math.floor(math.log(SETTLED) / math.log(beta)) if beta > 0 else 0
