@@ -49,7 +49,7 @@ def test_what_cannot_be_verified_is_one_line(tmp_path: Path, capsys: pytest.Capt
     for target, method, words in (
         (TARGET, "ligo", "maps are learned"),
         (TARGET, "zero_pad", "set norm_eps=5e-06"),
-        (replace(TARGET, hidden_size=20), "clone", "model.norm_eps=6e-06"),
+        (replace(TARGET, hidden_size=20), "clone", "set norm_eps=6e-06"),
     ):
         (tmp_path / "large.yaml").write_text(dump(Config(model=target)))
         assert verify(tmp_path / "small", "--method", method) == 2

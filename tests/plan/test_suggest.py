@@ -70,7 +70,7 @@ def test_the_fullest_phase_counts() -> None:
     """While a model grows, source and target stand side by side."""
     source = replace(LLAMA_8B, num_layers=31)
     growing = replace(CONFIG, growth=GrowthConfig(method="stack", source=source, at_step=5))
-    machine = Machine(memory=24 * 2**30)
+    machine = Machine(memory=20 * 2**30)
     plain, both = (suggest(replace(config, parallel=ParallelConfig()), 8, machine) for config in (CONFIG, growing))
     assert plain and not both
 
