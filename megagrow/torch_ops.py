@@ -382,7 +382,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def mix_(x: Tensor) -> Tensor:
-    """`mix` in place, seven times as fast on a CPU for a million numbers."""
+    """The same bits as `mix`, in place: of a million numbers the temporaries of `mix` leave a CPU's cache."""
     shifted = torch.empty_like(x)
     x += GOLDEN
     for shift, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
