@@ -374,15 +374,15 @@ def kept(keys: Tensor, place: int, rate: float, num_features: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """SplitMix64's step and output; int64 arithmetic wraps, and shifts are made logical by masking."""
-    x = x + GOLDEN
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * MIX_1
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * MIX_2
-    return x ^ (x >> 31 & (1 << 33) - 1)
+    """`mix_` of a copy."""
+    return mix_(x.clone())
 
 
 def mix_(x: Tensor) -> Tensor:
-    """The same bits as `mix`, in place: of a million numbers the temporaries of `mix` leave a CPU's cache."""
+    """SplitMix64's step and output, in place; int64 arithmetic wraps, and shifts are made logical by masking.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014).
+    """
     shifted = torch.empty_like(x)
     x += GOLDEN
     for shift, factor in ((30, MIX_1), (27, MIX_2), (31, 1)):
