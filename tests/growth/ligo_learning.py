@@ -9,6 +9,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -115,8 +116,8 @@ def held_out() -> Tensor:
     return _bytes_of(textwrap)[: 4 * BATCH * (SEQ + 1)].view(-1, SEQ + 1)
 
 
-def _bytes_of(*modules: object) -> Tensor:
-    text = "".join(inspect.getsource(module) for module in modules)  # type: ignore[arg-type]
+def _bytes_of(*modules: ModuleType) -> Tensor:
+    text = "".join(inspect.getsource(module) for module in modules)
     return torch.tensor([byte for byte in text.encode() if byte < 128])
 
 
