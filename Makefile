@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
 
 bin := $(abspath $(VENV))/bin
 pip := $(bin)/python -m pip install --quiet -c $(CONSTRAINTS)
@@ -29,8 +30,8 @@ $(installed): pyproject.toml setup.py $(filter-out /dev/null,$(CONSTRAINTS))
 quickstart: setup ## the main job on the built-in corpus; results in runs/quickstart
 	PATH="$(bin):$$PATH" launch/quickstart.sh
 
-test: setup ## all tests
-	$(bin)/python -m pytest
+test: setup ## all tests, JOBS (2) files at a time
+	$(bin)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 check: setup ## style, types, the order of imports, and no load that could run code
 	$(bin)/ruff check .

@@ -126,6 +126,48 @@ def test_the_reason_of_a_failed_arm_is_its_error(monkeypatch: pytest.MonkeyPatch
     assert reason("") == ""
 
 
+def test_ligo_gives_every_arm_as_many_tries_and_reports_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ligo = load("ligo", monkeypatch)
+    seen: list[tuple[Any, int]] = []
+
+    def measure(runs: Any) -> list[dict[str, Any]]:
+        """Ends lowest at a rate of 2.9e-3 and, of the maps, 1e-2."""
+        found = []
+        for each, seed in runs:
+            seen.append((each, seed))
+            map_lr = each.growth.ligo_lr if each.growth and each.growth.method == "ligo" else None
+            loss = abs(each.lr - 2.9e-3) - (map_lr or 0.0)
+            found.append({"arm": each.arm, "lr": each.lr, "ligo_lr": map_lr, "loss": loss})
+        return found
+
+    for pair in ligo.PAIRS:
+        seen.clear()
+        bench = ligo.Bench(FOLDER, pair, ligo.Plan())
+        chosen, tried = ligo.choose(bench.arms(), measure)
+        assert {seed for _, seed in seen} == {0}
+        assert all(sum(each.arm == arm for each, _ in seen) == 5 for arm in bench.arms())
+        assert len(set(seen)) == len(tried) == 5 * len(bench.arms())
+        for each in chosen:
+            learns = each.growth is not None and each.growth.method == "ligo"
+            assert each.lr == (2e-3 if learns else pytest.approx(2e-3 * 2**0.5))
+            assert not learns or each.growth.ligo_lr == 1e-2
+
+
+def test_ligo_spends_the_same_on_every_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    ligo = load("ligo", monkeypatch)
+    for pair in ligo.PAIRS:
+        bench = ligo.Bench(FOLDER, pair, ligo.Plan())
+        small, large = bench.models
+        tokens = ligo.BATCH * ligo.LENGTH
+        source, step = (ligo.flops.training_flops(each, tokens, ligo.LENGTH) for each in (small, large))
+        for growth in bench.arms().values():
+            spent = step * bench.steps(growth) + (0 if growth is None else source * bench.plan.source_steps)
+            if growth is not None and growth.method == "ligo":
+                learning = ligo.flops.ligo_step_flops(small, large, tokens, ligo.LENGTH, variant=growth.ligo_variant)
+                spent += bench.plan.ligo_steps * learning
+            assert spent == pytest.approx(400 * (step + source), rel=2e-3)
+
+
 def run_tiny(*flags: str) -> str:
     command = [sys.executable, str(FOLDER / "gpu_kernels.py"), "--tiny", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)

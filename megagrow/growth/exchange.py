@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagrow.checkpoint.agreement import Ranks
+from megagrow.growth.dims import Quantity
 from megagrow.growth.grow import Fetch, Ranges
-from megagrow.growth.operator import Quantity, copied_box
+from megagrow.growth.operator import copied_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.mesh import Mesh

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megagrow import ops
 from megagrow.config import ModelConfig
+from megagrow.growth.dims import Quantity
 from megagrow.growth.maps import LayerMap, LayerMix
-from megagrow.growth.operator import Quantity, grow_box, grows_by_rows, write_box
+from megagrow.growth.operator import grow_box, grows_by_rows, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
@@ -93,8 +94,12 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
                 origin = fetch.origin(recipe.source_name(name)) if isinstance(fetch, Ranges) else (0, 0)
                 write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity, origin)
             return
-        for name, rows, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
-            pieces[name][rows].copy_(grown)
+        if recipe.source_axes is not None:
+            for name, rows, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
+                pieces[name][rows].copy_(grown)
+            return
+        for name, rows, source, where in _operands(recipe, fetch, boxes, quantity):
+            write_box(recipe, name, source.to(device), where, pieces[name][rows], quantity)
 
 
 def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "value") -> Tensor:
@@ -107,13 +112,16 @@ def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "va
         return source
 
     whole = tuple(slice(0, size) for size in shape_of(role_of(name), recipe.target))
-    layer, leaf = split_name(name)
+    boxes, (layer, leaf) = {name: whole}, split_name(name)
     with torch.no_grad():
         if layer is None:
             grown = grow_box(recipe, name, noting_dtype(name), whole, quantity)
+        elif isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
+            found = _widened_then_mixed(recipe, recipe.layers, leaf, noting_dtype, boxes, torch.device("cpu"))
+            ((_, grown),) = found
         else:
-            boxes, device = {name: whole}, torch.device("cpu")
-            ((_, grown),) = _grown_layers(recipe, leaf, noting_dtype, boxes, device, quantity, {layer})
+            ((_, source),) = _layer_sources(recipe, leaf, noting_dtype, boxes, {layer})
+            grown = grow_box(recipe, name, source, whole, quantity)
         return grown.to(dtypes[0])
 
 
@@ -126,15 +134,39 @@ def grown_boxes(
     recipe alone. What grows row by row, as an embedding does, comes in pieces of rows, from this rank's own shard where
     `fetch` has one. Differentiable in learned maps: the caller goes backward from each piece before it asks for more.
     """
+    if isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
+        for leaf in leaves(recipe.target):
+            for name, grown in _widened_then_mixed(recipe, recipe.layers, leaf, fetch, boxes, device):
+                yield name, slice(0, len(grown)), grown
+                del grown
+        operands = _operands_outside_layers(recipe, fetch, boxes, quantity)
+    else:
+        operands = _operands(recipe, fetch, boxes, quantity)
+    for name, rows, source, where in operands:
+        yield name, rows, grow_box(recipe, name, source.to(device), where, quantity)
+
+
+Operands = Iterator[
+    tuple[str, slice, Tensor, Box]
+]  # name, rows of its box, what they are grown from, their box in that
+
+
+def _operands(recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], quantity: Quantity) -> Operands:
+    """What the boxes in `boxes` are grown from, layers mixed already."""
     for leaf in leaves(recipe.target):
-        for name, grown in _grown_layers(recipe, leaf, fetch, boxes, device, quantity):
-            yield name, slice(0, len(grown)), grown
-            del grown
+        for name, source in _layer_sources(recipe, leaf, fetch, boxes):
+            first, *_ = boxes[name]
+            yield name, slice(0, first.stop - first.start), source, boxes[name]
+            del source
+    yield from _operands_outside_layers(recipe, fetch, boxes, quantity)
+
+
+def _operands_outside_layers(recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], quantity: Quantity) -> Operands:
     for name in parameter_names(recipe.target):
         if split_name(name)[0] is None:
-            rows = _rows(fetch, name, boxes) if grows_by_rows(recipe, name, quantity) else _whole(fetch, name, boxes)
-            for piece, source, where in rows:
-                yield name, piece, grow_box(recipe, name, source.to(device), where, quantity)
+            by_rows = grows_by_rows(recipe, name, quantity)
+            for rows, source, where in (_rows if by_rows else _whole)(fetch, name, boxes):
+                yield name, rows, source, where
 
 
 def _whole(fetch: Fetch, name: str, boxes: Mapping[str, Box]) -> Iterator[tuple[slice, Tensor, Box]]:
@@ -218,25 +250,13 @@ def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
     return owners
 
 
-def _grown_layers(
-    recipe: Recipe,
-    leaf: str,
-    fetch: Fetch,
-    boxes: Mapping[str, Box],
-    device: torch.device,
-    quantity: Quantity,
-    read_for: Collection[int] | None = None,
+def _layer_sources(
+    recipe: Recipe, leaf: str, fetch: Fetch, boxes: Mapping[str, Box], read_for: Collection[int] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """One parameter of all layers that are wanted; copies read the sources of the layers `read_for` only, or of all."""
-    if isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
-        yield from _widened_then_mixed(recipe, recipe.layers, leaf, fetch, boxes, device)
-        return
     if isinstance(recipe.layers, LayerMix):
-        sources = _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, boxes)
-    else:
-        sources = _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for)
-    for name, source in sources:
-        yield name, grow_box(recipe, name, source.to(device), boxes[name], quantity)
+        return _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, boxes)
+    return _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for)
 
 
 def _copied_layers(

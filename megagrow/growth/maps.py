@@ -106,6 +106,13 @@ class ExtendedMap:
         return bool(self.is_new.any())
 
     @cached_property
+    def is_appended(self) -> bool:
+        """Whether the rows are those of [I; C] in this order."""
+        num_kept = len(self.index) - len(self.matrix)
+        kept = torch.arange(num_kept)
+        return num_kept == self.matrix.shape[1] and torch.equal(self.index[:num_kept], kept)
+
+    @cached_property
     def row_of_C(self) -> Tensor:
         """[T] the row of `matrix` of each learned element."""
         return (self.index == NEW).cumsum(0) - 1

@@ -37,10 +37,11 @@ from torch import Tensor
 from megagrow.config import GrowthConfig, ModelConfig, Policy, require
 from megagrow.config_file import from_dict, to_dict
 from megagrow.errors import CheckpointError, ConfigError
+from megagrow.growth.dims import Quantity
 from megagrow.growth.grow import Fetch, grow_into
 from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap, first_copies
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.operator import Quantity, uniform_scale
+from megagrow.growth.operator import uniform_scale
 from megagrow.growth.recipe import Recipe
 from megagrow.new_part import Kept, NewPart, Schedule
 from megagrow.optim import Multipliers

@@ -1,109 +1,30 @@
 """One box of one grown parameter: O Θ Iᵀ for the rows and columns that a rank stores.
 
-Which map acts on a dim, and in which form, follows from the parameter's role:
-
-    dim                                        form
-    rows of matrices; biases; norm gains       O    (they write to the axis)
-    columns of matrices and of an untied head  I    (they read from it)
-    columns of embeddings                      O    (stored vocab x hidden, but they write the residual stream)
-    last norm of a tied model                  I    (the shared matrix cannot both write and read: the norm before the
-                                                     head takes the head's scale)
-
-For gradients the two forms change places: a gradient is shared among the n copies of what writes an axis, because
-readers divide by n, and comes whole to every copy of what reads it. So W' = R(W)/n_in and grad' = R(grad)/n_out, where
-R is plain replication. Entries without a source have no old gradient: theirs is 0.
+dims.py       which map acts on a dim, in which form
+operator.py   copies, and what is new beside them; learned maps where no kernel serves
+dense.py      learned maps by kernels
 """
 
 # Shape suffix legend: R, C = rows and columns of the box; O, I = rows and columns of the source matrix.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megagrow import ops
-from megagrow.config import ModelConfig
-from megagrow.growth.maps import NEW, AxisMap, DenseMap, Elements, ExtendedMap, Form, Scale, SparseMap, replica_pairs
+from megagrow.growth.dense import grown_densely, write_densely
+from megagrow.growth.dims import Dim, Quantity, dims_of, has_new
+from megagrow.growth.maps import NEW, DenseMap, ExtendedMap, SparseMap, replica_pairs
 from megagrow.growth.noise import mean, normal, root_mean_square
-from megagrow.growth.recipe import Recipe, Use
+from megagrow.growth.recipe import Recipe
 from megagrow.model.transformer import initial_std
 from megagrow.parallel.shards import Box
-from megagrow.roles import Axis, Role, after_transform, axis_unit, role_of, shape_of
-
-Quantity = Literal["value", "gradient", "squared_gradient"]  # weights; exp_avg; exp_avg_sq
-New = Literal["zero", "free", "average"]  # what elements without a source become, see `recipe.Fill`
+from megagrow.roles import role_of, shape_of
 
 MAX_COPIED = 1 << 18  # entries that are copied at a time: they stay in a core's cache from step to step
 MAX_RANDOM = 1 << 18  # random entries that are made at a time: their hashes stay in a cache
-
-
-@dataclass(frozen=True)
-class _Dim:
-    """How one dim of a parameter grows.
-
-    Attributes:
-        maps: that of each fused part; None: the axis does not grow.
-        form: which of O and I acts.
-        unit: elements of one unit (head, neuron) of one part.
-        new: what elements without a source become.
-    """
-
-    maps: tuple[AxisMap | None, ...]
-    form: Form
-    unit: int
-    new: New
-
-    def spread(self, x: Tensor, dim: int, box: slice) -> Tensor:
-        """M applied to dim `dim` of x, for the target range `box`, without scales."""
-        average = self.new == "average"
-        if len(self.maps) == 1:
-            return _spread(self.maps[0], x, dim, box, average)
-        assert dim == 0, "only output rows are fused"
-        elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
-        parts = x.unflatten(0, (-1, len(self.maps), self.unit)).unbind(1)
-        grown = [
-            _spread(axis_map, part.flatten(0, 1), 0, elements, average)
-            for axis_map, part, elements in zip(self.maps, parts, elements_by_part, strict=True)
-        ]
-        return torch.cat(grown).index_select(0, order.to(x.device))
-
-    def scale(self, box: slice) -> Scale:
-        """The diagonal of O or I over the target range `box`; one number where it is constant."""
-        scales = [_scale(axis_map, self.form) for axis_map in self.maps]
-        if all(isinstance(scale, float) and scale == scales[0] for scale in scales):
-            return scales[0]
-        elements_by_part, order = _split_fused(box, len(scales), self.unit)
-        pieces = [
-            scale[elements] if isinstance(scale, Tensor) else torch.full(elements.shape, scale, dtype=torch.double)
-            for scale, elements in zip(scales, elements_by_part, strict=True)
-        ]
-        return torch.cat(pieces)[order]
-
-    def index(self, box: slice) -> Tensor:
-        """The source row (column) of each target row (column) of the range; NEW where there is none. Of copies only."""
-        if len(self.maps) == 1:
-            (axis_map,), elements = self.maps, torch.arange(box.start, box.stop)
-            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have an index"
-            return elements if axis_map is None else axis_map.index[elements]
-        elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
-        found = []
-        for part, (axis_map, elements) in enumerate(zip(self.maps, elements_by_part, strict=True)):
-            assert axis_map is None or isinstance(axis_map, SparseMap), "only copies have an index"
-            copied = elements if axis_map is None else axis_map.index[elements]
-            row = (copied // self.unit * len(self.maps) + part) * self.unit + copied % self.unit
-            found.append(torch.where(copied == NEW, NEW, row))
-        return torch.cat(found)[order]
-
-    def is_new(self, box: slice) -> Tensor:
-        """Which elements of the range [box] nothing of the source goes into."""
-        if self.new == "average" or not any(_has_new(axis_map) for axis_map in self.maps):
-            return torch.zeros(box.stop - box.start, dtype=torch.bool)
-        elements_by_part, order = _split_fused(box, len(self.maps), self.unit)
-        pairs = zip(self.maps, elements_by_part, strict=True)
-        return torch.cat([_is_new(axis_map, elements) for axis_map, elements in pairs])[order]
 
 
 def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value") -> Tensor:
@@ -120,8 +41,11 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
     Returns:
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
     """
-    dims = _dims(recipe, name, quantity)
+    dims = dims_of(recipe, name, quantity)
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    grown = grown_densely(dims, source, box, factor) if quantity == "value" else None
+    if grown is not None:
+        return _times(grown, diagonals)
     x = source = _scaled(source, factor)
     for d in _order(dims, source, box):
         x = dims[d].spread(x, d, box[d])
@@ -143,14 +67,17 @@ def write_box(
     quantity: Quantity = "value",
     origin: Sequence[int] = (0, 0),
 ) -> None:
-    """`grow_box` into `target`, bit for bit, of a recipe that copies: in pieces of rows that stay in a cache.
+    """`grow_box` into `target`, without gradients. Copies come out bit for bit, in pieces of rows that stay in a cache.
 
     Args:
         recipe, name, source, box, quantity: as in `grow_box`.
         target: [R, C] or [R], overwritten.
         origin: where `source` begins in the whole source tensor, of which it holds `copied_box` at least.
     """
-    dims = _dims(recipe, name, quantity)
+    dims = dims_of(recipe, name, quantity)
+    if not recipe.copies:
+        _write_learned(recipe, name, dims, source, box, target, quantity)
+        return
     if _uses_all(recipe, dims, quantity):
         target.copy_(grow_box(recipe, name, source, box, quantity))
         return
@@ -170,6 +97,15 @@ def write_box(
         _copy_pieces(source, target, rows_R, columns, factor, diagonals, averages)
     if quantity == "value" and _has_random(dims):
         _write_random(recipe, name, dims, source, target, box, factor, diagonals)
+
+
+def _write_learned(
+    recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, box: Box, target: Tensor, quantity: Quantity
+) -> None:
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    is_plain = quantity == "value" and not any(each is not None for each in diagonals)
+    if not (is_plain and write_densely(dims, source, box, target, factor)):
+        target.copy_(grow_box(recipe, name, source, box, quantity))
 
 
 def _copy_pieces(
@@ -214,7 +150,7 @@ def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value"
     It is the whole where new entries or noise depend on all of the source, or rows come from two layers; where new
     elements are means, the whole of their dim.
     """
-    dims, whole = _dims(recipe, name, quantity), shape_of(role_of(name), recipe.source)
+    dims, whole = dims_of(recipe, name, quantity), shape_of(role_of(name), recipe.source)
     if _uses_all(recipe, dims, quantity) or recipe.reads_next(name):
         return tuple(slice(0, size) for size in whole)
     indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
@@ -226,53 +162,22 @@ def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value"
 
 def grows_by_rows(recipe: Recipe, name: str, quantity: Quantity = "value") -> bool:
     """Whether each row of a target parameter is made of the row of the source parameter in the same place alone."""
-    dims = _dims(recipe, name, quantity)
+    dims = dims_of(recipe, name, quantity)
     drawn = quantity == "value" and (recipe.noise > 0 or _has_random(dims))
     return dims[0].maps == (None,) and not drawn
 
 
 def has_random_entries(recipe: Recipe, name: str) -> bool:
     """Whether some entries of a target parameter have no source and become random."""
-    return _has_random(_dims(recipe, name, "value"))
+    return _has_random(dims_of(recipe, name, "value"))
 
 
 def uniform_scale(recipe: Recipe, name: str, quantity: Quantity) -> float | None:
     """What every entry of a parameter (or of its gradient) is multiplied by when copied; None where entries differ."""
     shape = shape_of(role_of(name), recipe.target)
-    scales = [dim.scale(slice(0, size)) for dim, size in zip(_dims(recipe, name, quantity), shape, strict=True)]
+    scales = [dim.scale(slice(0, size)) for dim, size in zip(dims_of(recipe, name, quantity), shape, strict=True)]
     uniform = [scale for scale in scales if isinstance(scale, float)]
     return math.prod(uniform) * _gain_factor(recipe, name, quantity) if len(uniform) == len(scales) else None
-
-
-def _dims(recipe: Recipe, name: str, quantity: Quantity) -> list[_Dim]:
-    role, axes = role_of(name), recipe.axes_of(name)
-    rows = recipe.next_rows if recipe.next_rows is not None and recipe.reads_next(name) else axes
-    out_maps, in_map = tuple(map(rows.get, role.out_maps)), axes.get(role.in_map)
-    if "transform" in axes and name in after_transform(recipe.target):
-        out_maps, in_map = (out_maps, axes["transform"]) if role.kind == "head" else ((axes["transform"],), in_map)
-    out_form, in_form = _forms(name, recipe.target)
-    dims = [_dim(recipe, role, out_maps, (role.out_maps[0], out_form), role.out, quantity)]
-    if role.in_ is not None:
-        dims.append(_dim(recipe, role, (in_map,), (role.in_map, in_form), role.in_, quantity))
-    return dims
-
-
-def _dim(
-    recipe: Recipe, role: Role, maps: tuple[AxisMap | None, ...], use: Use, axis: Axis, quantity: Quantity
-) -> _Dim:
-    form, unit = use[1], axis_unit(axis, recipe.target)
-    if quantity == "value":
-        return _Dim(maps, form, unit, _new(recipe, role, use))
-    return _Dim(maps, "in" if form == "out" else "out", unit, "zero")
-
-
-def _new(recipe: Recipe, role: Role, use: Use) -> New:
-    """What the new elements of an axis become in a parameter."""
-    if role.kind in ("norm_gain", "norm_bias"):
-        return "average" if role.kind == "norm_gain" else "zero"
-    if use in recipe.fill.average:
-        return "average"
-    return "free" if use in recipe.fill.free and role.kind != "bias" else "zero"
 
 
 def _gain_factor(recipe: Recipe, name: str, quantity: Quantity) -> float:
@@ -283,7 +188,7 @@ def _gain_factor(recipe: Recipe, name: str, quantity: Quantity) -> float:
 
 
 def _scales(
-    recipe: Recipe, name: str, dims: list[_Dim], box: Box, quantity: Quantity
+    recipe: Recipe, name: str, dims: Sequence[Dim], box: Box, quantity: Quantity
 ) -> tuple[float, list[Tensor | None]]:
     """What all entries of a box are multiplied by, and what those of each row and column besides."""
     power = 2 if quantity == "squared_gradient" else 1
@@ -324,14 +229,14 @@ def _can_take(target: Tensor, x: Tensor, index: Tensor) -> bool:
     return target.is_contiguous() and target.dtype == x.dtype and not (index == NEW).any()
 
 
-def _uses_all(recipe: Recipe, dims: list[_Dim], quantity: Quantity) -> bool:
+def _uses_all(recipe: Recipe, dims: Sequence[Dim], quantity: Quantity) -> bool:
     """Whether entries of a target parameter depend on all of the source: random ones that are as large as it is."""
     as_large = recipe.noise > 0 or (_has_random(dims) and recipe.fill.std == "source")
     return quantity == "value" and as_large
 
 
-def _has_random(dims: list[_Dim]) -> bool:
-    return any(dim.new == "free" and any(map(_has_new, dim.maps)) for dim in dims)
+def _has_random(dims: Sequence[Dim]) -> bool:
+    return any(dim.new == "free" and any(map(has_new, dim.maps)) for dim in dims)
 
 
 def _hull(index: Tensor) -> slice:
@@ -342,7 +247,7 @@ def _hull(index: Tensor) -> slice:
     return slice(int(first), int(last) + 1)
 
 
-def _with_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
+def _with_random(recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
     """x with random entries where all new dims are free."""
     learned = recipe.fill_scales is not None
     filled = torch.zeros_like(x) if learned else x
@@ -354,7 +259,7 @@ def _with_random(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x:
 def _write_random(
     recipe: Recipe,
     name: str,
-    dims: list[_Dim],
+    dims: Sequence[Dim],
     source: Tensor,
     target: Tensor,
     box: Box,
@@ -370,7 +275,7 @@ def _write_random(
 
 
 def _random_pieces(
-    recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, box: Box, dtype: torch.dtype
+    recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, box: Box, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of a box that have random entries: where they are in it, which entries these are, and what they are."""
     device = source.device
@@ -387,7 +292,7 @@ def _random_pieces(
             yield piece, wanted_RC, random_RC.to(dtype) * (std * recipe.fill.ratio)
 
 
-def _add_noise(recipe: Recipe, name: str, dims: list[_Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
+def _add_noise(recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
     """x with noise that cancels between pairs of replicated columns."""
     copies = dims[-1].maps[0]
     if not recipe.noise or len(dims) < 2 or dims[1].form != "in" or not isinstance(copies, SparseMap):
@@ -414,53 +319,7 @@ def _num_columns(recipe: Recipe, name: str) -> int:
     return shape_of(role_of(name), recipe.target)[-1]
 
 
-def _forms(name: str, model: ModelConfig) -> tuple[Form, Form]:
-    """The form that acts on each dim of a parameter's value."""
-    role = role_of(name)
-    if role.kind in ("embedding", "positions", "token_types"):
-        return "out", "out"
-    last_norm = "final_norm." if model.is_causal else "mlm_head.norm."
-    feeds_tied_head = model.tied_embeddings and name.startswith(last_norm)
-    return "in" if feeds_tied_head else "out", "in"
-
-
-def _spread(axis_map: AxisMap | None, x: Tensor, dim: int, elements: Elements, average: bool) -> Tensor:
-    if axis_map is not None:
-        return axis_map.spread(x, dim, elements, average)
-    return x[elements] if dim == 0 else x[:, elements]
-
-
-def _has_new(axis_map: AxisMap | None) -> bool:
-    return isinstance(axis_map, SparseMap | ExtendedMap) and axis_map.has_new
-
-
-def _is_new(axis_map: AxisMap | None, elements: Tensor) -> Tensor:
-    if isinstance(axis_map, SparseMap | ExtendedMap):
-        return axis_map.is_new[elements]
-    return elements < 0
-
-
-def _scale(axis_map: AxisMap | None, form: Form) -> Scale:
-    if axis_map is None:
-        return 1.0
-    return axis_map.out_scale if form == "out" else axis_map.in_scale
-
-
-def _split_fused(box: slice, num_parts: int, unit: int) -> tuple[list[Tensor], Tensor]:
-    """Takes a range of fused rows (unit, part, element) apart.
-
-    Returns:
-        For each part the elements of its map that the range holds; and for each row of the range, where it stands when
-        these are laid end to end.
-    """
-    rows = torch.arange(box.start, box.stop)
-    group, within = rows // (num_parts * unit), rows % (num_parts * unit)
-    part, element = within // unit, group * unit + within % unit
-    by_part = part.argsort(stable=True)
-    return [element[part == p] for p in range(num_parts)], by_part.argsort()
-
-
-def _order(dims: list[_Dim], source: Tensor, box: Box) -> list[int]:
+def _order(dims: Sequence[Dim], source: Tensor, box: Box) -> list[int]:
     """Which dim to grow first: of copies the rows, whatever the box, since means of means depend on it.
 
     Of learned maps the cheaper: for [o, i] -> [r, c] rows first cost r·i·(o + c), columns first o·c·(i + r).

@@ -27,6 +27,7 @@ from megagrow.errors import ConfigError
 from megagrow.growth.moments import rule_problem
 from megagrow.growth.offline import grow_folder
 from megagrow.growth.recipe import Recipe
+from megagrow.optim import Optimizer
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.shards import box, local
 from megagrow.train import growing
@@ -37,11 +38,13 @@ from tests.growth.recipes import METHODS, recipe_of
 from tests.growth.test_offline import save_own
 from tests.parallel.layouts import LAYOUTS, Layout
 
-POLICIES: tuple[Policy, ...] = ("exact", "zero_pad", "asymmetric")  # the first that has a rule carries most over
+POLICIES: tuple[Policy, ...] = ("exact", "zero_pad", "asymmetric")  # those that carry moments over
+
+Way = tuple[str, Policy]  # a method of METHODS, and what becomes of the moments
 
 
-def sources(folder: Path, model: ModelConfig, seed: int) -> tuple[Path, dict[str, Path]]:
-    """The small checkpoint and one grown offline by every method that has an answer for this model."""
+def sources(folder: Path, model: ModelConfig, seed: int) -> tuple[Path, dict[Way, Path]]:
+    """The small checkpoint and one grown offline in every way that has an answer for this model."""
     home = folder / str(abs(hash(str(to_dict(model)))))
     small, large = home / "small", {}
     if not small.exists():
@@ -51,25 +54,23 @@ def sources(folder: Path, model: ModelConfig, seed: int) -> tuple[Path, dict[str
             recipe = recipe_of(name, model, seed)
         except ConfigError:
             continue
-        large[name] = home / str(number)
-        if not large[name].exists():
-            grow_folder(open_source(small), large[name], recipe, Mesh.single(), policy_of(recipe))
+        for policy in (policy for policy in POLICIES if rule_problem(recipe, policy) is None):
+            grown = large[name, policy] = home / f"{number}-{policy}"
+            if not grown.exists():
+                grow_folder(open_source(small), grown, recipe, Mesh.single(), policy)
     return small, large
 
 
-def policy_of(recipe: Recipe) -> Policy:
-    return next(policy for policy in POLICIES if rule_problem(recipe, policy) is None)
-
-
-def growing_config(config: Config, recipe: Recipe, name: str) -> Config:
+def growing_config(config: Config, recipe: Recipe, way: Way) -> Config:
     """The run on this layout as one that grows."""
+    name, policy = way
     method, _, breaker, _ = METHODS[name]
-    growth = GrowthConfig(method, breaker=breaker, source=recipe.source, at_step=1, optimizer=policy_of(recipe))
+    growth = GrowthConfig(method, breaker=breaker, source=recipe.source, at_step=1, optimizer=policy)
     return replace(config, model=recipe.target, growth=growth)
 
 
-def compare(config: Config, small: Path, large: dict[str, Path]) -> dict[str, Any]:
-    """Grows on this rank by every method; says how many pieces were compared, and which differ."""
+def compare(config: Config, small: Path, large: dict[Way, Path]) -> dict[str, Any]:
+    """Grows on this rank in every way; says how many pieces were compared, and which differ."""
     mesh, source = make_mesh(config.parallel), open_source(small)
     count, differing = 0, []
     start = replace(config, growth=GrowthConfig("clone", source=source.model, at_step=1))  # its moments will grow
@@ -77,22 +78,29 @@ def compare(config: Config, small: Path, large: dict[str, Path]) -> dict[str, An
     load_part(part, source.fetch)
     learner = growing.new_learner(part, start, source)
     assert isinstance(learner, ModelLearner)
-    for name, folder in large.items():
-        recipe, expected = recipe_of(name, source.model, config.train.seed), open_source(folder)
-        with mock.patch.object(growing, "release"):  # the next method needs the small weights again
-            grown = growing.grow_copies(learner, growing_config(config, recipe, name), mesh)
+    for way, folder in large.items():
+        recipe, expected = recipe_of(way[0], source.model, config.train.seed), open_source(folder)
+        with mock.patch.object(growing, "release"):  # the next way needs the small weights again
+            grown = growing.grow_copies(learner, growing_config(config, recipe, way), mesh)
         assert expected.optimizer is not None
         for item, tensor in grown.tensors().items():
             count += 1
             if not torch.equal(local(tensor), expected.read(item)[box(tensor)]):
-                differing.append(f"{name}: {item}")
-        multipliers = {n: asdict(m) for n, m in grown.optimizer.multipliers.items()}
-        if (grown.optimizer.step_count, multipliers) != (
-            expected.optimizer["step"],
-            {n: dict(m) for n, m in expected.optimizer["multipliers"].items()},
-        ):
-            differing.append(f"{name}: the optimizer's settings")
+                differing.append(f"{way}: {item}")
+        if _settings(grown.optimizer) != _saved_settings(expected.optimizer):
+            differing.append(f"{way}: the optimizer's settings")
     return {"count": count, "differing": differing}
+
+
+def _settings(optimizer: Optimizer) -> tuple[object, ...]:
+    """Count of updates, multipliers, and how new entries are updated."""
+    multipliers = {name: asdict(factors) for name, factors in optimizer.multipliers.items()}
+    return optimizer.step_count, multipliers, optimizer.new_part and optimizer.new_part.state()
+
+
+def _saved_settings(state: dict[str, Any]) -> tuple[object, ...]:
+    multipliers = {name: dict(factors) for name, factors in state["multipliers"].items()}
+    return state["step"], multipliers, state.get("new_part")
 
 
 def measure(layout: Layout, folder: Path) -> dict[str, Any]:
@@ -100,19 +108,29 @@ def measure(layout: Layout, folder: Path) -> dict[str, Any]:
     began, config = time.perf_counter(), layout.config
     small, large = sources(folder, config.model, config.train.seed)
     fitting = {
-        name: path
-        for name, path in large.items()
-        if not problems(growing_config(config, recipe_of(name, config.model), name), layout.ranks)
+        way: path
+        for way, path in large.items()
+        if not problems(growing_config(config, recipe_of(way[0], config.model), way), layout.ranks)
     }
-    row = {"layout": layout.name, "ranks": layout.ranks, "methods": len(fitting), "left_out": len(large) - len(fitting)}
+    counts = {
+        "methods": len({name for name, _ in fitting}),
+        "ways": len(fitting),
+        "left_out": len(large) - len(fitting),
+    }
+    row: dict[str, Any] = {"layout": layout.name, "ranks": layout.ranks, **counts}
     try:
         found = ranks.run_ranks(compare, layout.ranks, config, small, fitting, timeout=900)
     except Exception as error:
         return {**row, "holds": False, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     differing = sorted({name for rank in found for name in rank["differing"]})
-    counts = {"compared": sum(rank["count"] for rank in found)}
-    seconds = round(time.perf_counter() - began, 1)
-    return {**row, **counts, "differing": differing, "holds": bool(fitting) and not differing, "seconds": seconds}
+    compared, seconds = sum(rank["count"] for rank in found), round(time.perf_counter() - began, 1)
+    return {
+        **row,
+        "compared": compared,
+        "differing": differing,
+        "holds": bool(fitting) and not differing,
+        "seconds": seconds,
+    }
 
 
 def main(words: list[str]) -> int:
@@ -122,7 +140,7 @@ def main(words: list[str]) -> int:
         for number, layout in enumerate(chosen, 1):
             rows.append(measure(layout, Path(folder)))
             said = "holds" if rows[-1]["holds"] else f"FAILS {rows[-1].get('failed', rows[-1].get('differing'))}"
-            figures = ", ".join(f"{rows[-1].get(key)} {key}" for key in ("methods", "compared", "seconds"))
+            figures = ", ".join(f"{rows[-1].get(key)} {key}" for key in ("methods", "ways", "compared", "seconds"))
             print(f"{number}/{len(chosen)} {layout.name}: {said} ({figures})", flush=True)
     ranks.shutdown()
     if not words:

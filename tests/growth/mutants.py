@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megagrow.config import ModelConfig
-from megagrow.growth import methods, moments, operator, width
+from megagrow.growth import dims, methods, moments, width
+from megagrow.growth.dims import Quantity
 from megagrow.growth.exchange import Exchange
 from megagrow.growth.grow import Fetch, grow_into
 from megagrow.growth.maps import AxisMap, Form, SparseMap
-from megagrow.growth.operator import Quantity
 from megagrow.growth.recipe import Recipe
 from megagrow.growth.width import Width
 from megagrow.roles import role_of
@@ -62,12 +62,12 @@ def eps_without_factor() -> AbstractContextManager[Any]:
 
 def tied_head_without_scale() -> AbstractContextManager[Any]:
     """A shared matrix grows as the embedding, and nothing divides by the copies that it reads."""
-    forms, embeddings = operator._forms, ("embedding", "positions", "token_types")
+    forms, embeddings = dims._forms, ("embedding", "positions", "token_types")
 
     def without(name: str, model: ModelConfig) -> tuple[Form, Form]:
         return forms(name, model) if role_of(name).kind in embeddings else ("out", "in")
 
-    return mock.patch.object(operator, "_forms", without)
+    return mock.patch.object(dims, "_forms", without)
 
 
 def sixteen_bit_masters() -> AbstractContextManager[Any]:

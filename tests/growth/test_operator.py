@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
 from megagrow.growth import maps
+from megagrow.growth.dims import Quantity
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.maps import SparseMap
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.operator import Quantity, copied_box, grow_box, write_box
+from megagrow.growth.operator import copied_box, grow_box, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.growth import models
