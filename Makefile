@@ -42,7 +42,7 @@ check: setup ## style, types, the order of imports, and no load that could run c
 parity: setup ## every layout against one process; a table, also in benchmarks/results (ten minutes)
 	$(bin)/python -m tests.parallel.parity_table
 
-growth: setup ## every growth method on every layout against growing offline, and LiGO learning on each (half an hour)
+growth: setup ## every growth method on every layout against growing offline, and LiGO learning on each (an hour and more)
 	$(bin)/python -m tests.growth.layout_sweep
 	$(bin)/python -m pytest --timeout 3600 -o python_files='slow_*.py' tests/growth
 
