@@ -128,14 +128,8 @@ def measure(layout: Layout, turn: int, folder: Path) -> dict[str, Any]:
     except Exception as error:
         return {**row, "holds": False, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     differing = sorted({name for rank in found for name in rank["differing"]})
-    compared, seconds = sum(rank["count"] for rank in found), round(time.perf_counter() - began, 1)
-    return {
-        **row,
-        "compared": compared,
-        "differing": differing,
-        "holds": bool(fitting) and not differing,
-        "seconds": seconds,
-    }
+    row |= {"compared": sum(rank["count"] for rank in found), "differing": differing}
+    return {**row, "holds": bool(fitting) and not differing, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def main(words: list[str]) -> int:
