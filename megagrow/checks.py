@@ -352,11 +352,18 @@ def check_freezing(config: Config, world_size: int) -> None:
     """Raises ConfigError where layers cannot stand still, or would for ever."""
     growth, steps = config.growth, config.train.steps
     for number in range(num_growths(growth)):
-        where, frozen = growth_name(config.growth, number), growth_settings(growth, number).freeze_steps
+        where, own = growth_name(config.growth, number), growth_settings(growth, number)
+        frozen = own.freeze_steps
         require(
             frozen == 0 or not config.parallel.splits_backward,
             f"{where}.freeze_steps={frozen} with parallel.schedule={config.parallel.schedule}: the half of its "
             "backward pass that makes weights' gradients needs one of each; use 1F1B or Interleaved1F1B",
+        )
+        begins_anew = frozen > 0 and own.optimizer == "reset" and own.rewarmup_part == "new"
+        require(
+            not begins_anew or own.rewarmup_steps <= frozen,
+            f"{where}.rewarmup_steps={own.rewarmup_steps} of the new part go beyond freeze_steps={frozen}, after which "
+            "optimizer=reset begins anew for all: warm up for fewer steps, or use rewarmup_part=all",
         )
         is_last = number == num_growths(growth) - 1
         require(

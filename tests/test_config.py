@@ -276,6 +276,10 @@ BAD_COMBINATIONS = [
             (growing(EarlierGrowth(num_layers=6, at_step=5, method="ligo", optimizer="exact")), ["optimizer=exact"]),
             (growing(freeze_steps=41), ["freeze_steps=41", "trains all layers"]),
             (
+                growing(freeze_steps=4, optimizer="reset", rewarmup_part="new", rewarmup_steps=5),
+                ["growth.rewarmup_steps=5", "freeze_steps=4", "rewarmup_part=all"],
+            ),
+            (
                 growing(EarlierGrowth(num_layers=6, at_step=5, optimizer="reset", freeze_steps=4)),
                 ["growth.earlier[0].freeze_steps=4", "up to the next growth"],
             ),
