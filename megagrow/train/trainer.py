@@ -85,7 +85,7 @@ class Trainer:
         if self.state.blend.start == self.state.cursors["all"] > 0:
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
-        self.salt = SaltStage(config, mesh, self.datasets, self.state, self.progress.message)
+        self.salt = SaltStage(config, mesh, self.datasets, self.stream, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
     def _resume(self) -> tuple[Learner, RunState] | None:
@@ -278,8 +278,9 @@ class Trainer:
             visits = state.cursors[name] + mesh.dp.rank * share + torch.arange(share)
             batch = make_masked_batch(drawn.tokens, visits, self.masking, mesh, *how)
         state.cursors[name] += size
-        hidden = self.salt.teacher_hidden(batch, self.learner.part.engine.num_microbatches) if salt_on else None
-        batch = replace(batch, teacher_hidden=hidden, dropout_keys=dropout_keys(config, state.step, mesh))
+        batch = replace(batch, dropout_keys=dropout_keys(config, state.step, mesh))
+        if salt_on:
+            batch = self.salt.teach(batch, drawn, self.learner.part.engine.num_microbatches)
         heartbeat.enter("forward/backward", state.step)
         return self.learner.step(batch, self._lr(), state.guard)
 
@@ -348,7 +349,7 @@ class Trainer:
                 tokens=state.tokens,
                 loss=result.loss,
                 ce=result.ce,
-                kd=result.kd if phase == "salt" and config.salt.teacher else None,
+                kd=result.kd if phase == "salt" and config.salt.teaches else None,
                 lr=result.lr,
                 grad_norm=result.grad_norm,
                 tokens_per_second=rate,
