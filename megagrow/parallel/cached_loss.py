@@ -143,7 +143,7 @@ def _divergence(student: _Student, targets: CachedTargets) -> Tensor:
     masses_CK1 = targets.masses_TK1.to(student.lse_C.dtype)
     rest_C = masses_CK1[:, -1]
     if targets.is_sample:
-        return student.soft_lse_C - student.cross_C - rest_C
+        return student.soft_lse_C * masses_CK1[:, :-1].sum(-1) - student.cross_C - rest_C
     tail_C = torch.where(rest_C > 0, rest_C * student.base_C, 0.0)
     entropy_C = -torch.special.xlogy(masses_CK1, masses_CK1).sum(-1)
     kd_C = student.soft_lse_C * masses_CK1.sum(-1) - student.cross_C - tail_C - entropy_C

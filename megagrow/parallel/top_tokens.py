@@ -134,7 +134,7 @@ def _merged_top(
     # Ranks hold ascending rows, and each one's are in ascending order: so are all of them together.
     values_CN, ids_CN = (shard.of_all_ranks(x).transpose(0, 1).flatten(1) for x in (values_CK, ids_CK))
     values_CK, columns_CK = _top(values_CN, count)
-    order_CK = values_CK.sort(-1, descending=True, stable=True).indices
+    order_CK = values_CK.sort(dim=-1, descending=True, stable=True).indices
     return values_CK.gather(1, order_CK), ids_CN.gather(1, columns_CK).gather(1, order_CK)
 
 

@@ -182,8 +182,11 @@ def decompress(content: bytes, compression: str, num_bytes: int) -> bytes:
         inflater = zlib.decompressobj()
         try:
             found = inflater.decompress(content, num_bytes)
+            more = inflater.decompress(inflater.unconsumed_tail, 1)
         except zlib.error as error:
             raise ValueError(str(error)) from None
+        if more or not inflater.eof:
+            raise ValueError(f"more than {num_bytes} bytes, or cut off")
     if len(found) != num_bytes:
         raise ValueError(f"{len(found)} bytes instead of {num_bytes}")
     return bytes(found)
