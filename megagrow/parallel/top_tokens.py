@@ -83,9 +83,8 @@ def drawn_tokens(
     places_K = torch.arange(count, dtype=torch.float64, device=hidden_TH.device)
     chunks = _soft_logits(hidden_TH, head_VH, head_bias, temperature, chunk_tokens)
     for soft_CV, uniform_C in zip(chunks, uniform_T.split(chunk_tokens), strict=True):
-        log_CV = (soft_CV - _logsumexp(soft_CV, shard)[:, None]).double()
-        mass_CV = log_CV.exp()
-        expected_C1 = torch.where(mass_CV > 0, -mass_CV * log_CV, 0.0).sum(-1, keepdim=True)
+        mass_CV = (soft_CV - _logsumexp(soft_CV, shard)[:, None]).double().exp()
+        expected_C1 = torch.special.entr(mass_CV).sum(-1, keepdim=True)
         ids_CK = _at_quantiles(mass_CV.cumsum(-1), (uniform_C[:, None] + places_K) / count, shard)
         found.append((ids_CK, shard.of_all_ranks(expected_C1).sum(0)[:, 0]))
     ids, entropies = zip(*found, strict=True)

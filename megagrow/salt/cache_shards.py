@@ -14,6 +14,7 @@ from megagrow.data.loader import epoch_permutation
 from megagrow.errors import ConfigError, DataError
 from megagrow.parallel.mesh import Mesh
 from megagrow.salt.cache_files import (
+    SAMPLES_FILE,
     SECONDS_SUFFIX,
     join_shard,
     read_index,
@@ -22,7 +23,7 @@ from megagrow.salt.cache_files import (
     write_samples,
 )
 from megagrow.salt.cache_format import COMPRESSIONS, best_compression, can_compress
-from megagrow.salt.cache_manifest import WORDS, CacheIdentity, Manifest, write_manifest
+from megagrow.salt.cache_manifest import MANIFEST_FILE, WORDS, CacheIdentity, Manifest, write_manifest
 from megagrow.salt.records import Cost, field, read_object, to_json
 from megagrow.salt.sharded import Shards
 
@@ -88,8 +89,11 @@ class CacheShards(Shards):
         write_manifest(self.output, Manifest(self.identity, cost, self.size, compression, tuple(digests)))
 
     def clean_up(self) -> None:
-        """Removes what only unfinished work needs."""
+        """Removes what only unfinished work needs, and what a kill left half written."""
         self.folder.remove(SECONDS_SUFFIX)
+        for name in (MANIFEST_FILE, SAMPLES_FILE):
+            for path in self.output.glob(f"{name}.tmp-????????"):
+                path.unlink()
 
     def _recorded_compression(self) -> str:
         record, path = self.folder.record() or {}, self.folder.identity_file

@@ -64,9 +64,14 @@ class WorkFolder:
         return self.path / f"{shard:08d}{self.suffix if suffix is None else suffix}"
 
     def remove(self, *suffixes: str) -> None:
-        """Removes identity and files of these suffixes, and the folder unless something else is left in it."""
-        kinds = "|".join(map(re.escape, suffixes))
-        own_file = re.compile(rf"(identity\.json|[0-9]{{8,}}({kinds}))(\.tmp-[0-9a-f]{{8}})?")
+        """Removes identity, files of these suffixes and what a kill left half written, and the folder unless something
+        else is in it.
+        """
+        kinds, unfinished = "|".join(map(re.escape, suffixes)), r"\.tmp-[0-9a-f]{8}"
+        number = "[0-9]{8,}"
+        own_file = re.compile(
+            rf"(identity\.json|{number}({kinds}))({unfinished})?|{number}{re.escape(self.suffix)}{unfinished}"
+        )
         with os_errors_as_data_errors(self.path):
             names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
             own = [name for name in names if own_file.fullmatch(name)]
