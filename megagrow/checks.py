@@ -441,6 +441,11 @@ def check_salt(config: Config, world_size: int) -> None:
         f"salt.teacher={salt.teacher} and salt.cache={salt.cache} both teach; leave one of them out",
     )
     require(
+        not salt.grown_teaches or config.growth.method != "none",
+        "salt.teacher=grown is the small model that this run grows, and growth.method=none; choose a method, or name a "
+        "folder (./grown, if it is called so)",
+    )
+    require(
         not salt.scores or salt.steps > 0,
         "salt.scores is set but salt.steps=0, so that nothing would be trained on the selection; set salt.steps",
     )

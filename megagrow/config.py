@@ -362,11 +362,16 @@ class GrowthConfig:
         return self.method == "ligo"
 
 
+GROWN = "grown"  # in place of the path of a teacher
+
+
 @dataclass(frozen=True)
 class SaltConfig:
     """Stage 1 distils from a small teacher, optionally on data that it picked; stage 2 is plain."""
 
-    teacher: str = ""  # own checkpoint or Hugging Face folder; empty: none, or one that left a cache
+    # Own checkpoint or Hugging Face folder; grown: the small model that this run grows, as it is then; empty: none, or
+    # one that left a cache
+    teacher: str = ""
     steps: int = 0  # steps of stage 1, counted from the start of the (grown) model's training
     weight: float = 0.5  # omega: loss = (1 - omega)·CE + omega·KD
     # Of omega over stage 1; linear: it falls to 0 at the end (knowledge inheritance; docs/teaching.md).
@@ -389,6 +394,11 @@ class SaltConfig:
     def teaches(self) -> bool:
         """Whether stage 1 distils: from a teacher, or from what one left behind."""
         return bool(self.teacher or self.cache)
+
+    @property
+    def grown_teaches(self) -> bool:
+        """Whether the teacher is the run's own small model."""
+        return self.teacher == GROWN
 
 
 @dataclass(frozen=True)

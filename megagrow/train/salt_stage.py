@@ -19,7 +19,8 @@ from megagrow.salt.schedule import is_stage_one, teacher_weight
 from megagrow.salt.score import read_scores
 from megagrow.salt.select import select
 from megagrow.salt.teacher import Teacher, check_teacher
-from megagrow.timeline import latest_step, learning_steps, num_growths
+from megagrow.timeline import last_source, latest_step, learning_steps, num_growths
+from megagrow.train.grown_teacher import is_kept, teacher_folder
 from megagrow.train.learner import Learner
 from megagrow.train.part import compute_dtype
 from megagrow.train.state import RunState
@@ -95,10 +96,14 @@ class SaltStage:
         self.state.ledger.add("teacher", flops=spent, tokens=num_tokens, seconds=self.seconds)
         return taught
 
-    def _open_teacher(self) -> Source:
-        """Opens the teacher before training begins, so that a wrong one is refused at once."""
-        source = open_source(self.config.salt.teacher)
-        check_teacher(source.model, self.config.model, self.config.data.seq_length)
+    def _open_teacher(self) -> Source | None:
+        """Opens the teacher before training begins, so that a wrong one is refused at once; None: it has yet to grow."""
+        config, state = self.config, self.state
+        if config.salt.grown_teaches and not is_kept(state, config):
+            check_teacher(last_source(config, state.model, state.growths), config.model, config.data.seq_length)
+            return None
+        source = open_source(teacher_folder(config) if config.salt.grown_teaches else config.salt.teacher)
+        check_teacher(source.model, config.model, config.data.seq_length)
         return source
 
     def _open_cache(self, ordinary: Stream) -> CachedTeacher:
@@ -140,8 +145,9 @@ class SaltStage:
         return (ordinary, first + ahead * size, count) if is_known else (ordinary, first, count + ahead * size)
 
     def _load_teacher(self) -> Teacher:
-        config, source = self.config, self.source
-        assert source is not None, "only a configured teacher is loaded"
+        config = self.config
+        self.source = source = self.source or self._open_teacher()
+        assert source is not None, "stage 1 comes when the model has grown"
         teacher = Teacher(source, self.mesh, config.salt, config.model, compute_dtype(config))
         name, skip = str(source.path), config.init.skip_source_check
         losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]

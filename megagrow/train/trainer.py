@@ -32,7 +32,7 @@ from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.salt.schedule import is_stage_one
 from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
-from megagrow.train import growing, saving, timing
+from megagrow.train import growing, grown_teacher, saving, timing
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
 from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
@@ -204,6 +204,8 @@ class Trainer:
         reason = timing.due(state, config, self.mesh) if ready else None
         if reason is not None:
             before = self._loss_for_event()
+            if grown_teacher.is_due(state, config):
+                grown_teacher.keep(self.learner.part, state, config, self.mesh)
             with self._growing(generates=state.growing(config).growth.learns_maps):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
             initial = self._loss_for_event()
