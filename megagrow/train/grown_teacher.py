@@ -1,7 +1,7 @@
 """The small model that a run grows, kept as it is then, for `salt.teacher=grown`.
 
-It is written to the run's checkpoints and read from there when it teaches, so that a resumed run finds it, and no rank holds
-the model that trains and the one that teaches at the same time.
+It is written to the run's checkpoints and read from there when it teaches, so that a resumed run finds it, and no rank
+holds both what was trained and what teaches.
 """
 
 from pathlib import Path

@@ -97,7 +97,7 @@ class SaltStage:
         return taught
 
     def _open_teacher(self) -> Source | None:
-        """Opens the teacher before training begins, so that a wrong one is refused at once; None: it has yet to grow."""
+        """Opens the teacher before training begins, so that a wrong one is refused at once; None: it still learns."""
         config, state = self.config, self.state
         if config.salt.grown_teaches and not is_kept(state, config):
             check_teacher(last_source(config, state.model, state.growths), config.model, config.data.seq_length)

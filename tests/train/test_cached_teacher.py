@@ -83,9 +83,9 @@ def test_resuming_on_either_side_of_the_stage_switch(corpus: Path, few: Path, tm
 
 def test_another_batch_and_data_degree_find_the_same_targets(corpus: Path, trained: Path, tmp_path: Path) -> None:
     """Written on two data ranks in batches of 8; learned from by two ranks of 8 samples, and by one of 16."""
-    run_ranks(cache, 2, corpus / "train", trained, tmp_path / "cache", CacheSettings(top_k=8, batch_size=8))
-    again = cache(corpus / "train", trained, tmp_path / "again", CacheSettings(top_k=8, batch_size=8))
-    ids = samples_to_cache("0.02", PackedDataset(corpus / "train", SEQ_LENGTH).num_samples, SEED)
+    run_ranks(cache, 2, corpus / "train", trained, tmp_path / "cache", CacheSettings(top_k=8, batch_size=8), "0.1")
+    again = cache(corpus / "train", trained, tmp_path / "again", CacheSettings(top_k=8, batch_size=8), "0.1")
+    ids = samples_to_cache("0.1", PackedDataset(corpus / "train", SEQ_LENGTH).num_samples, SEED)
     assert ids is not None
     for ours, theirs in zip(
         TeacherCache(tmp_path / "cache").targets(ids), TeacherCache(again).targets(ids), strict=True
@@ -199,6 +199,7 @@ def test_a_blend_has_a_cache_for_each_dataset(
     for ours, theirs in zip(metrics(tmp_path / "cached")[:STEPS], metrics(tmp_path / "online"), strict=False):
         assert ours["kd"] == pytest.approx(theirs["kd"], abs=5e-4)
     capfd.readouterr()
+    plain = dataclasses.replace(plain, run=dataclasses.replace(plain.run, dir=str(tmp_path / "refused")))
     assert run(cached(plain, f"{tmp_path}/cache1 {tmp_path}/cache1")) == 3
     assert "part0: none of the caches" in capfd.readouterr().err
     assert run(cached(plain, f"{both} {tmp_path}/cache0")) == 2
