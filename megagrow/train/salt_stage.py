@@ -149,7 +149,8 @@ class SaltStage:
         self.source = source = self.source or self._open_teacher()
         assert source is not None, "stage 1 comes when the model has grown"
         teacher = Teacher(source, self.mesh, config.salt, config.model, compute_dtype(config))
-        name, skip = str(source.path), config.init.skip_source_check
+        # The run's own model is made for this data, however little it has learned of it.
+        name, skip = str(source.path), config.init.skip_source_check or config.salt.grown_teaches
         losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]
         given = -1.0 if config.init.from_ else config.init.source_flops
         self._inherit("teacher", source.identity, ledger_of(source, given), str(source.path))

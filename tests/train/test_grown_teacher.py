@@ -94,7 +94,8 @@ def test_another_vocabulary_is_refused_before_training(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = self_taught(corpus, tmp_path)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300))
+    growth = dataclasses.replace(config.growth, optimizer="reset")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300), growth=growth)
     assert run(config) == 2
     assert "the teacher has vocab_size=256, the model vocab_size=300" in capfd.readouterr().err
     assert not (tmp_path / "metrics.jsonl").exists()
