@@ -54,9 +54,10 @@ def read_index(path: Path, count: int, sha256: str | None) -> NDArray[np.void]:
         content, size = file.read(count * INDEX_DTYPE.itemsize), path.stat().st_size
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path}: the sha256 of its index is not the manifest's, one was changed; {WORDS.remedy}")
-    index = np.frombuffer(content, INDEX_DTYPE) if len(content) == count * INDEX_DTYPE.itemsize else np.empty(0)
-    ends = index["end"] if len(index) else np.zeros(1, np.uint64)
-    if int(ends[-1]) != size or int(ends[0]) < len(content) or (ends[1:] < ends[:-1]).any():
+    is_whole = len(content) == count * INDEX_DTYPE.itemsize
+    index = np.frombuffer(content if is_whole else b"", INDEX_DTYPE)
+    ends = index["end"]
+    if not is_whole or int(ends[-1]) != size or int(ends[0]) < len(content) or (ends[1:] < ends[:-1]).any():
         raise DataError(f"{path}: has {size} bytes, which are not those of its index; {WORDS.remedy}")
     return index
 

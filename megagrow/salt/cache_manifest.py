@@ -8,7 +8,7 @@ from typing import cast
 from megagrow.data.files import write_atomically
 from megagrow.errors import DataError, shown
 from megagrow.salt.cache_format import COMPRESSIONS, KINDS, Kind, Shape, can_compress
-from megagrow.salt.records import Cost, Wording, check_numbers, field, from_fields, read_object, to_json
+from megagrow.salt.records import Cost, Wording, check_numbers, field, read_object, read_section, to_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -84,8 +84,8 @@ def read_manifest(path: Path) -> Manifest:
     version = field(data, "format_version", int, path, WORDS)
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version is {version}, must be {FORMAT_VERSION}")
-    identity = from_fields(CacheIdentity, field(data, "identity", dict, path, WORDS), path, WORDS)
-    cost = from_fields(Cost, field(data, "cost", dict, path, WORDS), path, WORDS)
+    identity = read_section(CacheIdentity, data, "identity", path, WORDS)
+    cost = read_section(Cost, data, "cost", path, WORDS)
     sizes = {"shard_size": field(data, "shard_size", int, path, WORDS)}
     compression, shards = (field(data, n, kind, path, WORDS) for n, kind in (("compression", str), ("shards", list)))
     check_numbers({**asdict(identity), **asdict(cost), **sizes}, path, WORDS)

@@ -86,16 +86,17 @@ def field(data: dict[str, Any], name: str, kind: Any, path: Path, words: Wording
     return value
 
 
-def from_fields(kind: Any, data: dict[str, Any], path: Path, words: Wording) -> Any:
-    """A flat dataclass from an object; integers pass for floats, unknown names are refused."""
+def read_section(kind: Any, data: dict[str, Any], name: str, path: Path, words: Wording) -> Any:
+    """A flat dataclass from the object `name` of a record; integers pass for floats, unknown names are refused."""
+    section = field(data, name, dict, path, words)
     known = {each.name: each.type for each in fields(kind)}
-    for name in data:
-        if name not in known:
-            raise DataError(f"{path}: unknown field {named(name)}; written by another version")
+    for key in section:
+        if key not in known:
+            raise DataError(f"{path}: unknown field {named(key)} of {name}; written by another version")
     values = {}
-    for name, hint in known.items():
+    for key, hint in known.items():
         allowed = hint if hint in (str, int, bool) else hint | int
-        values[name] = field(data, name, allowed, path, words)
+        values[key] = field(section, key, allowed, path, words)
     return kind(**values)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import write_atomically
-from megagrow.errors import DataError
+from megagrow.errors import DataError, named
 from megagrow.salt.records import (
     Arrays,
     Cost,
@@ -25,10 +25,10 @@ from megagrow.salt.records import (
     check_numbers,
     corpus_fields,
     field,
-    from_fields,
     parse_tensors,
     read_file,
     read_object,
+    read_section,
     to_json,
 )
 from megagrow.salt.work_folder import WorkFolder
@@ -199,7 +199,7 @@ def _check_dataset(identity: Identity, dataset: PackedDataset, path: Path) -> No
         found = getattr(identity, name)
         if found != value:
             raise DataError(
-                f"{path}: {name} is {found}, that of {dataset.prefix} is {value}: the scores are "
+                f"{path}: {name} is {named(str(found))}, that of {dataset.prefix} is {value}: the scores are "
                 "those of other samples; score this corpus with this seq_length"
             )
 
@@ -209,8 +209,8 @@ def _read_manifest(path: Path) -> _Manifest:
     version = field(data, "format_version", int, path, WORDS)
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version is {version}, must be {FORMAT_VERSION}")
-    identity = from_fields(Identity, field(data, "identity", dict, path, WORDS), path, WORDS)
-    cost = from_fields(Cost, field(data, "cost", dict, path, WORDS), path, WORDS)
+    identity = read_section(Identity, data, "identity", path, WORDS)
+    cost = read_section(Cost, data, "cost", path, WORDS)
     check_numbers({**asdict(identity), **asdict(cost)}, path, WORDS)
     if identity.top_k == 0:
         raise DataError(f"{path}: top_k is 0, must be positive; {WORDS.remedy}")

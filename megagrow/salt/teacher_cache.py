@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import os_errors_as_data_errors
-from megagrow.errors import DataError, shown
+from megagrow.errors import DataError, named, shown
 from megagrow.salt.cache_files import digest_of, read_index, read_samples, work_folder
 from megagrow.salt.cache_format import decode, decompress, masses
 from megagrow.salt.cache_manifest import MANIFEST_FILE, WORDS, CacheIdentity, Manifest, read_manifest
@@ -64,8 +64,8 @@ class TeacherCache:
             found, value = getattr(self.identity, name), expected[name]
             if found != value:
                 raise DataError(
-                    f"{self.folder / MANIFEST_FILE}: {name} is {found}, that of {dataset.prefix} is {value}: the "
-                    "targets are those of other samples; cache this corpus with this seq_length"
+                    f"{self.folder / MANIFEST_FILE}: {name} is {named(str(found))}, that of {dataset.prefix} is "
+                    f"{value}: the targets are those of other samples; cache this corpus with this seq_length"
                 )
 
     def check_files(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
 from megagrow.errors import DataError
-from megagrow.salt.records import Wording, check_identity, field, from_fields, read_object, to_json
+from megagrow.salt.records import Wording, check_identity, field, read_object, read_section, to_json
 
 
 class WorkFolder:
@@ -37,8 +37,7 @@ class WorkFolder:
                 )
             return
         size = field(record, "shard_size", int, self.identity_file, self.words)
-        given = field(record, "identity", dict, self.identity_file, self.words)
-        found = from_fields(type(identity), given, self.identity_file, self.words)
+        found = read_section(type(identity), record, "identity", self.identity_file, self.words)
         check_identity(found, identity, self.identity_file, self.words)
         if size != shard_size:
             raise DataError(

@@ -67,10 +67,10 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
     of_shards = ("shards", "shard_size", "kind", "num_entries", "vocab_size", "compression")
     for path, accepts in rules.items():
         texts = texts_with(record, path, rejecting(accepts))
-        says, where = path[-1], file
+        says, where = {("identity",): "identity|corpus_", ("cost",): "cost|seconds"}.get(path, path[-1]), file
         if path[-1] in of_shards or path[-1] == "samples_sha256":
             # What the shards or ids contradict is told where they are.
-            says, where = f"{says}|what the manifest says|index|ids|zstandard|tokens?", file.parent
+            says, where = f"{says}|what the manifest says|index|ids|zstandard|shards", file.parent
         yield Field("cache manifest", ".".join(path), where, texts, read, says, file.write_bytes)
     yield Field("cache manifest", "(whole file)", file, unparsable(original), read, "JSON")
     file.write_bytes(original)
