@@ -128,7 +128,7 @@ def _measure(
     max_RC, sum_RC, label_RC, *rest_RC = shard.of_all_ranks(torch.cat(found, -1)).unbind(-1)
     lse_C = soft_lse_C = logsumexp(max_RC, sum_RC)
     if soft_CV is not logits_CV:
-        soft_lse_C, rest_RC = logsumexp(*rest_RC[:2]), rest_RC[2:]
+        soft_lse_C, rest_RC = logsumexp(rest_RC[0], rest_RC[1]), rest_RC[2:]
     base_C = soft_lse_C if targets.is_sample else (rest_RC[0] + rest_RC[1].log()).logsumexp(0)
     return _Student(lse_C, label_RC.sum(0), soft_lse_C, base_C, picked_CK, rest_RC[-1].sum(0))
 
