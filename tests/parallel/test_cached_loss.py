@@ -198,17 +198,19 @@ def test_without_its_bucket_it_would_be_negative() -> None:
 
 
 def test_a_tail_that_the_student_hardly_sees_keeps_its_digits() -> None:
-    """q_tail is e^-40 of the whole: as 1 − Σ q it would be 0, and the gradient infinite."""
+    """q_tail is e^-40 of the whole: as 1 − Σ q it would be 0, and the divergence infinite."""
     logits_TV = torch.tensor([[50.0, 49.0, 8.0, 9.0, 7.5]], dtype=torch.float64)
     p_TV = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]], dtype=torch.float64)
     targets, weights_T = top_k(p_TV, 2), torch.ones(1, dtype=torch.float64)
     expected = logits_TV.clone().requires_grad_()
-    divergence(expected, targets).sum().backward()
+    kd = divergence(expected, targets).sum()
+    kd.backward()
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
         hidden_TH = logits_TV.detach().to(dtype, copy=True).requires_grad_()
         given = torch.eye(5, dtype=dtype), torch.zeros(1, dtype=torch.long), weights_T.to(dtype), 5, Axis()
         loss, _ = vocab_parallel_loss(hidden_TH, *given, targets=targets, options=LossOptions(1.0))
         loss.backward()
+        assert loss.item() == pytest.approx(kd.item(), rel=tolerance) and kd > 5
         torch.testing.assert_close(hidden_TH.grad, expected.grad.to(dtype), rtol=tolerance, atol=tolerance)
 
 
