@@ -13,6 +13,7 @@ from megagrow.checkpoint.source import open_source
 from megagrow.config import Config, ParallelConfig, SaltConfig
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
+from megagrow.data.loader import epoch_permutation
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.salt import CacheSettings, TeacherCache, cache_teacher, samples_to_cache
 from megagrow.salt.score_files import DTYPES, Cost, identity_of, write_scores
@@ -104,34 +105,25 @@ def test_another_batch_and_data_degree_find_the_same_targets(corpus: Path, train
         assert ours["kd"] == pytest.approx(theirs["kd"], abs=1e-6)
 
 
-LAYOUTS: list[tuple[int, int, dict[str, Any]]] = [
-    (2, 2, {"schedule": "DualPipeV", "sequence_parallel": True}),
-    (1, 2, {"schedule": "Interleaved1F1B"}),
-    (1, 1, {"context": 2}),
-    (2, 1, {"context": 2, "sequence_parallel": True}),
+LAYOUTS: list[tuple[str, int, int, dict[str, Any]]] = [
+    ("top_k", 2, 2, {"schedule": "DualPipeV", "sequence_parallel": True}),
+    ("sampled", 1, 2, {"schedule": "Interleaved1F1B"}),
+    ("top_k", 2, 1, {"context": 2, "sequence_parallel": True}),
+    ("sampled", 1, 1, {"context": 2}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("tensor", "pipeline", "layout"), LAYOUTS, ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else str(x)
-)
-@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, [*layout[:3], *layout[3]])))
 def test_every_layout_equals_one_process(
-    corpus: Path,
-    trained: Path,
-    few: Path,
-    tmp_path: Path,
-    tensor: int,
-    pipeline: int,
-    layout: dict[str, Any],
-    kind: str,
+    corpus: Path, trained: Path, few: Path, tmp_path: Path, layout: tuple[str, int, int, dict[str, Any]]
 ) -> None:
     """Four ranks; each looks up its own samples, and its own positions of them."""
+    kind, tensor, pipeline, more = layout
     if kind == "sampled":
         few = cache(corpus / "train", trained, tmp_path / "drawn", CacheSettings(sampled=6))
     assert run(cached(make_config(corpus, tmp_path / "one"), few)) == 0
     many = cached(make_config(corpus, tmp_path / "many"), few)
-    assert run_ranks(run_on_ranks, 4, many, tensor, pipeline, **layout) == [0] * 4
+    assert run_ranks(run_on_ranks, 4, many, tensor, pipeline, **more) == [0] * 4
     for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
         assert ours["kd"] == pytest.approx(theirs["kd"], abs=2e-5)
@@ -160,8 +152,6 @@ def test_a_growing_model_looks_up_what_it_draws_after_growing(
 
 
 def samples_of_order(dataset: PackedDataset) -> np.ndarray:
-    from megagrow.data.loader import epoch_permutation
-
     return epoch_permutation(dataset.num_samples, SEED, 0)
 
 

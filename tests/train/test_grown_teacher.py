@@ -39,8 +39,7 @@ def test_the_small_model_teaches_as_it_was_when_it_grew(corpus: Path, tmp_path: 
     assert totals["all_in"]["flops"] == pytest.approx(totals["papers_convention"]["flops"] + phases["small"])
 
 
-@pytest.mark.parametrize("method", ["clone", "ligo"])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(("method", "step"), [("clone", 2), ("clone", 4), ("ligo", 4)])
 def test_resuming_before_and_after_growing(corpus: Path, tmp_path: Path, method: str, step: int) -> None:
     assert run(self_taught(corpus, tmp_path / "whole", method)) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
