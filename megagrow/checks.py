@@ -254,6 +254,11 @@ def check_data(config: Config, world_size: int) -> None:
         "other samples. Use order=megagrow, or leave salt.scores out",
     )
     require(
+        not (is_megatron and config.salt.cache),
+        "salt.cache holds samples of data.order=megagrow; data.order=megatron shuffles documents and cuts other "
+        "samples. Use order=megagrow, or salt.teacher",
+    )
+    require(
         not (is_megatron and data.change_blend),
         "data.change_blend needs data.order=megagrow: Megatron's order is made for the whole run at once",
     )
@@ -433,20 +438,30 @@ def check_salt(config: Config, world_size: int) -> None:
     salt = config.salt
     if salt.steps > 0:
         check_causal(config.model, "model", "with SALT (salt.steps)")
+    for name in ("teacher", "cache"):
+        require(
+            not getattr(salt, name) or salt.steps > 0,
+            f"salt.{name} is set but salt.steps=0, so that it would never teach; set salt.steps",
+        )
     require(
-        not salt.teacher or salt.steps > 0,
-        "salt.teacher is set but salt.steps=0, so that it would never teach; set salt.steps",
+        not (salt.teacher and salt.cache),
+        f"salt.teacher={salt.teacher} and salt.cache={salt.cache} both teach; leave one of them out",
+    )
+    require(
+        not salt.grown_teaches or config.growth.method != "none",
+        "salt.teacher=grown is the small model that this run grows, and growth.method=none; choose a method, or name a "
+        "folder (./grown, if it is called so)",
     )
     require(
         not salt.scores or salt.steps > 0,
         "salt.scores is set but salt.steps=0, so that nothing would be trained on the selection; set salt.steps",
     )
     require(
-        bool(salt.teacher) or salt.steps == 0 or bool(salt.scores),
-        f"salt.steps={salt.steps} without salt.teacher or salt.scores does nothing; set one of them",
+        salt.teaches or salt.steps == 0 or bool(salt.scores),
+        f"salt.steps={salt.steps} without salt.teacher, salt.cache or salt.scores does nothing; set one of them",
     )
     require(
-        salt.schedule == "constant" or bool(salt.teacher) or salt.steps == 0,
+        salt.schedule == "constant" or salt.teaches or salt.steps == 0,
         f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
         "salt.schedule out",
     )

@@ -362,11 +362,16 @@ class GrowthConfig:
         return self.method == "ligo"
 
 
+GROWN = "grown"  # in place of the path of a teacher
+
+
 @dataclass(frozen=True)
 class SaltConfig:
     """Stage 1 distils from a small teacher, optionally on data that it picked; stage 2 is plain."""
 
-    teacher: str = ""  # own checkpoint or Hugging Face folder; empty: no SALT
+    # Own checkpoint or Hugging Face folder; grown: the small model that this run grows, as it is then; empty: none, or
+    # one that left a cache
+    teacher: str = ""
     steps: int = 0  # steps of stage 1, counted from the start of the (grown) model's training
     weight: float = 0.5  # omega: loss = (1 - omega)·CE + omega·KD
     # Of omega over stage 1; linear: it falls to 0 at the end (knowledge inheritance; docs/teaching.md).
@@ -377,12 +382,23 @@ class SaltConfig:
     scores: str = ""  # folder of score_corpus.py; stage 1 then uses the best keep_fraction
     keep_fraction: float = 0.5
     score: Literal["median_in_top_k", "median_zero", "mean_nll"] = "median_zero"
+    cache: str = ""  # folder of cache_teacher.py in place of the teacher; of a blend one for each dataset, in any order
 
     def __post_init__(self) -> None:
         require_not_negative(self, "salt", "steps")
         require(0 <= self.weight <= 1, f"salt.weight={self.weight} must lie between 0 and 1")
         require(self.temperature > 0, f"salt.temperature={self.temperature} must be positive")
         require(0 < self.keep_fraction <= 1, f"salt.keep_fraction={self.keep_fraction} must be in (0, 1]")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether stage 1 distils: from a teacher, or from what one left behind."""
+        return bool(self.teacher or self.cache)
+
+    @property
+    def grown_teaches(self) -> bool:
+        """Whether the teacher is the run's own small model."""
+        return self.teacher == GROWN
 
 
 @dataclass(frozen=True)

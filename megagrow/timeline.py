@@ -69,6 +69,12 @@ def growth_configs(config: Config, source: ModelConfig, first: int = 0) -> list[
     return found
 
 
+def last_source(config: Config, source: ModelConfig, first: int = 0) -> ModelConfig:
+    """The model that the last growth of the run grows, where growth number `first` grows `source`."""
+    coming = growth_configs(config, source, first)
+    return coming[-2].model if len(coming) > 1 else source
+
+
 def resized(model: ModelConfig, sizes: EarlierGrowth) -> ModelConfig:
     """The model with other sizes, and its own where none are given; all else stays as it is."""
     given = {name: getattr(sizes, name) for name in CHANGES if getattr(sizes, name)}

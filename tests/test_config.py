@@ -251,6 +251,18 @@ BAD_COMBINATIONS = [
     ),
     (config_with(salt=SaltConfig(scores="x")), 1, ["salt.scores", "salt.steps=0"]),
     (config_with(salt=SaltConfig(teacher="x")), 1, ["salt.steps=0", "set salt.steps"]),
+    (
+        config_with(salt=SaltConfig(teacher="grown", steps=2)),
+        1,
+        ["salt.teacher=grown", "growth.method=none", "./grown"],
+    ),
+    (config_with(salt=SaltConfig(cache="x")), 1, ["salt.cache", "salt.steps=0", "set salt.steps"]),
+    (config_with(salt=SaltConfig(teacher="x", cache="y", steps=2)), 1, ["salt.teacher=x", "salt.cache=y", "leave one"]),
+    (
+        config_with(salt=SaltConfig(cache="x", steps=2), data=DataConfig(order="megatron", num_samples=9)),
+        1,
+        ["salt.cache", "data.order=megatron", "Use order=megagrow"],
+    ),
     *(
         (
             config_with(model=dataclasses.replace(SMALL, num_layers=8), train=TrainConfig(steps=50), growth=growth),

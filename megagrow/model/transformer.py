@@ -26,6 +26,7 @@ from megagrow.model.norm import Norm
 from megagrow.model.recompute import recompute
 from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
+from megagrow.parallel.cached_loss import CachedTargets
 from megagrow.parallel.context import document_masks, local_positions
 from megagrow.parallel.layers import Embedding, Head, TensorParallel
 from megagrow.parallel.loss import (
@@ -118,10 +119,17 @@ def make_block(model: ModelConfig, mesh: Mesh, train: TrainConfig, index: int) -
 
 @dataclass
 class Teacher:
-    """What the last stage holds of a distillation teacher: its output matrix, and how it is mixed into the loss."""
+    """What the last stage holds of a distillation teacher.
 
-    head_VH: Tensor
+    Attributes:
+        head_VH: its output matrix; None: the teacher is not here, but left targets behind.
+        options: how it is mixed into the loss.
+        is_sample: whether those targets are drawn.
+    """
+
+    head_VH: Tensor | None
     options: LossOptions
+    is_sample: bool = False
 
 
 class Transformer(nn.Module):
@@ -181,6 +189,8 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         token_types: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        target_masses: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage.
 
@@ -193,6 +203,7 @@ class Transformer(nn.Module):
             positions: [B, S] the position of every token; None: counted from each sequence's first token on.
             dropout_keys: [B, S] from `dropout.token_keys`; None: nothing is dropped.
             token_types: [B, S] rows of the table of token types; None: all tokens are of type 0.
+            target_ids, target_masses: [B, S, K] and [B, S, K + 1] of a teacher that is not here, see `CachedTargets`.
 
         Returns:
             Activations [B, L, H]; on the last stage the states [B, S, H] that the output matrix takes or, with labels,
@@ -216,7 +227,9 @@ class Transformer(nn.Module):
         for module in (self.final_norm, self.mlm_head):  # on this rank's own tokens
             x = x if module is None else module(x)
         x = self.tp.enter(x)
-        return x if labels is None else self._loss(x, labels, weights, teacher_hidden)
+        if labels is None:
+            return x
+        return self._loss(x, labels, weights, teacher_hidden, self._targets(target_ids, target_masses))
 
     def _without_gradients(self, x_BLH: Tensor, frozen: list[nn.Module], tokens: Tokens) -> Tensor:
         """Frozen layers: nothing is kept for a backward pass, and none goes through them.
@@ -308,8 +321,20 @@ class Transformer(nn.Module):
         cos_SR, sin_SR = rotary_table(model, length, rank, size, x_BLH.dtype, x_BLH.device)
         return (cos_SR, sin_SR) if positions_BS is None else (cos_SR[positions_BS], sin_SR[positions_BS])
 
-    def _loss(self, x_BSH: Tensor, labels: Tensor, weights: Tensor | None, teacher_hidden: Tensor | None) -> Tensor:
-        teacher = self.teacher if teacher_hidden is not None else None
+    def _targets(self, ids_BSK: Tensor | None, masses_BSK1: Tensor | None) -> CachedTargets | None:
+        if self.teacher is None or ids_BSK is None or masses_BSK1 is None:
+            return None
+        return CachedTargets(ids_BSK.flatten(0, 1).long(), masses_BSK1.flatten(0, 1), self.teacher.is_sample)
+
+    def _loss(
+        self,
+        x_BSH: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        teacher_hidden: Tensor | None,
+        targets: CachedTargets | None,
+    ) -> Tensor:
+        teacher = self.teacher if teacher_hidden is not None or targets is not None else None
         head_VH = self.head_VH
         if self.frozen_layers and self.config.tied_embeddings:
             head_VH = head_VH.detach()  # it is the embedding, which stands still
@@ -328,6 +353,7 @@ class Transformer(nn.Module):
             teacher_head=teacher.head_VH if teacher else None,
             options=replace(options, chunk_tokens=chunk, compiled=self.train_config.compile),
             head_bias=self.head_bias_V,
+            targets=targets,
         )
         self.loss_sums.append(sums)
         return loss

@@ -26,9 +26,12 @@ import torch
 from torch import Tensor
 
 from megagrow import ops
-from megagrow.parallel.collectives import max_over, start_all_gather, sum_over
+from megagrow.parallel.cached_loss import CachedTargets, Mixture, cached_distillation
+from megagrow.parallel.collectives import max_over, sum_over
 from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
+from megagrow.parallel.vocab_shard import VocabShard
+from megagrow.parallel.vocab_shard import logsumexp as _logsumexp
 
 L2_CACHE = 50 * 2**20  # of an H100
 
@@ -54,23 +57,6 @@ class LossOptions:
     compiled: bool = False
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """Where this rank's rows stand in the vocabulary, and how the passes over their logits are made."""
-
-    tp: Axis
-    vocab: slice
-    fused: bool = False
-
-    def local_labels(self, labels_T: Tensor) -> Tensor:
-        inside = (labels_T >= self.vocab.start) & (labels_T < self.vocab.stop)
-        return torch.where(inside, labels_T - self.vocab.start, -1)
-
-    def of_all_ranks(self, stats_CK: Tensor) -> Tensor:
-        """[R, C, K]: what every tensor rank has found in its columns."""
-        return stats_CK[None] if self.tp.size == 1 else start_all_gather(stats_CK[None], 0, self.tp).wait()
-
-
 def vocab_parallel_loss(
     hidden_TH: Tensor,
     head_VH: Tensor,
@@ -82,6 +68,7 @@ def vocab_parallel_loss(
     teacher_head: Tensor | None = None,
     options: LossOptions | None = None,
     head_bias: Tensor | None = None,
+    targets: CachedTargets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss sum over tokens, the same on every tensor rank.
 
@@ -96,13 +83,14 @@ def vocab_parallel_loss(
         teacher_hidden, teacher_head: [T, H_teacher] and [V, H_teacher] of the teacher, or None.
         options: see `LossOptions`; without a teacher only `chunk_tokens` matters.
         head_bias: [V] added to the logits of this rank's rows, or None.
+        targets: what a teacher left behind, in place of one that is here.
 
     Returns:
         The loss [1] (pipeline schedules join outputs, which therefore have a dim), differentiable
         in hidden_TH, head_VH and head_bias, and the detached weighted sums [loss, CE, KD].
     """
     options = options or LossOptions()
-    shard = _Shard(tp, chunk(vocab_size, tp), options.compiled)
+    shard = VocabShard(tp, chunk(vocab_size, tp), options.compiled)
     needs_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad)
     return _Loss.apply(
         hidden_TH,
@@ -115,6 +103,7 @@ def vocab_parallel_loss(
         teacher_head,
         options,
         needs_gradient,
+        targets,
     )
 
 
@@ -161,7 +150,7 @@ def token_scores(
     Returns:
         nll_T (float32 or wider, never negative), rank_T (int32), the same on every tensor rank.
     """
-    shard = _Shard(tp, chunk(vocab_size, tp))
+    shard = VocabShard(tp, chunk(vocab_size, tp))
     nlls, ranks = [], []
     with torch.no_grad():
         head = head_VH.to(hidden_TH.dtype)
@@ -243,11 +232,12 @@ class _Loss(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_T: Tensor,
         weights_T: Tensor,
-        shard: _Shard,
+        shard: VocabShard,
         teacher_TH: Tensor | None,
         teacher_head_VH: Tensor | None,
         options: LossOptions,
         needs_gradient: bool,
+        targets: CachedTargets | None,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
         head = head_VH.to(hidden_TH.dtype)
@@ -261,7 +251,11 @@ class _Loss(torch.autograd.Function):
             part = slice(start, start + options.chunk_tokens)
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
             logits_CV = _logits(hidden_CH, head, bias_V)
-            if teacher_TH is None or teacher_head_VH is None:
+            if targets is not None:
+                mixture = Mixture(options.weight, options.temperature if options.both else 1.0, options.scale)
+                given = targets.rows(part), local_C, weights_T[part], shard, mixture
+                sums += cached_distillation(logits_CV, *given, needs_gradient)
+            elif teacher_TH is None or teacher_head_VH is None:
                 sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard, needs_gradient)
             else:
                 teacher_CV = ops.product(teacher_TH[part], teacher_head_VH.to(teacher_TH.dtype))
@@ -297,7 +291,7 @@ class _Loss(torch.autograd.Function):
                 grad.data.mul_(grad_loss)
         elif grad_loss.device.type == "cpu" and not torch.equal(ctx.factor, grad_loss):
             raise RuntimeError("a second backward pass through one loss must have the first one's factor")
-        return *grads, *(None,) * 7
+        return *grads, *(None,) * 8
 
 
 def _is_one(factor: Tensor) -> bool:
@@ -306,7 +300,7 @@ def _is_one(factor: Tensor) -> bool:
 
 
 def _cross_entropy(
-    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, shard: _Shard, write_gradient: bool
+    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, shard: VocabShard, write_gradient: bool
 ) -> Tensor:
     """Returns the sums [loss, CE, 0]; turns the logits into their gradient when asked to."""
     stats_CK = ops.vocab_stats(logits_CV, local_C, fused=shard.fused)
@@ -323,7 +317,7 @@ def _distillation(
     teacher_CV: Tensor,
     local_C: Tensor,
     weights_C: Tensor,
-    shard: _Shard,
+    shard: VocabShard,
     options: LossOptions,
     write_gradient: bool,
 ) -> Tensor:
@@ -346,9 +340,3 @@ def _distillation(
             logits_CV, teacher_CV, local_C, logsumexps_C3, ce_scale_C, kd_scale_C, rho, sigma, fused=shard.fused
         )
     return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])
-
-
-def _logsumexp(max_RC: Tensor, sum_exp_RC: Tensor, temperature: float = 1.0) -> Tensor:
-    """log Σ exp(x / temperature) over all ranks, from each one's maximum and Σ exp((x - maximum) / temperature)."""
-    max_C = max_RC.amax(0)
-    return max_C / temperature + (sum_exp_RC * ((max_RC - max_C) / temperature).exp()).sum(0).log()

@@ -46,6 +46,8 @@ class Batch:
         labels: [B, S] the tokens that follow them.
         weights: [B, S] float; each token's weight in the loss, 1 / (global number of tokens that count).
         teacher_hidden: [B, S, H_teacher] on the last stage while a teacher teaches, else None.
+        target_ids: [B, S, K] tokens, on the last stage while a cache teaches, else None.
+        target_masses: [B, S, K + 1] what they and the rest weigh, see `cached_loss.CachedTargets`.
         documents: [B, T] the document of every token of the whole sequences, or None: attention crosses documents.
         positions: [B, S] the position of every token, or None: counted from each sample's first token on.
         dropout_keys: [B, S] from `model.dropout.token_keys`, or None: nothing is dropped.
@@ -58,12 +60,15 @@ class Batch:
     documents: Tensor | None = None
     positions: Tensor | None = None
     dropout_keys: Tensor | None = None
+    target_ids: Tensor | None = None
+    target_masses: Tensor | None = None
 
     def inputs(self, is_last: bool = True) -> dict[str, Tensor]:
         """What a stage gets beside its input; the last one needs more."""
         given = {"documents": self.documents, "positions": self.positions, "dropout_keys": self.dropout_keys}
         if is_last:
             given |= {"labels": self.labels, "weights": self.weights, "teacher_hidden": self.teacher_hidden}
+            given |= {"target_ids": self.target_ids, "target_masses": self.target_masses}
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from megagrow import flops
 from megagrow.checkpoint.source import open_source
 from megagrow.checks import check_chain, check_model
-from megagrow.config import ModelConfig, ParallelConfig
+from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.flops import Convention
 from megagrow.growth.grow import ROWS
 from megagrow.growth.ligo_maps import Variant, initial_fill, keeps_old_rows, map_shapes, start_recipe, width_maps
@@ -35,7 +35,7 @@ from megagrow.plan.weights import (
 )
 from megagrow.roles import layer_name, leaves, parameter_shapes
 from megagrow.salt.teacher import check_teacher
-from megagrow.timeline import growth_configs, latest_step, num_growths
+from megagrow.timeline import growth_configs, last_source, latest_step, num_growths
 
 CONVENTIONS: tuple[Convention, ...] = ("full", "causal")
 MAP = 16  # bytes per element of a learned map: itself, its gradient, two moments, all float32
@@ -81,11 +81,18 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
             found += _growths(layout, source, device)
     steps = config.train.steps - (latest_step(config, num_growths(growth) - 1) if num_growths(growth) else 0)
     if salt.steps:
-        teacher = _model_at(salt.teacher, "salt.teacher", notes) if salt.teacher else None
+        teacher = _teacher(config, notes) if salt.teacher else None
         found.append(_stage_one(layout, teacher, min(salt.steps, steps), device))
     if steps > salt.steps:
         found.append(Phase("train", steps - salt.steps, _training(layout), step_memory(layout, device)))
     return found, notes
+
+
+def _teacher(config: Config, notes: list[str]) -> ModelConfig | None:
+    if not config.salt.grown_teaches:
+        return _model_at(config.salt.teacher, "salt.teacher", notes)
+    source = config.growth.source or _model_at(config.init.from_, "the teacher, which is grown from init.from", notes)
+    return last_source(config, source) if source else None
 
 
 def _model_at(path: str, what: str, notes: list[str]) -> ModelConfig | None:

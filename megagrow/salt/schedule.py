@@ -14,6 +14,6 @@ def teacher_weight(step_in_phase: int, salt: SaltConfig) -> float:
     Source: `constant`, SALT (Rawat et al., 2024, arXiv 2410.18779); `linear` from ω = 1, knowledge inheritance (Qin et
     al., 2022, arXiv 2105.13880).
     """
-    if not salt.teacher or not is_stage_one(step_in_phase, salt):
+    if not salt.teaches or not is_stage_one(step_in_phase, salt):
         return 0.0
     return salt.weight * (1 - step_in_phase / salt.steps) if salt.schedule == "linear" else salt.weight

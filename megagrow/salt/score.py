@@ -15,24 +15,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.source import Source, check_source, load_model
-from megagrow.checks import check_causal, check_model
-from megagrow.config import ParallelConfig, require
+from megagrow.checkpoint.source import Source
+from megagrow.config import require
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
-from megagrow.parallel.collectives import broadcast_from, sum_over
 from megagrow.parallel.mesh import Mesh
+from megagrow.salt.records import Arrays, Cost
 from megagrow.salt.score_files import (
     DTYPES,
-    Arrays,
-    Cost,
     Identity,
     ShardFolder,
     identity_of,
@@ -40,6 +36,7 @@ from megagrow.salt.score_files import (
     read_scores,
     write_scores,
 )
+from megagrow.salt.sharded import Progress, Shards, check_reader, checked_model, wait_for_all
 
 __all__ = ["Progress", "ScoreSettings", "read_scores", "sample_scores", "score_corpus"]
 
@@ -67,14 +64,6 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         for name in ("top_k", "batch_size", "shard_size"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-
-
-class Progress(Protocol):
-    """What the scoring tells while it runs; `metrics.Progress` is one."""
-
-    def message(self, text: str) -> None: ...
-
-    def update(self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None) -> None: ...
 
 
 def score_corpus(
@@ -109,28 +98,22 @@ def score_corpus(
         DataError: the model does not fit the data (see `check_source`) or gives a loss that is not
             finite, or `output` holds something else.
     """
-    output, model_config = Path(output), source.model
-    check_causal(model_config, str(source.path), "to score samples")
-    check_model(model_config, ParallelConfig(tensor=mesh.tp.size), str(source.path))
-    require(
-        model_config.positions != "learned" or dataset.seq_length <= model_config.max_seq_length,
-        f"seq_length={dataset.seq_length} exceeds max_seq_length={model_config.max_seq_length} of "
-        f"{source.path}, the rows of its position table; score shorter samples",
-    )
+    output = Path(output)
+    check_reader(source, dataset, mesh, "score")
     dtype = str(settings.dtype).removeprefix("torch.")
     identity = identity_of(dataset, source.identity, settings.top_k, dtype)
     shards = _Shards(output, identity, settings, mesh)
     if not is_complete(output, identity):
         if pending := shards.pending():
-            model = _checked_model(source, dataset, mesh, settings, progress)
+            model = checked_model(source, dataset, mesh, settings.dtype, settings.skip_source_check, progress)
             shards.begin()
             _score_shards(model, dataset, shards, pending, source, progress)
-        _wait_for_all(mesh)
+        wait_for_all(mesh)
         if mesh.is_main:
             shards.merge(flops)
-    _wait_for_all(mesh)
+    wait_for_all(mesh)
     if mesh.is_main:
-        shards.folder.remove()
+        shards.folder.remove(".safetensors")
     return output
 
 
@@ -164,42 +147,15 @@ def sample_scores(nll_BS: Tensor, rank_BS: Tensor, top_k: int) -> Arrays:
     return {name: x.cpu().numpy().astype(DTYPES[name]) for name, x in scores.items()}
 
 
-class _Shards:
-    """The division of a corpus into shards, and which of them are done.
+class _Shards(Shards):
+    """The shards of a scoring, and how they become the scores."""
 
-    The finished ones are looked up once, by one rank, before any is written: all ranks of a tensor
-    group must agree.
-    """
+    folder: ShardFolder
 
     def __init__(self, output: Path, identity: Identity, settings: ScoreSettings, mesh: Mesh) -> None:
-        batch = settings.batch_size
-        self.size = -(-settings.shard_size // batch) * batch
-        self.output, self.identity, self.settings, self.mesh = output, identity, settings, mesh
-        self.num_samples = identity.num_samples
-        self.count = -(-self.num_samples // self.size)
-        self.folder = ShardFolder(output)
-
-    def samples(self, shard: int) -> range:
-        return range(shard * self.size, min((shard + 1) * self.size, self.num_samples))
-
-    def pending(self) -> list[int]:
-        """The shards to do, the same on every rank.
-
-        Raises:
-            DataError: the folder holds the shards of another scoring.
-        """
-        self.folder.check(self.identity, self.size)
-        done = torch.zeros(self.count, dtype=torch.uint8)
-        if self.mesh.is_main:
-            done = torch.tensor([self.folder.has(i) for i in range(self.count)], dtype=torch.uint8)
-        done = broadcast_from(done.to(self.mesh.device), 0, self.mesh.world).cpu()
-        return torch.nonzero(done == 0).flatten().tolist()
-
-    def begin(self) -> None:
-        """Makes the folder; no rank writes into it before it says what the shards belong to."""
-        if self.mesh.is_main:
-            self.folder.begin(self.identity, self.size)
-        _wait_for_all(self.mesh)
+        sizes = identity.num_samples, settings.batch_size, settings.shard_size
+        super().__init__(ShardFolder(output), identity, *sizes, mesh)
+        self.output, self.settings = output, settings
 
     def merge(self, flops: float | None) -> None:
         """Puts the shards together and writes the manifest."""
@@ -213,24 +169,6 @@ class _Shards:
         write_scores(self.output, whole, self.identity, cost)
 
 
-def _wait_for_all(mesh: Mesh) -> None:
-    sum_over(torch.zeros(1, device=mesh.device), mesh.world)
-
-
-def _checked_model(
-    source: Source,
-    dataset: PackedDataset,
-    mesh: Mesh,
-    settings: ScoreSettings,
-    progress: Progress | None,
-) -> Transformer:
-    model = load_model(source, mesh.tensor_only(), settings.dtype)
-    loss = check_source(model, dataset, mesh, str(source.path), settings.skip_source_check)
-    if progress is not None:
-        progress.message(f"{source.path}: loss {loss:.3f} nats per token on the first samples")
-    return model
-
-
 def _score_shards(
     model: Transformer,
     dataset: PackedDataset,
@@ -239,15 +177,12 @@ def _score_shards(
     source: Source,
     progress: Progress | None,
 ) -> None:
-    mesh = shards.mesh
-    worker, num_workers = mesh.pp.rank * mesh.tokens.size + mesh.tokens.rank, mesh.pp.size * mesh.tokens.size
-    mine = pending[worker::num_workers]
-    report = _reporter(progress, shards, pending, mine)
-    for shard in mine:
+    report = shards.reporter(progress, pending, "scoring", dataset.seq_length)
+    for shard in shards.mine(pending):
         start = time.monotonic()
         arrays = _score_shard(model, dataset, shards, shard, source, report)
-        if mesh.tp.is_first:
-            shards.folder.write(shard, arrays, (time.monotonic() - start) / num_workers)
+        if shards.mesh.tp.is_first:
+            shards.folder.write(shard, arrays, (time.monotonic() - start) / shards.num_workers)
 
 
 def _score_shard(
@@ -258,10 +193,8 @@ def _score_shard(
     source: Source,
     report: Callable[[int], None],
 ) -> Arrays:
-    samples, batch_size = shards.samples(shard), shards.settings.batch_size
     parts = []
-    for start in range(samples.start, samples.stop, batch_size):
-        ids = range(start, min(start + batch_size, samples.stop))
+    for ids in shards.batches(shard):
         tokens_BS1 = torch.from_numpy(dataset.batch(ids)).to(shards.mesh.device)
         labels_BS = tokens_BS1[:, 1:]
         nll_BS, rank_BS = (x.view_as(labels_BS) for x in model.token_scores(tokens_BS1[:, :-1], labels_BS))
@@ -276,21 +209,3 @@ def _score_shard(
         parts.append(sample_scores(nll_BS, rank_BS, shards.settings.top_k))
         report(len(ids))
     return {name: np.concatenate([part[name] for part in parts]) for name in DTYPES}
-
-
-def _reporter(progress: Progress | None, shards: _Shards, pending: list[int], mine: list[int]) -> Callable[[int], None]:
-    """Takes the number of samples just scored here, and reports as if the others kept pace."""
-    todo, own_todo = (sum(len(shards.samples(i)) for i in part) for part in (pending, mine))
-    begin, own = time.monotonic(), 0
-
-    def report(num_samples: int) -> None:
-        nonlocal own
-        own += num_samples
-        if progress is None:
-            return
-        scored = todo * own // own_todo
-        speed = scored * shards.identity.seq_length / max(time.monotonic() - begin, 1e-9)
-        done = shards.num_samples - todo + scored
-        progress.update(done, phase="scoring", loss=None, tokens_per_second=speed)
-
-    return report

@@ -97,14 +97,19 @@ class Teacher:
 
     def weigh(self, last_stage: Transformer | None, weight: float) -> None:
         """Sets ω for the coming steps, where the loss is computed."""
-        if last_stage is not None and last_stage.teacher is not None:
-            last_stage.teacher.options = replace(last_stage.teacher.options, weight=weight)
+        weigh(last_stage, weight)
 
     def free(self, last_stage: Transformer | None) -> None:
         """Drops the teacher's weights here and on the stage; its memory is released."""
         if last_stage is not None:
             last_stage.teacher = None
         self._model = None
+
+
+def weigh(last_stage: Transformer | None, weight: float) -> None:
+    """Sets ω for the coming steps on the stage that computes the loss, if it is here and has a teacher."""
+    if last_stage is not None and last_stage.teacher is not None:
+        last_stage.teacher.options = replace(last_stage.teacher.options, weight=weight)
 
 
 def loss_options(salt: SaltConfig) -> LossOptions:

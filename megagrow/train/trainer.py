@@ -32,7 +32,7 @@ from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.salt.schedule import is_stage_one
 from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
-from megagrow.train import growing, saving, timing
+from megagrow.train import growing, grown_teacher, saving, timing
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
 from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
@@ -85,7 +85,7 @@ class Trainer:
         if self.state.blend.start == self.state.cursors["all"] > 0:
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
-        self.salt = SaltStage(config, mesh, self.datasets, self.state, self.progress.message)
+        self.salt = SaltStage(config, mesh, self.datasets, self.stream, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
     def _resume(self) -> tuple[Learner, RunState] | None:
@@ -204,6 +204,8 @@ class Trainer:
         reason = timing.due(state, config, self.mesh) if ready else None
         if reason is not None:
             before = self._loss_for_event()
+            if grown_teacher.is_due(state, config):
+                grown_teacher.keep(self.learner.part, state, config, self.mesh)
             with self._growing(generates=state.growing(config).growth.learns_maps):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
             initial = self._loss_for_event()
@@ -278,8 +280,9 @@ class Trainer:
             visits = state.cursors[name] + mesh.dp.rank * share + torch.arange(share)
             batch = make_masked_batch(drawn.tokens, visits, self.masking, mesh, *how)
         state.cursors[name] += size
-        hidden = self.salt.teacher_hidden(batch, self.learner.part.engine.num_microbatches) if salt_on else None
-        batch = replace(batch, teacher_hidden=hidden, dropout_keys=dropout_keys(config, state.step, mesh))
+        batch = replace(batch, dropout_keys=dropout_keys(config, state.step, mesh))
+        if salt_on:
+            batch = self.salt.teach(batch, drawn, self.learner.part.engine.num_microbatches)
         heartbeat.enter("forward/backward", state.step)
         return self.learner.step(batch, self._lr(), state.guard)
 
@@ -348,7 +351,7 @@ class Trainer:
                 tokens=state.tokens,
                 loss=result.loss,
                 ce=result.ce,
-                kd=result.kd if phase == "salt" and config.salt.teacher else None,
+                kd=result.kd if phase == "salt" and config.salt.teaches else None,
                 lr=result.lr,
                 grad_norm=result.grad_norm,
                 tokens_per_second=rate,

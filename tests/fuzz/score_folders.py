@@ -77,6 +77,7 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
     for path, accepts in rules.items():
         texts = texts_with(record, path, rejecting(accepts))
         says = f"{path[-1]}|sha256" if path == ("scores_sha256",) else path[-1]
+        says = {("identity",): "identity|corpus_", ("cost",): "cost|seconds"}.get(path, says)  # or its first field
         yield Field(
             "score manifest",
             ".".join(path),

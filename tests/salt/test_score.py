@@ -16,6 +16,7 @@ from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError, DataError
 from megagrow.parallel.mesh import Mesh
 from megagrow.salt import score as score_module
+from megagrow.salt import sharded
 from megagrow.salt.score import ScoreSettings, score_corpus
 from megagrow.salt.score_files import MANIFEST_FILE, SCORES_FILE, Scores, read_scores
 from tests.ranks import RankError, run_ranks
@@ -215,7 +216,7 @@ def shard_seconds(path: Path) -> float:
 def test_finished_scores_are_left_alone(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score(corpus, tmp_path / "scores")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
-    monkeypatch.setattr(score_module, "load_model", None)
+    monkeypatch.setattr(sharded, "load_model", None)
     score(corpus, tmp_path / "scores", replace(SETTINGS, batch_size=3))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
 

@@ -1,0 +1,78 @@
+"""One tensor rank's rows of the vocabulary: where they stand, and how what the ranks find in their columns merges."""
+
+# Shape suffix legend: T, C = tokens, V = local vocabulary rows, R = tensor ranks, K = statistics or entries of a token.
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megagrow.parallel.collectives import start_all_gather
+from megagrow.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Where this rank's rows stand in the vocabulary, and how the passes over their logits are made."""
+
+    tp: Axis
+    vocab: slice
+    fused: bool = False
+
+    def local_labels(self, labels_T: Tensor) -> Tensor:
+        return torch.where(self._has(labels_T), labels_T - self.vocab.start, -1)
+
+    def of_all_ranks(self, stats_CK: Tensor) -> Tensor:
+        """[R, C, K]: what every tensor rank has found in its columns."""
+        return stats_CK[None] if self.tp.size == 1 else start_all_gather(stats_CK[None], 0, self.tp).wait()
+
+    def entries(self, ids_CK: Tensor) -> "LocalEntries":
+        """Tokens of each row, by their ids in the whole vocabulary."""
+        is_here_CK = self._has(ids_CK)
+        return LocalEntries(torch.where(is_here_CK, ids_CK - self.vocab.start, 0), is_here_CK)
+
+    def _has(self, ids: Tensor) -> Tensor:
+        return (ids >= self.vocab.start) & (ids < self.vocab.stop)
+
+
+@dataclass(frozen=True)
+class LocalEntries:
+    """A few columns of each row, of which some are on other shards.
+
+    Attributes:
+        columns_CK: local columns; 0 for those that are elsewhere.
+        is_here_CK: which are on this shard.
+    """
+
+    columns_CK: Tensor
+    is_here_CK: Tensor
+
+    def pick(self, x_CV: Tensor) -> Tensor:
+        """The values [C, K] in at least float32; 0 for those that are elsewhere."""
+        wide = torch.promote_types(x_CV.dtype, torch.float32)
+        if x_CV.shape[1] == 0:
+            return torch.zeros(self.columns_CK.shape, dtype=wide, device=x_CV.device)
+        return x_CV.gather(1, self.columns_CK).to(wide).masked_fill(~self.is_here_CK, 0.0)
+
+    def blank_(self, x_CV: Tensor) -> None:
+        """Sets them to -inf, so that no softmax counts them."""
+        if x_CV.shape[1] == 0:
+            return
+        # Those elsewhere write to a column that is blanked anyway, or, in a row that has none, its own value to column
+        # 0: all writes to one place agree.
+        first_C1 = self.is_here_CK.to(torch.uint8).argmax(1, keepdim=True)
+        anchor_C1, has_any_C1 = self.columns_CK.gather(1, first_C1), self.is_here_CK.gather(1, first_C1)
+        columns_CK = torch.where(self.is_here_CK, self.columns_CK, anchor_C1)
+        values_C1 = x_CV[:, :1].masked_fill(has_any_C1, -torch.inf)
+        x_CV.scatter_(1, columns_CK, values_C1.expand(columns_CK.shape))
+
+    def add_(self, x_CV: Tensor, values_CK: Tensor) -> None:
+        """Adds to them; what is elsewhere is left to the rank that has it."""
+        if x_CV.shape[1]:
+            x_CV.scatter_add_(1, self.columns_CK, values_CK.masked_fill(~self.is_here_CK, 0.0).to(x_CV.dtype))
+
+
+def logsumexp(max_RC: Tensor, sum_exp_RC: Tensor, temperature: float = 1.0) -> Tensor:
+    """log Σ exp(x / temperature) over all ranks, from each one's maximum and Σ exp((x - maximum) / temperature)."""
+    max_C = max_RC.amax(0)
+    return max_C / temperature + (sum_exp_RC * ((max_RC - max_C) / temperature).exp()).sum(0).log()

@@ -1,0 +1,132 @@
+"""The JSON records of folders that are made shard by shard: flat dataclasses, read strictly."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from megagrow.data.dataset import PackedDataset
+from megagrow.data.files import os_errors_as_data_errors
+from megagrow.errors import DataError, named, shown
+from megagrow.json_file import parse_object
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How messages name what a folder holds.
+
+    Attributes:
+        things: what it is, as in "not a file of …".
+        work: what is under way, as in "this … has".
+        again: what to do when a file is damaged.
+        anew: why one would remove the folder, as in "to …".
+    """
+
+    things: str
+    work: str
+    again: str
+    anew: str
+
+    @property
+    def remedy(self) -> str:
+        return f"remove the folder and {self.again}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making the folder took; `flops` is None when nobody counted."""
+
+    seconds: float
+    flops: float | None
+    tokens: int
+
+
+def read_file(path: Path) -> bytes:
+    """The whole file; DataError when it cannot be read."""
+    with os_errors_as_data_errors(path):
+        return path.read_bytes()
+
+
+def read_object(path: Path, words: Wording) -> dict[str, Any]:
+    """The JSON object in a file; DataError when it holds none."""
+    return parse_object(read_file(path), path, DataError, f"remove it and {words.again}")
+
+
+def to_json(data: dict[str, Any]) -> bytes:
+    """As these records are written."""
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
+
+
+def parse_tensors(content: bytes, path: Path, words: Wording) -> Arrays:
+    """The arrays of a safetensors file; DataError when it is none."""
+    try:
+        return safetensors.numpy.load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a safetensors file ({shown(str(error))}); remove it and {words.again}") from None
+
+
+def field(data: dict[str, Any], name: str, kind: Any, path: Path, words: Wording) -> Any:
+    """One value of a record, of one of the types in `kind`; a flag is no number.
+
+    Raises:
+        DataError: it is missing or of another type.
+    """
+    value = data.get(name)
+    if name not in data or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise DataError(
+            f"{path}: field {name} is missing or of the wrong type ({shown(value)}); "
+            f"not a file of {words.things}, choose another folder"
+        )
+    return value
+
+
+def read_section(kind: Any, data: dict[str, Any], name: str, path: Path, words: Wording) -> Any:
+    """A flat dataclass from the object `name` of a record; integers pass for floats, unknown names are refused."""
+    section = field(data, name, dict, path, words)
+    known = {each.name: each.type for each in fields(kind)}
+    for key in section:
+        if key not in known:
+            raise DataError(f"{path}: unknown field {named(key)} of {name}; written by another version")
+    values = {}
+    for key, hint in known.items():
+        allowed = hint if hint in (str, int, bool) else hint | int
+        values[key] = field(section, key, allowed, path, words)
+    return kind(**values)
+
+
+def check_numbers(values: dict[str, Any], path: Path, words: Wording) -> None:
+    """Raises DataError for a number that is negative, or larger than any cost or count is."""
+    for name, value in values.items():
+        largest = 1e60 if name in ("flops", "seconds") else 2**63
+        if isinstance(value, int | float) and not 0 <= value < largest:
+            raise DataError(
+                f"{path}: {name} is {shown(value)}, must not be negative or {largest} and more; {words.remedy}"
+            )
+
+
+def check_identity(found: Any, expected: Any, path: Path, words: Wording) -> None:
+    """Raises DataError unless both identities, of one dataclass, are equal; names the first field that is not."""
+    for each in fields(expected):
+        old, new = getattr(found, each.name), getattr(expected, each.name)
+        if old != new:
+            raise DataError(
+                f"{path}: {each.name} is {shown(old)}, this {words.work} has {shown(new)}; "
+                f"choose another --output, or remove the folder to {words.anew}"
+            )
+
+
+def corpus_fields(dataset: PackedDataset) -> dict[str, Any]:
+    """What names the samples of a dataset; reads the token files once."""
+    description = dataset.indexed.description
+    return {
+        "corpus_sha256": dataset.indexed.fingerprint(),
+        "tokenizer_sha256": description["tokenizer_sha256"] if description else "",
+        "seq_length": dataset.seq_length,
+        "num_samples": dataset.num_samples,
+    }

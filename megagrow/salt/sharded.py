@@ -1,0 +1,130 @@
+"""Work on the samples of a corpus, dealt to the data-parallel ranks in shards.
+
+A finished shard is a file, so that work that was killed goes on where it was. Batches begin at fixed places, so what
+comes out does not depend on how many ranks share the work.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from megagrow.checkpoint.source import Source, check_source, load_model
+from megagrow.checks import check_causal, check_model
+from megagrow.config import ParallelConfig, require
+from megagrow.data.dataset import PackedDataset
+from megagrow.model.transformer import Transformer
+from megagrow.parallel.collectives import broadcast_from, sum_over
+from megagrow.parallel.mesh import Mesh
+from megagrow.salt.work_folder import WorkFolder
+
+
+class Progress(Protocol):
+    """What the work tells while it runs; `metrics.Progress` is one."""
+
+    def message(self, text: str) -> None: ...
+
+    def update(self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None) -> None: ...
+
+
+class Shards:
+    """The division of samples into shards, and which of them are done.
+
+    The finished ones are looked up once, by one rank, before any is written: all ranks of a tensor group must agree.
+
+    Args:
+        folder: where they come to lie.
+        identity: what they belong to.
+        num_samples: samples in all; shards hold places 0 … num_samples - 1.
+        batch_size: samples per forward pass.
+        shard_size: samples of a shard, rounded up to whole batches.
+        mesh: whose tensor axis shares the model, and whose other axes share the samples.
+    """
+
+    def __init__(
+        self, folder: WorkFolder, identity: Any, num_samples: int, batch_size: int, shard_size: int, mesh: Mesh
+    ) -> None:
+        self.folder, self.identity, self.mesh = folder, identity, mesh
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.size = -(-shard_size // batch_size) * batch_size
+        self.count = -(-num_samples // self.size)
+        self.num_workers = mesh.pp.size * mesh.tokens.size
+
+    def samples(self, shard: int) -> range:
+        return range(shard * self.size, min((shard + 1) * self.size, self.num_samples))
+
+    def batches(self, shard: int) -> Iterator[range]:
+        """The places of each batch of a shard."""
+        samples = self.samples(shard)
+        for start in range(samples.start, samples.stop, self.batch_size):
+            yield range(start, min(start + self.batch_size, samples.stop))
+
+    def pending(self) -> list[int]:
+        """The shards to do, the same on every rank.
+
+        Raises:
+            DataError: the folder holds the shards of other work.
+        """
+        self.folder.check(self.identity, self.size)
+        done = torch.zeros(self.count, dtype=torch.uint8)
+        if self.mesh.is_main:
+            done = torch.tensor([self.folder.has(i) for i in range(self.count)], dtype=torch.uint8)
+        done = broadcast_from(done.to(self.mesh.device), 0, self.mesh.world).cpu()
+        return torch.nonzero(done == 0).flatten().tolist()
+
+    def mine(self, pending: list[int]) -> list[int]:
+        """This rank's share of them."""
+        worker = self.mesh.pp.rank * self.mesh.tokens.size + self.mesh.tokens.rank
+        return pending[worker :: self.num_workers]
+
+    def begin(self, **more: Any) -> None:
+        """Makes the folder; no rank writes into it before it says what the shards belong to."""
+        if self.mesh.is_main:
+            self.folder.begin(self.identity, self.size, **more)
+        wait_for_all(self.mesh)
+
+    def reporter(
+        self, progress: Progress | None, pending: list[int], phase: str, seq_length: int
+    ) -> Callable[[int], None]:
+        """Takes the number of samples just done here, and reports as if the others kept pace."""
+        todo, own_todo = (sum(len(self.samples(i)) for i in part) for part in (pending, self.mine(pending)))
+        begin, own = time.monotonic(), 0
+
+        def report(num_samples: int) -> None:
+            nonlocal own
+            own += num_samples
+            if progress is None:
+                return
+            done = todo * own // own_todo
+            speed = done * seq_length / max(time.monotonic() - begin, 1e-9)
+            progress.update(self.num_samples - todo + done, phase=phase, loss=None, tokens_per_second=speed)
+
+        return report
+
+
+def wait_for_all(mesh: Mesh) -> None:
+    """Returns when every rank has come here."""
+    sum_over(torch.zeros(1, device=mesh.device), mesh.world)
+
+
+def check_reader(source: Source, dataset: PackedDataset, mesh: Mesh, work: str) -> None:
+    """Raises ConfigError unless the model can read such samples on this mesh; `work` is what for, as a verb."""
+    check_causal(source.model, str(source.path), f"to {work} samples")
+    check_model(source.model, ParallelConfig(tensor=mesh.tp.size), str(source.path))
+    require(
+        source.model.positions != "learned" or dataset.seq_length <= source.model.max_seq_length,
+        f"seq_length={dataset.seq_length} exceeds max_seq_length={source.model.max_seq_length} of "
+        f"{source.path}, the rows of its position table; {work} shorter samples",
+    )
+
+
+def checked_model(
+    source: Source, dataset: PackedDataset, mesh: Mesh, dtype: torch.dtype, skip: bool, progress: Progress | None
+) -> Transformer:
+    """The model, sharded over the tensor axis, after a look at its loss on the data (see `check_source`)."""
+    model = load_model(source, mesh.tensor_only(), dtype)
+    loss = check_source(model, dataset, mesh, str(source.path), skip)
+    if progress is not None:
+        progress.message(f"{source.path}: loss {loss:.3f} nats per token on the first samples")
+    return model

@@ -1,0 +1,272 @@
+"""Distillation from a few tokens of each position against the same written densely in float64, gradients above all."""
+
+# Shape suffix legend: T = tokens, H = hidden, V = vocabulary, K = entries of a token.
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagrow.parallel.cached_loss import CachedTargets
+from megagrow.parallel.collectives import copy_to
+from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
+from megagrow.parallel.mesh import Axis
+from megagrow.parallel.shards import chunk
+from tests.parallel.test_loss import (
+    OMEGAS,
+    TOLERANCE,
+    VOCAB,
+    Problem,
+    Result,
+    assert_matches,
+    evaluate,
+    problem,
+    tp_axis,
+    worst_error,
+)
+from tests.ranks import run_ranks
+
+
+def soft_teacher(p: Problem, rho: float = 1.0) -> Tensor:
+    """Probabilities [T, V]."""
+    return (p.teacher_TG.double() @ p.teacher_head_VG.double().T / rho).softmax(-1)
+
+
+def top_k(p_TV: Tensor, k: int) -> CachedTargets:
+    masses_TK, ids_TK = p_TV.topk(k)
+    rest_TV = p_TV.scatter(1, ids_TK, 0.0)
+    return CachedTargets(ids_TK, torch.cat([masses_TK, rest_TV.sum(-1, keepdim=True)], 1), is_sample=False)
+
+
+def sampled(p_TV: Tensor, count: int) -> CachedTargets:
+    """Draws with repeats, whose mass is where each token comes first."""
+    ids_TK = torch.multinomial(p_TV, count, replacement=True).sort(-1).values
+    first_TK = torch.cat([torch.ones(len(ids_TK), 1, dtype=torch.bool), ids_TK[:, 1:] != ids_TK[:, :-1]], 1)
+    counts_TK = (ids_TK[:, :, None] == ids_TK[:, None]).sum(-1) * first_TK
+    entropy_T1 = -torch.special.xlogy(p_TV, p_TV).sum(-1, keepdim=True)
+    return CachedTargets(ids_TK, torch.cat([counts_TK.double() / count, entropy_T1], 1), is_sample=True)
+
+
+def divergence(logits_TV: Tensor, targets: CachedTargets) -> Tensor:
+    """KD of each token, with the tail as one more token of a coarser vocabulary; differentiable."""
+    log_q_TV = logits_TV.log_softmax(-1)
+    masses_TK, rest_T = targets.masses_TK1[:, :-1], targets.masses_TK1[:, -1]
+    picked_TK = log_q_TV.gather(1, targets.ids_TK)
+    if targets.is_sample:
+        return -(masses_TK * picked_TK).sum(-1) - rest_T
+    is_tail_TV = torch.ones_like(log_q_TV, dtype=torch.bool).scatter(1, targets.ids_TK, False)
+    kd_T = (torch.special.xlogy(masses_TK, masses_TK) - masses_TK * picked_TK).sum(-1)
+    if targets.ids_TK.shape[1] == log_q_TV.shape[1]:
+        return kd_T
+    log_tail_T = log_q_TV.masked_fill(~is_tail_TV, -torch.inf).logsumexp(-1)
+    return kd_T + torch.special.xlogy(rest_T, rest_T) - rest_T * log_tail_T
+
+
+def oracle(p: Problem, targets: CachedTargets, options: LossOptions) -> Result:
+    """The definition, through torch's softmax and autograd, in float64."""
+    p = p.to(torch.float64)
+    hidden_TH, head_VH = (x.clone().requires_grad_() for x in (p.hidden_TH, p.head_VH))
+    logits_TV = hidden_TH @ head_VH.T
+    ce_T = F.cross_entropy(logits_TV, p.labels_T.clamp(min=0), reduction="none")
+    ce = (ce_T * p.weights_T).sum()
+    soft_TV = logits_TV / (options.temperature if options.both else 1.0)
+    kd = options.scale * (divergence(soft_TV, targets) * p.weights_T).sum()
+    loss = (1 - options.weight) * ce + options.weight * kd
+    loss.backward()
+    assert hidden_TH.grad is not None and head_VH.grad is not None
+    sums = torch.stack([loss, ce, kd]).detach()
+    return Result(sums[:1], sums, hidden_TH.grad, head_VH.grad)
+
+
+def evaluate_cached(p: Problem, targets: CachedTargets, options: LossOptions, tp: Axis | None = None) -> Result:
+    """The loss on this rank's shard of the vocabulary."""
+    tp = tp or Axis()
+    rows = chunk(len(p.head_VH), tp)
+    hidden_TH, head_VH = p.hidden_TH.clone().requires_grad_(), p.head_VH[rows].clone().requires_grad_()
+    given = copy_to(hidden_TH, tp), head_VH, p.labels_T, p.weights_T, len(p.head_VH), tp
+    loss, sums = vocab_parallel_loss(*given, targets=targets, options=options)
+    loss.backward()
+    assert hidden_TH.grad is not None and head_VH.grad is not None
+    return Result(loss.detach(), sums, hidden_TH.grad, head_VH.grad)
+
+
+def evaluate_here(p: Problem, cases: list[tuple[CachedTargets, LossOptions]]) -> list[Result]:
+    return [evaluate_cached(p, targets, options, tp_axis()) for targets, options in cases]
+
+
+def on_ranks(p: Problem, cases: list[tuple[CachedTargets, LossOptions]], world: int) -> list[Result]:
+    """One result per case: all ranks must agree on what is whole; the head's rows are put together."""
+    merged = []
+    for results in zip(*run_ranks(evaluate_here, world, p, cases), strict=True):
+        for other in results[1:]:
+            assert all(torch.equal(getattr(other, n), getattr(results[0], n)) for n in ("loss", "sums", "grad_hidden"))
+        merged.append(replace(results[0], grad_head=torch.cat([r.grad_head for r in results])))
+    return merged
+
+
+def all_cases(p: Problem) -> list[tuple[CachedTargets, LossOptions]]:
+    """One entry, a few, all but one, all; drawn ones; with all ω, temperatures, and ρ² as a factor."""
+    torch.manual_seed(3)
+    cases = []
+    for rho, both in ((0.25, False), (1.0, False), (2.0, False), (2.0, True)):
+        p_TV, more = soft_teacher(p, rho), (both, rho**2 if both else 1.0, 5)
+        cases += [(top_k(p_TV, k), LossOptions(1 / 3, rho, *more)) for k in (1, VOCAB - 1, VOCAB)]
+        cases += [(t, LossOptions(w, rho, *more)) for t in (top_k(p_TV, 5), sampled(p_TV, 6)) for w in OMEGAS]
+    return cases
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_gradients_of_the_mixture(world: int, dtype: torch.dtype) -> None:
+    p = problem(dtype)
+    cases = all_cases(p)
+    for (targets, options), result in zip(cases, on_ranks(p, cases, world), strict=True):
+        assert result.grad_hidden.dtype == result.grad_head.dtype == dtype
+        assert_matches(result, oracle(p, targets, options), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_bfloat16_stays_near_the_truth(world: int) -> None:
+    p = problem(torch.bfloat16)
+    cases = [(top_k(soft_teacher(p, 0.5), 5), LossOptions(1 / 3, 0.5)), (sampled(soft_teacher(p), 6), LossOptions(1.0))]
+    for (targets, options), result in zip(cases, on_ranks(p, cases, world), strict=True):
+        assert_matches(result, oracle(p, targets, options), 2e-2)
+
+
+def test_more_ranks_than_vocabulary_chunks() -> None:
+    """Five rows on four ranks: 2, 2, 1 and none at all."""
+    p = problem(vocab=5)
+    cases = [(top_k(soft_teacher(p), k), LossOptions(0.5)) for k in (1, 2, 5)]
+    cases.append((sampled(soft_teacher(p), 3), LossOptions(0.5, 2.0, both=True)))
+    for (targets, options), result in zip(cases, on_ranks(p, cases, 4), strict=True):
+        assert_matches(result, oracle(p, targets, options), 1e-10)
+
+
+@pytest.mark.parametrize("rho", [0.25, 1.0, 2.0])
+@pytest.mark.parametrize("both", [False, True])
+def test_all_tokens_are_the_full_divergence(rho: float, both: bool) -> None:
+    p, options = problem(), LossOptions(1 / 3, rho, both)
+    found = evaluate_cached(p, top_k(soft_teacher(p, rho), VOCAB), options)
+    assert_matches(found, evaluate(p, options), 1e-12)
+
+
+def kd_of(logits_TV: Tensor, targets: CachedTargets) -> Tensor:
+    """KD of each token by the code, in the precision of the logits: the identity as output matrix hands them on."""
+    num_tokens, vocab = logits_TV.shape
+    given = torch.eye(vocab, dtype=logits_TV.dtype), torch.zeros(1, dtype=torch.long), torch.ones(1).to(logits_TV)
+    found = []
+    for t in range(num_tokens):
+        rows = targets.rows(slice(t, t + 1))
+        options = LossOptions(1.0)
+        _, sums = vocab_parallel_loss(logits_TV[t : t + 1], *given, vocab, Axis(), targets=rows, options=options)
+        found.append(sums[2])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_truncated_divergence_lies_between_zero_and_the_full_one(dtype: torch.dtype) -> None:
+    """Sharp and flat teachers and students, near each other and not, for every k."""
+    generator = torch.Generator().manual_seed(1)
+    scales_T1 = torch.tensor([1e-3, 0.1, 1.0, 4.0, 15.0]).repeat(8)[:, None].double()
+    teacher_TV = torch.randn(40, 13, generator=generator).double() * scales_T1
+    noise_TV = torch.randn(40, 13, generator=generator).double() * scales_T1.flip(0).roll(3, 0) / 3
+    student_TV = teacher_TV + noise_TV
+    p_TV = teacher_TV.softmax(-1)
+    full_T = (p_TV * (p_TV.log() - student_TV.log_softmax(-1))).nan_to_num(0.0).sum(-1)
+    before_T, slack = torch.zeros(40).double(), 1e-12 if dtype == torch.float64 else 1e-5
+    for k in range(1, 14):
+        found_T = kd_of(student_TV.to(dtype), top_k(p_TV, k)).double()
+        assert (found_T >= 0).all(), k
+        assert (found_T <= full_T + slack * (1 + student_TV.abs().amax(-1))).all(), k
+        assert (found_T >= before_T - slack * (1 + student_TV.abs().amax(-1))).all(), "a finer split says more"
+        before_T = found_T
+    torch.testing.assert_close(before_T, full_T, rtol=slack, atol=30 * slack)
+    assert (kd_of(teacher_TV.to(dtype), top_k(p_TV, 4)) < 30 * slack).all(), "equal models differ in nothing"
+
+
+def test_without_its_bucket_it_would_be_negative() -> None:
+    """The check above has something to see: the sum over the entries alone is no divergence."""
+    p = problem()
+    targets = top_k(soft_teacher(p), 3)
+    no_tail = replace(targets, masses_TK1=targets.masses_TK1.index_fill(1, torch.tensor([3]), 0.0))
+    logits_TV = p.teacher_TG @ p.teacher_head_VG.T + 0.3 * p.hidden_TH @ p.head_VH.T
+    masses_TK = no_tail.masses_TK1[:, :-1]
+    bare_T = (masses_TK * (masses_TK.log() - logits_TV.log_softmax(-1).gather(1, targets.ids_TK))).sum(-1)
+    assert (bare_T < 0).any() and (kd_of(logits_TV, targets) > 0).all()
+
+
+def test_a_tail_that_the_student_hardly_sees_keeps_its_digits() -> None:
+    """q_tail is e^-40 of the whole: as 1 − Σ q it would be 0, and the divergence infinite."""
+    logits_TV = torch.tensor([[50.0, 49.0, 8.0, 9.0, 7.5]], dtype=torch.float64)
+    p_TV = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]], dtype=torch.float64)
+    targets, weights_T = top_k(p_TV, 2), torch.ones(1, dtype=torch.float64)
+    expected = logits_TV.clone().requires_grad_()
+    kd = divergence(expected, targets).sum()
+    kd.backward()
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        hidden_TH = logits_TV.detach().to(dtype, copy=True).requires_grad_()
+        given = torch.eye(5, dtype=dtype), torch.zeros(1, dtype=torch.long), weights_T.to(dtype), 5, Axis()
+        loss, _ = vocab_parallel_loss(hidden_TH, *given, targets=targets, options=LossOptions(1.0))
+        loss.backward()
+        assert loss.item() == pytest.approx(kd.item(), rel=tolerance) and kd > 5
+        torch.testing.assert_close(hidden_TH.grad, expected.grad.to(dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_sample", [False, True], ids=["top_k", "sampled"])
+def test_weight_zero_is_bit_equal_to_the_plain_loss(dtype: torch.dtype, is_sample: bool) -> None:
+    p = problem(dtype)
+    targets = (sampled if is_sample else top_k)(soft_teacher(p), 5)
+    mixed = evaluate_cached(p, targets, LossOptions(0.0, 0.25, chunk_tokens=4))
+    plain = evaluate(p, LossOptions(chunk_tokens=4), with_teacher=False)
+    assert mixed.sums[2] > 0
+    for name in ("loss", "grad_hidden", "grad_head"):
+        assert torch.equal(getattr(mixed, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 12])
+def test_chunks_change_nothing(chunk_tokens: int) -> None:
+    p, options = problem(), LossOptions(1 / 3)
+    targets = top_k(soft_teacher(p), 5)
+    found = evaluate_cached(p, targets, replace(options, chunk_tokens=chunk_tokens))
+    assert_matches(found, evaluate_cached(p, targets, options), 1e-13)
+
+
+def test_drawn_targets_give_the_full_gradient_on_average() -> None:
+    """Mean over 4,000 draws of the loss and of each token's gradient, within five standard errors of the full ones."""
+    p, num_draws = problem(tokens=4), 4000
+    p = replace(p, weights_T=torch.ones(4).double(), labels_T=p.labels_T.clamp(min=0))
+    expected = evaluate(p, LossOptions(0.5))
+    torch.manual_seed(0)
+    whole = {name: getattr(p, name).repeat(num_draws, 1) for name in ("hidden_TH", "teacher_TG")}
+    whole |= {name: getattr(p, name).repeat(num_draws) for name in ("labels_T", "weights_T")}
+    many = replace(p, **whole)
+    targets = sampled(soft_teacher(many), 2)
+    found = evaluate_cached(many, targets, LossOptions(0.5))
+    grads = found.grad_hidden.view(num_draws, 4, -1)
+    error = grads.std(0) / num_draws**0.5
+    assert (error > 0).all() and ((grads.mean(0) - expected.grad_hidden).abs() <= 5 * error).all()
+    kd = divergence(many.hidden_TH @ p.head_VH.T, targets).view(num_draws, 4).sum(-1)
+    assert abs(found.sums[2] / num_draws - expected.sums[2]) <= 5 * kd.std() / num_draws**0.5
+
+
+def test_gradients_of_a_tail_left_out_would_be_seen() -> None:
+    """Renormalised over the entries, as some do, the gradient is another."""
+    p, options = problem(), LossOptions(1.0)
+    targets = top_k(soft_teacher(p), 3)
+    masses_TK = targets.masses_TK1[:, :-1] / targets.masses_TK1[:, :-1].sum(-1, keepdim=True)
+    other = replace(targets, masses_TK1=F.pad(masses_TK, (0, 1)))
+    errors = worst_error(evaluate_cached(p, other, options), oracle(p, targets, options))
+    assert errors["grad_hidden"] > 1e-2 and errors["grad_head"] > 1e-2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("row", [0, 20])
+def test_a_damaged_row_of_the_head_shows_on_every_rank(world: int, row: int) -> None:
+    p = problem()
+    targets = top_k(soft_teacher(p), 5)
+    p.head_VH[row] = torch.nan
+    for (result,) in run_ranks(evaluate_here, world, p, [(targets, LossOptions(1 / 3))]):
+        assert result.loss.isnan()
