@@ -2,20 +2,26 @@
 leaves.
 """
 
-from megagrow.salt.schedule import is_stage_one, teacher_weight
+from megagrow.salt.online import OnlineStream, score_candidates
+from megagrow.salt.schedule import is_stage_one, teacher_weight, with_stage_one_steps
 from megagrow.salt.score import ScoreSettings, score_corpus
 from megagrow.salt.score_files import Scores, read_scores
-from megagrow.salt.select import select
+from megagrow.salt.select import Selection, make_selection, select
 from megagrow.salt.teacher import Teacher, check_teacher
 
 __all__ = [
+    "OnlineStream",
     "ScoreSettings",
     "Scores",
+    "Selection",
     "Teacher",
     "check_teacher",
     "is_stage_one",
+    "make_selection",
     "read_scores",
+    "score_candidates",
     "score_corpus",
     "select",
     "teacher_weight",
+    "with_stage_one_steps",
 ]
