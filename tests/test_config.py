@@ -269,7 +269,7 @@ BAD_COMBINATIONS = [
             (SCORED | {"quotas": ("web=1",)}, ["salt.quotas=['web=1']", "need salt.domains and salt.keep=top"]),
             ({"teacher": "x", "steps": 5, "domains": "d"}, ["salt.domains belong to salt.scores"]),
             (ONLINE | {"scores": "x"}, ["salt.online_buffer scores by itself", "leave one of them out"]),
-            (ONLINE | {"teacher": "", "scores": ""}, ["salt.online_buffer=4", "set salt.teacher"]),
+            ({"online_buffer": 4}, ["salt.online_buffer=4", "set salt.teacher"]),
             (ONLINE | {"keep_fraction": 0.1}, ["keeps 0 of so many batches", "larger buffer"]),
             (ONLINE | {"keep_fraction": 0.9}, ["keeps 4 of so many batches"]),
             (ONLINE | {"keep": "threshold"}, ["salt.keep=threshold", "set salt.scores"]),

@@ -162,6 +162,8 @@ def _domain(fields: Mapping[str, Any], key: str) -> str:
 
 
 def _read(path: Path) -> tuple[tuple[str, ...], NDArray[Any]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; {_REMEDY}")
     try:
         with os_errors_as_data_errors(path), safe_open(str(path), framework="numpy") as file:
             metadata, names = file.metadata() or {}, file.keys()

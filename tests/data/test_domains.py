@@ -172,5 +172,5 @@ def test_files_that_are_no_such_files(make_dataset: MakeDataset, tmp_path: Path,
     path = tmp_path / "x"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=r"/x: (not a safetensors file|No such file)"):
+    with pytest.raises(DataError, match=r"/x: (not a safetensors file|no such file)"):
         read_domains(path, IndexedDataset(make_dataset([[1]])))
