@@ -82,7 +82,7 @@ def test_without_a_key_nothing_is_written(tmp_path: Path) -> None:
 def test_a_key_that_names_each_document_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(domains_module, "MAX_DOMAINS", 3)
     inputs = [write_lines(tmp_path / "a.jsonl", [{"text": "a", "url": str(i)} for i in range(5)])]
-    with pytest.raises(DataError, match="url gives more than 3 domains; use one that many documents share"):
+    with pytest.raises(DataError, match="url gives more than 3 domains; use a key that many documents share"):
         preprocess_files(inputs, "byte", tmp_path / "out", domain_key="url")
     assert not list(tmp_path.glob("out*"))
 
