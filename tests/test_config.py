@@ -364,6 +364,12 @@ def test_presets_pass_the_check_and_say_how_they_are_run(name: str) -> None:
     assert f"-m megagrow {name}" in (presets.docstring(name))
 
 
+def test_quotas_are_given_as_a_list() -> None:
+    arguments = ["--salt.quotas", "[Github=0.1, Wikipedia (en)=1]", "--salt.end-when-better", "true"]
+    salt = parse(["quickstart_small", *arguments]).salt
+    assert salt.domain_shares == {"Github": 0.1, "Wikipedia (en)": 1.0} and salt.end_when_better
+
+
 @pytest.mark.parametrize(
     "fields",
     [
