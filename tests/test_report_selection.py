@@ -63,6 +63,7 @@ def test_the_histogram_shows_what_is_kept(tmp_path: Path, corpus: Path) -> None:
     selection, text = shown(make_run(tmp_path, corpus))
     count = opened(corpus, LENGTH).num_samples
     assert (selection["samples"], selection["kept"]) == (count, round(count / 2))
+    assert selection["cut"] == [count - round(count / 2), count - 1]
     bins = selection["histogram"]
     assert len(bins["edges"]) == NUM_BINS + 1 and bins["edges"][0] == 0 and bins["edges"][-1] == count - 1
     assert sum(bins["all"]) == count and sum(bins["kept"]) == round(count / 2)

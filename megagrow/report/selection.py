@@ -24,14 +24,15 @@ def selection_of(run: Run) -> Json | None:
     """How stage 1 of a run picked its data; None where it took all.
 
     Returns:
-        {"score", "rule", "samples", "kept", "histogram", "domains", "examples", "notes"}: what cannot be read any more
-        is None or empty, and a line of the notes says why.
+        {"score", "rule", "samples", "kept", "cut", "histogram", "domains", "examples", "notes"}: `cut` holds the
+        least and the greatest score that is kept. What cannot be read any more is None or empty, and a line of the
+        notes says why.
     """
     salt = run.config.salt
     if not salt.picks_data:
         return None
     found: Json = {"score": salt.score, "rule": rule_in_words(salt), "samples": None, "kept": None}
-    found |= {"histogram": None, "domains": [], "examples": [], "notes": []}
+    found |= {"cut": None, "histogram": None, "domains": [], "examples": [], "notes": []}
     if not salt.scores:
         return found
     try:
@@ -42,7 +43,8 @@ def selection_of(run: Run) -> Json | None:
         return found | _without_data(salt, found["notes"])
     is_kept = np.zeros(len(selection.values), np.bool_)
     is_kept[selection.ids] = True
-    found |= {"samples": len(is_kept), "kept": len(selection.ids)}
+    kept = selection.values[selection.ids]
+    found |= {"samples": len(is_kept), "kept": len(kept), "cut": [float(kept.min()), float(kept.max())]}
     found["histogram"] = histogram(selection.values, is_kept)
     found["domains"] = list(_domains(selection, is_kept))
     try:

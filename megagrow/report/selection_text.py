@@ -21,7 +21,8 @@ def selection_words(selections: dict[str, Json]) -> str:
 
 def _of_run(selection: Json) -> Iterator[str]:
     count = f"{selection['kept']:,} of {selection['samples']:,} samples: " if selection["kept"] is not None else ""
-    yield f"{count}{selection['rule']}, by `{selection['score']}`."
+    cut = "" if selection["cut"] is None else " Kept scores lie between {:.4f} and {:.4f}.".format(*selection["cut"])
+    yield f"{count}{selection['rule']}, by `{selection['score']}`.{cut}"
     if selection["histogram"]:
         yield _indented(histogram_lines(selection["histogram"]))
     if selection["domains"]:
