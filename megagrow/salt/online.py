@@ -61,9 +61,8 @@ class OnlineStream:
         """As `Stream.batch`; all ranks call it, and the buffer moves on with the first batch of the next one."""
         share, place = batch_size // world, cursor % self.num_kept
         which, ids = self._buffer(is_first=place < batch_size)
-        own = (
-            place + rank * share + np.arange(share)
-        ) % self.num_kept  # beyond the end only where the batch has changed
+        # Round the end only where a resumed run has batches of another size.
+        own = (place + rank * share + np.arange(share)) % self.num_kept
         return self.stream.take(which[own], ids[own])
 
     def _buffer(self, is_first: bool) -> tuple[Places, Places]:

@@ -73,6 +73,24 @@ def test_it_reads_the_samples_that_it_names(corpus: Path) -> None:
     assert cursors["all"] == 5 + CANDIDATES
 
 
+def test_candidates_may_come_from_a_blend(tmp_path: Path, corpus: Path) -> None:
+    """Of two datasets with samples of equal numbers."""
+    other, cursors = random_corpus(tmp_path / "other", NUM_SAMPLES, SEQ_LENGTH, vocab=3), {"all": 0, "selected": 0}
+    datasets = [opened(prefix, SEQ_LENGTH) for prefix in (corpus, other)]
+    blend = Stream([shuffled(dataset, seed=3) for dataset in datasets])
+
+    def score(which_M: Any, ids_M: Any, is_new: bool) -> np.ndarray:
+        return which_M * 10.0 + (np.arange(len(ids_M)) < 4)
+
+    batches = [OnlineStream(blend, CANDIDATES, KEPT, cursors, score).batch(0, KEPT) for _ in range(2)]
+    for batch in batches:  # all six of the other one, and the first two of this one
+        assert sorted(batch.which.tolist()) == [0, 0, 1, 1, 1, 1, 1, 1]
+        expected = [datasets[which].sample(i) for which, i in zip(batch.which, batch.ids, strict=True)]
+        assert np.array_equal(batch.tokens.numpy(), expected)
+    taken = [list(zip(batch.which.tolist(), batch.ids.tolist(), strict=True)) for batch in batches]
+    assert len(set(sum(taken, []))) == 2 * KEPT, "candidates come once"
+
+
 @pytest.mark.parametrize("steps", range(1, 6))
 def test_it_goes_on_from_its_cursors_alone(corpus: Path, steps: int) -> None:
     """A new object after any step gives what the old one would have, and says that a buffer is scored again."""
