@@ -85,15 +85,16 @@ def test_examples_are_the_highest_the_middle_and_the_lowest(tmp_path: Path, corp
 
 
 def test_nothing_in_an_example_is_markup_or_a_command(tmp_path: Path, corpus: Path) -> None:
-    """Every line of text is indented, as code is; control characters are spelled out."""
-    run = make_run(tmp_path, corpus, domains=str(domains_path(corpus)))
-    _, text = shown(run)
-    assert text.isprintable() or all(c.isprintable() or c == "\n" for c in text)
-    for line in text.splitlines():
-        harmless = ("#", "**", "-", "|", "web:", "a\\\\|b", "")
-        assert line.startswith("    ") or not ("<b>" in line or "title" in line or "item" in line), line
-        assert line.startswith("    ") or line == "" or line.startswith(harmless) or "samples: " in line, line
-    assert "a\\|b\\*c" in text
+    """Every line of text is indented, as code is; control characters are spelled out, and names are escaped."""
+    selection, text = shown(make_run(tmp_path, corpus, domains=str(domains_path(corpus))))
+    assert all(c.isprintable() or c == "\n" for c in text) and "a\\|b\\*c" in text
+    lines = ["<b>bold</b>", "# title", "- item", "```", "![](x)"]
+    selection["examples"][0]["text"] = "\n".join(lines)
+    found = selection_words({"run": selection}).splitlines()
+    start = found.index(f"    {lines[0]}")
+    assert found[start - 1] == found[start + len(lines)] == "", "a block of its own"
+    assert found[start : start + len(lines)] == [f"    {line}" for line in lines]
+    assert not set(found) & set(lines)
 
 
 @pytest.mark.parametrize(
