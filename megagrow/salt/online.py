@@ -22,7 +22,7 @@ from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
-from megagrow.parallel.context import cut, local_positions
+from megagrow.parallel.context import cut
 from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.salt.score import sample_scores
 from megagrow.salt.score_files import Arrays
@@ -119,14 +119,12 @@ def score_samples(model: Transformer, tokens_BS1: Tensor, top_k: int) -> Arrays:
     """The scores of samples [B, S + 1], the same on every tensor and context rank; attention crosses documents."""
     inputs_BC, labels_BC = (cut(x, model.cp).contiguous() for x in (tokens_BS1[:, :-1], tokens_BS1[:, 1:]))
     scores = (x.view_as(labels_BC) for x in model.token_scores(inputs_BC, labels_BC))
-    nll_BS, rank_BS = (_joined(x, tokens_BS1.shape[1] - 1, model.cp) for x in scores)
+    nll_BS, rank_BS = (_joined(x, model.cp) for x in scores)
     return sample_scores(nll_BS, rank_BS, top_k)
 
 
-def _joined(x_BC: Tensor, seq_length: int, cp: Axis) -> Tensor:
-    """The whole sequences [B, S] from the parts of the context ranks."""
-    if cp.size == 1:
-        return x_BC
-    x_BS = x_BC.new_zeros(len(x_BC), seq_length)
-    x_BS[:, local_positions(seq_length, cp.rank, cp.size, x_BC.device)] = x_BC
-    return sum_over(x_BS, cp)
+def _joined(x_BC: Tensor, cp: Axis) -> Tensor:
+    """All tokens [B, S] of the samples, rank by rank: scores do not depend on their order."""
+    x_BRC = x_BC.new_zeros(len(x_BC), cp.size, x_BC.shape[1])
+    x_BRC[:, cp.rank] = x_BC
+    return sum_over(x_BRC, cp).flatten(1)
