@@ -157,11 +157,6 @@ def test_stage_one_goes_on_while_the_teacher_is_better(corpus: Path, trained: Pa
     assert state_at(tmp_path, 6)["stage_one_end"] is None
 
 
-def test_the_teachers_held_out_loss_on_four_ranks(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    assert run_ranks(run_on_ranks, 4, early(trained, corpus, tmp_path), 1, 2) == [0] * 4
-    assert state_at(tmp_path, 6)["teacher_loss"] == pytest.approx(final_loss(trained), rel=1e-5)
-
-
 @pytest.mark.parametrize("kind", ["teacher", "scores", "online", "early"])
 def test_stage_two_is_a_plain_run_from_the_same_state(
     corpus: Path, trained: Path, beginner: Path, tmp_path: Path, kind: str
