@@ -8,6 +8,7 @@ from megagrow.config import (
     Config,
     ModelConfig,
     ParallelConfig,
+    SaltConfig,
     data_ranks,
     divisors,
     microbatch_size,
@@ -435,13 +436,14 @@ def check_growable(source: ModelConfig, target: ModelConfig) -> None:
 
 def check_salt(config: Config, world_size: int) -> None:
     """Raises ConfigError when the SALT section contradicts itself, or is not for this kind of model."""
-    salt = config.salt
-    if salt.steps > 0:
-        check_causal(config.model, "model", "with SALT (salt.steps)")
+    salt, train = config.salt, config.train
+    if salt.has_stage_one:
+        check_causal(config.model, "model", "with SALT (salt.steps, salt.share)")
+    without = "but stage 1 has no steps (salt.steps=0, salt.share=0), so that"
     for name in ("teacher", "cache"):
         require(
-            not getattr(salt, name) or salt.steps > 0,
-            f"salt.{name} is set but salt.steps=0, so that it would never teach; set salt.steps",
+            not getattr(salt, name) or salt.has_stage_one,
+            f"salt.{name} is set, {without} it would never teach; set salt.steps or salt.share",
         )
     require(
         not (salt.teacher and salt.cache),
@@ -453,17 +455,76 @@ def check_salt(config: Config, world_size: int) -> None:
         "folder (./grown, if it is called so)",
     )
     require(
-        not salt.scores or salt.steps > 0,
-        "salt.scores is set but salt.steps=0, so that nothing would be trained on the selection; set salt.steps",
+        not salt.scores or salt.has_stage_one,
+        f"salt.scores is set, {without} nothing would be trained on the selection; set salt.steps or salt.share",
     )
     require(
-        salt.teaches or salt.steps == 0 or bool(salt.scores),
-        f"salt.steps={salt.steps} without salt.teacher, salt.cache or salt.scores does nothing; set one of them",
+        salt.teaches or not salt.has_stage_one or bool(salt.scores),
+        f"salt.steps={salt.steps}, salt.share={salt.share} without salt.teacher, salt.cache or salt.scores does "
+        "nothing; set one of them",
     )
     require(
-        salt.schedule == "constant" or salt.teaches or salt.steps == 0,
+        salt.schedule == "constant" or salt.teaches or not salt.has_stage_one,
         f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
         "salt.schedule out",
+    )
+    is_evaluated = bool(config.data.validation or config.data.split) and train.eval_batches > 0
+    require(
+        not salt.end_when_better or (bool(salt.teacher) and is_evaluated and train.eval_interval > 0),
+        "salt.end_when_better compares the model with its teacher at evaluations; it needs salt.teacher, "
+        "data.validation, train.eval_batches and train.eval_interval",
+    )
+
+
+def check_selection(config: Config, world_size: int) -> None:
+    """Raises ConfigError when options of the data of stage 1 exclude each other, or would do nothing."""
+    salt = config.salt
+    rule_of = {"keep_fraction": "top", "threshold": "threshold", "band_low": "band", "band_high": "band"}
+    for name, rule in rule_of.items():
+        require(
+            salt.keep == rule or getattr(salt, name) == getattr(SaltConfig(), name),
+            f"salt.{name}={getattr(salt, name)} belongs to salt.keep={rule}, and salt.keep={salt.keep}; leave it out, "
+            f"or use keep={rule}",
+        )
+    require(
+        salt.keep == "top" or bool(salt.scores),
+        f"salt.keep={salt.keep} chooses among samples with scores; set salt.scores (of an online buffer "
+        "the top share is kept)",
+    )
+    require(
+        bool(salt.reference_scores) == (salt.score == "excess_nll"),
+        f"salt.score={salt.score} with salt.reference_scores={salt.reference_scores or '(empty)'}: excess_nll is the "
+        "difference of two folders of scores; set both, or neither",
+    )
+    require(
+        not (salt.reference_scores or salt.domains) or bool(salt.scores),
+        "salt.reference_scores and salt.domains belong to salt.scores, which is not set; set it, or leave them out",
+    )
+    require(
+        not salt.quotas or (bool(salt.domains) and salt.keep == "top"),
+        f"salt.quotas={list(salt.quotas)} are shares of domains; they need salt.domains and salt.keep=top",
+    )
+    if salt.online_buffer > 0:
+        _check_online(config)
+
+
+def _check_online(config: Config) -> None:
+    salt = config.salt
+    require(not salt.scores, "salt.online_buffer scores by itself, and salt.scores is set; leave one of them out")
+    require(
+        bool(salt.teacher) and salt.has_stage_one,
+        f"salt.online_buffer={salt.online_buffer} is scored by the teacher in stage 1; set salt.teacher, and "
+        "salt.steps or salt.share",
+    )
+    require(
+        0 < salt.kept_batches < salt.online_buffer,
+        f"salt.online_buffer={salt.online_buffer} with salt.keep_fraction={salt.keep_fraction} keeps "
+        f"{salt.kept_batches} of so many batches, which is no selection; use a larger buffer or another share",
+    )
+    require(
+        config.data.order == "megagrow",
+        "salt.online_buffer passes over samples, and data.order=megatron is made for those that are trained on; use "
+        "order=megagrow",
     )
 
 
@@ -481,4 +542,5 @@ RULES = (
     check_growth_times,
     check_freezing,
     check_salt,
+    check_selection,
 )

@@ -18,6 +18,7 @@ from megagrow.checkpoint.hf import HFReader
 from megagrow.checkpoint.source import open_source
 from megagrow.config_file import load_file
 from megagrow.data.description import describe
+from megagrow.data.domains import domains_path, read_domains
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.preprocess import preprocess_files
 from megagrow.data.records import read_texts
@@ -99,6 +100,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "tokenizer.json": (Path.exists, lambda f: load_tokenizer(f / "tokenizer.json")),
     "manifest.json": (scored, lambda f: read_scores(f, opened(f / "corpus", 4))),
     "scores.safetensors": (scored, lambda f: read_scores(f, opened(f / "corpus", 4))),
+    "c.domains.safetensors": (indexed, lambda f: read_domains(domains_path(f / "c"), IndexedDataset(f / "c"))),
     "metrics.jsonl": (Path.exists, lambda f: read_metrics(f / "metrics.jsonl")),
     "ledger.json": (Path.exists, lambda f: Ledger.load(f / "ledger.json")),
     "exit.json": (Path.exists, read_exit),

@@ -153,6 +153,9 @@ def growing(*earlier: EarlierGrowth, at_step: int = 9, **fields: Any) -> GrowthC
     return GrowthConfig(method="stack", source=SMALL, at_step=at_step, earlier=earlier, **fields)
 
 
+SCORED: dict[str, Any] = {"scores": "x", "steps": 5}
+ONLINE: dict[str, Any] = {"teacher": "x", "steps": 5, "online_buffer": 4}
+
 BAD_COMBINATIONS = [
     (
         config_with(model=GROUPED, parallel=ParallelConfig(tensor=3)),
@@ -264,6 +267,32 @@ BAD_COMBINATIONS = [
         ["salt.cache", "data.order=megatron", "Use order=megagrow"],
     ),
     *(
+        (config_with(salt=SaltConfig(**fields)), 1, words)
+        for fields, words in [
+            ({"share": 0.1}, ["salt.share=0.1 without salt.teacher or salt.scores does nothing"]),
+            ({"scores": "x", "steps": 5, "schedule": "cosine"}, ["salt.schedule=cosine", "salt.teacher is not set"]),
+            ({"teacher": "x", "steps": 5, "end_when_better": True}, ["salt.end_when_better", "data.validation"]),
+            ({"teacher": "x", "steps": 5, "keep": "band"}, ["salt.keep=band", "set salt.scores"]),
+            (SCORED | {"threshold": 1.0}, ["salt.threshold=1.0 belongs to salt.keep=threshold, and salt.keep=top"]),
+            (SCORED | {"keep": "band", "keep_fraction": 0.1}, ["salt.keep_fraction=0.1", "salt.keep=band; leave it"]),
+            (SCORED | {"band_low": 0.1}, ["salt.band_low=0.1 belongs to salt.keep=band"]),
+            (SCORED | {"score": "excess_nll"}, ["salt.reference_scores=(empty)", "set both, or neither"]),
+            (SCORED | {"reference_scores": "y"}, ["salt.score=median_zero", "set both, or neither"]),
+            (SCORED | {"quotas": ("web=1",)}, ["salt.quotas=['web=1']", "need salt.domains and salt.keep=top"]),
+            ({"teacher": "x", "steps": 5, "domains": "d"}, ["salt.domains belong to salt.scores"]),
+            (ONLINE | {"scores": "x"}, ["salt.online_buffer scores by itself", "leave one of them out"]),
+            ({"online_buffer": 4}, ["salt.online_buffer=4", "set salt.teacher"]),
+            (ONLINE | {"keep_fraction": 0.1}, ["keeps 0 of so many batches", "larger buffer"]),
+            (ONLINE | {"keep_fraction": 0.9}, ["keeps 4 of so many batches"]),
+            (ONLINE | {"keep": "threshold"}, ["salt.keep=threshold", "set salt.scores"]),
+        ]
+    ),
+    (
+        config_with(salt=SaltConfig(**ONLINE), data=DataConfig(order="megatron")),
+        1,
+        ["salt.online_buffer passes over samples", "use order=megagrow"],
+    ),
+    *(
         (
             config_with(model=dataclasses.replace(SMALL, num_layers=8), train=TrainConfig(steps=50), growth=growth),
             1,
@@ -349,6 +378,43 @@ def test_presets_pass_the_check_and_say_how_they_are_run(name: str) -> None:
         check(config, world_size)
     assert json.loads(dump(config))["run"]["dir"].startswith("runs/")
     assert f"-m megagrow {name}" in (presets.docstring(name))
+
+
+def test_quotas_are_given_as_a_list() -> None:
+    arguments = ["--salt.quotas", "[Github=0.1, Wikipedia (en)=1]", "--salt.end-when-better", "true"]
+    salt = parse(["quickstart_small", *arguments]).salt
+    assert salt.domain_shares == {"Github": 0.1, "Wikipedia (en)": 1.0} and salt.end_when_better
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        SCORED | {"keep": "threshold", "threshold": 1.0},
+        SCORED | {"keep": "band", "band_low": 0.0, "band_high": 0.5, "domains": "d"},
+        SCORED | {"score": "excess_nll", "reference_scores": "y"},
+        SCORED | {"domains": "d", "quotas": ("web=0.2",), "keep_fraction": 0.4},
+        ONLINE | {"score": "mean_nll"},
+        {"teacher": "x", "share": 0.1, "schedule": "cosine", "end_when_better": True},
+    ],
+)
+def test_good_combinations_of_stage_one(fields: dict[str, Any]) -> None:
+    check(config_with(salt=SaltConfig(**fields), data=DataConfig(validation="v")), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"share": 1.5}, "salt.share=1.5 must lie between 0 and 1"),
+        ({"online_buffer": -1}, "salt.online_buffer=-1 must not be negative"),
+        ({"top_k": 0}, "salt.top_k=0 must be positive"),
+        ({"threshold": math.nan}, "salt.threshold=nan must be a finite number"),
+        ({"band_low": 0.8}, "salt.band_low=0.8 and band_high=0.75 must be quantiles"),
+        ({"band_high": 1.1}, "must be quantiles, 0 <= low < high <= 1"),
+    ],
+)
+def test_salt_refuses_impossible_values(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SaltConfig(**fields)
 
 
 def test_models_refuse_impossible_shapes() -> None:

@@ -9,6 +9,7 @@ decompressed. Exit codes: 0 done, 2 usage, 3 data.
 from _command import Arguments, run
 
 from megagrow.data.preprocess import preprocess_files
+from megagrow.errors import named
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="*.model, tokenizer.json, folder or byte")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin/.idx")
     parser.add_argument("--json-key", default="text", help="key of the text in each JSON object")
+    parser.add_argument("--domain-key", default="", help="key of each document's domain; writes PREFIX.domains.…")
     parser.add_argument("--workers", type=int, default=1, help="processes; same bytes for any number")
     parser.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop")
     parser.add_argument("--split", default="train", help="recorded in PREFIX.json")
@@ -39,6 +41,7 @@ def main() -> None:
         workers=options.workers,
         on_bad_line=options.on_bad_line,
         split=options.split,
+        domain_key=options.domain_key,
     )
     for example in summary.bad_examples:
         print(f"skipped {example}")
@@ -47,6 +50,8 @@ def main() -> None:
         f"{summary.num_bad} bad and {summary.num_empty} empty records left out, "
         f"{summary.seconds:.1f} s"
     )
+    for name, count in summary.num_by_domain.items():
+        print(f"domain {named(name)}: {count} documents")
 
 
 if __name__ == "__main__":

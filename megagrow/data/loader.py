@@ -166,10 +166,13 @@ class Stream:
         if batch_size % world:
             raise ConfigError(f"global batch size {batch_size} is not divisible by the data-parallel size {world}")
         share = batch_size // world
-        which_B, ids_B = self.samples(cursor + rank * share, share)
+        return self.take(*self.samples(cursor + rank * share, share))
+
+    def take(self, which_B: NDArray[np.int64], ids_B: NDArray[np.int64]) -> Drawn:
+        """Reads samples by dataset and id."""
         length = self.parts[0].dataset.seq_length
-        tokens_BS1 = np.empty((share, length + 1), np.int64)
-        documents_BS = np.empty((share, length), np.int64) if self.with_documents else None
+        tokens_BS1 = np.empty((len(ids_B), length + 1), np.int64)
+        documents_BS = np.empty((len(ids_B), length), np.int64) if self.with_documents else None
         for number in np.unique(which_B):
             mine, dataset = which_B == number, self.parts[number].dataset
             tokens_BS1[mine] = dataset.batch(ids_B[mine])

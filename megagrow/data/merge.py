@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagrow.data.description import Description
+from megagrow.data.domains import joined_domains, write_domains
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.errors import DataError
 
@@ -11,7 +12,8 @@ from megagrow.errors import DataError
 def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) -> IndexedDataset:
     """Writes the documents of `prefixes`, in that order, to OUTPUT_PREFIX.bin/.idx, and .json if all have one.
 
-    Token bytes are copied; sequences and documents stay what they are. The output appears whole or not at all.
+    Token bytes are copied; sequences and documents stay what they are. The output appears whole or not at all. Beside
+    it stands which domain each document is of (see `domains`): its own, or the dataset that it comes from.
 
     Returns:
         The merged dataset.
@@ -22,11 +24,12 @@ def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) ->
     if str(Path(output_prefix).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
         raise DataError(f"{output_prefix} is an input too; write the merged dataset under another name")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    description = _merged_description(datasets)
+    description, domains = _merged_description(datasets), joined_domains(datasets)
     with IndexedWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
             writer.add_dataset(dataset)
         writer.close(description)
+    write_domains(output_prefix, domains)
     return IndexedDataset(output_prefix)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagrow.data.description import Description
+from megagrow.data.domains import Domains, collect_domains, write_domains
 from megagrow.data.indexed import IndexedWriter, token_dtype
 from megagrow.data.journal import MAX_EXAMPLES, Counts, JournaledWriter, digest_of
 from megagrow.data.progress import corpus_progress
@@ -42,6 +43,7 @@ class Summary:
     num_bad: int  # records that could not be read, left out (`on_bad_line="skip"`)
     bad_examples: list[str]  # the first of these: "file:line: reason"
     seconds: float
+    num_by_domain: dict[str, int] = field(default_factory=dict)  # documents; empty without `domain_key`
 
 
 @dataclass(frozen=True)
@@ -107,20 +109,24 @@ def preprocess_files(
     workers: int = 1,
     on_bad_line: Literal["stop", "skip"] = "stop",
     split: str = "train",
+    domain_key: str = "",
 ) -> Summary:
     """Tokenize `inputs` (see records.read_batches) into OUTPUT_PREFIX.bin/.idx/.json.
 
     One document per JSON line or text file, in input order; empty ones are left out. The output
     appears whole or not at all. A stopped or killed run goes on where it was when it is started
     again (see `journal`), with any number of workers; with another input, tokenizer or option it
-    starts anew. Raises DataError for an unreadable input, a bad line (unless skipped), or a corpus
-    without text; ConfigError for bad arguments.
+    starts anew. With a `domain_key`, OUTPUT_PREFIX.domains.safetensors says which domain each
+    document is of (see `domains`), which takes a pass over the input of its own. Raises DataError
+    for an unreadable input, a bad line (unless skipped), or a corpus without text; ConfigError for
+    bad arguments.
     """
     if workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
     size, started = total_bytes(inputs), time.monotonic()
     tokenizer = load_tokenizer(tokenizer_path)
     encoder = _Encoder(tokenizer, json_key, append_eod)
+    domains = collect_domains(inputs, json_key, domain_key) if domain_key else None
     settings = _settings(inputs, tokenizer, tokenizer_path, json_key, append_eod)
     dtype = token_dtype(tokenizer.vocab_size)
     with JournaledWriter(output_prefix, dtype, settings, lambda: read_batches(inputs)) as journal:
@@ -139,10 +145,13 @@ def preprocess_files(
                 report(part.position, journal.writer.num_documents, journal.writer.num_tokens)
         names = ", ".join(Path(path).name for path in inputs)
         journal.close(_described(journal.writer, tokenizer, append_eod, split=split, source=names))
+    if domains is not None:
+        _write_domains(output_prefix, domains, journal.writer.num_documents)
     return Summary(
         num_documents=journal.writer.num_documents,
         num_tokens=journal.writer.num_tokens,
         seconds=time.monotonic() - started,
+        num_by_domain={} if domains is None else domains.counts(),
         **asdict(journal.counts),
     )
 
@@ -153,6 +162,15 @@ def _settings(inputs: Sequence[str | Path], tokenizer: Tokenizer, tokenizer_path
     content = tokenizer_file(tokenizer_path).read_bytes() if is_file else b""
     given = [[str(path) for path in inputs], tokenizer.fingerprint, hashlib.sha256(content).hexdigest(), *options]
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()
+
+
+def _write_domains(prefix: str | Path, domains: Domains, num_documents: int) -> None:
+    if len(domains.ids) != num_documents:
+        raise DataError(
+            f"{prefix}: {num_documents} documents were written, {len(domains.ids)} have a domain: a text without "
+            "tokens is among them, or the input has changed meanwhile; preprocess it again"
+        )
+    write_domains(prefix, domains)
 
 
 def _counted(counts: Counts, part: _Encoded) -> Counts:

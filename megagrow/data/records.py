@@ -59,12 +59,17 @@ def read_batches(paths: Sequence[str | Path], max_record_bytes: int = _MAX_RECOR
 
 def parse_record(record: bytes, is_json: bool, json_key: str) -> str:
     """The text of a record. Raises BadRecord when it has none."""
+    return text_and_fields(record, is_json, json_key)[0]
+
+
+def text_and_fields(record: bytes, is_json: bool, json_key: str) -> tuple[str, dict[str, Any]]:
+    """The text of a record and, where it is a JSON object, its fields. Raises BadRecord when it has no text."""
     try:
         text = record.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8 at byte {error.start}") from error
     if not is_json:
-        return text
+        return text, {}
     try:
         fields = json.loads(text)
     except RecursionError as error:
@@ -78,7 +83,7 @@ def parse_record(record: bytes, is_json: bool, json_key: str) -> str:
     if not isinstance(fields[json_key], str):
         raise BadRecord(f"{json_key!r} must be a string, is {type(fields[json_key]).__name__}")
     # The file is UTF-8, which has no surrogates: only escapes can make them.
-    return _without_surrogates(fields[json_key]) if b"\\u" in record else fields[json_key]
+    return _without_surrogates(fields[json_key]) if b"\\u" in record else fields[json_key], fields
 
 
 def read_texts(paths: Sequence[str | Path], json_key: str = "text") -> Iterator[str]:

@@ -3,6 +3,7 @@
 # Shape suffix legend: B = this data rank's samples, S = this context rank's tokens, T = tokens of a sample.
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,9 +15,16 @@ from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.context import cut, restarted_positions
 from megagrow.parallel.mesh import Mesh
-from megagrow.parallel.pipeline import Batch, Engine
+from megagrow.parallel.pipeline import Batch
 
 EVALUATION_SEED = 0  # of masks, whatever that of the run is: losses of different runs can be compared
+
+
+class Evaluates(Protocol):
+    """What losses are asked of: an `Engine`, or a teacher."""
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The global sums [loss, CE, KD] of a batch, without gradients, the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Evaluator:
     reset_positions: bool = False
     masking: Masking | None = None
 
-    def loss(self, engine: Engine, mesh: Mesh) -> float:
+    def loss(self, engine: Evaluates, mesh: Mesh) -> float:
         """Mean cross-entropy in nats per token that is predicted, the same number on every rank."""
         ids = self._ids()
         given = self.mask_documents or self.reset_positions
@@ -59,7 +67,7 @@ class Evaluator:
 
 
 def mean_loss(
-    engine: Engine,
+    engine: Evaluates,
     tokens: Tensor,
     batch_size: int,
     mesh: Mesh,

@@ -34,6 +34,7 @@ from megagrow.plan.weights import (
     trained_elements,
 )
 from megagrow.roles import layer_name, leaves, parameter_shapes
+from megagrow.salt.schedule import with_stage_one_steps
 from megagrow.salt.teacher import check_teacher
 from megagrow.timeline import growth_configs, last_source, latest_step, num_growths
 
@@ -72,7 +73,7 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
         ConfigError: it does not go with the model.
     """
     config, found, notes = layout.config, list[Phase](), list[str]()
-    growth, salt = config.growth, config.salt
+    growth, salt = config.growth, with_stage_one_steps(config).salt
     if growth.method != "none":
         source = growth.source or _model_at(config.init.from_, "the source, init.from", notes)
         if source:
@@ -224,11 +225,12 @@ def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: 
     per_step = _training(layout)
     if teacher is None:
         return Phase("salt", steps, per_step, step_memory(layout, device))
-    length = layout.config.data.seq_length
+    length, salt = layout.config.data.seq_length, layout.config.salt
     check_teacher(teacher, layout.model, length)
     check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
+    scored = salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0  # batches, for one that is kept
     for convention in CONVENTIONS:
-        per_step[convention] += flops.forward_flops(teacher, layout.step_tokens, length, convention)
+        per_step[convention] += (1 + scored) * flops.forward_flops(teacher, layout.step_tokens, length, convention)
     weights = layout.width * tensor_elements(layout.of_model(teacher))
     hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
     static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}

@@ -71,7 +71,7 @@ def _judge(config: Config, world_size: int, machine: Machine) -> Suggestion | No
 
 def _all_memory(layout: Layout) -> list[RankMemory]:
     """Of all phases."""
-    if layout.config.growth.method == "none" and not layout.config.salt.steps:
+    if layout.config.growth.method == "none" and not layout.config.salt.has_stage_one:
         return step_memory(layout)
     return [held for phase in phases(layout)[0] for held in phase.memory]
 

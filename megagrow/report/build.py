@@ -15,6 +15,7 @@ from megagrow.report.curves import draw, quantity
 from megagrow.report.markdown import to_markdown
 from megagrow.report.run import Json, Run, check_comparable, load_run
 from megagrow.report.savings import compare, known_costs, no_savings
+from megagrow.report.selection import selection_of
 from megagrow.roles import num_parameters
 
 PRIMARY_ARM = "grown_salt"
@@ -83,6 +84,7 @@ def summarize(runs: list[Run], output: Path) -> Json:
         "loss_after_growth": event.get("loss_after"),
         "growth": event or None,
         "comparisons": comparisons,
+        "selections": {run.name: picked for run in runs if (picked := selection_of(run)) is not None},
         "caveats": caveats(runs, scratch, grown),
     }
 

@@ -3,6 +3,7 @@
 from megagrow.metrics import duration
 from megagrow.report.curves import quantity
 from megagrow.report.run import Json
+from megagrow.report.selection_text import selection_words
 
 
 def to_markdown(report: Json) -> str:
@@ -17,6 +18,7 @@ def to_markdown(report: Json) -> str:
         _savings_words(report),
         "## Growth",
         _growth_words(report),
+        selection_words(report["selections"]),
         "## How far to believe it",
         "\n".join(f"- {caveat}" for caveat in report["caveats"]),
         "\n".join(f"- {name} is left out of all comparisons: {why}." for name, why in report["unfinished"].items()),

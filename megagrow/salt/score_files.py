@@ -97,8 +97,8 @@ def identity_of(dataset: PackedDataset, model: str, top_k: int, dtype: str) -> I
     return Identity(model=model, top_k=top_k, dtype=dtype, **corpus_fields(dataset))
 
 
-def read_scores(folder: Path | str, dataset: PackedDataset) -> Scores:
-    """The scores in `folder`, which must be those of `dataset`.
+def read_scores(folder: Path | str, dataset: PackedDataset | None) -> Scores:
+    """The scores in `folder`, which must be those of `dataset`; None: whatever they are of.
 
     Raises:
         DataError: the folder is missing, unfinished, damaged, or holds the scores of another corpus
@@ -114,7 +114,8 @@ def read_scores(folder: Path | str, dataset: PackedDataset) -> Scores:
             + " tools/score_corpus.py"
         )
     manifest = _read_manifest(path)
-    _check_dataset(manifest.identity, dataset, path)
+    if dataset is not None:
+        _check_dataset(manifest.identity, dataset, path)
     arrays = _read_arrays(folder / SCORES_FILE, manifest)
     values = {name: arrays[name] for name in SCORE_NAMES}
     return Scores(

@@ -19,7 +19,11 @@ from megagrow.checks import check_causal, check_model
 from megagrow.config import ModelConfig, ParallelConfig, SaltConfig, require
 from megagrow.model.transformer import LossOptions, Transformer
 from megagrow.model.transformer import Teacher as StageTeacher
+from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Axis, Mesh
+from megagrow.parallel.pipeline import Batch
+
+SAMPLES_AT_ONCE = 8  # that it evaluates in one pass
 
 
 class Teacher:
@@ -88,11 +92,25 @@ class Teacher:
         _collect(hidden_BSH, own, num_microbatches, pp)
         return hidden_BSH
 
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The global sums [loss, CE, 0] of a batch, the same on every rank; before `attach`, which drops heads.
+
+        Pieces of the batch are shared out over the pipeline ranks, as by `hidden`.
+        """
+        model, pp = self.model, self.mesh.pp
+        sums = torch.zeros(3, dtype=torch.double, device=batch.ids.device)
+        pieces = {name: x.split(SAMPLES_AT_ONCE) for name, x in {"x": batch.ids, **batch.inputs()}.items()}
+        with torch.no_grad():
+            for i in range(pp.rank, len(pieces["x"]), pp.size):
+                model(**{name: parts[i] for name, parts in pieces.items()})
+                sums += model.loss_sums.pop()
+        return sum_over(sum_over(sums, self.mesh.tokens), pp)
+
     def attach(self, last_stage: Transformer | None) -> None:
-        """Gives the last stage the head and how it is mixed in; ranks without that stage drop theirs."""
+        """Gives the last stage the head and how it is mixed in; other ranks drop theirs, unless they score."""
         if last_stage is not None:
             last_stage.teacher = StageTeacher(self.model.head_VH.detach(), loss_options(self.salt))
-        elif not self.config.tied_embeddings:
+        elif not self.config.tied_embeddings and self.salt.online_buffer == 0:
             del self.model.head
 
     def weigh(self, last_stage: Transformer | None, weight: float) -> None:

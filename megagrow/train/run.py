@@ -26,6 +26,7 @@ from megagrow.parallel import heartbeat
 from megagrow.parallel.board import Ending
 from megagrow.parallel.mesh import Mesh, init_distributed, make_mesh
 from megagrow.parallel.watchdog import STACKS, Watchdog, limit_collectives, problem_with
+from megagrow.salt.schedule import with_stage_one_steps
 from megagrow.train import saving
 from megagrow.train.stop import StopRequest
 from megagrow.train.trainer import Trainer
@@ -67,7 +68,7 @@ def run(config: Config) -> int:
     watchdog, stop = Watchdog(config.run.timeout, directory, partial(_tell, directory)), StopRequest()
     end, error = End(1, "interrupted"), None  # what holds when ctrl-C comes before the loop, which would save
     try:
-        given, config = config, bootstrapped(config)
+        given, config = config, with_stage_one_steps(bootstrapped(config))
         _join(config, watchdog)
         stop.listen()
         _train(given, config, watchdog, stop)

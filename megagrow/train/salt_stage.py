@@ -1,43 +1,55 @@
-"""SALT's stage 1 inside a run: its teacher while it teaches, or what one left behind, and the data that it picked."""
+"""SALT's stage 1 inside a run: its teacher while it teaches, or what one left behind, and when it ends."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+
+import torch
 
 from megagrow import flops
 from megagrow.checkpoint.source import Source, check_source, open_source
 from megagrow.config import Config
-from megagrow.data.dataset import PackedDataset, Samples
-from megagrow.data.loader import Drawn, Stream, shuffled
-from megagrow.errors import CheckpointError, ConfigError
+from megagrow.data.dataset import Samples
+from megagrow.data.loader import Drawn, Stream
+from megagrow.errors import DataError
+from megagrow.evaluate import Evaluator
 from megagrow.ledger import Ledger, Phase
+from megagrow.parallel.collectives import broadcast_from
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.salt.cached_teacher import CachedTeacher
+from megagrow.salt.online import OnlineStream, Places, score_candidates
 from megagrow.salt.schedule import is_stage_one, teacher_weight
-from megagrow.salt.score import read_scores
-from megagrow.salt.select import select
+from megagrow.salt.select import Values
 from megagrow.salt.teacher import Teacher, check_teacher
 from megagrow.timeline import last_source, latest_step, learning_steps, num_growths
 from megagrow.train.grown_teacher import is_kept, teacher_folder
 from megagrow.train.learner import Learner
 from megagrow.train.part import compute_dtype
+from megagrow.train.salt_costs import inherit, ledger_of
+from megagrow.train.salt_data import selected_stream
 from megagrow.train.state import RunState
 
 DRAWS_AT_ONCE = 1 << 20  # samples whose places in a cache are looked up together
 
 
 class SaltStage:
-    """Attaches the teacher when stage 1 begins and frees it when it ends.
+    """Attaches the teacher when stage 1 begins, and frees it and the selected data when it ends.
 
     Args:
         config: the run's configuration; its salt section may be empty.
         mesh: where this rank stands.
         datasets: the training data; scores must be those of the only one.
-        ordinary: the stream of the run, from which stage 1 draws where nothing is selected.
+        ordinary: all of the training data in its order, from which stage 1 draws where nothing is selected, and an
+            online selection picks.
+        evaluator: the held-out data, if there are any.
         state: the run's state; what teacher and scores cost is entered into its ledger.
         tell: prints a line for the user.
+
+    Attributes:
+        stream: of the data that stage 1 picks; None: it takes all, or is over.
+        seconds: what the teacher took of the current step.
     """
 
     def __init__(
@@ -46,58 +58,100 @@ class SaltStage:
         mesh: Mesh,
         datasets: Sequence[Samples],
         ordinary: Stream,
+        evaluator: Evaluator | None,
         state: RunState,
         tell: Callable[[str], None],
     ) -> None:
         self.config, self.mesh, self.datasets, self.state, self.tell = config, mesh, datasets, state, tell
+        self.ordinary, self.evaluator = ordinary, evaluator
         self.teacher: Teacher | CachedTeacher | None = None
-        self.seconds = 0.0  # what the teacher took of the current step
-        is_ahead = state.phase != "main" or is_stage_one(self._step_in_phase, config.salt)
-        self.stream = self._selected_stream() if config.salt.scores and is_ahead else None
-        self.source = self._open_teacher() if config.salt.teacher and is_ahead else None
-        self.cached = self._open_cache(ordinary) if config.salt.cache and is_ahead else None
+        self.source: Source | None = None
+        self.cached: CachedTeacher | None = None
+        self.stream: Stream | OnlineStream | None = None
+        self.seconds = 0.0
+        self._open()
 
-    def switch(self, on: bool, learner: Learner) -> None:
+    @property
+    def is_on(self) -> bool:
+        """Whether the coming step is in stage 1."""
+        state = self.state
+        planned = is_stage_one(self._step_in_phase, self.config.salt)
+        return state.phase == "main" and state.stage_one_end is None and planned
+
+    @property
+    def has_just_ended(self) -> bool:
+        """Whether the coming step is the first after stage 1."""
+        state, planned = self.state, (self.state.grown_at or 0) + self.config.salt.steps
+        end = planned if state.stage_one_end is None else state.stage_one_end
+        return state.phase == "main" and state.train_step == end
+
+    def switch(self, learner: Learner) -> None:
         """Makes the teacher present or absent where it is not, and gives it the weight of the coming step."""
         self.seconds = 0.0
-        wanted = on and self.config.salt.teaches
-        if wanted and self.teacher is None:
-            self.teacher = self.cached or self._load_teacher()
-            self.teacher.attach(learner.part.last_stage)
-        elif not wanted and self.teacher is not None:
+        if self.is_on and self.config.salt.teaches:
+            self._teach(learner)
+        elif self.teacher is not None:
             self.teacher.free(learner.part.last_stage)
             self.teacher = None
             self.tell(f"stage 1 ends after step {self.state.step}: the teacher is freed")
-        if self.teacher is not None:
-            self.teacher.weigh(learner.part.last_stage, teacher_weight(self._step_in_phase, self.config.salt))
+        if self._is_over:
+            self.source = self.stream = self.cached = None
 
-    @property
-    def _step_in_phase(self) -> int:
-        return self.state.train_step - (self.state.grown_at or 0)
+    def judge(self, validation_loss: float) -> None:
+        """Ends stage 1 for good, if that is asked for, when the model's held-out loss is below the teacher's."""
+        state = self.state
+        if not (self.config.salt.end_when_better and self.is_on):
+            return
+        assert state.teacher_loss is not None, "measured when the teacher was loaded"
+        if validation_loss < state.teacher_loss:
+            state.stage_one_end = state.train_step
+            self.tell(f"held-out loss {validation_loss:.4f} is below the teacher's {state.teacher_loss:.4f}")
 
     def rejoin(self, state: RunState) -> None:
         """Follows the run to another state after a roll-back; the teacher is attached anew at the next step."""
         self.state, self.teacher = state, None
+        self._open()
 
     def teach(self, batch: Batch, drawn: Drawn, num_microbatches: int) -> Batch:
         """This rank's batch with what the teacher says of it, on the last stage; its cost goes into the ledger."""
         if self.teacher is None:
             return batch
         began = time.perf_counter()
-        length, spent = self.config.data.seq_length, 0.0
-        num_tokens = self.config.train.global_batch_size * length
         if isinstance(self.teacher, CachedTeacher):
             taught = replace(batch, **self.teacher.targets(drawn.which, drawn.ids, self.mesh))
         else:
             hidden = self.teacher.hidden(batch.ids, num_microbatches, batch.documents, batch.positions)
             taught = replace(batch, teacher_hidden=hidden)
-            spent = flops.forward_flops(self.teacher.config, num_tokens, length)
-        self.seconds = time.perf_counter() - began
-        self.state.ledger.add("teacher", flops=spent, tokens=num_tokens, seconds=self.seconds)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self._charge("teacher", self.config.train.global_batch_size, seconds)
         return taught
 
+    @property
+    def _step_in_phase(self) -> int:
+        return self.state.train_step - (self.state.grown_at or 0)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.state.phase == "main" and not self.is_on
+
+    def _open(self) -> None:
+        """Opens what stage 1 needs before training begins, so that what is wrong is refused at once."""
+        salt = self.config.salt
+        if self._is_over:
+            return
+        if salt.teacher and self.source is None:
+            self.source = self._open_teacher()
+        if salt.online_buffer:
+            self.stream = self._online_stream()
+        elif salt.scores and self.stream is None:
+            self.stream = selected_stream(self.config, self.datasets, self.state.ledger, self.tell)
+
+        if salt.cache and self.cached is None:
+            self.cached = self._open_cache()
+
     def _open_teacher(self) -> Source | None:
-        """Opens the teacher before training begins, so that a wrong one is refused at once; None: it still learns."""
+        """None: it still learns."""
         config, state = self.config, self.state
         if config.salt.grown_teaches and not is_kept(state, config):
             check_teacher(last_source(config, state.model, state.growths), config.model, config.data.seq_length)
@@ -106,10 +160,10 @@ class SaltStage:
         check_teacher(source.model, config.model, config.data.seq_length)
         return source
 
-    def _open_cache(self, ordinary: Stream) -> CachedTeacher:
+    def _open_cache(self) -> CachedTeacher:
         """Opens what a teacher left behind, and makes sure that it has spoken of every sample that stage 1 draws."""
         cached = CachedTeacher(self.config, self.datasets)
-        stream, first, count = self._draws(ordinary)
+        stream, first, count = self._draws()
         for start in range(first, first + count, DRAWS_AT_ONCE) if cached.is_partial else ():
             cached.check_coverage(*stream.samples(start, min(DRAWS_AT_ONCE, first + count - start)))
         for cache in cached.caches:
@@ -117,14 +171,14 @@ class SaltStage:
             caching = Ledger(phases=[Phase("teacher", tokens=cost.tokens, flops=cost.flops, seconds=cost.seconds)])
             # A blend may get another dataset in mid-run, but the cache of one stays what it was.
             label = f"cache of {cache.identity.corpus_sha256[:12]}"
-            self._inherit(label, cache.sha256, caching, str(cache.folder))
+            inherit(self.state.ledger, label, cache.sha256, caching, str(cache.folder))
             # Whoever spoke was trained; where it is the source too, its known ledger counts instead.
             self.state.ledger.inherit("teacher", cache.identity.model, Ledger.outside())
         names = " ".join(str(cache.folder) for cache in cached.caches)
         self.tell(f"stage 1: {names} teaches for {self.config.salt.steps} steps, in place of its teacher")
         return cached
 
-    def _draws(self, ordinary: Stream) -> tuple[Stream, int, int]:
+    def _draws(self) -> tuple[Stream, int, int]:
         """The stream of stage 1, and the first and the number of the samples that it still draws from it.
 
         Where nobody knows when the model grows (at a plateau), those count too that are drawn before.
@@ -132,7 +186,7 @@ class SaltStage:
         state, config, size = self.state, self.config, self.config.train.global_batch_size
         begun = self._step_in_phase if state.phase == "main" else 0
         count = (min(config.salt.steps, config.train.steps) - begun) * size
-        if self.stream is not None:
+        if isinstance(self.stream, Stream):
             return self.stream, state.cursors["selected"], count
         ahead = 0
         if state.phase != "main":
@@ -140,9 +194,15 @@ class SaltStage:
             learned = state.ligo_step if state.phase == "ligo" else 0
             ahead = max(latest_step(config, last) - state.train_step, 0)
             ahead += learning_steps(config.growth, state.growths) - learned
-        first = state.cursors["all"]
+        first, ordinary = state.cursors["all"], self.ordinary
         is_known = config.growth.at_plateau == 0 and all(each.at_plateau == 0 for each in config.growth.earlier)
         return (ordinary, first + ahead * size, count) if is_known else (ordinary, first, count + ahead * size)
+
+    def _teach(self, learner: Learner) -> None:
+        if self.teacher is None:
+            self.teacher = self.cached or self._load_teacher()
+            self.teacher.attach(learner.part.last_stage)
+        self.teacher.weigh(learner.part.last_stage, teacher_weight(self._step_in_phase, self.config.salt))
 
     def _load_teacher(self) -> Teacher:
         config = self.config
@@ -153,41 +213,48 @@ class SaltStage:
         name, skip = str(source.path), config.init.skip_source_check or config.salt.grown_teaches
         losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]
         given = -1.0 if config.init.from_ else config.init.source_flops
-        self._inherit("teacher", source.identity, ledger_of(source, given), str(source.path))
+        inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, given), name)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
-        self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {shown})")
+        self.tell(f"stage 1: {name} teaches for {config.salt.steps} steps (its loss here: {shown})")
+        if config.salt.end_when_better and self.state.teacher_loss is None:
+            self.state.teacher_loss = self._held_out_loss(teacher)
+            self.tell(f"stage 1 ends early once the held-out loss is below the teacher's {self.state.teacher_loss:.4f}")
         return teacher
 
-    def _inherit(self, label: str, identity: str, ledger: Ledger, path: str) -> None:
-        """Enters a cost into the run's ledger; a resumed run must find what it began with."""
-        known = {item.identity for item in self.state.ledger.inherited if item.label == label}
-        if known - {identity}:
-            raise CheckpointError(
-                f"{path}: salt.{label.split()[0]} has changed since this run began; restore what it was, or use "
-                "another --run.dir"
-            )
-        self.state.ledger.inherit(label, identity, ledger)
+    def _held_out_loss(self, teacher: Teacher) -> float:
+        assert self.evaluator is not None, "checks.check_salt asks for it"
+        began = time.perf_counter()
+        found = torch.tensor(self.evaluator.loss(teacher, self.mesh), dtype=torch.double, device=self.mesh.device)
+        loss = broadcast_from(found, 0, self.mesh.world).item()
+        if not math.isfinite(loss):
+            raise DataError(f"salt.teacher={self.config.salt.teacher} has a held-out loss of {loss}; use another one")
+        seconds = time.perf_counter() - began
+        self._charge("evaluation", self.evaluator.num_batches * self.evaluator.batch_size, seconds, teacher)
+        self.seconds += seconds
+        return loss
 
-    def _selected_stream(self) -> Stream:
-        salt, data, dataset = self.config.salt, self.config.data, self.datasets[0]
-        if len(self.datasets) > 1 or not isinstance(dataset, PackedDataset):
-            raise ConfigError(
-                "salt.scores are those of one dataset, data.train is a blend; merge its datasets "
-                "(tools/merge_datasets.py), score the result and train on it"
-            )
-        scores = read_scores(Path(salt.scores), dataset)
-        ids = select(scores, salt.score, salt.keep_fraction)
-        cost = scores.cost
-        scoring = Ledger(phases=[Phase("scoring", tokens=cost.tokens, flops=cost.flops, seconds=cost.seconds)])
-        self._inherit("scores", scores.sha256, scoring, salt.scores)
-        # Whoever scored was trained; where it is the source or the teacher too, their known ledger counts instead.
-        self.state.ledger.inherit("scorer", scores.identity.model, Ledger.outside())
-        self.tell(f"stage 1 trains on {len(ids):,} of {dataset.num_samples:,} samples, by {salt.score}")
-        return Stream([shuffled(dataset, data.seed, ids)], with_documents=data.mask_documents or data.reset_positions)
+    def _online_stream(self) -> OnlineStream:
+        salt, size = self.config.salt, self.config.train.global_batch_size
+        sizes = salt.online_buffer * size, salt.kept_batches * size
+        return OnlineStream(self.ordinary, *sizes, self.state.cursors, self._score)
 
+    def _score(self, which_M: Places, ids_M: Places, is_new: bool) -> Values:
+        """The teacher's scores of a buffer; a buffer is charged once, as a step is that a resumed run does again."""
+        assert isinstance(self.teacher, Teacher), "it is loaded before the first step"
+        began = time.perf_counter()
+        values = score_candidates(self.teacher.model, self.ordinary, which_M, ids_M, self.config.salt, self.mesh)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        if is_new:
+            self._charge("scoring", len(ids_M), seconds, steps=self.config.salt.online_buffer)
+        return values
 
-def ledger_of(source: Source, given_flops: float) -> Ledger:
-    """What a source's training cost, as far as anybody knows; `given_flops` is the user's word for it, -1 for none."""
-    if source.ledger is not None:
-        return Ledger.from_dict(source.ledger, f"{source.path}: ledger")
-    return Ledger.outside(given_flops if given_flops >= 0 else None)
+    def _charge(
+        self, phase: str, num_samples: int, seconds: float, teacher: Teacher | None = None, steps: int = 1
+    ) -> None:
+        """Enters the teacher's forward passes over so many samples into the ledger; a cache has paid for its own."""
+        length = self.config.data.seq_length
+        passes = teacher or self.teacher
+        num_tokens = num_samples * length
+        spent = flops.forward_flops(passes.config, num_tokens, length) if isinstance(passes, Teacher) else 0.0
+        self.state.ledger.add(phase, flops=spent, tokens=num_tokens, seconds=seconds, steps=steps)

@@ -32,7 +32,8 @@ class RunState:
         grown_at: train_step at which the model last grew; None before.
         layers_before: layers of the model before it last grew.
         tokens: training tokens seen, over all phases.
-        cursors: samples consumed from each stream: `all` data, and the `selected` share of SALT's stage 1.
+        cursors: samples consumed from each stream: `all` data (candidates of an online selection included), and the
+            `selected` share of SALT's stage 1.
         blend: where the draws from `all` data began; None before the data are opened.
         guard: recent losses and refused steps.
         ledger: what everything cost.
@@ -40,6 +41,8 @@ class RunState:
         optimizer: Adam's step and per-tensor multipliers.
         pending_event: why and at which losses growing began, until it is complete.
         losses: those that the next growth waits to see flat.
+        teacher_loss: the teacher's held-out loss, once it has been measured.
+        stage_one_end: train_step before which stage 1 ended early; None: it ends as planned.
     """
 
     model: ModelConfig
@@ -59,6 +62,8 @@ class RunState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     pending_event: dict[str, Any] | None = None
     losses: list[float] = field(default_factory=list)
+    teacher_loss: float | None = None
+    stage_one_end: int | None = None
 
     def is_done(self, config: Config) -> bool:
         """Whether the schedule is at its end."""
@@ -164,6 +169,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "losses": (lambda v: isinstance(v, list) and all(map(_is_size, v)), "a list of numbers below 1e30"),
     "grown_at": (lambda v: v is None or _is_count(v), "a step or null"),
     "tokens": _COUNT,
+    "teacher_loss": (lambda v: v is None or _is_number(v), "a number or null"),
+    "stage_one_end": (lambda v: v is None or _is_count(v), "a step or null"),
     "cursors": (
         lambda v: isinstance(v, dict) and set(v) == {"all", "selected"} and all(map(_is_count, v.values())),
         "numbers of samples of the streams all and selected",

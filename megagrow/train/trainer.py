@@ -30,13 +30,13 @@ from megagrow.parallel.context import local_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
-from megagrow.salt.schedule import is_stage_one
 from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
 from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
-from megagrow.train.salt_stage import SaltStage, ledger_of
+from megagrow.train.salt_costs import ledger_of
+from megagrow.train.salt_stage import SaltStage
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
 from megagrow.train.streams import (
@@ -85,7 +85,8 @@ class Trainer:
         if self.state.blend.start == self.state.cursors["all"] > 0:
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
-        self.salt = SaltStage(config, mesh, self.datasets, self.stream, self.state, self.progress.message)
+        data = self.datasets, self.stream, self.evaluator
+        self.salt = SaltStage(config, mesh, *data, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
     def _resume(self) -> tuple[Learner, RunState] | None:
@@ -251,10 +252,9 @@ class Trainer:
         began = time.perf_counter()
         state, config = self.state, self.config
         heartbeat.enter("data", state.step)
-        step_in_phase = state.train_step - (state.grown_at or 0)
-        salt_on = state.phase == "main" and is_stage_one(step_in_phase, config.salt)
-        self.salt.switch(salt_on, self.learner)
-        if state.phase == "main" and step_in_phase == config.salt.steps:
+        salt_on = self.salt.is_on
+        self.salt.switch(self.learner)
+        if self.salt.has_just_ended:
             state.guard.forget()  # the mixed losses of stage 1 are no measure for those of stage 2
         self.learner.part.freeze(timing.frozen_layers(state, config))
         if timing.restarts(state, config) and isinstance(self.learner, ModelLearner):
@@ -313,7 +313,9 @@ class Trainer:
         state, config = self.state, self.config
         heartbeat.enter("metrics", state.step)
         validation = self._validate(self.learner) if self._is_due(config.train.eval_interval) else None
-        self.validation_loss = self.validation_loss if validation is None else validation
+        if validation is not None:
+            self.validation_loss = validation
+            self.salt.judge(validation)
         self._log(phase, result, seconds, validation)
         if state.guard.bad_steps >= config.optim.max_bad_steps:
             self._roll_back(result)

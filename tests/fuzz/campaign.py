@@ -12,7 +12,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.fuzz import configurations, hf_folders, index_files, journals, manifests, score_folders, teacher_caches
+from tests.fuzz import (
+    configurations,
+    domain_files,
+    hf_folders,
+    index_files,
+    journals,
+    manifests,
+    score_folders,
+    teacher_caches,
+)
 from tests.fuzz.fields import Field, count_refusals
 from tests.fuzz.watch import Misbehaved, watching
 
@@ -23,6 +32,7 @@ def all_fields(folder: Path) -> Iterator[Field]:
     yield from manifests.fields(folder)
     yield from score_folders.fields(folder / "scores")
     yield from teacher_caches.fields(folder / "caches")
+    yield from domain_files.fields(folder / "domains")
     yield from configurations.fields(folder)
     yield from hf_folders.fields(folder)
     yield from journals.fields(folder)

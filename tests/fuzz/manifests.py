@@ -163,6 +163,8 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
         ("phase",): lambda value: value in ("small", "ligo", "main"),
         ("losses",): lambda value: isinstance(value, list) and all(map(is_size, value)),
         ("grown_at",): lambda value: value is None or is_count(value),
+        ("teacher_loss",): lambda value: value is None or is_number(value),
+        ("stage_one_end",): lambda value: value is None or is_count(value),
         ("cursors",): lambda value: False,
         ("cursors", "all"): lambda value: is_count(value) and value >= 5,  # where the blend starts
         ("cursors", "selected"): is_count,

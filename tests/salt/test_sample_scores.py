@@ -8,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagrow.parallel.loss import token_scores
+from megagrow.parallel.mesh import Axis
 from megagrow.salt.score import sample_scores
 
 KNOWN, UNKNOWN = 0, 99  # ranks
@@ -78,3 +80,30 @@ def test_against_the_definition(tokens: list[tuple[float, int]], top_k: int) -> 
         assert arrays[name][0] == np.float32(value), name
     assert arrays["mean_nll"][0] == pytest.approx(statistics.fmean(nll), rel=1e-6)
     assert arrays["num_tokens"].dtype == np.int32
+
+
+def test_the_middle_pair_is_not_averaged() -> None:
+    """Four known losses: 0.1, 0.5, 1.2, 2.0. The mean of the middle pair would be 0.85."""
+    assert scores_of([2.0, 0.1, 0.5, 1.2], [KNOWN] * 4)["median_in_top_k"] == np.float32(0.5)
+    assert scores_of([2.0, 0.1, 0.5], [KNOWN] * 3)["median_in_top_k"] == np.float32(0.5)
+
+
+@pytest.mark.parametrize(
+    ("known", "zeroed"),
+    # Of two, three, four and five losses 1, 2, …: the lower middle of a list in which the unknown ones are 0.
+    [([1, 0], 0.0), ([1, 1], 1.0), ([0, 1, 1], 2.0), ([0, 1, 0], 0.0), ([0, 0, 1, 1], 0.0), ([0, 1, 1, 1], 2.0)],
+)
+def test_zeros_count_among_even_and_odd_numbers(known: list[int], zeroed: float) -> None:
+    losses = [float(i + 1) for i in range(len(known))]
+    ranks = [KNOWN if is_known else UNKNOWN for is_known in known]
+    assert scores_of(losses, ranks)["median_zero"] == zeroed
+
+
+def test_a_tie_with_the_label_counts_for_it() -> None:
+    """Ranks count greater logits only: of three equal ones each is the first, and with k = 1 known."""
+    logits, labels = torch.tensor([[1.0, 1.0, 1.0, 0.0]] * 4), torch.tensor([0, 1, 2, 3])
+    nll, rank = token_scores(logits, torch.eye(4), labels, 4, Axis())
+    assert rank.tolist() == [0, 0, 0, 3]
+    assert scores_of(nll.tolist(), rank.tolist(), 1)["in_top_k_fraction"] == 0.75
+    assert scores_of(nll.tolist(), rank.tolist(), 3)["in_top_k_fraction"] == 0.75
+    assert scores_of(nll.tolist(), rank.tolist(), 4)["in_top_k_fraction"] == 1

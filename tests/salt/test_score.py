@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from megagrow.config import ModelConfig
+from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError, DataError
 from megagrow.parallel.mesh import Mesh
 from megagrow.salt import score as score_module
@@ -143,6 +144,34 @@ def test_tensor_parallel_scores_agree(tmp_path: Path, corpus: Path, model: Model
     score(corpus, tmp_path / "scores", DOUBLE, model)
     run_ranks(score, 4, corpus, tmp_path / "other", DOUBLE, model, tensor=2)
     assert scores_bytes(tmp_path / "other") == scores_bytes(tmp_path / "scores")
+
+
+@pytest.mark.parametrize("seq_length", [7, 8])
+def test_tensor_parallel_scores_agree_on_four_ranks(tmp_path: Path, seq_length: int) -> None:
+    """Two key/value heads on four ranks; odd and even lengths."""
+    model = replace(SMALL, ffn_size=12)
+    prefix = random_corpus(tmp_path / "corpus", 9, seq_length)
+
+    run_ranks(score_to, 1, prefix, tmp_path / "one", model, seq_length, 1)
+    run_ranks(score_to, 4, prefix, tmp_path / "four", model, seq_length, 4)
+    assert scores_bytes(tmp_path / "four") == scores_bytes(tmp_path / "one")
+
+
+def score_to(prefix: Path, output: Path, model: ModelConfig, seq_length: int, tensor: int) -> None:
+    score_corpus(make_source(model), opened(prefix, seq_length), output, mesh_of(tensor), DOUBLE)
+
+
+def test_the_end_of_a_document_is_a_token_like_others(tmp_path: Path) -> None:
+    """Packed samples have no padding, attention crosses documents, and the tail belongs to no sample."""
+    tokens = torch.randint(SMALL.vocab_size, (3 * SEQ_LENGTH + 5,), generator=torch.Generator().manual_seed(2)).tolist()
+    one = write_corpus(tmp_path / "one", tokens)
+    with IndexedWriter(tmp_path / "many", "<u2") as writer:
+        for start, end in ((0, 3), (3, 3), (3, 8), (8, 20), (20, len(tokens))):
+            writer.add_document(tokens[start:end])
+    for prefix in (one, tmp_path / "many"):
+        score(prefix, tmp_path / f"{prefix.name}-scores", DOUBLE)
+    assert scores_bytes(tmp_path / "many-scores") == scores_bytes(tmp_path / "one-scores")
+    assert read(one, tmp_path / "one-scores").num_tokens.tolist() == [SEQ_LENGTH] * 3
 
 
 def score_and_die(prefix: Path, output: Path, after: int) -> None:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow.config import ModelConfig, SaltConfig
+from megagrow.config import ModelConfig, ParallelConfig, SaltConfig
 from megagrow.errors import ConfigError
+from megagrow.evaluate import make_batch
 from megagrow.model.transformer import LossOptions, Transformer, initialize
-from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.shards import chunk, full, shard_parameters
 from megagrow.parallel.stages import own_stages
 from megagrow.salt.schedule import teacher_weight
@@ -246,6 +247,23 @@ def test_freeing_releases_every_buffer(model: ModelConfig) -> None:
     assert student.teacher is None
     with pytest.raises(AssertionError, match="freed"):
         teacher.hidden(batch(), 2)
+
+
+def evaluated_here(**layout: int) -> list[float]:
+    mesh = make_mesh(ParallelConfig(**layout)) if torch.distributed.is_initialized() else Mesh.single()
+    tokens = batch(36, 9).chunk(mesh.dp.size)[mesh.dp.rank]
+    return make_teacher(mesh).evaluate(make_batch(tokens, 36, mesh)).tolist()
+
+
+def test_its_held_out_loss_is_the_mean_over_all_tokens() -> None:
+    """Several pieces for every pipeline rank, on every rank the same."""
+    tokens = batch(36, 9)
+    logits = make_model(SMALL).logits(tokens[:, :-1]).flatten(0, 1)
+    loss = F.cross_entropy(logits, tokens[:, 1:].flatten()).item()
+    expected = pytest.approx([loss, loss, 0.0], rel=1e-6)  # weights are float32
+    assert evaluated_here() == expected
+    for world, layout in ((2, {"pipeline": 2}), (4, {"pipeline": 2}), (2, {"tensor": 2}), (2, {"context": 2})):
+        assert run_ranks(evaluated_here, world, **layout) == [expected] * world, layout
 
 
 def test_after_freeing_the_loss_is_plain() -> None:

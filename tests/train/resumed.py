@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from unittest import mock
 
 from megagrow.config import Config
 from megagrow.data.loader import Stream
+from megagrow.salt.online import OnlineStream
 from megagrow.train import run, trainer
 from tests.ranks import PRELOAD, fresh_state, run_ranks, shutdown
 
@@ -53,15 +54,20 @@ def train_on_rank(config: Config, stop_after: int | None) -> int:
 @contextmanager
 def samples_noted(directory: Path) -> Iterator[None]:
     """Every batch leaves a line in DIR/samples-RANK.jsonl: dataset and id of this rank's samples, in their order."""
-    batch, rank = Stream.batch, os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0")
 
-    def noted(self: Stream, *args: Any) -> Any:
-        drawn = batch(self, *args)
-        with (directory / f"samples-{rank}.jsonl").open("a") as file:
-            file.write(json.dumps([drawn.which.tolist(), drawn.ids.tolist()]) + "\n")
-        return drawn
+    def noting(batch: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(self: Any, *args: Any) -> Any:
+            drawn = batch(self, *args)
+            with (directory / f"samples-{rank}.jsonl").open("a") as file:
+                file.write(json.dumps([drawn.which.tolist(), drawn.ids.tolist()]) + "\n")
+            return drawn
 
-    with mock.patch.object(Stream, "batch", noted):
+        return noted
+
+    with ExitStack() as stack:
+        for kind in (Stream, OnlineStream):
+            stack.enter_context(mock.patch.object(kind, "batch", noting(kind.batch)))
         yield
 
 

@@ -18,6 +18,8 @@ STATE = RunState(
     blend=BlendStart({"a": 1.0}, 5, {"a": 2}),
     optimizer={"step": 1, "multipliers": {}},
     pending_event={"reason": "plateau", "loss_before": 2.0, "loss_initial": None},
+    teacher_loss=2.5,
+    stage_one_end=4,
 )
 HUGE = 10**400
 NEW_PART: dict[str, Any] = {
@@ -61,6 +63,10 @@ REFUSED: list[tuple[str, Any]] = [
     ("pending_event", {"reason": [], "loss_before": 1.0, "loss_initial": 1.0}),
     ("growths", -1),
     ("losses", [HUGE]),
+    ("teacher_loss", HUGE),
+    ("teacher_loss", "2.0"),
+    ("stage_one_end", -1),
+    ("stage_one_end", 2.0),
 ]
 
 
