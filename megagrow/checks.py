@@ -443,6 +443,11 @@ def check_salt(config: Config, world_size: int) -> None:
         f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
         "salt.schedule out",
     )
+    require(
+        salt.divergence == "forward_kl" or bool(salt.teacher) or salt.steps == 0,
+        f"salt.divergence={salt.divergence} is that of student and teacher, and salt.teacher is not set; set it, or "
+        "leave salt.divergence out",
+    )
 
 
 RULES = (

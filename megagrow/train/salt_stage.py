@@ -96,6 +96,9 @@ class SaltStage:
         self._inherit("teacher", source.identity, ledger_of(source, given), str(source.path))
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
         self.tell(f"stage 1: {source.path} teaches for {config.salt.steps} steps (its loss here: {shown})")
+        if source.model.vocab_size != config.model.vocab_size:
+            sizes = f"{source.model.vocab_size} of the teacher and {config.model.vocab_size} of the model"
+            self.tell(f"stage 1 compares the tokens that both vocabularies have, {sizes}: the rest counts as padding")
         return teacher
 
     def _inherit(self, label: str, identity: str, ledger: Ledger, path: str) -> None:

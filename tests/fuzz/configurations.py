@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "model.rope_scaling.beta_fast": lambda x: x >= 1,
     "model.rope_scaling.beta_slow": lambda x: 0 < x <= 32,
     "train.dropout": lambda x: x == 0 or 2**-16 <= x <= 1 - 2**-16,
+    "train.label_smoothing": lambda x: 0 <= x < 1,
+    "train.z_loss": lambda x: 0 <= x < math.inf,
     "optim.beta1": lambda x: 0 <= x < 1,
     "optim.beta2": lambda x: 0 <= x < 1,
     "optim.decay_fraction": lambda x: 0 <= x <= 1,

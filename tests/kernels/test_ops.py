@@ -325,6 +325,10 @@ def test_fused_vocabulary_functions_give_what_the_twins_give(dtype: torch.dtype)
     given = ops.vocab_grad_(*rest, fused=True)
     assert given is rest[0]
     torch.testing.assert_close(given, expected)
+    smooth = None, normal(4, 2, dtype=stats_T3.dtype)
+    logits_TV = normal(4, 70, dtype=dtype)
+    expected = torch_ops.vocab_grad_(logits_TV.clone(), *rest[1:], *smooth)
+    torch.testing.assert_close(ops.vocab_grad_(logits_TV, *rest[1:], *smooth, fused=True), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
@@ -332,8 +336,10 @@ def test_fused_distillation_functions_give_what_the_twins_give(dtype: torch.dtyp
     logits_TV, teacher_TV = normal(4, 70, dtype=dtype) * 9, normal(5, 70, dtype=dtype)[:4] * 9
     labels_T, temperatures = torch.tensor([0, 69, -1, 33]), (2.0, 3.0)
     stats_TK = torch_ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures)
-    fused_TK = ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, fused=True)
-    torch.testing.assert_close(fused_TK, stats_TK)
+    for reverse in (False, True):
+        expected_TK = torch_ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, reverse=reverse)
+        fused_TK = ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, reverse=reverse, fused=True)
+        torch.testing.assert_close(fused_TK, expected_TK)
     logsumexps_T3 = torch.stack((stats_TK[:, 0], stats_TK[:, 0] / 3, stats_TK[:, 4] / 2), -1) + 4
     scales = normal(4, dtype=stats_TK.dtype), normal(5, dtype=stats_TK.dtype)[:4]
     rest = teacher_TV, labels_T, logsumexps_T3, *scales, *temperatures
@@ -347,7 +353,7 @@ def test_fused_functions_take_empty_shards() -> None:
     empty, labels_T = torch.empty(3, 0), torch.tensor([-1, -1, -1])
     for stats_TK in (
         ops.vocab_stats(empty, labels_T, fused=True),
-        ops.distill_stats(empty, empty, labels_T, 2.0, 1.0, fused=True)[:, [0, 1, 2, 3, 5, 6]],
+        ops.distill_stats(empty, empty, labels_T, 2.0, 1.0, fused=True)[:, [0, 1, 2, 3, 5, 6, 7]],
     ):
         assert stats_TK[:, 0].eq(-torch.inf).all() and stats_TK[:, 1:].eq(0).all()
     zeros_T = torch.zeros(3)
