@@ -323,12 +323,13 @@ class Transformer(nn.Module):
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         options = teacher.options if teacher else LossOptions()
         train, cache = self.train_config, cache_size(x_BSH.device)
-        how = {
-            "chunk_tokens": tokens_at_once(train.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache),
-            "compiled": train.compile,
-            "label_smoothing": train.label_smoothing,
-            "z_loss": train.z_loss,
-        }
+        options = replace(
+            options,
+            chunk_tokens=tokens_at_once(train.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache),
+            compiled=train.compile,
+            label_smoothing=train.label_smoothing,
+            z_loss=train.z_loss,
+        )
         loss, sums = vocab_parallel_loss(
             x_BSH.flatten(0, 1),
             head_VH,
@@ -338,7 +339,7 @@ class Transformer(nn.Module):
             self.tp.axis,
             teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
             teacher_head=teacher.head_VH if teacher else None,
-            options=replace(options, **how),
+            options=options,
             head_bias=self.head_bias_V,
             num_common=teacher.num_common if teacher else None,
         )

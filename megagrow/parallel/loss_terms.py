@@ -215,11 +215,10 @@ def _piece(
         scale_P, smooth_P2 = _hard_scales(weights_P * (1 - options.weight), hard, shard, options)
         kd_scale_P = weights_P * (options.weight * options.scale / options.student_temperature)
         lses_P3 = torch.stack((hard.lse_C, soft.lse_C, soft.third_C), dim=-1)
-        how = {"smooth_T2": smooth_P2, "fused": shard.fused}
-        per_token = local_P, lses_P3, scale_P, kd_scale_P
-        ops.distill_grad_(common_PV, teacher_PV, *per_token, *temperatures, reverse=reverse, **how)
+        rest = lses_P3, scale_P, kd_scale_P, *temperatures, None, smooth_P2, reverse
+        ops.distill_grad_(common_PV, teacher_PV, local_P, *rest, fused=shard.fused)
         if shard.has_rest:
-            ops.vocab_grad_(rest_PV, rest_P, hard.lse_C, scale_P, **how)
+            ops.vocab_grad_(rest_PV, rest_P, hard.lse_C, scale_P, smooth_T2=smooth_P2, fused=shard.fused)
     return hard.ce_C, hard.loss_C, soft.kd_C, soft.entropy_C
 
 
