@@ -156,7 +156,7 @@ def _hard_gradient(softmax_TV: Tensor, labels_T: Tensor, scale_T: Tensor, smooth
     if smooth_T2 is None:
         return scale_T[:, None] * (softmax_TV - onehot_TV)
     label_T1, each_T1 = smooth_T2.split(1, dim=1)
-    return scale_T[:, None] * softmax_TV - label_T1 * onehot_TV - each_T1
+    return scale_T[:, None] * softmax_TV - each_T1 - label_T1 * onehot_TV  # in the order of `vocab_grad_`
 
 
 @torch.no_grad()

@@ -214,7 +214,13 @@ def _piece(
     if write_gradient:
         scale_P, smooth_P2 = _hard_scales(weights_P * (1 - options.weight), hard, shard, options)
         kd_scale_P = weights_P * (options.weight * options.scale / options.student_temperature)
-        lses_P3 = torch.stack((hard.lse_C, soft.lse_C, soft.third_C), dim=-1)
+        third_P = soft.third_C
+        if shard.has_rest and options.student_temperature == 1:
+            # Where σ is 1, the passes take softmax(s) over all tokens for q: over the common ones that is too little.
+            lacking_P = hard.lse_C - soft.lse_C
+            kd_scale_P = kd_scale_P * lacking_P.exp()
+            third_P = third_P if reverse else third_P + lacking_P
+        lses_P3 = torch.stack((hard.lse_C, soft.lse_C, third_P), dim=-1)
         rest = lses_P3, scale_P, kd_scale_P, *temperatures, None, smooth_P2, reverse
         ops.distill_grad_(common_PV, teacher_PV, local_P, *rest, fused=shard.fused)
         if shard.has_rest:
