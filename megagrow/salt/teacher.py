@@ -58,7 +58,8 @@ class Teacher:
         check_model(source.model, ParallelConfig(tensor=mesh.tp.size), f"the teacher {source.path}")
         _check_vocabulary(source.model, student)
         self.config, self.mesh, self.salt = source.model, mesh, salt
-        self._source, self._vocab_size = source, student.vocab_size
+        self._path, self._vocab_size = source.path, student.vocab_size
+        self._fetch = None if source.model.vocab_size == student.vocab_size else source.fetch  # see _student_rows
         self._model: Transformer | None = load_model(source, mesh.without_pipeline(), dtype)
 
     @property
@@ -113,16 +114,15 @@ class Teacher:
         Where vocabularies of different sizes are cut, the shards end at different tokens; those rows are read anew.
         """
         own_VH = self.model.head_VH.detach()
-        if self.config.vocab_size == self._vocab_size:
+        if self._fetch is None:
             return own_VH
-        rows = chunk(self._vocab_size, self.mesh.tp)
-        head_VH = self._source.fetch(TIED_EMBEDDING if self.config.tied_embeddings else "head.weight")
-        return head_VH[rows].to(own_VH.device, own_VH.dtype)
+        head_VH = self._fetch(TIED_EMBEDDING if self.config.tied_embeddings else "head.weight")
+        return head_VH[chunk(self._vocab_size, self.mesh.tp)].to(own_VH.device, own_VH.dtype)
 
     def _check_known(self, ids_BS: Tensor) -> None:
         if self.config.vocab_size < self._vocab_size and int(ids_BS.max()) >= self.config.vocab_size:
             raise DataError(
-                f"the data holds token {int(ids_BS.max())}, the teacher {self._source.path} has vocab_size="
+                f"the data holds token {int(ids_BS.max())}, the teacher {self._path} has vocab_size="
                 f"{self.config.vocab_size} and the model {self._vocab_size}: what the model has more must be padding, "
                 "not tokens; use a salt.teacher with the data's tokenizer"
             )
@@ -136,7 +136,7 @@ class Teacher:
         """Drops the teacher's weights here and on the stage; its memory is released."""
         if last_stage is not None:
             last_stage.teacher = None
-        self._model = None
+        self._model = self._fetch = None
 
 
 def loss_options(salt: SaltConfig) -> LossOptions:
