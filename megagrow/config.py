@@ -274,8 +274,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_size(self, "train", "steps", "global_batch_size")
         require_not_negative(self, "train", "microbatch_size", "loss_chunk", "eval_interval", "eval_batches", "threads")
+        require_not_negative(self, "train", "z_loss")
         require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1)")
-        require(0 <= self.z_loss < math.inf, f"train.z_loss={self.z_loss} must be a finite number, and not negative")
         require(
             self.dropout == 0 or 2**-16 <= self.dropout <= 1 - 2**-16,  # the steps in which it acts
             f"train.dropout={self.dropout} must be 0 or lie between 2^-16 and 1 - 2^-16",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -27,7 +26,15 @@ SIZES = {  # whole numbers from 1 on
 COUNTS = {  # from 0 on
     *("model.num_kv_heads", "model.head_dim", "model.position_offset", "model.num_token_types", "model.norm_eps"),
     *("parallel.stages_per_rank", "train.microbatch_size", "train.loss_chunk", "train.eval_interval"),
-    *("train.eval_batches", "train.threads", "optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm"),
+    *(
+        "train.eval_batches",
+        "train.threads",
+        "train.z_loss",
+        "optim.lr",
+        "optim.eps",
+        "optim.weight_decay",
+        "optim.clip_norm",
+    ),
     *("optim.warmup_steps", "optim.spike_sigma", "optim.min_lr_ratio", "growth.at_step", "growth.rewarmup_steps"),
     "growth.rewarmup_factor",
     *("growth.ligo_steps", "growth.ligo_lr", "growth.ligo_noise", "salt.steps", "checkpoint.interval"),
@@ -45,7 +52,6 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "model.rope_scaling.beta_slow": lambda x: 0 < x <= 32,
     "train.dropout": lambda x: x == 0 or 2**-16 <= x <= 1 - 2**-16,
     "train.label_smoothing": lambda x: 0 <= x < 1,
-    "train.z_loss": lambda x: 0 <= x < math.inf,
     "optim.beta1": lambda x: 0 <= x < 1,
     "optim.beta2": lambda x: 0 <= x < 1,
     "optim.decay_fraction": lambda x: 0 <= x <= 1,
