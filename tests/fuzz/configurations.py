@@ -26,15 +26,8 @@ SIZES = {  # whole numbers from 1 on
 COUNTS = {  # from 0 on
     *("model.num_kv_heads", "model.head_dim", "model.position_offset", "model.num_token_types", "model.norm_eps"),
     *("parallel.stages_per_rank", "train.microbatch_size", "train.loss_chunk", "train.eval_interval"),
-    *(
-        "train.eval_batches",
-        "train.threads",
-        "train.z_loss",
-        "optim.lr",
-        "optim.eps",
-        "optim.weight_decay",
-        "optim.clip_norm",
-    ),
+    *("train.eval_batches", "train.threads", "optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm"),
+    "train.z_loss",
     *("optim.warmup_steps", "optim.spike_sigma", "optim.min_lr_ratio", "growth.at_step", "growth.rewarmup_steps"),
     "growth.rewarmup_factor",
     *("growth.ligo_steps", "growth.ligo_lr", "growth.ligo_noise", "salt.steps", "checkpoint.interval"),
