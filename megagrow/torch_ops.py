@@ -170,17 +170,15 @@ def distill_stats(
     label_logits_T: Tensor | None = None,
     reverse: bool = False,
 ) -> Tensor:
-    s_TV, t_TV, wholes = (
-        logits_TV[:, :num_valid],
-        teacher_TV[:, :num_valid],
-        () if label_logits_T is None else (label_logits_T,),
-    )
+    s_TV, t_TV = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
     dtype = torch.promote_types(wide_dtype(logits_TV), wide_dtype(teacher_TV))
-    stats_TK = torch.zeros(len(logits_TV), 8 + len(wholes), dtype=dtype, device=logits_TV.device)
+    num_stats = 8 if label_logits_T is None else 9
+    stats_TK = torch.zeros(len(logits_TV), num_stats, dtype=dtype, device=logits_TV.device)
     stats_TK[:, 0] = stats_TK[:, 4] = -torch.inf
     for rows in row_chunks(s_TV):
         given = s_TV[rows], t_TV[rows], labels_T[rows], temperature, student_temperature
-        stats_TK[rows] = distill_stats_of_rows(*given, *(each[rows] for each in wholes), reverse=reverse)
+        whole_T = None if label_logits_T is None else label_logits_T[rows]
+        stats_TK[rows] = distill_stats_of_rows(*given, whole_T, reverse)
     return stats_TK
 
 

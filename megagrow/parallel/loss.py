@@ -231,8 +231,16 @@ class _Loss(torch.autograd.Function):
             if teacher_TH is None or teacher_head_VH is None:
                 sums += cross_entropy(logits_CV, local_C, weights_T[part], shard, options, needs_gradient)
             else:
-                teacher, rest = (teacher_TH[part], teacher_head_VH), (shard, options, needs_gradient)
-                sums += distillation(logits_CV, *teacher, local_C, weights_T[part], *rest)
+                sums += distillation(
+                    logits_CV,
+                    teacher_TH[part],
+                    teacher_head_VH,
+                    local_C,
+                    weights_T[part],
+                    shard,
+                    options,
+                    needs_gradient,
+                )
             if grad_hidden is not None:
                 grad_hidden[part] = ops.product(logits_CV, head.T)
             if grad_head is not None:
