@@ -292,6 +292,17 @@ def test_a_run_with_every_option_of_the_loss(corpus: Path, trained: Path, tmp_pa
     assert squared["loss"] > squared["ce"] + 0.1
 
 
+def test_a_teacher_whose_vocabulary_is_padded_otherwise(
+    corpus: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = dataclasses.replace(SMALL, vocab_size=272)
+    assert run(salted(make_config(corpus, tmp_path, steps=2, model=model), trained, steps=1)) == 0
+    assert "both vocabularies have, 256 of the teacher and 272 of the model" in capfd.readouterr().err
+    taught, plain = metrics(tmp_path)
+    assert taught["kd"] > 0 and taught["loss"] == pytest.approx((taught["ce"] + taught["kd"]) / 2, rel=1e-6)
+    assert plain["kd"] is None and plain["loss"] == plain["ce"]
+
+
 JOBS = [
     # ranks, tensor, pipeline, method, precision, tolerance of the losses, and what else of the layout
     (8, 2, 2, "ligo", "fp32", 2e-4, {}),
