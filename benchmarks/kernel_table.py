@@ -333,7 +333,7 @@ def distillations(tiny: bool) -> Iterator[Case]:
 
 
 def distillation(T: int, V: int, rho: float, sigma: float) -> Case:
-    names = ("max", "sum_exp", "label", "soft_sum", "t_max", "t_sum", "cross")
+    names = ("max", "sum_exp", "label", "soft_sum", "t_max", "t_sum", "cross", "t_mean")
 
     def inputs() -> Inputs:
         x = logits_and_labels(T, V) | {"teacher": normal(T, V, seed=2).mul_(3)}

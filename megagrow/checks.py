@@ -468,6 +468,17 @@ def check_salt(config: Config, world_size: int) -> None:
         f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
         "salt.schedule out",
     )
+    is_plain = salt.divergence == "forward_kl" and train.label_smoothing == 0 and train.z_loss == 0
+    require(
+        not salt.cache or is_plain,
+        "salt.cache teaches by forward KL beside the plain cross-entropy; leave salt.divergence, train.label_smoothing "
+        "and train.z_loss out, or use salt.teacher",
+    )
+    require(
+        salt.divergence == "forward_kl" or bool(salt.teacher) or not salt.has_stage_one,
+        f"salt.divergence={salt.divergence} is that of student and teacher, and salt.teacher is not set; set it, or "
+        "leave salt.divergence out",
+    )
     is_evaluated = bool(config.data.validation or config.data.split) and train.eval_batches > 0
     require(
         not salt.end_when_better or (bool(salt.teacher) and is_evaluated and train.eval_interval > 0),

@@ -263,6 +263,8 @@ class TrainConfig:
     attention: Literal["sdpa", "flash_attn"] = "sdpa"  # sdpa: torch's own, and FlexAttention for document masks
     kernels: Literal["measured", "all", "none"] = "measured"  # Triton's on a GPU; measured: those shown to be faster
     dropout: float = 0.0  # on embeddings and both residual branches; the mask depends on (seed, step, token) only
+    label_smoothing: float = 0.0  # share of each label's probability that is spread over the whole vocabulary
+    z_loss: float = 0.0  # weight of the square of the logits' log-sum-exp beside the cross-entropy (PaLM: 1e-4)
     loss_chunk: int = 1024  # tokens whose logits exist at a time; 0: as many as half of a GPU's L2 cache holds
     seed: int = 1234  # initial weights depend on (seed, parameter name) only
     eval_interval: int = 100  # steps; 0: only at the end
@@ -272,6 +274,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_size(self, "train", "steps", "global_batch_size")
         require_not_negative(self, "train", "microbatch_size", "loss_chunk", "eval_interval", "eval_batches", "threads")
+        require_not_negative(self, "train", "z_loss")
+        require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1)")
         require(
             self.dropout == 0 or 2**-16 <= self.dropout <= 1 - 2**-16,  # the steps in which it acts
             f"train.dropout={self.dropout} must be 0 or lie between 2^-16 and 1 - 2^-16",
@@ -379,6 +383,9 @@ class SaltConfig:
     temperature: float = 1.0  # rho
     temperature_on: Literal["teacher", "both"] = "teacher"
     scale_by_temperature_squared: bool = False  # Hinton's factor; off keeps the stated weight
+    # KD: of the student from the teacher, or in reverse; cross_entropy: forward_kl plus the teacher's entropy, and so
+    # with the same gradients
+    divergence: Literal["forward_kl", "reverse_kl", "cross_entropy"] = "forward_kl"
     cache: str = ""  # folder of cache_teacher.py in place of the teacher; of a blend one for each dataset, in any order
     share: float = 0.0  # of train.steps (and so of their tokens) that stage 1 takes, instead of salt.steps
     end_when_better: bool = False  # stage 1 ends once an evaluation finds the model better than the teacher

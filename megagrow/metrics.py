@@ -28,6 +28,7 @@ KEYS = (  # of a line of metrics.jsonl, always present, null where there is noth
     "loss",
     "ce",
     "kd",
+    "teacher_entropy",
     "lr",
     "grad_norm",
     "tokens_per_second",

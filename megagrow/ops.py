@@ -182,26 +182,30 @@ def vocab_grad_(
     logsumexp_T: Tensor,
     scale_T: Tensor,
     num_valid: int | None = None,
+    smooth_T2: Tensor | None = None,
     *,
     fused: bool = False,
 ) -> Tensor:
     """Overwrites logits with the gradient of sum(scale * loss): scale * (softmax - onehot(label)).
 
+    With label smoothing or a z-loss it is scale * softmax - label_scale * onehot(label) - uniform.
+
     Args:
         logits_TV, labels_T, num_valid, fused: as in `vocab_stats`; padding columns become 0.
         logsumexp_T: over the whole vocabulary, in the dtype of the statistics.
         scale_T: weight of every token's loss, in the dtype of the statistics; 0 for ignored ones.
+        smooth_T2: (label_scale, uniform) of every token, likewise, or None: (scale, 0).
 
     Returns:
         logits_TV itself.
     """
     kernels = kernels_for("vocab_loss", logits_TV)
     if kernels is not None:
-        return kernels.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
+        return kernels.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid, smooth_T2)
     if fused and num_valid is None and logits_TV.numel():
-        compiled(torch_ops.write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T)
+        compiled(torch_ops.write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T, smooth_T2)
         return logits_TV
-    return torch_ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid)
+    return torch_ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid, smooth_T2)
 
 
 def vocab_scores(
@@ -238,16 +242,23 @@ def distill_stats(
     student_temperature: float,
     num_valid: int | None = None,
     label_logits_T: Tensor | None = None,
+    reverse: bool = False,
     *,
     fused: bool = False,
 ) -> Tensor:
     """What cross-entropy, KL divergence from a teacher, and the label's rank are made of, over one vocabulary shard.
 
-    With p = softmax(t / rho), q = softmax(s / sigma): KL = sum p (log p - log q) = cross / t_sum - lse_t + lse_s with
-    lse_t = t_max / rho + log t_sum, lse_s = max / sigma + log soft_sum; sums of shards shrink by
-    exp((max_r - max) / temperature) when they merge.
+    With p = softmax(t / rho), q = softmax(s / sigma), lse_t = t_max / rho + log t_sum, lse_s = max / sigma + log
+    soft_sum:
 
-    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2.
+        KL(p | q) = sum p (log p - log q) = cross / t_sum - lse_t + lse_s
+        KL(q | p) = sum q (log q - log p) = cross / soft_sum - lse_s + lse_t      (reverse)
+        entropy of p = lse_t - t_mean / t_sum
+
+    Sums of shards shrink by exp((max_r - max) / temperature) when they merge.
+
+    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2; the reverse
+    direction: Gu et al., "MiniLLM" (2024), section 2.1.
 
     Args:
         logits_TV: the student's.
@@ -255,19 +266,21 @@ def distill_stats(
         temperature: rho, of the teacher.
         student_temperature: sigma, of the student in the KL divergence.
         labels_T, num_valid, label_logits_T, fused: as in `vocab_stats`.
+        reverse: for the divergence of the student from the teacher.
 
     Returns:
         stats_TK: (max, sum of exp(s - max), label logit, soft_sum = sum of exp((s - max) / sigma), t_max,
-        t_sum = sum of exp((t - t_max) / rho), cross = the latter weighted with t / rho - s / sigma), rank if asked for.
+        t_sum = sum of exp((t - t_max) / rho), cross = the latter weighted with t / rho - s / sigma (reverse: soft_sum
+        with s / sigma - t / rho), t_mean = t_sum weighted with t / rho), rank if asked for.
     """
     kernels = kernels_for("distill_loss", logits_TV)
-    temperatures = temperature, student_temperature
+    rest = labels_T, temperature, student_temperature
     if kernels is not None:
-        return kernels.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, num_valid, label_logits_T)
+        return kernels.distill_stats(logits_TV, teacher_TV, *rest, num_valid, label_logits_T, reverse)
     if fused and logits_TV[:, :num_valid].numel():
         rows = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
-        return compiled(torch_ops.distill_stats_of_rows)(*rows, labels_T, *temperatures, label_logits_T)
-    return torch_ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, num_valid, label_logits_T)
+        return compiled(torch_ops.distill_stats_of_rows)(*rows, *rest, label_logits_T, reverse)
+    return torch_ops.distill_stats(logits_TV, teacher_TV, *rest, num_valid, label_logits_T, reverse)
 
 
 def distill_grad_(
@@ -280,30 +293,37 @@ def distill_grad_(
     temperature: float,
     student_temperature: float,
     num_valid: int | None = None,
+    smooth_T2: Tensor | None = None,
+    reverse: bool = False,
     *,
     fused: bool = False,
 ) -> Tensor:
     """Overwrites the student's logits with ce_scale * (softmax - onehot(label)) + kd_scale * (q - p).
 
+    The reverse divergence has q * (s / sigma - t / rho - mean) in the place of q - p.
+
     Args:
         logits_TV, teacher_TV, labels_T, temperature, student_temperature, num_valid, fused: as in `distill_stats`;
             padding columns become 0.
-        logsumexps_T3: over the whole vocabulary: of s, of s / sigma, of t / rho.
+        logsumexps_T3: over the whole vocabulary: of s, of s / sigma, of t / rho; the last one is, for the reverse
+            divergence, the mean of s / sigma - t / rho under q instead.
         ce_scale_T: weight of every token's cross-entropy.
-        kd_scale_T: weight of every token's KL divergence, divided by sigma.
+        kd_scale_T: weight of every token's divergence, divided by sigma.
+        smooth_T2: of the cross-entropy, as in `vocab_grad_`.
+        reverse: the divergence is that of the student from the teacher.
 
     Returns:
         logits_TV itself.
     """
     kernels = kernels_for("distill_loss", logits_TV)
     per_token = labels_T, logsumexps_T3, ce_scale_T, kd_scale_T
-    temperatures = temperature, student_temperature
+    rest = *per_token, temperature, student_temperature
     if kernels is not None:
-        return kernels.distill_grad_(logits_TV, teacher_TV, *per_token, *temperatures, num_valid)
+        return kernels.distill_grad_(logits_TV, teacher_TV, *rest, num_valid, smooth_T2, reverse)
     if fused and num_valid is None and logits_TV.numel():
-        compiled(torch_ops.write_distill_grad)(logits_TV, teacher_TV, *per_token, *temperatures)
+        compiled(torch_ops.write_distill_grad)(logits_TV, teacher_TV, *rest, smooth_T2, reverse)
         return logits_TV
-    return torch_ops.distill_grad_(logits_TV, teacher_TV, *per_token, *temperatures, num_valid)
+    return torch_ops.distill_grad_(logits_TV, teacher_TV, *rest, num_valid, smooth_T2, reverse)
 
 
 @functools.cache

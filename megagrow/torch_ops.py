@@ -118,6 +118,7 @@ def vocab_grad_(
     logsumexp_T: Tensor,
     scale_T: Tensor,
     num_valid: int | None = None,
+    smooth_T2: Tensor | None = None,
 ) -> Tensor:
     valid_TV = logits_TV[:, :num_valid]
     logits_TV[:, valid_TV.shape[1] :] = 0
@@ -128,18 +129,34 @@ def vocab_grad_(
         # A copy for 16-bit logits, whose differences would lose most digits; else the logits.
         wide_TV = valid_TV[rows].to(dtype)
         wide_TV.sub_(logsumexp_T[rows, None]).exp_()
-        wide_TV.scatter_add_(1, column_T1[rows], -onehot_T1[rows])
-        wide_TV.mul_(scale_T[rows, None])
+        if smooth_T2 is None:
+            wide_TV.scatter_add_(1, column_T1[rows], -onehot_T1[rows])
+            wide_TV.mul_(scale_T[rows, None])
+        else:
+            label_T1, each_T1 = smooth_T2[rows].split(1, dim=1)
+            wide_TV.mul_(scale_T[rows, None]).sub_(each_T1)
+            wide_TV.scatter_add_(1, column_T1[rows], -onehot_T1[rows] * label_T1)
         if wide_TV.dtype != logits_TV.dtype:
             valid_TV[rows] = wide_TV
     return logits_TV
 
 
-def write_vocab_grad(logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor) -> None:
+def write_vocab_grad(
+    logits_TV: Tensor, labels_T: Tensor, logsumexp_T: Tensor, scale_T: Tensor, smooth_T2: Tensor | None = None
+) -> None:
     """In the form that a compiler makes one pass of: the twin's scatter would be a pass of its own."""
     softmax_TV = (logits_TV.to(logsumexp_T.dtype) - logsumexp_T[:, None]).exp()
-    onehot_TV = torch.arange(logits_TV.shape[1], device=logits_TV.device) == labels_T[:, None]
-    logits_TV.copy_((softmax_TV - onehot_TV.to(softmax_TV.dtype)) * scale_T[:, None])
+    logits_TV.copy_(_hard_gradient(softmax_TV, labels_T, scale_T, smooth_T2))
+
+
+def _hard_gradient(softmax_TV: Tensor, labels_T: Tensor, scale_T: Tensor, smooth_T2: Tensor | None) -> Tensor:
+    """That of the cross-entropy with the labels, in the form that a compiler makes one pass of."""
+    onehot_TV = torch.arange(softmax_TV.shape[1], device=softmax_TV.device) == labels_T[:, None]
+    onehot_TV = onehot_TV.to(softmax_TV.dtype)
+    if smooth_T2 is None:
+        return scale_T[:, None] * (softmax_TV - onehot_TV)
+    label_T1, each_T1 = smooth_T2.split(1, dim=1)
+    return scale_T[:, None] * softmax_TV - each_T1 - label_T1 * onehot_TV  # in the order of `vocab_grad_`
 
 
 @torch.no_grad()
@@ -151,19 +168,17 @@ def distill_stats(
     student_temperature: float,
     num_valid: int | None = None,
     label_logits_T: Tensor | None = None,
+    reverse: bool = False,
 ) -> Tensor:
-    s_TV, t_TV, wholes = (
-        logits_TV[:, :num_valid],
-        teacher_TV[:, :num_valid],
-        () if label_logits_T is None else (label_logits_T,),
-    )
+    s_TV, t_TV = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
     dtype = torch.promote_types(wide_dtype(logits_TV), wide_dtype(teacher_TV))
-    stats_TK = torch.zeros(len(logits_TV), 7 + len(wholes), dtype=dtype, device=logits_TV.device)
+    num_stats = 8 if label_logits_T is None else 9
+    stats_TK = torch.zeros(len(logits_TV), num_stats, dtype=dtype, device=logits_TV.device)
     stats_TK[:, 0] = stats_TK[:, 4] = -torch.inf
     for rows in row_chunks(s_TV):
-        stats_TK[rows] = distill_stats_of_rows(
-            s_TV[rows], t_TV[rows], labels_T[rows], temperature, student_temperature, *(each[rows] for each in wholes)
-        )
+        given = s_TV[rows], t_TV[rows], labels_T[rows], temperature, student_temperature
+        whole_T = None if label_logits_T is None else label_logits_T[rows]
+        stats_TK[rows] = distill_stats_of_rows(*given, whole_T, reverse)
     return stats_TK
 
 
@@ -174,6 +189,7 @@ def distill_stats_of_rows(
     temperature: float,
     student_temperature: float,
     label_logits_T: Tensor | None = None,
+    reverse: bool = False,
 ) -> Tensor:
     """`distill_stats` of rows without padding, all at once."""
     dtype = torch.promote_types(wide_dtype(logits_TV), wide_dtype(teacher_TV))
@@ -182,13 +198,21 @@ def distill_stats_of_rows(
     soft_sum_T = sum_exp_T if student_temperature == 1.0 else _sum_exp(s_TV, student_temperature)[1]
     t_max_T1 = t_TV.amax(-1, keepdim=True)
     weight_TV = ((t_TV - _finite(t_max_T1)) / temperature).exp()
-    # Where the teacher gives no probability at all the term is 0, whatever the student gives.
-    term_TV = torch.where(weight_TV > 0, weight_TV * (t_TV / temperature - s_TV / student_temperature), weight_TV)
-    stats = [max_T, sum_exp_T, _label_logits(s_TV, labels_T), soft_sum_T]
-    stats += [t_max_T1[:, 0], weight_TV.sum(-1), term_TV.sum(-1)]
+    stats = [max_T, sum_exp_T, _label_logits(s_TV, labels_T), soft_sum_T, t_max_T1[:, 0], weight_TV.sum(-1)]
+    soft_t_TV, soft_s_TV = t_TV / temperature, s_TV / student_temperature
+    t_mean_T = _weighted(weight_TV, soft_t_TV).sum(-1)
+    if reverse:
+        weight_TV = ((s_TV - _finite(max_T[:, None])) / student_temperature).exp()
+    gap_TV = soft_s_TV - soft_t_TV if reverse else soft_t_TV - soft_s_TV
+    stats += [_weighted(weight_TV, gap_TV).sum(-1), t_mean_T]
     if label_logits_T is not None:
         stats.append(_num_greater(s_TV, labels_T, label_logits_T).to(dtype))
     return torch.stack(stats, dim=-1)
+
+
+def _weighted(weight_TV: Tensor, x_TV: Tensor) -> Tensor:
+    """weight · x; where there is no weight at all it is 0, whatever x is."""
+    return torch.where(weight_TV > 0, weight_TV * x_TV, weight_TV)
 
 
 @torch.no_grad()
@@ -202,6 +226,8 @@ def distill_grad_(
     temperature: float,
     student_temperature: float,
     num_valid: int | None = None,
+    smooth_T2: Tensor | None = None,
+    reverse: bool = False,
 ) -> Tensor:
     s_TV, t_TV = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
     logits_TV[:, s_TV.shape[1] :] = 0
@@ -215,6 +241,8 @@ def distill_grad_(
             kd_scale_T[rows],
             temperature,
             student_temperature,
+            None if smooth_T2 is None else smooth_T2[rows],
+            reverse,
         )
     return logits_TV
 
@@ -228,16 +256,17 @@ def write_distill_grad(
     kd_scale_T: Tensor,
     temperature: float,
     student_temperature: float,
+    smooth_T2: Tensor | None = None,
+    reverse: bool = False,
 ) -> None:
     """`distill_grad_` of rows without padding, all at once."""
-    lse_T1, soft_lse_T1, teacher_lse_T1 = logsumexps_T3[..., None].unbind(1)
+    lse_T1, soft_lse_T1, third_T1 = logsumexps_T3[..., None].unbind(1)
     s_TV, t_TV = logits_TV.to(logsumexps_T3.dtype), teacher_TV.to(logsumexps_T3.dtype)
-    softmax_TV = (s_TV - lse_T1).exp()
-    q_TV = softmax_TV if student_temperature == 1.0 else (s_TV / student_temperature - soft_lse_T1).exp()
-    p_TV = (t_TV / temperature - teacher_lse_T1).exp()
-    onehot_TV = torch.arange(logits_TV.shape[1], device=logits_TV.device) == labels_T[:, None]
-    ce_TV = softmax_TV - onehot_TV.to(softmax_TV.dtype)
-    logits_TV.copy_(ce_scale_T[:, None] * ce_TV + kd_scale_T[:, None] * (q_TV - p_TV))
+    softmax_TV, soft_s_TV, soft_t_TV = (s_TV - lse_T1).exp(), s_TV / student_temperature, t_TV / temperature
+    q_TV = softmax_TV if student_temperature == 1.0 else (soft_s_TV - soft_lse_T1).exp()
+    kd_TV = _weighted(q_TV, soft_s_TV - soft_t_TV - third_T1) if reverse else q_TV - (soft_t_TV - third_T1).exp()
+    ce_TV = _hard_gradient(softmax_TV, labels_T, ce_scale_T, smooth_T2)
+    logits_TV.copy_(ce_TV + kd_scale_T[:, None] * kd_TV)
 
 
 def row_chunks(logits_TV: Tensor) -> Iterator[slice]:

@@ -472,3 +472,12 @@ def test_learning_is_judged_beside_a_plain_step(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(growth, "launch", launch)
     assert [row.holds for row in growth.learning_rows(name, case) if row.bound] == [True, False, True]
+
+
+def test_salt_measures_the_memory_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    salt = load("salt", monkeypatch)
+    mixed, plain, dense = salt.loss_memory(torch.device("cpu"), vocab=4000, tokens=2048, hidden=32, teacher_hidden=16)
+    logits = 4 * 4000 * 1024 / 2**20  # of a chunk of both models' tokens
+    assert logits < plain.value < mixed.value < 2 * logits + 12
+    assert dense.value > 4 * 4 * 4000 * 2048 / 2**20
+    assert mixed.holds and mixed.bound == "< 600 MiB"

@@ -92,6 +92,9 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         (["quickstart_small", "--growth.earlier", "[{layers: 2}]"], ["unknown key growth.earlier[0].layers"]),
         (["quickstart_small", "--growth.earlier", "[{num_layers: -2}]"], ["num_layers=-2", "must not be negative"]),
         (["quickstart_small", "--growth.at-plateau", "1.5"], ["growth.at_plateau=1.5", "[0, 1)"]),
+        (["quickstart_small", "--train.label-smoothing", "1"], ["train.label_smoothing=1.0", "[0, 1)"]),
+        (["quickstart_small", "--train.z-loss", "-1e-4"], ["train.z_loss=-0.0001", "must not be negative"]),
+        (["quickstart_small", "--salt.divergence", "js"], ["salt.divergence='js'", "reverse_kl"]),
         (["quickstart_small", "stray"], ["unknown option stray"]),
         (["quickstart_small", "--optim.clip-norm", "-1"], ["optim.clip_norm=-1.0", "must not be negative"]),
         (["quickstart_small", "--optim.max-bad-steps", "0"], ["optim.max_bad_steps=0", "positive"]),
@@ -291,6 +294,11 @@ BAD_COMBINATIONS = [
         config_with(salt=SaltConfig(**ONLINE), data=DataConfig(order="megatron")),
         1,
         ["salt.online_buffer passes over samples", "use order=megagrow"],
+    ),
+    (
+        config_with(salt=SaltConfig(scores="x", steps=3, divergence="reverse_kl")),
+        1,
+        ["salt.divergence=reverse_kl", "salt.teacher is not set"],
     ),
     *(
         (

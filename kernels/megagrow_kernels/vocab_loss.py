@@ -64,11 +64,13 @@ def vocab_grad_ref(
     logsumexp_T: torch.Tensor,
     scale_T: torch.Tensor,
     num_valid: int | None = None,
+    smooth_T2: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition of `vocab_grad_`, not in place."""
     columns_V = torch.arange(logits_TV.shape[1], device=labels_T.device)
     onehot_TV = (labels_T[:, None] == columns_V).to(logits_TV.dtype)
-    grad_TV = scale_T[:, None] * ((logits_TV - logsumexp_T[:, None]).exp() - onehot_TV)
+    label_T1, uniform_T1 = (scale_T[:, None], 0.0) if smooth_T2 is None else smooth_T2.split(1, dim=1)
+    grad_TV = scale_T[:, None] * (logits_TV - logsumexp_T[:, None]).exp() - label_T1 * onehot_TV - uniform_T1
     return grad_TV if num_valid is None else torch.where(columns_V < num_valid, grad_TV, 0)
 
 
@@ -184,25 +186,49 @@ def vocab_scores_kernel(
     tl.store(p_rank + i_t, tl.sum(b_count, axis=0))
 
 
+@triton.jit
+def hard_gradient(b_softmax, o_v, i_label, b_scale, b_label, b_uniform, SMOOTH: tl.constexpr):
+    """That of the cross-entropy with the label; SMOOTH: with label smoothing or a z-loss."""
+    if SMOOTH:
+        return b_scale * b_softmax - tl.where(o_v == i_label, b_label, 0.0) - b_uniform
+    else:
+        return b_scale * tl.where(o_v == i_label, b_softmax - 1.0, b_softmax)
+
+
 @triton.jit(do_not_specialize=["V", "num_valid"])
-def vocab_grad_kernel(p_logits, p_labels, p_logsumexp, p_scale, stride_t, V, num_valid, BLOCK_V: tl.constexpr):
+def vocab_grad_kernel(
+    p_logits,
+    p_labels,
+    p_logsumexp,
+    p_scale,
+    p_smooth,
+    stride_t,
+    V,
+    num_valid,
+    BLOCK_V: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
     i_t = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_t * stride_t
     o_block = tl.arange(0, BLOCK_V)
     i_label = local_column(tl.load(p_labels + i_t), num_valid)
     b_logsumexp = tl.load(p_logsumexp + i_t)
     b_scale = tl.load(p_scale + i_t)
+    b_label = tl.load(p_smooth + i_t * 2) if SMOOTH else 0.0
+    b_uniform = tl.load(p_smooth + i_t * 2 + 1) if SMOOTH else 0.0
     num_full = num_valid - num_valid % BLOCK_V
     for i_v in range(0, num_full, BLOCK_V):
         o_v = i_v + o_block
         b_p = tl.exp(tl.load(p_row + o_v).to(tl.float32) - b_logsumexp)
-        b_grad = b_scale * tl.where(o_v == i_label, b_p - 1.0, b_p)
+        b_grad = hard_gradient(b_p, o_v, i_label, b_scale, b_label, b_uniform, SMOOTH)
         tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty))
     for i_v in range(num_full, V, BLOCK_V):
         o_v = i_v + o_block
         b_x = tl.load(p_row + o_v, mask=o_v < num_valid, other=float("-inf")).to(tl.float32)
         b_p = tl.exp(b_x - b_logsumexp)
-        b_grad = b_scale * tl.where(o_v == i_label, b_p - 1.0, b_p)
+        b_grad = hard_gradient(b_p, o_v, i_label, b_scale, b_label, b_uniform, SMOOTH)
+        if SMOOTH:
+            b_grad = tl.where(o_v < num_valid, b_grad, 0.0)
         tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < V)
 
 
@@ -221,6 +247,13 @@ def check_logits(name: str, logits_TV: torch.Tensor, num_valid: int | None, **pe
     if not 0 <= num_valid <= V:
         raise ValueError(f"{name}: num_valid={num_valid} lies outside 0..{V}")
     return num_valid
+
+
+def check_smooth(name: str, logits_TV: torch.Tensor, smooth_T2: torch.Tensor | None) -> None:
+    """Raises ValueError unless there are two numbers for every token, or none at all."""
+    expected = (len(logits_TV), 2)
+    if smooth_T2 is not None and smooth_T2.shape != expected:
+        raise ValueError(f"{name}: smooth has shape {tuple(smooth_T2.shape)}, need {expected}")
 
 
 def as_float32(x_T: torch.Tensor | None) -> torch.Tensor | None:
@@ -302,7 +335,12 @@ def _(
 
 @torch.library.custom_op("megagrow_kernels::vocab_grad_", mutates_args=("logits_TV",))
 def _grad_(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, logsumexp_T: torch.Tensor, scale_T: torch.Tensor, num_valid: int
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    logsumexp_T: torch.Tensor,
+    scale_T: torch.Tensor,
+    num_valid: int,
+    smooth_T2: torch.Tensor | None,
 ) -> None:
     T, V = logits_TV.shape
     launch = pick("vocab", V, logits_TV.device)
@@ -312,10 +350,12 @@ def _grad_(
             labels_T,
             logsumexp_T,
             scale_T,
+            smooth_T2,
             logits_TV.stride(0),
             V,
             num_valid,
             BLOCK_V=launch.block,
+            SMOOTH=smooth_T2 is not None,
             num_warps=launch.num_warps,
         )
 
@@ -384,8 +424,11 @@ def vocab_grad_(
     logsumexp_T: torch.Tensor,
     scale_T: torch.Tensor,
     num_valid: int | None = None,
+    smooth_T2: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Overwrites the logits with scale * (softmax - onehot(label)), and returns them.
+
+    With label smoothing or a z-loss it is scale * softmax - label_scale * onehot(label) - uniform.
 
     Args:
         logits_TV: as in `vocab_stats`; overwritten, padding columns with 0.
@@ -393,10 +436,13 @@ def vocab_grad_(
         logsumexp_T: float32, over the whole vocabulary.
         scale_T: float32, weight of every token's loss; 0 where it is ignored.
         num_valid: as in `vocab_stats`.
+        smooth_T2: float32, (label_scale, uniform) of every token, or None: (scale, 0).
 
     Raises:
         ValueError: a shape, dtype or stride does not fit, in one line.
     """
     num_valid = check_logits("vocab_grad_", logits_TV, num_valid, labels=labels_T, logsumexp=logsumexp_T, scale=scale_T)
-    _grad_(logits_TV, labels_T.contiguous(), logsumexp_T.float().contiguous(), scale_T.float().contiguous(), num_valid)
+    check_smooth("vocab_grad_", logits_TV, smooth_T2)
+    logsumexp_T, scale_T = logsumexp_T.float().contiguous(), scale_T.float().contiguous()
+    _grad_(logits_TV, labels_T.contiguous(), logsumexp_T, scale_T, num_valid, as_float32(smooth_T2))
     return logits_TV

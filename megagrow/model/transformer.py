@@ -122,13 +122,16 @@ class Teacher:
     """What the last stage holds of a distillation teacher.
 
     Attributes:
-        head_VH: its output matrix; None: the teacher is not here, but left targets behind.
+        head_VH: the rows of its output matrix that go with this rank's rows of the student's; None: the teacher is not
+            here, but left targets behind.
         options: how it is mixed into the loss.
+        num_common: tokens, from the first on, that both vocabularies have; None: all.
         is_sample: whether those targets are drawn.
     """
 
     head_VH: Tensor | None
     options: LossOptions
+    num_common: int | None = None
     is_sample: bool = False
 
 
@@ -160,7 +163,7 @@ class Transformer(nn.Module):
         self.is_post_norm = model.norm_place == "after"
         self.frozen_layers = 0  # of the whole model, from the first on: these and the embedding get no gradients
         self.teacher: Teacher | None = None
-        self.loss_sums: list[Tensor] = []  # one [loss, ce, kd] per microbatch, detached; emptied by the reader
+        self.loss_sums: list[Tensor] = []  # sums of each microbatch, detached; emptied by the reader
         if self.is_first:
             positions = axis_size("positions", model) if model.positions == "learned" else 0
             sizes = model.vocab_size, model.hidden_size
@@ -340,8 +343,14 @@ class Transformer(nn.Module):
             head_VH = head_VH.detach()  # it is the embedding, which stands still
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         options = teacher.options if teacher else LossOptions()
-        cache = cache_size(x_BSH.device)
-        chunk = tokens_at_once(self.train_config.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache)
+        train, cache = self.train_config, cache_size(x_BSH.device)
+        options = replace(
+            options,
+            chunk_tokens=tokens_at_once(train.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache),
+            compiled=train.compile,
+            label_smoothing=train.label_smoothing,
+            z_loss=train.z_loss,
+        )
         loss, sums = vocab_parallel_loss(
             x_BSH.flatten(0, 1),
             head_VH,
@@ -351,8 +360,9 @@ class Transformer(nn.Module):
             self.tp.axis,
             teacher_hidden=None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
             teacher_head=teacher.head_VH if teacher else None,
-            options=replace(options, chunk_tokens=chunk, compiled=self.train_config.compile),
+            options=options,
             head_bias=self.head_bias_V,
+            num_common=teacher.num_common if teacher else None,
             targets=targets,
         )
         self.loss_sums.append(sums)

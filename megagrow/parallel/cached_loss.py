@@ -85,7 +85,7 @@ def cached_distillation(
     mixture: Mixture,
     write_gradient: bool,
 ) -> Tensor:
-    """Returns the sums [loss, CE, KD]; turns the logits into their gradient when asked to."""
+    """Returns the sums [loss, CE, KD, p's entropy]; turns the logits into their gradient when asked to."""
     omega, sigma = mixture.omega, mixture.sigma
     one_softmax = sigma == 1 and omega > 0  # serves both terms, and the logits need no copy
     soft_CV = logits_CV if one_softmax else logits_CV.to(_wide(logits_CV)) / sigma
@@ -93,6 +93,7 @@ def cached_distillation(
     student = _measure(logits_CV, soft_CV, targets, entries, local_C, shard)
     ce = ((student.lse_C - student.label_logit_C) * weights_C).sum()
     kd = (_divergence(student, targets) * weights_C).sum() * mixture.scale
+    entropy = (_entropy(targets, ce.dtype) * weights_C).sum()
     if write_gradient:
         ce_scale_C, kd_scale_C = weights_C * (1 - omega), weights_C * (omega * mixture.scale / sigma)
         if one_softmax:
@@ -104,7 +105,7 @@ def cached_distillation(
                 nothing_C = torch.zeros_like(ce_scale_C)
                 _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, nothing_C, shard)
                 logits_CV.add_(soft_CV)
-    return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])
+    return torch.stack([(1 - omega) * ce + omega * kd, ce, kd, entropy])
 
 
 def _measure(
@@ -145,9 +146,14 @@ def _divergence(student: _Student, targets: CachedTargets) -> Tensor:
     if targets.is_sample:
         return student.soft_lse_C * masses_CK1[:, :-1].sum(-1) - student.cross_C - rest_C
     tail_C = torch.where(rest_C > 0, rest_C * student.base_C, 0.0)
-    entropy_C = -torch.special.xlogy(masses_CK1, masses_CK1).sum(-1)
-    kd_C = student.soft_lse_C * masses_CK1.sum(-1) - student.cross_C - tail_C - entropy_C
+    kd_C = student.soft_lse_C * masses_CK1.sum(-1) - student.cross_C - tail_C - _entropy(targets, masses_CK1.dtype)
     return kd_C.clamp(min=0)  # rounding alone makes it negative
+
+
+def _entropy(targets: CachedTargets, dtype: torch.dtype) -> Tensor:
+    """p's entropy at each token; of top_k with all other tokens as one."""
+    masses_CK1 = targets.masses_TK1.to(dtype)
+    return masses_CK1[:, -1] if targets.is_sample else -torch.special.xlogy(masses_CK1, masses_CK1).sum(-1)
 
 
 def _soft_gradient_(

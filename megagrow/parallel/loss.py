@@ -1,25 +1,13 @@
 """Cross-entropy and distillation on vocabulary shards, from hidden states, chunked over tokens.
 
-    loss = Σ_t weight_t · [(1 − ω)·CE_t + ω·KD_t]
-    CE_t = lse(s_t) − s_t[label]
-    KD_t = Σ_v p_t[v] · (log p_t[v] − log q_t[v])
-    p = softmax(teacher / ρ), q = softmax(student [/ ρ])
-
-The gradients of the local logits are written while the logits of a chunk are at hand, so that no
-logits survive the chunk. Each rank reads its logits once for statistics that merge, which one
-all-gather brings together, and once for the gradient, which is written by hand, where autograd does
-not see the collective. (Summing the final scalar with a differentiable all-reduce instead would make
-every gradient `tp` times too large while the loss looks right.)
-
-Source of the mixture: SALT (Rawat et al., 2024, arXiv 2410.18779); knowledge distillation: Hinton
-et al., 2015.
+The gradients of the local logits are written while the logits of a chunk are at hand (loss_terms.py says what the loss
+of a token is), so that no logits survive the chunk. (Summing the final scalar with a differentiable all-reduce instead
+would make every gradient `tp` times too large while the loss looks right.)
 """
 
-# Shape suffix legend: T = tokens, C = tokens of a chunk, H = hidden, V = local vocabulary rows, R = tensor ranks,
-# K = statistics of a token.
+# Shape suffix legend: T = tokens, C = tokens of a chunk, H = hidden, V = local vocabulary rows.
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,33 +16,24 @@ from torch import Tensor
 from megagrow import ops
 from megagrow.parallel.cached_loss import CachedTargets, Mixture, cached_distillation
 from megagrow.parallel.collectives import max_over, sum_over
+from megagrow.parallel.loss_terms import LossOptions, cross_entropy, distillation
 from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
 from megagrow.parallel.vocab_shard import VocabShard
-from megagrow.parallel.vocab_shard import logsumexp as _logsumexp
+
+__all__ = [
+    "L2_CACHE",
+    "NUM_SUMS",
+    "LossOptions",
+    "cache_size",
+    "token_scores",
+    "tokens_at_once",
+    "vocab_parallel_loss",
+    "whole_logits",
+]
 
 L2_CACHE = 50 * 2**20  # of an H100
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """How the teacher is mixed in.
-
-    Attributes:
-        weight: ω, the share of the distillation term.
-        temperature: ρ.
-        both: apply ρ to the student too (True), or to the teacher only.
-        scale: factor on the distillation term (ρ² for Hinton's convention).
-        chunk_tokens: tokens whose logits exist at a time.
-        compiled: fuse the passes over the logits with torch.compile, where no kernel does it.
-    """
-
-    weight: float = 0.0
-    temperature: float = 1.0
-    both: bool = False
-    scale: float = 1.0
-    chunk_tokens: int = 1024
-    compiled: bool = False
+NUM_SUMS = 4  # loss, cross-entropy, distillation term, the teacher's entropy
 
 
 def vocab_parallel_loss(
@@ -68,6 +47,7 @@ def vocab_parallel_loss(
     teacher_head: Tensor | None = None,
     options: LossOptions | None = None,
     head_bias: Tensor | None = None,
+    num_common: int | None = None,
     targets: CachedTargets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss sum over tokens, the same on every tensor rank.
@@ -81,16 +61,19 @@ def vocab_parallel_loss(
         vocab_size: rows of the whole output matrix.
         tp: the tensor axis.
         teacher_hidden, teacher_head: [T, H_teacher] and [V, H_teacher] of the teacher, or None.
-        options: see `LossOptions`; without a teacher only `chunk_tokens` matters.
+        options: see `LossOptions`; without a teacher weight, temperatures, scale and divergence do not matter.
         head_bias: [V] added to the logits of this rank's rows, or None.
+        num_common: tokens, from the first on, that the teacher has too, of which teacher_head has this rank's rows;
+            the others are left out of both sides of the divergence. None: all.
         targets: what a teacher left behind, in place of one that is here.
 
     Returns:
-        The loss [1] (pipeline schedules join outputs, which therefore have a dim), differentiable
-        in hidden_TH, head_VH and head_bias, and the detached weighted sums [loss, CE, KD].
+        The loss [1] (pipeline schedules join outputs, which therefore have a dim), differentiable in hidden_TH, head_VH
+        and head_bias, and the detached weighted sums [loss, CE, KD, the teacher's entropy]. CE is that of the labels,
+        without smoothing and z-loss; KD has `scale` in it.
     """
     options = options or LossOptions()
-    shard = VocabShard(tp, chunk(vocab_size, tp), options.compiled)
+    shard = VocabShard(tp, vocab_size, num_common, options.compiled)
     needs_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad)
     return _Loss.apply(
         hidden_TH,
@@ -150,7 +133,7 @@ def token_scores(
     Returns:
         nll_T (float32 or wider, never negative), rank_T (int32), the same on every tensor rank.
     """
-    shard = VocabShard(tp, chunk(vocab_size, tp))
+    shard = VocabShard(tp, vocab_size)
     nlls, ranks = [], []
     with torch.no_grad():
         head = head_VH.to(hidden_TH.dtype)
@@ -241,7 +224,7 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
         head = head_VH.to(hidden_TH.dtype)
-        sums = torch.zeros(3, dtype=wide, device=hidden_TH.device)
+        sums = torch.zeros(NUM_SUMS, dtype=wide, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
         # Summed over many chunks, which the head's own dtype would round each time.
         make_head = torch.empty_like if len(hidden_TH) else torch.zeros_like  # the first chunk writes it
@@ -252,16 +235,16 @@ class _Loss(torch.autograd.Function):
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
             logits_CV = _logits(hidden_CH, head, bias_V)
             if targets is not None:
-                mixture = Mixture(options.weight, options.temperature if options.both else 1.0, options.scale)
+                mixture = Mixture(options.weight, options.student_temperature, options.scale)
                 given = targets.rows(part), local_C, weights_T[part], shard, mixture
                 sums += cached_distillation(logits_CV, *given, needs_gradient)
             elif teacher_TH is None or teacher_head_VH is None:
-                sums += _cross_entropy(logits_CV, local_C, weights_T[part], shard, needs_gradient)
+                sums += cross_entropy(logits_CV, local_C, weights_T[part], shard, options, needs_gradient)
             else:
-                teacher_CV = ops.product(teacher_TH[part], teacher_head_VH.to(teacher_TH.dtype))
-                sums += _distillation(
+                sums += distillation(
                     logits_CV,
-                    teacher_CV,
+                    teacher_TH[part],
+                    teacher_head_VH,
                     local_C,
                     weights_T[part],
                     shard,
@@ -297,46 +280,3 @@ class _Loss(torch.autograd.Function):
 def _is_one(factor: Tensor) -> bool:
     """Where asking is free; a GPU would have to stop for it."""
     return factor.device.type == "cpu" and bool((factor == 1).all())
-
-
-def _cross_entropy(
-    logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, shard: VocabShard, write_gradient: bool
-) -> Tensor:
-    """Returns the sums [loss, CE, 0]; turns the logits into their gradient when asked to."""
-    stats_CK = ops.vocab_stats(logits_CV, local_C, fused=shard.fused)
-    max_RC, sum_RC, label_logit_RC = shard.of_all_ranks(stats_CK).unbind(-1)
-    lse_C = _logsumexp(max_RC, sum_RC)
-    ce = ((lse_C - label_logit_RC.sum(0)) * weights_C).sum()
-    if write_gradient:
-        ops.vocab_grad_(logits_CV, local_C, lse_C, weights_C, fused=shard.fused)
-    return torch.stack([ce, ce, torch.zeros_like(ce)])
-
-
-def _distillation(
-    logits_CV: Tensor,
-    teacher_CV: Tensor,
-    local_C: Tensor,
-    weights_C: Tensor,
-    shard: VocabShard,
-    options: LossOptions,
-    write_gradient: bool,
-) -> Tensor:
-    """Returns the sums [loss, CE, KD]; turns the logits into their gradient when asked to."""
-    omega, rho = options.weight, options.temperature
-    sigma = rho if options.both else 1.0
-    stats_CK = ops.distill_stats(logits_CV, teacher_CV, local_C, rho, sigma, fused=shard.fused)
-    max_RC, sum_RC, label_logit_RC, soft_sum_RC, teacher_max_RC, teacher_sum_RC, cross_RC = shard.of_all_ranks(
-        stats_CK
-    ).unbind(-1)
-    lse_C, soft_lse_C = _logsumexp(max_RC, sum_RC), _logsumexp(max_RC, soft_sum_RC, sigma)
-    teacher_lse_C = _logsumexp(teacher_max_RC, teacher_sum_RC, rho)
-    cross_C = (cross_RC * (teacher_max_RC / rho - teacher_lse_C).exp()).sum(0)
-    kd = ((cross_C - teacher_lse_C + soft_lse_C) * weights_C).sum() * options.scale
-    ce = ((lse_C - label_logit_RC.sum(0)) * weights_C).sum()
-    if write_gradient:
-        logsumexps_C3 = torch.stack((lse_C, soft_lse_C, teacher_lse_C), dim=-1)
-        ce_scale_C, kd_scale_C = weights_C * (1 - omega), weights_C * (omega * options.scale / sigma)
-        ops.distill_grad_(
-            logits_CV, teacher_CV, local_C, logsumexps_C3, ce_scale_C, kd_scale_C, rho, sigma, fused=shard.fused
-        )
-    return torch.stack([(1 - omega) * ce + omega * kd, ce, kd])

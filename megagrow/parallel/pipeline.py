@@ -29,6 +29,7 @@ from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from, sum_over
 from megagrow.parallel.fsdp import reshard, sync_gradients
 from megagrow.parallel.gradients import sum_partial_gradients, sum_tied_gradients
+from megagrow.parallel.loss import NUM_SUMS
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import local
 from megagrow.parallel.stages import pipeline_stages
@@ -77,7 +78,7 @@ class Engine:
 
     Args:
         modules: this rank's stages, in order: modules whose `forward(x, **inputs)` returns activations [b, L, H] or, on
-            the last stage with labels, the loss sum, and that append [loss, CE, KD] per microbatch to `loss_sums`.
+            the last stage with labels, the loss sum, and that append the loss's sums per microbatch to `loss_sums`.
         model: the whole model's configuration.
         mesh: where the rank stands.
         num_microbatches: into how many pieces a batch is cut; divides the batch.
@@ -131,7 +132,7 @@ class Engine:
         """Accumulates gradients of the batch's loss.
 
         Returns:
-            The global sums [loss, CE, KD], the same on every rank.
+            The global sums [loss, CE, KD, the teacher's entropy], the same on every rank.
         """
         self._refresh_tied_copy()
         if self.schedule is None:
@@ -142,7 +143,7 @@ class Engine:
         return self._global_sums()
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """The global sums [loss, CE, KD] of a batch, without gradients."""
+        """The global sums [loss, CE, KD, the teacher's entropy] of a batch, without gradients."""
         self._refresh_tied_copy()
         with torch.no_grad():
             if self.forward_schedule is None:
@@ -195,7 +196,8 @@ class Engine:
     def _global_sums(self) -> Tensor:
         recorded = cast(list[Tensor], self.modules[-1].loss_sums)
         device = self.mesh.device
-        sums = torch.stack(recorded).sum(0).double() if recorded else torch.zeros(3, dtype=torch.double, device=device)
+        nothing = torch.zeros(NUM_SUMS, dtype=torch.double, device=device)
+        sums = torch.stack(recorded).sum(0).double() if recorded else nothing
         recorded.clear()
         return broadcast_from(sum_over(sums, self.mesh.tokens), self.mesh.loss_rank, self.mesh.pp)
 

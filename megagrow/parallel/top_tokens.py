@@ -15,7 +15,6 @@ from torch import Tensor
 from megagrow import ops
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Axis
-from megagrow.parallel.shards import chunk
 from megagrow.parallel.vocab_shard import VocabShard
 
 
@@ -43,7 +42,7 @@ def top_tokens(
         ids_TK int64, the likeliest first, of equal ones the lower id; log_probs_TK; tail_T, the log of the mass of all
         other tokens, -inf where there are none.
     """
-    shard, found = VocabShard(tp, chunk(vocab_size, tp)), []
+    shard, found = VocabShard(tp, vocab_size), []
     for soft_CV in _soft_logits(hidden_TH, head_VH, head_bias, temperature, chunk_tokens):
         values_CN, columns_CN = _top(soft_CV, min(count, soft_CV.shape[1]))
         values_CK, ids_CK = _merged_top(values_CN, columns_CN + shard.vocab.start, count, vocab_size, shard)
@@ -79,7 +78,7 @@ def drawn_tokens(
     Returns:
         ids_TK int64, ascending, with repeats; entropy_T in nats.
     """
-    shard, found = VocabShard(tp, chunk(vocab_size, tp)), []
+    shard, found = VocabShard(tp, vocab_size), []
     places_K = torch.arange(count, dtype=torch.float64, device=hidden_TH.device)
     chunks = _soft_logits(hidden_TH, head_VH, head_bias, temperature, chunk_tokens)
     for soft_CV, uniform_C in zip(chunks, uniform_T.split(chunk_tokens), strict=True):

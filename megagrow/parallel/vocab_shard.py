@@ -9,17 +9,42 @@ from torch import Tensor
 
 from megagrow.parallel.collectives import start_all_gather
 from megagrow.parallel.mesh import Axis
+from megagrow.parallel.shards import chunk
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Where this rank's rows stand in the vocabulary, and how the passes over their logits are made."""
+    """Where this rank's rows stand in the vocabulary, and how the passes over their logits are made.
+
+    Attributes:
+        tp: the tensor axis.
+        vocab_size: rows of the whole output matrix.
+        num_common: of these, from the first on, tokens that the teacher has too; None: all.
+        fused: let torch.compile make one pass of each, where no kernel does.
+    """
 
     tp: Axis
-    vocab: slice
+    vocab_size: int
+    num_common: int | None = None
     fused: bool = False
 
+    @property
+    def vocab(self) -> slice:
+        """This rank's rows."""
+        return chunk(self.vocab_size, self.tp)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the rank that has most."""
+        return -(-self.vocab_size // self.tp.size)
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether some rank has rows that the teacher lacks: the same answer everywhere."""
+        return self.num_common is not None and self.num_common < self.vocab_size
+
     def local_labels(self, labels_T: Tensor) -> Tensor:
+        """Columns of the labels that are here, -1 for the others."""
         return torch.where(self._has(labels_T), labels_T - self.vocab.start, -1)
 
     def of_all_ranks(self, stats_CK: Tensor) -> Tensor:
@@ -32,7 +57,8 @@ class VocabShard:
         return LocalEntries(torch.where(is_here_CK, ids_CK - self.vocab.start, 0), is_here_CK)
 
     def _has(self, ids: Tensor) -> Tensor:
-        return (ids >= self.vocab.start) & (ids < self.vocab.stop)
+        vocab = self.vocab
+        return (ids >= vocab.start) & (ids < vocab.stop)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from megagrow import ops, torch_ops
 from megagrow.config import ModelConfig
 from megagrow.cpu_ops import PIECE_ROWS
 from megagrow.parallel.loss import L2_CACHE, tokens_at_once
+from megagrow.parallel.loss_terms import teacher_tokens
 from megagrow.parallel.stages import Stage
 from megagrow.plan.layout import Layout
 from megagrow.plan.weights import layer_names, stored_elements
@@ -287,22 +288,21 @@ class Loss:
 def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None) -> Loss:
     """The gradients that the loss computes in its forward pass, and what that takes.
 
-    Logits exist for `train.loss_chunk` tokens at a time. The gradient of the output matrix is summed in float32; a CPU
-    adds to it in pieces, and converts each.
+    Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. The gradient of the output
+    matrix is summed in float32; a CPU adds to it in pieces, and converts each.
     """
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
     matrix = rows * model.hidden_size
     chunk = tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE)
     logits = min(chunk, layout.tokens) * rows
+    taught = min(logits, teacher_tokens(rows, width) * rows) if teacher is not None else 0
     kept = size.whole + 4 * matrix + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
     copy = width * matrix if layout.casts_at_use else 0
     piece = min(rows, PIECE_ROWS) if device == "cpu" else rows
     added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
-    working = copy + width * logits + max(added, size.whole)
-    if teacher is not None:
-        working += width * logits
-    working += _twin_rows(layout, logits, device, with_teacher=teacher is not None)
+    working = copy + width * (logits + taught) + max(added, size.whole)
+    working += _twin_rows(layout, taught or logits, device, with_teacher=teacher is not None)
     return Loss(kept, kept + working, kept + (size.whole * size.wide if width == 2 and device == "cpu" else 0))
 
 

@@ -17,13 +17,19 @@ from torch import Tensor
 from megagrow.checkpoint.source import Source, load_model
 from megagrow.checks import check_causal, check_model
 from megagrow.config import ModelConfig, ParallelConfig, SaltConfig, require
+from megagrow.errors import DataError
 from megagrow.model.transformer import LossOptions, Transformer
 from megagrow.model.transformer import Teacher as StageTeacher
 from megagrow.parallel.collectives import sum_over
+from megagrow.parallel.loss import NUM_SUMS
 from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.parallel.pipeline import Batch
+from megagrow.parallel.shards import chunk
+from megagrow.roles import TIED_EMBEDDING
 
 SAMPLES_AT_ONCE = 8  # that it evaluates in one pass
+MAX_PADDING = 1024  # rows that fill up a vocabulary: to a multiple of 128 on each of 8 tensor ranks
+PADDED_SHARE = 8  # and at most one for so many tokens
 
 
 class Teacher:
@@ -33,7 +39,7 @@ class Teacher:
         source: the teacher.
         mesh: its tensor axis shards the teacher as it shards the student, so that vocabulary shards
             line up.
-        salt: temperature and weight.
+        salt: how it teaches.
         student: the model that learns.
         dtype: of the teacher's parameters and activations; None: float32.
 
@@ -42,7 +48,7 @@ class Teacher:
         model: the whole teacher, sharded over the tensor axis.
 
     Raises:
-        ConfigError: the vocabularies differ, or the tensor axis does not divide the teacher.
+        ConfigError: the vocabularies differ by more than padding, or the tensor axis does not divide the teacher.
     """
 
     def __init__(
@@ -56,6 +62,8 @@ class Teacher:
         check_model(source.model, ParallelConfig(tensor=mesh.tp.size), f"the teacher {source.path}")
         _check_vocabulary(source.model, student)
         self.config, self.mesh, self.salt = source.model, mesh, salt
+        self._path, self._vocab_size = source.path, student.vocab_size
+        self._fetch = None if source.model.vocab_size == student.vocab_size else source.fetch  # see _student_rows
         self._model: Transformer | None = load_model(source, mesh.without_pipeline(), dtype)
 
     @property
@@ -77,7 +85,11 @@ class Teacher:
             num_microbatches: pieces that B is cut into; pipeline rank p runs pieces p, p + PP, …
             documents_BT: the document of every token of the whole sequences, or None: attention crosses documents.
             positions_BS: of the tokens; None: they count from each sample's first token on.
+
+        Raises:
+            DataError: a token is beyond the teacher's vocabulary, where the student's is larger.
         """
+        self._check_known(ids_BS)
         model, pp = self.model, self.mesh.pp
         given = {"x": ids_BS, "documents": documents_BT, "positions": positions_BS}
         chunks = {name: x.chunk(num_microbatches) for name, x in given.items() if x is not None}
@@ -93,12 +105,12 @@ class Teacher:
         return hidden_BSH
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """The global sums [loss, CE, 0] of a batch, the same on every rank; before `attach`, which drops heads.
+        """The global sums [loss, CE, 0, 0] of a batch, the same on every rank; before `attach`, which drops heads.
 
         Pieces of the batch are shared out over the pipeline ranks, as by `hidden`.
         """
         model, pp = self.model, self.mesh.pp
-        sums = torch.zeros(3, dtype=torch.double, device=batch.ids.device)
+        sums = torch.zeros(NUM_SUMS, dtype=torch.double, device=batch.ids.device)
         pieces = {name: x.split(SAMPLES_AT_ONCE) for name, x in {"x": batch.ids, **batch.inputs()}.items()}
         with torch.no_grad():
             for i in range(pp.rank, len(pieces["x"]), pp.size):
@@ -109,9 +121,29 @@ class Teacher:
     def attach(self, last_stage: Transformer | None) -> None:
         """Gives the last stage the head and how it is mixed in; other ranks drop theirs, unless they score."""
         if last_stage is not None:
-            last_stage.teacher = StageTeacher(self.model.head_VH.detach(), loss_options(self.salt))
+            num_common = min(self.config.vocab_size, self._vocab_size)
+            last_stage.teacher = StageTeacher(self._student_rows(), loss_options(self.salt), num_common)
         elif not self.config.tied_embeddings and self.salt.online_buffer == 0:
             del self.model.head
+
+    def _student_rows(self) -> Tensor:
+        """The output rows of the tokens whose logits the student has on this rank, as far as the teacher has them.
+
+        Where vocabularies of different sizes are cut, the shards end at different tokens; those rows are read anew.
+        """
+        own_VH = self.model.head_VH.detach()
+        if self._fetch is None:
+            return own_VH
+        head_VH = self._fetch(TIED_EMBEDDING if self.config.tied_embeddings else "head.weight")
+        return head_VH[chunk(self._vocab_size, self.mesh.tp)].to(own_VH.device, own_VH.dtype)
+
+    def _check_known(self, ids_BS: Tensor) -> None:
+        if self.config.vocab_size < self._vocab_size and int(ids_BS.max()) >= self.config.vocab_size:
+            raise DataError(
+                f"the data holds token {int(ids_BS.max())}, the teacher {self._path} has vocab_size="
+                f"{self.config.vocab_size} and the model {self._vocab_size}: what the model has more must be padding, "
+                "not tokens; use a salt.teacher with the data's tokenizer"
+            )
 
     def weigh(self, last_stage: Transformer | None, weight: float) -> None:
         """Sets ω for the coming steps, where the loss is computed."""
@@ -121,7 +153,7 @@ class Teacher:
         """Drops the teacher's weights here and on the stage; its memory is released."""
         if last_stage is not None:
             last_stage.teacher = None
-        self._model = None
+        self._model = self._fetch = None
 
 
 def weigh(last_stage: Transformer | None, weight: float) -> None:
@@ -137,6 +169,7 @@ def loss_options(salt: SaltConfig) -> LossOptions:
         temperature=salt.temperature,
         both=salt.temperature_on == "both",
         scale=salt.temperature**2 if salt.scale_by_temperature_squared else 1.0,
+        divergence=salt.divergence,
     )
 
 
@@ -153,11 +186,14 @@ def check_teacher(teacher: ModelConfig, student: ModelConfig, seq_length: int) -
 
 
 def _check_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:
+    """Vocabularies of one tokenizer, padded each in its own way, are compared over the tokens that both have."""
+    smaller, larger = sorted((teacher.vocab_size, student.vocab_size))
+    limit = min(MAX_PADDING, smaller // PADDED_SHARE)
     require(
-        teacher.vocab_size == student.vocab_size,
-        f"the teacher has vocab_size={teacher.vocab_size}, the model vocab_size="
-        f"{student.vocab_size}: distillation compares the same tokens; use a salt.teacher with "
-        "the model's tokenizer",
+        larger - smaller <= limit,
+        f"the teacher has vocab_size={teacher.vocab_size}, the model vocab_size={student.vocab_size}: distillation "
+        f"compares the same tokens, and {larger - smaller} rows are too many for padding (at most {limit} here); use a "
+        "salt.teacher with the model's tokenizer",
     )
 
 

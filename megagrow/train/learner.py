@@ -20,11 +20,22 @@ from megagrow.train.part import Part, gradients
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave: mean losses in nats per token, and whether it reached the weights."""
+    """What one step gave: mean losses in nats per token, and whether it reached the weights.
+
+    Attributes:
+        loss: what was minimised.
+        ce: cross-entropy with the labels.
+        kd: the teacher's term, times what scales it; 0 without a teacher.
+        teacher_entropy: of its distribution at its temperature; 0 without a teacher.
+        grad_norm: before clipping.
+        lr: learning rate.
+        accepted: whether the guard let the step change the weights.
+    """
 
     loss: float
     ce: float
     kd: float
+    teacher_entropy: float
     grad_norm: float
     lr: float
     accepted: bool
@@ -54,13 +65,13 @@ class ModelLearner:
 
     def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
         """Forward, backward, clip, update; a step that the guard refuses leaves everything as it was."""
-        sums_3 = self.part.engine.train_step(batch)
+        sums_4 = self.part.engine.train_step(batch)
         heartbeat.enter("optimizer")
         norm = gradient_norm(self.part.parameters, self.part.mesh)
-        numbers, optim, optimizer = torch.cat((sums_3.double(), norm.view(1))), self.config.optim, self.optimizer
+        numbers, optim, optimizer = torch.cat((sums_4.double(), norm.view(1))), self.config.optim, self.optimizer
         if optimizer.decides_on_device:  # the host waits afterwards
-            optimizer.step(lr, clip_scale(norm, optim.clip_norm), guard.refuses(sums_3[0], norm, optim))
-        loss, ce, kd, grad_norm = numbers.tolist()
+            optimizer.step(lr, clip_scale(norm, optim.clip_norm), guard.refuses(sums_4[0], norm, optim))
+        loss, ce, kd, entropy, grad_norm = numbers.tolist()
         accepted = guard.accepts(loss, grad_norm, optim)
         if optimizer.decides_on_device:
             optimizer.step_count -= not accepted
@@ -68,7 +79,7 @@ class ModelLearner:
             scale_gradients(self.part.parameters, grad_norm, optim.clip_norm)
             optimizer.step(lr)
         optimizer.drop_gradients()
-        return StepResult(loss, ce, kd, grad_norm, lr, accepted)
+        return StepResult(loss, ce, kd, entropy, grad_norm, lr, accepted)
 
     def restart(self) -> None:
         """Forgets the moments."""
@@ -111,7 +122,7 @@ class MapLearner:
 
     def step(self, batch: Batch, lr: float, guard: StepGuard) -> StepResult:
         """One learning step of the maps on the ordinary loss (LiGO, Eq. 3); then the weights are generated anew."""
-        loss, ce, kd = self.part.engine.train_step(batch).tolist()
+        loss, ce, kd, entropy = self.part.engine.train_step(batch).tolist()
         heartbeat.enter("optimizer")
         parameters, optim = self.part.parameters, self.config.optim
         of_weights = gradients(parameters)
@@ -124,7 +135,7 @@ class MapLearner:
             scale_gradients(self.ligo.parameters(), norm, optim.clip_norm)
             self._update(lr)
             self.generate()
-        return StepResult(loss, ce, kd, norm, lr, accepted)
+        return StepResult(loss, ce, kd, entropy, norm, lr, accepted)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint stores: the small model, the maps and their moments."""

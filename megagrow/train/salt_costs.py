@@ -9,7 +9,7 @@ def inherit(ledger: Ledger, label: str, identity: str, cost: Ledger, path: str) 
     """Enters a cost into the run's ledger; a resumed run must find what it began with.
 
     Raises:
-        CheckpointError: `path`, the setting that the label begins with, leads to something else than when the run began.
+        CheckpointError: `path`, the setting that the label begins with, leads elsewhere than when the run began.
     """
     known = {item.identity for item in ledger.inherited if item.label == label}
     if known - {identity}:

@@ -216,6 +216,9 @@ class SaltStage:
         inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, given), name)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
         self.tell(f"stage 1: {name} teaches for {config.salt.steps} steps (its loss here: {shown})")
+        if source.model.vocab_size != config.model.vocab_size:
+            sizes = f"{source.model.vocab_size} of the teacher and {config.model.vocab_size} of the model"
+            self.tell(f"stage 1 compares the tokens that both vocabularies have, {sizes}: the rest counts as padding")
         if config.salt.end_when_better and self.state.teacher_loss is None:
             self.state.teacher_loss = self._held_out_loss(teacher)
             self.tell(f"stage 1 ends early once the held-out loss is below the teacher's {self.state.teacher_loss:.4f}")

@@ -346,14 +346,15 @@ class Trainer:
         state, config = self.state, self.config
         rate = config.train.global_batch_size * config.data.seq_length / seconds
         if state.step % config.run.log_interval == 0 or validation is not None or not result.accepted:
-            own = state.ledger.own()
+            own, is_taught = state.ledger.own(), phase == "salt" and config.salt.teaches
             self.metrics.log(
                 step=state.step,
                 phase=phase,
                 tokens=state.tokens,
                 loss=result.loss,
                 ce=result.ce,
-                kd=result.kd if phase == "salt" and config.salt.teaches else None,
+                kd=result.kd if is_taught else None,
+                teacher_entropy=result.teacher_entropy if is_taught else None,
                 lr=result.lr,
                 grad_norm=result.grad_norm,
                 tokens_per_second=rate,

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -343,11 +344,29 @@ def test_fused_distillation_functions_give_what_the_twins_give(dtype: torch.dtyp
     torch.testing.assert_close(given, expected)
 
 
+def test_what_is_fused_has_every_option() -> None:
+    """Smoothed labels and the reverse divergence; the functions run as they are, which a compiler takes as well."""
+    logits_TV, teacher_TV, labels_T = normal(4, 70), normal(5, 70)[:4], torch.tensor([0, 69, -1, 33])
+    scale_T, smooth_T2, lse_T3 = normal(4), normal(4, 2), normal(4, 3) + 5
+    with mock.patch.object(ops, "compiled", lambda function: function):
+        for door, given in (
+            (ops.vocab_grad_, (logits_TV, labels_T, lse_T3[:, 0], scale_T, None, smooth_T2)),
+            (ops.distill_stats, (logits_TV, teacher_TV, labels_T, 2.0, 3.0, None, None, True)),
+            (
+                ops.distill_grad_,
+                (logits_TV, teacher_TV, labels_T, lse_T3, scale_T, -scale_T, 2.0, 3.0, None, smooth_T2, True),
+            ),
+        ):
+            first, *rest = given
+            found, expected = door(first.clone(), *rest, fused=True), door(first.clone(), *rest)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_fused_functions_take_empty_shards() -> None:
     empty, labels_T = torch.empty(3, 0), torch.tensor([-1, -1, -1])
     for stats_TK in (
         ops.vocab_stats(empty, labels_T, fused=True),
-        ops.distill_stats(empty, empty, labels_T, 2.0, 1.0, fused=True)[:, [0, 1, 2, 3, 5, 6]],
+        ops.distill_stats(empty, empty, labels_T, 2.0, 1.0, fused=True)[:, [0, 1, 2, 3, 5, 6, 7]],
     ):
         assert stats_TK[:, 0].eq(-torch.inf).all() and stats_TK[:, 1:].eq(0).all()
     zeros_T = torch.zeros(3)

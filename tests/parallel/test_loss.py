@@ -73,17 +73,18 @@ def oracle(p: Problem, options: LossOptions, with_teacher: bool = True) -> Resul
     counted = p.labels_T >= 0
     ce_T = F.cross_entropy(logits_TV, p.labels_T.clamp(min=0), reduction="none")
     ce = (ce_T * p.weights_T)[counted].sum()
-    loss, kd = ce, torch.zeros_like(ce)
+    loss, kd, entropy = ce, torch.zeros_like(ce), torch.zeros_like(ce)
     if with_teacher:
         rho = options.temperature
         target_TV = (p.teacher_TG @ p.teacher_head_VG.T / rho).softmax(-1)
         student_TV = (logits_TV / (rho if options.both else 1.0)).log_softmax(-1)
         kl_T = F.kl_div(student_TV, target_TV, reduction="none").sum(-1)
         kd = options.scale * (kl_T * p.weights_T).sum()
+        entropy = -((target_TV * target_TV.log()).sum(-1) * p.weights_T).sum()
         loss = (1 - options.weight) * ce + options.weight * kd
     loss.backward()
     assert hidden_TH.grad is not None and head_VH.grad is not None
-    sums = torch.stack([loss, ce, kd]).detach()
+    sums = torch.stack([loss, ce, kd, entropy]).detach()
     return Result(sums[:1], sums, hidden_TH.grad, head_VH.grad)
 
 

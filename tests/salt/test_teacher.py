@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow.config import ModelConfig, ParallelConfig, SaltConfig
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, DataError
 from megagrow.evaluate import make_batch
 from megagrow.model.transformer import LossOptions, Transformer, initialize
 from megagrow.parallel.mesh import Mesh, make_mesh
@@ -51,8 +51,8 @@ def make_student(mesh: Mesh, model: ModelConfig = STUDENT) -> Transformer:
     return student
 
 
-def make_teacher(mesh: Mesh, model: ModelConfig = SMALL) -> Teacher:
-    return Teacher(make_source(model), mesh, SALT, STUDENT, torch.float64)
+def make_teacher(mesh: Mesh, model: ModelConfig = SMALL, vocab_size: int = 29) -> Teacher:
+    return Teacher(make_source(model), mesh, SALT, replace(STUDENT, vocab_size=vocab_size), torch.float64)
 
 
 def hidden_here(model: ModelConfig, num_microbatches: int, tensor: int, pipeline: int) -> Any:
@@ -149,7 +149,8 @@ def test_the_attached_teacher_reaches_the_loss() -> None:
     ce = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
     kd = F.kl_div(logits.log_softmax(-1), target, reduction="sum").item()
     assert loss == pytest.approx(0.6 * ce + 0.4 * kd, rel=1e-12)
-    assert sums.tolist() == pytest.approx([loss, ce, kd], rel=1e-12)
+    entropy = -(target * target.log()).sum().item()
+    assert sums.tolist() == pytest.approx([loss, ce, kd, entropy], rel=1e-12)
 
 
 def inherited_gradients(mesh: Mesh) -> list[dict[str, Tensor]]:
@@ -277,13 +278,63 @@ def test_after_freeing_the_loss_is_plain() -> None:
     assert torch.equal(student(ids[:, :-1], ids[:, 1:]), plain)
 
 
-def test_the_vocabularies_must_be_equal() -> None:
-    student = replace(STUDENT, vocab_size=30)
-    message = "the teacher has vocab_size=29, the model vocab_size=30: .*; use a salt.teacher with"
+def test_vocabularies_that_differ_by_more_than_padding_are_refused() -> None:
+    message = "the teacher has vocab_size=29, the model vocab_size=33: .* 4 rows .*at most 3.*; use a salt.teacher with"
     with pytest.raises(ConfigError, match=message):
-        Teacher(make_source(SMALL), Mesh.single(), SALT, student)
+        Teacher(make_source(SMALL), Mesh.single(), SALT, replace(STUDENT, vocab_size=33))
     with pytest.raises(ConfigError, match=message):
-        check_teacher(SMALL, student, 8)
+        check_teacher(SMALL, replace(STUDENT, vocab_size=33), 8)
+    with pytest.raises(ConfigError, match="31 rows are too many for padding .at most 28"):
+        check_teacher(replace(SMALL, vocab_size=229), replace(STUDENT, vocab_size=260), 8)
+    with pytest.raises(ConfigError, match="1072 rows are too many for padding .at most 1024"):
+        check_teacher(replace(SMALL, vocab_size=151_936), replace(STUDENT, vocab_size=153_008), 8)
+    qwen = [replace(STUDENT, vocab_size=size) for size in (151_936, 152_064)]  # Qwen2.5's small and large models
+    check_teacher(qwen[0], qwen[1], 8)
+    check_teacher(qwen[1], qwen[0], 8)
+
+
+def padded_loss(mesh: Mesh, model: ModelConfig, vocab_size: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a student whose vocabulary has another size than the teacher's."""
+    student, teacher = (
+        make_student(mesh, replace(STUDENT, vocab_size=vocab_size)),
+        make_teacher(mesh, model, vocab_size),
+    )
+    teacher.attach(student)
+    ids = batch() % 27
+    loss = student(ids[:, :-1], ids[:, 1:], torch.ones(6, 6).double(), teacher.hidden(ids[:, :-1], 2))
+    loss.sum().backward()
+    return loss.item(), {name: full(p.grad) for name, p in student.named_parameters() if p.grad is not None}
+
+
+def padded_loss_here(model: ModelConfig, vocab_size: int) -> Any:
+    return padded_loss(mesh_of(tensor=2), model, vocab_size)
+
+
+@pytest.mark.parametrize("vocab_size", [27, 32])
+@pytest.mark.parametrize("model", BOTH)
+def test_a_teacher_with_another_padding(model: ModelConfig, vocab_size: int) -> None:
+    """Against both models' logits, cut down to the tokens that both know; on two ranks their shards end elsewhere."""
+    ids, student = batch() % 27, make_student(Mesh.single(), replace(STUDENT, vocab_size=vocab_size))
+    logits = student.logits(ids[:, :-1]).flatten(0, 1)
+    common = min(vocab_size, 29)
+    target = (make_model(model).logits(ids[:, :-1]).flatten(0, 1)[:, :common] / SALT.temperature).softmax(-1)
+    ce = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    kd = F.kl_div(logits[:, :common].log_softmax(-1), target, reduction="sum")
+    parameters = dict(student.named_parameters())
+    expected = torch.autograd.grad(0.6 * ce + 0.4 * kd, list(parameters.values()))
+    for loss, gradients in (
+        padded_loss(Mesh.single(), model, vocab_size),
+        *run_ranks(padded_loss_here, 2, model, vocab_size),
+    ):
+        assert loss == pytest.approx((0.6 * ce + 0.4 * kd).item(), rel=1e-12)
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-11, msg=name)
+
+
+def test_tokens_that_only_the_model_knows_are_no_padding() -> None:
+    teacher = make_teacher(Mesh.single(), SMALL, 32)
+    with pytest.raises(DataError, match="holds token 30, the teacher small has vocab_size=29 and the model 32: .*must"):
+        teacher.hidden(torch.full((2, 4), 30), 1)
 
 
 def test_the_position_table_must_reach() -> None:
@@ -307,6 +358,7 @@ def test_the_tensor_axis_must_divide_the_teacher() -> None:
             SaltConfig(temperature=0.25, scale_by_temperature_squared=True),
             LossOptions(0.5, 0.25, False, 0.0625),
         ),
+        (SaltConfig(divergence="reverse_kl"), LossOptions(0.5, divergence="reverse_kl")),
     ],
 )
 def test_loss_options(salt: SaltConfig, options: LossOptions) -> None:

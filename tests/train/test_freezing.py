@@ -195,7 +195,7 @@ def test_the_next_growth_waits_until_all_layers_learn_again(tmp_path: Path) -> N
     model = dataclasses.replace(SMALL, num_layers=8)
     config = make_config(tmp_path, tmp_path, 30, model=model, growth=growth)
     state = RunState(SMALL, "small", growths=1, grown_at=3, layers_before=2)
-    result = StepResult(loss=1.0, ce=1.0, kd=0.0, grad_norm=1.0, lr=0.1, accepted=True)
+    result = StepResult(loss=1.0, ce=1.0, kd=0.0, teacher_entropy=0.0, grad_norm=1.0, lr=0.1, accepted=True)
     due, rates, noted = {}, [], []
     for state.train_step in range(3, 12):
         state.losses = []

@@ -201,7 +201,8 @@ def test_resuming_on_either_side_of_the_stage_switch(corpus: Path, trained: Path
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
     lines = metrics(tmp_path / "whole")
     assert [line["phase"] for line in lines] == ["salt"] * 3 + ["train"] * 3
-    assert all(line["kd"] > 0 for line in lines[:3]) and all(line["kd"] is None for line in lines[3:])
+    for name in ("kd", "teacher_entropy"):
+        assert all(line[name] > 0 for line in lines[:3]) and all(line[name] is None for line in lines[3:])
 
 
 def test_an_inheriting_run_weighs_its_teacher_less_with_every_step(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -261,6 +262,45 @@ def test_a_teacher_of_weight_zero_changes_nothing(corpus: Path, trained: Path, t
     taught = dataclasses.replace(taught, salt=SaltConfig(teacher=str(trained), steps=3, weight=0.0))
     assert run(plain) == 0 and run(taught) == 0
     assert [line["ce"] for line in metrics(tmp_path / "plain")] == [line["ce"] for line in metrics(tmp_path / "taught")]
+
+
+def test_a_run_with_every_option_of_the_loss(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """The terms are logged apart; what is validated is the plain cross-entropy."""
+
+    def first(name: str, salt: SaltConfig, **more: float) -> dict[str, float]:
+        config = make_config(corpus, tmp_path / name, steps=1, salt=salt)
+        assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, eval_interval=1, **more))) == 0
+        (line,) = metrics(tmp_path / name)
+        return line
+
+    plain = first("plain", SaltConfig())
+    salt = SaltConfig(teacher=str(trained), steps=1, weight=0.25)
+    forward, cross, reverse = (
+        first(divergence, dataclasses.replace(salt, divergence=divergence))
+        for divergence in ("forward_kl", "cross_entropy", "reverse_kl")
+    )
+    assert cross["kd"] == pytest.approx(forward["kd"] + forward["teacher_entropy"], rel=1e-6)
+    assert 0 < reverse["kd"] != forward["kd"]
+    for line in (forward, cross, reverse):
+        assert line["ce"] == plain["ce"] == plain["loss"]
+        assert line["loss"] == pytest.approx(0.75 * line["ce"] + 0.25 * line["kd"], rel=1e-6)
+    assert cross["validation_loss"] == forward["validation_loss"] != reverse["validation_loss"]
+    smoothed, squared = first("smoothed", SaltConfig(), label_smoothing=0.1), first("squared", SaltConfig(), z_loss=0.1)
+    for line in (smoothed, squared):
+        assert line["ce"] == plain["ce"] and line["kd"] is line["teacher_entropy"] is None
+        assert line["loss"] != line["ce"] and line["validation_loss"] != plain["validation_loss"]
+    assert squared["loss"] > squared["ce"] + 0.1
+
+
+def test_a_teacher_whose_vocabulary_is_padded_otherwise(
+    corpus: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = dataclasses.replace(SMALL, vocab_size=272)
+    assert run(salted(make_config(corpus, tmp_path, steps=2, model=model), trained, steps=1)) == 0
+    assert "both vocabularies have, 256 of the teacher and 272 of the model" in capfd.readouterr().err
+    taught, plain = metrics(tmp_path)
+    assert taught["kd"] > 0 and taught["loss"] == pytest.approx((taught["ce"] + taught["kd"]) / 2, rel=1e-6)
+    assert plain["kd"] is None and plain["loss"] == plain["ce"]
 
 
 JOBS = [

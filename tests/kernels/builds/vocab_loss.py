@@ -22,6 +22,7 @@ def vocab(dtype: str, vocab_size: int, target: str) -> Iterator[Build]:
     common = {"p_logits": f"*{dtype}", "p_labels": "*i64", "stride_t": "i32", "num_valid": "i32"}
     wholes = pointers("fp32", "p_label_logits")
     scores = {"p_max": "*fp32", "p_units": "*i64", "p_rank": "*i32", "unit": "fp32"}
+    gradient = {"p_logsumexp": "*fp32", "p_scale": "*fp32", "V": "i32"}
     for name, kernel, own, more in (
         ("stats", vocab_stats_kernel, {"p_stats": "*fp32"}, {"HAS_RANK": False, "p_label_logits": None}),
         ("stats_rank", vocab_stats_kernel, {"p_stats": "*fp32"} | wholes, {"HAS_RANK": True}),
@@ -31,7 +32,8 @@ def vocab(dtype: str, vocab_size: int, target: str) -> Iterator[Build]:
             scores | wholes,
             {},
         ),
-        ("grad", vocab_grad_kernel, {"p_logsumexp": "*fp32", "p_scale": "*fp32", "V": "i32"}, {}),
+        ("grad", vocab_grad_kernel, gradient, {"SMOOTH": False, "p_smooth": None}),
+        ("grad_smooth", vocab_grad_kernel, gradient | pointers("fp32", "p_smooth"), {"SMOOTH": True}),
     ):
         yield Build(
             f"vocab_{name}-{dtype}-{vocab_size}",

@@ -96,7 +96,7 @@ def kl_divergence(logits_TV: Tensor, teacher_TV: Tensor, given: Tokens, rho: flo
     """By our kernels: weight · KL(softmax(teacher / rho) || softmax(logits / sigma)) of every token."""
     logits_TV = logits_TV.clone()
     stats_TK = megagrow_kernels.distill_stats(logits_TV, teacher_TV, given.labels_T, rho, sigma)
-    max_T, sum_T, _, soft_sum_T, teacher_max_T, teacher_sum_T, cross_T = stats_TK.unbind(-1)
+    max_T, sum_T, _, soft_sum_T, teacher_max_T, teacher_sum_T, cross_T, _ = stats_TK.unbind(-1)
     lse_T, soft_lse_T = max_T + sum_T.log(), max_T / sigma + soft_sum_T.log()
     teacher_lse_T = teacher_max_T / rho + teacher_sum_T.log()
     kl_T = cross_T / teacher_sum_T - teacher_lse_T + soft_lse_T
