@@ -272,7 +272,7 @@ BAD_COMBINATIONS = [
     *(
         (config_with(salt=SaltConfig(**fields)), 1, words)
         for fields, words in [
-            ({"share": 0.1}, ["salt.share=0.1 without salt.teacher or salt.scores does nothing"]),
+            ({"share": 0.1}, ["salt.share=0.1 without salt.teacher, salt.cache or salt.scores does nothing"]),
             ({"scores": "x", "steps": 5, "schedule": "cosine"}, ["salt.schedule=cosine", "salt.teacher is not set"]),
             ({"teacher": "x", "steps": 5, "end_when_better": True}, ["salt.end_when_better", "data.validation"]),
             ({"teacher": "x", "steps": 5, "keep": "band"}, ["salt.keep=band", "set salt.scores"]),
@@ -299,6 +299,11 @@ BAD_COMBINATIONS = [
         config_with(salt=SaltConfig(scores="x", steps=3, divergence="reverse_kl")),
         1,
         ["salt.divergence=reverse_kl", "salt.teacher is not set"],
+    ),
+    (
+        config_with(salt=SaltConfig(cache="x", steps=3), train=TrainConfig(z_loss=1e-4)),
+        1,
+        ["salt.cache teaches by forward KL", "train.z_loss", "use salt.teacher"],
     ),
     *(
         (

@@ -100,7 +100,7 @@ class CachedTeacher:
     def attach(self, last_stage: Transformer | None) -> None:
         """Tells the last stage how targets are mixed in."""
         if last_stage is not None:
-            last_stage.teacher = StageTeacher(None, loss_options(self.salt), self.is_sample)
+            last_stage.teacher = StageTeacher(None, loss_options(self.salt), is_sample=self.is_sample)
 
     def weigh(self, last_stage: Transformer | None, weight: float) -> None:
         """Sets ω for the coming steps, where the loss is computed."""

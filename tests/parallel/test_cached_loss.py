@@ -76,7 +76,9 @@ def oracle(p: Problem, targets: CachedTargets, options: LossOptions) -> Result:
     loss = (1 - options.weight) * ce + options.weight * kd
     loss.backward()
     assert hidden_TH.grad is not None and head_VH.grad is not None
-    sums = torch.stack([loss, ce, kd]).detach()
+    masses_TK1 = targets.masses_TK1.double()
+    entropy_T = masses_TK1[:, -1] if targets.is_sample else torch.special.entr(masses_TK1).sum(-1)
+    sums = torch.stack([loss, ce, kd, (entropy_T * p.weights_T).sum()]).detach()
     return Result(sums[:1], sums, hidden_TH.grad, head_VH.grad)
 
 
