@@ -231,7 +231,7 @@ def all_serve() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("all_serve")
-@pytest.mark.parametrize("name", ops.KERNELS)
+@pytest.mark.parametrize("name", sorted(ops.KERNELS))
 def test_kernels_serve_what_they_can_on_a_gpu(name: str) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert ops.kernels_for(name, fake("cuda", dtype)) is megagrow_kernels
