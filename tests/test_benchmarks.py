@@ -455,9 +455,9 @@ def test_growth_judges_by_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(growth, "launch", lambda *_: found)
         return [row.holds for row in growth.growth_rows(name, case) if row.bound]
 
-    assert holds(1.05, 2.9) == [True] * 4
-    assert holds(1.05, 3.1) == [True, True, False, False]
-    assert holds(1.2, 2.9) == [False, False, True, True]
+    assert holds(1.05, 2.9) == [True] * 3
+    assert holds(1.05, 3.1) == [True, True, False]
+    assert holds(1.2, 2.9) == [False, False, True]
 
 
 def test_learning_is_judged_beside_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +471,7 @@ def test_learning_is_judged_beside_a_plain_step(monkeypatch: pytest.MonkeyPatch)
         return [{"pipeline": r, "peak": share * b, "seconds": [seconds, seconds]} for r, b in planned.items()]
 
     monkeypatch.setattr(growth, "launch", launch)
-    assert [row.holds for row in growth.learning_rows(name, case) if row.bound] == [True, False, True]
+    assert [row.holds for row in growth.learning_rows(name, case) if row.bound] == [True, False]
 
 
 def test_salt_measures_the_memory_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
