@@ -48,14 +48,18 @@ def write_densely(dims: Sequence[Dim], source: Tensor, box: Box, target: Tensor,
     """
     if target.ndim != 2 or len(dims[0].maps) > 1 < dims[0].unit:  # parts whose rows are not evenly apart
         return False
-    if _is_served(dims, source, _is_dense):
-        write: Callable[..., None] = _write_product
-    elif scale == 1 and _is_served(dims, source, _is_appended):
-        write = _write_blocks
-    else:
+    is_product = _is_served(dims, source, _is_dense)
+    if not is_product and not (scale == 1 and _is_served(dims, source, _is_appended)):
         return False
-    for axis_map, part_AB, rows, piece in _targets(dims[0], source, box[0], target):
-        write(piece, part_AB, axis_map, dims[1].maps[0], rows, box[1], scale)
+    (column_map,), columns = dims[1].maps, box[1]
+    for row_map, part_AB, rows, piece in _targets(dims[0], source, box[0], target):
+        if is_product:
+            part_AB = _only(_only(part_AB, 0, row_map, rows), 1, column_map, columns)
+            maps = _matrix(row_map, rows, source), _matrix(column_map, columns, source)
+            ops.dense_map_(piece, part_AB, *maps, scale)
+        else:
+            new = _matrix(row_map, slice(None), source), _matrix(column_map, slice(None), source)
+            ops.dense_blocks_(piece, part_AB, *new, rows.start, columns.start)
     return True
 
 
@@ -90,40 +94,12 @@ def _targets(
         yield axis_map, part_AB, slice(start, start + len(piece)), piece
 
 
-def _write_product(
-    target: Tensor,
-    source: Tensor,
-    row_map: AxisMap | None,
-    column_map: AxisMap | None,
-    rows: slice,
-    columns: slice,
-    scale: float,
-) -> None:
-    source_AB = _only(_only(source, 0, row_map, rows), 1, column_map, columns)
-    ops.dense_map_(target, source_AB, _matrix(row_map, rows, source), _matrix(column_map, columns, source), scale)
-
-
-def _write_blocks(
-    target: Tensor,
-    source: Tensor,
-    row_map: AxisMap | None,
-    column_map: AxisMap | None,
-    rows: slice,
-    columns: slice,
-    scale: float,
-) -> None:
-    new_rows_XA, new_columns_YB = (None if each is None else _learned(each, source) for each in (row_map, column_map))
-    ops.dense_blocks_(target, source, new_rows_XA, new_columns_YB, rows.start, columns.start)
-
-
-def _learned(axis_map: AxisMap, source: Tensor) -> Tensor:
-    assert isinstance(axis_map, DenseMap | ExtendedMap)
-    return axis_map.matrix.to(source.device)
-
-
 def _matrix(axis_map: AxisMap | None, elements: Tensor | slice, source: Tensor) -> Tensor | None:
-    """Rows of a dense map where the source is."""
-    return None if axis_map is None else _learned(axis_map, source)[elements]
+    """Learned rows of a map where the source is: of all elements, or of new ones alone."""
+    if axis_map is None:
+        return None
+    assert isinstance(axis_map, DenseMap | ExtendedMap)
+    return axis_map.matrix.to(source.device)[elements]
 
 
 def _only(source: Tensor, dim: int, axis_map: AxisMap | None, elements: Tensor | slice) -> Tensor:

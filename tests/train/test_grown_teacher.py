@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,11 +65,11 @@ def test_the_small_model_is_held_once(
     held: list[int] = []
     begin, make = growing.begin, Teacher.__init__
 
-    def watched_begin(learner, *args):  # type: ignore[no-untyped-def]
+    def watched_begin(learner: Any, *args: Any) -> Any:
         small.append(learner.part)
         return begin(learner, *args)
 
-    def watched_make(self, *args):  # type: ignore[no-untyped-def]
+    def watched_make(self: Teacher, *args: Any) -> None:
         held.append(sum(local(p.detach()).untyped_storage().nbytes() for p in small[0].parameters.values()))
         make(self, *args)
 
