@@ -30,7 +30,7 @@ from megagrow.salt.cache_format import Entries, Kind, compress, encode, to_codes
 from megagrow.salt.cache_manifest import CacheIdentity
 from megagrow.salt.cache_shards import CacheShards, samples_sha256
 from megagrow.salt.records import corpus_fields
-from megagrow.salt.sharded import Progress, check_reader, checked_model, wait_for_all
+from megagrow.salt.sharded import Progress, check_reader, checked_model
 from megagrow.salt.teacher_cache import is_complete
 from megagrow.torch_ops import mix
 
@@ -118,17 +118,13 @@ def cache_teacher(
     )
     identity = identity_of(source, dataset, settings, samples)
     shards = CacheShards(output, identity, samples, settings.batch_size, settings.shard_size, mesh)
-    if not is_complete(output, identity):
-        if pending := shards.pending():
-            model = checked_model(source, dataset, mesh, settings.dtype, settings.skip_source_check, progress)
-            shards.begin()
-            _cache_shards(model, dataset, shards, pending, settings, progress)
-        wait_for_all(mesh)
-        if mesh.is_main:
-            shards.complete(flops)
-    wait_for_all(mesh)
-    if mesh.is_main:
-        shards.clean_up()
+
+    def work(pending: list[int]) -> None:
+        model = checked_model(source, dataset, mesh, settings.dtype, settings.skip_source_check, progress)
+        shards.begin()
+        _cache_shards(model, dataset, shards, pending, settings, progress)
+
+    shards.carry_out(is_complete(output, identity), work, lambda: shards.complete(flops), shards.clean_up)
     return output
 
 

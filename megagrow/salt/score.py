@@ -36,7 +36,7 @@ from megagrow.salt.score_files import (
     read_scores,
     write_scores,
 )
-from megagrow.salt.sharded import Progress, Shards, check_reader, checked_model, wait_for_all
+from megagrow.salt.sharded import Progress, Shards, check_reader, checked_model
 
 __all__ = ["Progress", "ScoreSettings", "read_scores", "sample_scores", "score_corpus"]
 
@@ -103,17 +103,15 @@ def score_corpus(
     dtype = str(settings.dtype).removeprefix("torch.")
     identity = identity_of(dataset, source.identity, settings.top_k, dtype)
     shards = _Shards(output, identity, settings, mesh)
-    if not is_complete(output, identity):
-        if pending := shards.pending():
-            model = checked_model(source, dataset, mesh, settings.dtype, settings.skip_source_check, progress)
-            shards.begin()
-            _score_shards(model, dataset, shards, pending, source, progress)
-        wait_for_all(mesh)
-        if mesh.is_main:
-            shards.merge(flops)
-    wait_for_all(mesh)
-    if mesh.is_main:
-        shards.folder.remove(".safetensors")
+
+    def work(pending: list[int]) -> None:
+        model = checked_model(source, dataset, mesh, settings.dtype, settings.skip_source_check, progress)
+        shards.begin()
+        _score_shards(model, dataset, shards, pending, source, progress)
+
+    shards.carry_out(
+        is_complete(output, identity), work, lambda: shards.merge(flops), lambda: shards.folder.remove(".safetensors")
+    )
     return output
 
 

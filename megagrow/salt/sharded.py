@@ -84,6 +84,30 @@ class Shards:
             self.folder.begin(self.identity, self.size, **more)
         wait_for_all(self.mesh)
 
+    def carry_out(
+        self,
+        is_done: bool,
+        work: Callable[[list[int]], None],
+        join: Callable[[], None],
+        clear: Callable[[], None],
+    ) -> None:
+        """Does what is pending, puts it together and clears up; a collective. What is done already stays as it is.
+
+        Args:
+            is_done: whether the whole is there, the same on every rank.
+            work: does the pending shards, this rank's share of them; a collective.
+            join, clear: called on the first rank, when every rank has come so far.
+        """
+        if not is_done:
+            if pending := self.pending():
+                work(pending)
+            wait_for_all(self.mesh)
+            if self.mesh.is_main:
+                join()
+        wait_for_all(self.mesh)
+        if self.mesh.is_main:
+            clear()
+
     def reporter(
         self, progress: Progress | None, pending: list[int], phase: str, seq_length: int
     ) -> Callable[[int], None]:
