@@ -18,6 +18,7 @@ ORDER = [
     "json_file",
     "rules",
     "earlier_growth",
+    "salt_config",
     "config",
     "timeline",
     "checks",

@@ -146,12 +146,11 @@ class SaltStage:
             self.stream = self._online_stream()
         elif salt.scores and self.stream is None:
             self.stream = selected_stream(self.config, self.datasets, self.state.ledger, self.tell)
-
         if salt.cache and self.cached is None:
             self.cached = self._open_cache()
 
     def _open_teacher(self) -> Source | None:
-        """None: it still learns."""
+        """The teacher on disk; None: it is the model that this run still trains."""
         config, state = self.config, self.state
         if config.salt.grown_teaches and not is_kept(state, config):
             check_teacher(last_source(config, state.model, state.growths), config.model, config.data.seq_length)
