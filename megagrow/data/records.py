@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
 
+import orjson
+
 from megagrow.data.files import os_errors_as_data_errors
 from megagrow.errors import DataError
 
@@ -64,18 +66,9 @@ def parse_record(record: bytes, is_json: bool, json_key: str) -> str:
 
 def text_and_fields(record: bytes, is_json: bool, json_key: str) -> tuple[str, dict[str, Any]]:
     """The text of a record and, where it is a JSON object, its fields. Raises BadRecord when it has no text."""
-    try:
-        text = record.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8 at byte {error.start}") from error
     if not is_json:
-        return text, {}
-    try:
-        fields = json.loads(text)
-    except RecursionError as error:
-        raise BadRecord("JSON nested too deeply") from error
-    except ValueError as error:
-        raise BadRecord(f"not valid JSON: {error}") from error
+        return _decoded(record), {}
+    fields = _parsed(record)
     if not isinstance(fields, dict):
         raise BadRecord(f"must be a JSON object, is {type(fields).__name__}")
     if json_key not in fields:
@@ -97,6 +90,27 @@ def read_texts(paths: Sequence[str | Path], json_key: str = "text") -> Iterator[
                 yield parse_record(record, batch.is_json, json_key)
             except BadRecord as error:
                 raise DataError(f"{batch.path}:{line}: {error}") from error
+
+
+def _parsed(record: bytes) -> Any:
+    """By orjson, which takes a fifth of the time; what it refuses is taken, or refused with a reason, by json."""
+    try:
+        return orjson.loads(record)
+    except orjson.JSONDecodeError:
+        text = _decoded(record)
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise BadRecord("JSON nested too deeply") from error
+    except ValueError as error:
+        raise BadRecord(f"not valid JSON: {error}") from error
+
+
+def _decoded(record: bytes) -> str:
+    try:
+        return record.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8 at byte {error.start}") from error
 
 
 def _without_surrogates(text: str) -> str:
