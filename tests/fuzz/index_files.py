@@ -43,7 +43,8 @@ def fields(folder: Path) -> Iterator[Field]:
         "lengths": "length|pointer|bytes, must be",
         "pointers": "pointer",
         "document_indices": "document_indices",
-        "index_size": "bytes|multimodal|document_|pointer|length",
+        # What is cut off is made up with any bytes, so any field may be the first that is wrong.
+        "index_size": "bytes|multimodal|magic|version|dtype code|sequence_count|document_|pointer|length",
     }
     for name, pattern in says.items():
         contents = malformed(name)
