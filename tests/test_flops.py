@@ -62,7 +62,15 @@ def test_an_encoder_attends_to_all_pairs_under_either_convention() -> None:
 
 
 @pytest.mark.parametrize("variant", get_args(Variant))
-@pytest.mark.parametrize("wider", [{}, {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 80}])
+@pytest.mark.parametrize(
+    "wider",
+    [
+        {},
+        {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 80},
+        {"hidden_size": 48, "vocab_size": 192},
+        {"vocab_size": 192},
+    ],
+)
 def test_generating_costs_what_ligo_spends(wider: dict[str, int], variant: Variant) -> None:
     """But for mixing on the large side, which is no matrix product."""
     target = dataclasses.replace(SMALL, num_layers=4, **wider)

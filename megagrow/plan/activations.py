@@ -240,15 +240,16 @@ def _working_of_dropout(layout: Layout, size: Sizes, device: DeviceType) -> int:
     return 18 * size.cut // layout.width
 
 
-def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType) -> int:
+def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType, frozen_layers: int = 0) -> int:
     """What a whole stage keeps of a microbatch, with its output, which a pipeline holds until it is sent and used.
 
-    That of the loss comes on top.
+    That of the loss comes on top. Layers that are frozen, from the first one of the model on, keep nothing.
     """
     size, model = sizes(layout), layout.model
     norm = _kept_by_norm(layout, size.cut, size.statistic, device)
-    kept = len(stage.layers) * block.kept
-    if stage.is_first and model.norm_place == "after":
+    learning = [layer for layer in stage.layers if layer >= frozen_layers]
+    kept = len(learning) * block.kept
+    if stage.is_first and model.norm_place == "after" and not frozen_layers:
         kept += norm
     if not stage.is_last:
         kept += size.cut
@@ -256,7 +257,7 @@ def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: Device
         kept += norm
     if stage.is_last and not model.is_causal:  # inputs of the head's dense layer, of its activation and of its norm
         kept += 2 * size.cut + norm
-    if not stage.is_first and stage.layers and _keeps_input(layout, device):
+    if not stage.is_first and learning and learning == list(stage.layers) and _keeps_input(layout, device):
         kept -= size.cut  # it is what the stage received, and counted there
     return kept
 
@@ -285,7 +286,7 @@ class Loss:
     backward: int
 
 
-def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None) -> Loss:
+def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None, head_learns: bool = True) -> Loss:
     """The gradients that the loss computes in its forward pass, and what that takes.
 
     Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. The gradient of the output
@@ -294,12 +295,13 @@ def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None)
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
     matrix = rows * model.hidden_size
+    summed = matrix if head_learns else 0
     chunk = tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE)
     logits = min(chunk, layout.tokens) * rows
     taught = min(logits, teacher_tokens(rows, width) * rows) if teacher is not None else 0
-    kept = size.whole + 4 * matrix + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
+    kept = size.whole + 4 * summed + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
     copy = width * matrix if layout.casts_at_use else 0
-    piece = min(rows, PIECE_ROWS) if device == "cpu" else rows
+    piece = 0 if not head_learns else min(rows, PIECE_ROWS) if device == "cpu" else rows
     added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
     working = copy + width * (logits + taught) + max(added, size.whole)
     working += _twin_rows(layout, taught or logits, device, with_teacher=teacher is not None)
