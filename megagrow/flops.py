@@ -143,8 +143,11 @@ def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str
     Args:
         source, target: the two models.
         variant: `growth.ligo_variant`. With a map for each target layer only the new blocks are computed; with one for
-            each source layer all of these are widened, then mixed on the large side.
+            each source layer all of these are widened, then mixed on the large side. (If no axis but the residual
+            stream grows, whose map all layers share, they are mixed first as ever.)
     """
+    if all(getattr(source, size) == getattr(target, size) for size in ("num_heads", "num_kv_heads", "ffn_size")):
+        variant = "tied" if variant == "source_layer" else variant
     return sum(_generated(name, source, target, variant) for name in parameter_names(target))
 
 

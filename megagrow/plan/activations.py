@@ -199,11 +199,13 @@ class BlockCost:
         kept: from its forward to its backward pass.
         working: what the backward pass needs at most beside that.
         deferred: what a schedule that splits the backward pass holds between its halves, beside `kept`.
+        forward: what a forward pass that keeps nothing holds at most: no more than one that keeps all.
     """
 
     kept: int
     working: int
     deferred: int
+    forward: int
 
 
 def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
@@ -214,13 +216,13 @@ def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
     back all that was not kept. Between two halves of a backward pass the gradients of all layers' results wait.
     """
     size, model, how = sizes(layout), layout.model, layout.config.train.recompute
-    kept = sum(kept_by_block(layout, device).values())
-    again = 0 if how == "none" else sum(kept_without_recompute(layout, device).values()) - kept
+    kept, forward = (sum(of(layout, device).values()) for of in (kept_by_block, kept_without_recompute))
+    again = 0 if how == "none" else forward - kept
     if how == "selective":
         again += size.whole  # the last product, which nobody asks for again
     up = 2 * size.ffn if model.is_gated else size.ffn
     working = size.cut + max(_working_of_mlp(layout, size, device), _working_of_dropout(layout, size, device)) + again
-    return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut)
+    return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut, forward)
 
 
 def _working_of_mlp(layout: Layout, size: Sizes, device: DeviceType) -> int:

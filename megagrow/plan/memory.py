@@ -216,11 +216,13 @@ def _gathered(layout: Layout, costs: list[_StageCost]) -> Parts:
 def _passes(layout: Layout, cost: _StageCost, accumulates: bool) -> Iterator[tuple[str, Parts]]:
     """One microbatch of a stage from its loss back to its embedding, everything that is its own counted.
 
-    Or back to its first layer that learns. The forward pass of frozen layers is left out: it needs less.
+    Where layers are frozen, back to the first that learns; their forward pass matters where a stage has no others.
     """
     num_blocks, kept = len(cost.learning_layers), cost.before_loss
     before = _gradients(layout, cost.learning) if accumulates else 0
     after_loss = _gradients(layout, cost.learning_other) if cost.loss else 0
+    if num_blocks < len(cost.stage.layers):
+        yield f"forward pass of block {cost.stage.layers[0]}", Parts(working=cost.cost.forward, gradients=before)
     if cost.loss:
         root = _root(layout, cost.other)
         yield "loss", Parts(activations=kept, loss=cost.loss.forward, gradients=before) + root

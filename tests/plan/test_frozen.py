@@ -35,7 +35,6 @@ CASES = {
     "tied embeddings": (replace(LONG, model=replace(MODEL, tied_embeddings=True, vocab_size=8000)), 1),
     "vocabulary, accumulation": (changed(replace(LONG, model=replace(MODEL, vocab_size=8000)), microbatch_size=2), 1),
     "encoder": (replace(LONG, model=as_bert(MODEL, vocab_size=2000)), 1),
-    "full recompute": (changed(recompute="full"), 1),
     "data": (changed(), 2),
     "tensor": (changed(parallel={"tensor": 2}), 2),
 }

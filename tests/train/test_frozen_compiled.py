@@ -1,12 +1,15 @@
 """Layers that stand still, and learn again, in compiled blocks: what uncompiled ones give."""
 
 import dataclasses
+from functools import cache, partial
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from megagrow import ops
 from megagrow.config import Config, ModelConfig
 from megagrow.evaluate import make_batch
 from megagrow.optim import Optimizer, StepGuard
@@ -20,12 +23,17 @@ from tests.train.test_freezing import FROZEN, MODEL, TIED, settings, stands_stil
 STEPS = (FROZEN, FROZEN, 0, 0)  # how many layers stand still
 
 
-def course(config: Config) -> list[dict[str, Tensor]]:
+def course(config: Config, backend: str) -> list[dict[str, Tensor]]:
     """The whole parameters of this rank before the first step and after each one, in float64.
 
     The second step of a kind must find all that it runs compiled, and nothing may be left to run uncompiled.
     """
     torch._dynamo.reset()
+    with mock.patch.object(ops, "compiled", cache(partial(torch.compile, backend=backend))):
+        return _course(config)
+
+
+def _course(config: Config) -> list[dict[str, Tensor]]:
     torch.set_default_dtype(torch.float64)
     mesh = make_mesh(config.parallel) if torch.distributed.is_initialized() else Mesh.single()
     part = build_part(config.model, config, mesh)
@@ -50,19 +58,30 @@ def whole(learner: ModelLearner) -> dict[str, Tensor]:
     return {name: full(parameter.detach()).clone() for name, parameter in learner.part.parameters.items()}
 
 
-def both(ranks: int, config: Config) -> list[list[list[dict[str, Tensor]]]]:
+def both(ranks: int, config: Config, backend: str) -> list[list[list[dict[str, Tensor]]]]:
     """The courses of all ranks without and with compiled blocks."""
     trains = [dataclasses.replace(config.train, compile=compiles) for compiles in (False, True)]
     configs = [dataclasses.replace(config, train=train) for train in trains]
-    return [run_ranks(course, ranks, each) if ranks > 1 else [course(each)] for each in configs]
+    return [run_ranks(course, ranks, c, backend) if ranks > 1 else [course(c, backend)] for c in configs]
 
 
-CASES: dict[str, tuple[int, ModelConfig, Literal["none", "selective", "full"], dict[str, Any]]] = {
-    "one process": (1, MODEL, "none", {}),
-    "tied, full recompute": (1, TIED, "full", {}),
-    "selective recompute": (1, MODEL, "selective", {}),
-    "data": (2, MODEL, "none", {}),
-    "pipeline": (2, MODEL, "none", {"pipeline": 2}),
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Ranks, model and layout. Where the back end makes no code of its own, graphs and their gradients are the same."""
+
+    ranks: int = 1
+    model: ModelConfig = MODEL
+    recompute: Literal["none", "selective", "full"] = "none"
+    backend: str = "aot_eager"
+    parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "compiler's code": Case(backend="inductor"),
+    "tied, full recompute": Case(model=TIED, recompute="full"),
+    "selective recompute": Case(recompute="selective"),
+    "data": Case(ranks=2),
+    "pipeline": Case(ranks=2, parallel={"pipeline": 2}),
 }
 
 
@@ -70,8 +89,9 @@ CASES: dict[str, tuple[int, ModelConfig, Literal["none", "selective", "full"], d
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_layers_stand_still_and_learn_again(case: str) -> None:
-    ranks, model, recompute, parallel = CASES[case]
-    for eager, compiled in zip(*both(ranks, settings(model, recompute, **parallel)), strict=True):
+    how = CASES[case]
+    config = settings(how.model, how.recompute, **how.parallel)
+    for eager, compiled in zip(*both(how.ranks, config, how.backend), strict=True):
         for step, frozen in enumerate(STEPS):
             before, after, expected = compiled[step], compiled[step + 1], eager[step + 1]
             for name in expected:
