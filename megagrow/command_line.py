@@ -1,20 +1,26 @@
 """From `PRESET_OR_FILE [--section.field VALUE …]` to a configuration, with errors that fit on one line."""
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from megagrow import presets
-from megagrow.config import Config
+from megagrow.config import Config, GrowthConfig
 from megagrow.config_file import check_value, from_dict, load_file, nearest, option_names, to_dict
+from megagrow.earlier_growth import EarlierGrowth
 from megagrow.errors import ConfigError
 from megagrow.yaml_text import read_yaml
 
 USAGE = "usage: python -m megagrow PRESET_OR_FILE [--init.from CKPT] [--section.field VALUE ...] [--dry-run]"
 DRY_RUN = "--dry-run"
+EARLIER = "growth.earlier"
+OF_ONE_GROWTH = re.compile(rf"(?<={re.escape(EARLIER)})[.][0-9]{{1,4}}(?=[.])")  # its place in the list, inside a name
 
 
 def parse(arguments: list[str]) -> Config:
@@ -26,11 +32,11 @@ def parse(arguments: list[str]) -> Config:
     if not arguments:
         raise ConfigError(f"{USAGE}; presets: {', '.join(presets.names())}")
     if arguments[0] in ("-h", "--help"):
-        return tyro.cli(Config, args=["--help"], prog="python -m megagrow PRESET_OR_FILE")
+        return _show_help("PRESET_OR_FILE")
     base, rest = load(arguments[0]), arguments[1:]
     if "-h" in rest or "--help" in rest:
         kinds = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-        tyro.cli(Config, default=base, args=["--help"], prog=f"python -m megagrow {arguments[0]}", config=kinds)
+        return _show_help(arguments[0], default=base, config=kinds)
     return _changed(base, _checked(base, rest))
 
 
@@ -57,23 +63,55 @@ def load(name: str) -> Config:
     return load_file(path)
 
 
+def _show_help(what: str, **how: Any) -> Config:
+    """Prints all options, and exits."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_as_list)
+    prog = f"python -m megagrow {what}"
+    return cast(Config, tyro.cli(Config, args=["--help"], prog=prog, registry=registry, **how))
+
+
+def _as_list(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A list of growths is one option; tyro itself would show a growth's fields where there is one, else nothing."""
+    if info.type != tuple[EarlierGrowth, ...]:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f'"[{{{", ".join(field.name for field in fields(EarlierGrowth))}}}, ...]"',
+        instance_from_str=lambda texts: from_dict({"earlier": _value(EARLIER, texts[0])}, GrowthConfig).earlier,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda growths: [f"[{', '.join(map(_settings, growths))}]"],
+    )
+
+
+def _settings(growth: EarlierGrowth) -> str:
+    """What a growth sets, as it stands in the list."""
+    given = {f.name: getattr(growth, f.name) for f in fields(growth) if getattr(growth, f.name) != f.default}
+    return f"{{{', '.join(f'{name}: {value}' for name, value in given.items())}}}"
+
+
 def _checked(base: Config, arguments: list[str]) -> dict[str, Any]:
     """Dotted field name -> value as it would stand in a file, after each name and value has been looked at."""
     known, pending, checked = option_names(), list(arguments), dict[str, Any]()
     while pending:
         option, has_value, value = pending.pop(0).partition("=")
         name = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or name not in known:
-            raise ConfigError(f"command line: unknown option {option}{nearest(name, known)}")
+        field = OF_ONE_GROWTH.sub("", name)
+        if not option.startswith("--") or field not in known:
+            raise ConfigError(f"command line: unknown option {option}{nearest(field, known)}")
         if name.startswith("growth.source") and (name == "growth.source" or base.growth.source is None):
             raise ConfigError(f"command line: {option}: growth.source is a whole model; write it into a YAML file")
-        if name.startswith("growth.earlier."):
-            example = '--growth.earlier "[{num_layers: 6, at_step: 100}]"'
-            raise ConfigError(f"command line: {option}: growth.earlier is a list; give it whole, e.g. {example}")
+        if field == name and name.startswith(f"{EARLIER}."):
+            raise _not_whole(option, f"is a list; say of which growth, as in --{EARLIER}.0.at-step")
         if not has_value and not pending:
             raise ConfigError(f"command line: {option} needs a value")
-        checked[name] = _value(name, value if has_value else pending.pop(0))
+        checked[name] = _value(field, value if has_value else pending.pop(0))
     return checked
+
+
+def _not_whole(option: str, problem: str) -> ConfigError:
+    example = f'--{EARLIER} "[{{num_layers: 6, at_step: 100}}]"'
+    return ConfigError(f"command line: {option}: {EARLIER} {problem}, or give it whole, as in {example}")
 
 
 def _changed(base: Config, values: dict[str, Any]) -> Config:
@@ -81,12 +119,21 @@ def _changed(base: Config, values: dict[str, Any]) -> Config:
     data = to_dict(base)
     for name, value in {**values, **_derived_again(base, values)}.items():
         *path, last = name.split(".")
-        section = data
+        section: Any = data
         for part in path:
-            section[part] = section[part] or {}
-            section = section[part]
+            section = _inside(section, part, name)
         section[last] = value
     return cast(Config, from_dict(data, Config, "command line"))
+
+
+def _inside(section: Any, part: str, name: str) -> Any:
+    """A section of a section, where there was none an empty one; or a growth of a list."""
+    if isinstance(section, dict):
+        section[part] = {} if section[part] is None else section[part]
+        return section[part]
+    if int(part) >= len(section):
+        raise _not_whole(f"--{name}", f"has no growth number {part}, counted from 0; set a field of one that is there")
+    return section[int(part)]
 
 
 def _derived_again(base: Config, changed: Mapping[str, Any]) -> dict[str, Any]:

@@ -347,7 +347,8 @@ class GrowthConfig:
     at_tokens: int = 0  # grow when the run has trained on so many tokens, those that learn maps included
     at_plateau: float = 0.0  # grow once the mean loss falls by less than this share from window to window; 0: off
     plateau_window: int = 100  # steps
-    earlier: tuple[EarlierGrowth, ...] = ()  # growths that come before the one to `model`, in their order
+    # Growths that come before the one to `model`, in their order; growth.earlier.0.at_step is a field of the first one
+    earlier: tuple[EarlierGrowth, ...] = ()
     freeze_steps: int = 0  # steps after growing in which all but the new layers and the head stand still (MSLT)
     bootstrap: bool = False  # derive what is left open of source and at_step by G_stack's timing rule
 

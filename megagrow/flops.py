@@ -138,13 +138,16 @@ def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str
 
     Layers are mixed on the small side, Σ_j w_kj·Θ_j, then widened to O·Θ·Iᵀ in the cheaper of the
     two orders (Wang et al., 2023, arXiv 2303.00980, algorithm 1). Each target weight is generated
-    once, however many ranks need it; the batch does not matter.
+    once, however many ranks need it; the batch does not matter. New tokens' rows, means of old ones, are no product.
 
     Args:
         source, target: the two models.
         variant: `growth.ligo_variant`. With a map for each target layer only the new blocks are computed; with one for
-            each source layer all of these are widened, then mixed on the large side.
+            each source layer all of these are widened, then mixed on the large side. (If no axis but the residual
+            stream grows, whose map all layers share, they are mixed first as ever.)
     """
+    if all(getattr(source, size) == getattr(target, size) for size in ("num_heads", "num_kv_heads", "ffn_size")):
+        variant = "tied" if variant == "source_layer" else variant
     return sum(_generated(name, source, target, variant) for name in parameter_names(target))
 
 
@@ -179,13 +182,14 @@ def _matrix_shape(role: Role, model: ModelConfig) -> tuple[int, int]:
 def _generated(name: str, source: ModelConfig, target: ModelConfig, variant: str) -> float:
     role = role_of(name)
     layer, _ = split_name(name)
-    flops = 0.0
+    flops, learns_rows = 0.0, role.out != "vocab"
     for out_map in role.out_maps:
         rows, new_rows = (_part_size(role.out, model) for model in (source, target))
         columns, new_columns = (_part_size(role.in_, model) if role.in_ else 1 for model in (source, target))
         kept = (rows, columns) if variant in ("target_layer", "full_rank") else (0, 0)
-        widen_out = 2.0 * (new_rows - kept[0]) * rows if out_map and new_rows > rows else 0.0
+        widen_out = 2.0 * (new_rows - kept[0]) * rows if out_map and learns_rows and new_rows > rows else 0.0
         widen_in = 2.0 * (new_columns - kept[1]) * columns if role.in_map and new_columns > columns else 0.0
+        rows = rows if learns_rows else new_rows  # which are there before
         widen = min(widen_out * columns + widen_in * new_rows, widen_in * rows + widen_out * new_columns)
         if layer is None:
             flops += widen

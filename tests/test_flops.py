@@ -62,7 +62,15 @@ def test_an_encoder_attends_to_all_pairs_under_either_convention() -> None:
 
 
 @pytest.mark.parametrize("variant", get_args(Variant))
-@pytest.mark.parametrize("wider", [{}, {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 80}])
+@pytest.mark.parametrize(
+    "wider",
+    [
+        {},
+        {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 80},
+        {"hidden_size": 48, "vocab_size": 192},
+        {"vocab_size": 192},
+    ],
+)
 def test_generating_costs_what_ligo_spends(wider: dict[str, int], variant: Variant) -> None:
     """But for mixing on the large side, which is no matrix product."""
     target = dataclasses.replace(SMALL, num_layers=4, **wider)
@@ -72,7 +80,7 @@ def test_generating_costs_what_ligo_spends(wider: dict[str, int], variant: Varia
     with FlopCounterMode(display=False) as counter:
         ligo.generate(source.__getitem__, grown)
     counted = counter.get_total_flops()
-    if variant == "source_layer" and wider:
+    if variant == "source_layer" and "ffn_size" in wider:
         sizes = [t.numel() for name, t in grown.items() if name.startswith("layers.")]
         counted += 2 * SMALL.num_layers * sum(sizes)
     assert flops.ligo_generation_flops(SMALL, target, variant) == pytest.approx(counted, rel=0.02)

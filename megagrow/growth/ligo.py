@@ -25,6 +25,7 @@ from megagrow.growth.grow import Fetch, grow_into, grown_boxes
 from megagrow.growth.ligo_maps import (
     Variant,
     base_map,
+    fixed_axes,
     initial_depth,
     initial_fill,
     initial_width,
@@ -91,7 +92,7 @@ class Ligo:
 
     def recipe(self) -> Recipe:
         """The maps as they are now, as a recipe; differentiable in them."""
-        axes: dict[int | None, dict[str, AxisMap]] = {None: {}}
+        axes: dict[int | None, dict[str, AxisMap]] = {None: fixed_axes(self.start)}
         for name, matrix in self.widths.items():
             axis, layer = self._places[name]
             axes.setdefault(layer, {})[axis] = self._axis_map(matrix, axis, layer)

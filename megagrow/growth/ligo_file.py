@@ -20,6 +20,7 @@ from megagrow.growth.ligo import Ligo, check_shapes
 from megagrow.growth.ligo_maps import Variant, map_shapes, start_recipe
 from megagrow.json_file import parse_object
 
+LARGEST_VOCABULARY = 1 << 24  # far above any tokenizer's: a vocabulary that grows takes some bytes for each token
 REMEDY = "give a file that was saved after learning"
 
 
@@ -138,6 +139,10 @@ def _check_sizes(source: ModelConfig, target: ModelConfig, state: Mapping[str, T
             raise CheckpointError(
                 f"{path}: {name} grows from {old} to {new}, but the file holds {num_elements} numbers; {REMEDY}"
             )
+    if source.vocab_size != target.vocab_size > LARGEST_VOCABULARY:
+        raise CheckpointError(
+            f"{path}: vocab_size grows from {source.vocab_size} to {target.vocab_size}; no tokenizer has that; {REMEDY}"
+        )
     odd = [name for name, tensor in state.items() if not tensor.is_floating_point()]
     if odd:
         raise CheckpointError(f"{path}: {shown(odd[0])} is {state[odd[0]].dtype}, no floating point; {REMEDY}")

@@ -7,6 +7,7 @@
     full_rank      as target_layer, and a scale for the random new block of each matrix
 
 The map of the residual stream is one for all layers in every variant. docs/ligo.md says which is whose.
+That of the vocabulary is not learned: old tokens keep their rows, new ones begin as the mean of these.
 """
 
 # Shape suffix legend: T, N = all and new target elements, S = source elements of an axis; P = fused parts;
@@ -33,6 +34,7 @@ Variant = Literal["tied", "source_layer", "target_layer", "full_rank"]
 
 AUTHORS = "authors"  # the initial maps of the authors' code, which no sparse method has
 SHARED_AXES = ("hidden", "transform")
+VOCABULARY = "vocab"
 DEPTH_NOISE = 0.03  # upper end of the authors' noise on layer weights (their `stackbert_noisy`)
 
 
@@ -47,14 +49,9 @@ def start_recipe(init: str, source: ModelConfig, target: ModelConfig, seed: int 
     Raises:
         ConfigError: no such method, it cannot reach these sizes, or maps cannot express it.
     """
-    require(
-        source.vocab_size == target.vocab_size,
-        f"growth.method=ligo does not grow the vocabulary ({source.vocab_size} -> {target.vocab_size}); make "
-        "model.vocab_size equal, or grow it by another method",
-    )
     recipe = make_recipe("ligo" if init in ("clone", AUTHORS) else init, source, target, seed=seed)
     if init == AUTHORS:
-        recipe = replace(recipe, axes=_appended_axes(source, target))
+        recipe = replace(recipe, axes=_appended_axes(source, target) | fixed_axes(recipe))
     require(
         recipe.copies and recipe.next_rows is None,
         f"growth.ligo_init={init} takes more than copies of one layer, where learned maps cannot start; use clone",
@@ -67,6 +64,11 @@ def keeps_old_rows(variant: Variant) -> bool:
     return variant in ("target_layer", "full_rank")
 
 
+def fixed_axes(recipe: Recipe) -> dict[str, AxisMap]:
+    """The maps of a recipe that are not learned."""
+    return {axis: axis_map for axis, axis_map in recipe.axes.items() if axis == VOCABULARY}
+
+
 def is_alias(start: Recipe, axis: str) -> bool:
     """Whether a map is another's: under multi-head attention the output reads the axis that the values write."""
     return axis == "heads" and start.axes["heads"] is start.axes.get("value")
@@ -74,7 +76,7 @@ def is_alias(start: Recipe, axis: str) -> bool:
 
 def width_maps(start: Recipe, variant: Variant) -> dict[str, tuple[str, int | None]]:
     """Name of each map -> its axis and its layer (None: all layers share it)."""
-    axes = [axis for axis in start.axes if not is_alias(start, axis)]
+    axes = [axis for axis in start.axes if axis != VOCABULARY and not is_alias(start, axis)]
     if keeps_old_rows(variant) and "hidden" in axes and not start.target.is_causal:
         axes.append("transform")
     num_layers = {"tied": 0, "source_layer": start.source.num_layers}.get(variant, start.target.num_layers)

@@ -59,10 +59,6 @@ def make_recipe(
     _check_breaker(method, width_name, breaker, breaker_scale)
     if breaker == "split":
         width = replace(width, axes=split_unequally(width.axes, source, target, breaker_scale))
-    require(
-        width_name != "ligo" or source.vocab_size == target.vocab_size,
-        "growth.method=ligo does not grow the vocabulary; make model.vocab_size equal, or grow it by another method",
-    )
     depth = DEPTHS[depth_name](source.num_layers, target.num_layers)
     require(
         not depth.silent or target.norm_place == "before",

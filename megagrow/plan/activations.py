@@ -199,11 +199,13 @@ class BlockCost:
         kept: from its forward to its backward pass.
         working: what the backward pass needs at most beside that.
         deferred: what a schedule that splits the backward pass holds between its halves, beside `kept`.
+        forward: what a forward pass that keeps nothing holds at most: no more than one that keeps all.
     """
 
     kept: int
     working: int
     deferred: int
+    forward: int
 
 
 def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
@@ -214,13 +216,13 @@ def block_cost(layout: Layout, device: DeviceType) -> BlockCost:
     back all that was not kept. Between two halves of a backward pass the gradients of all layers' results wait.
     """
     size, model, how = sizes(layout), layout.model, layout.config.train.recompute
-    kept = sum(kept_by_block(layout, device).values())
-    again = 0 if how == "none" else sum(kept_without_recompute(layout, device).values()) - kept
+    kept, forward = (sum(of(layout, device).values()) for of in (kept_by_block, kept_without_recompute))
+    again = 0 if how == "none" else forward - kept
     if how == "selective":
         again += size.whole  # the last product, which nobody asks for again
     up = 2 * size.ffn if model.is_gated else size.ffn
     working = size.cut + max(_working_of_mlp(layout, size, device), _working_of_dropout(layout, size, device)) + again
-    return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut)
+    return BlockCost(kept, working, size.query + 2 * size.key + up + 2 * size.whole + 2 * size.cut, forward)
 
 
 def _working_of_mlp(layout: Layout, size: Sizes, device: DeviceType) -> int:
@@ -240,15 +242,16 @@ def _working_of_dropout(layout: Layout, size: Sizes, device: DeviceType) -> int:
     return 18 * size.cut // layout.width
 
 
-def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType) -> int:
+def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType, frozen_layers: int = 0) -> int:
     """What a whole stage keeps of a microbatch, with its output, which a pipeline holds until it is sent and used.
 
-    That of the loss comes on top.
+    That of the loss comes on top. Layers that are frozen, from the first one of the model on, keep nothing.
     """
     size, model = sizes(layout), layout.model
     norm = _kept_by_norm(layout, size.cut, size.statistic, device)
-    kept = len(stage.layers) * block.kept
-    if stage.is_first and model.norm_place == "after":
+    learning = [layer for layer in stage.layers if layer >= frozen_layers]
+    kept = len(learning) * block.kept
+    if stage.is_first and model.norm_place == "after" and not frozen_layers:
         kept += norm
     if not stage.is_last:
         kept += size.cut
@@ -256,7 +259,7 @@ def kept_by_stage(layout: Layout, stage: Stage, block: BlockCost, device: Device
         kept += norm
     if stage.is_last and not model.is_causal:  # inputs of the head's dense layer, of its activation and of its norm
         kept += 2 * size.cut + norm
-    if not stage.is_first and stage.layers and _keeps_input(layout, device):
+    if not stage.is_first and learning and learning == list(stage.layers) and _keeps_input(layout, device):
         kept -= size.cut  # it is what the stage received, and counted there
     return kept
 
@@ -285,7 +288,7 @@ class Loss:
     backward: int
 
 
-def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None) -> Loss:
+def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None, head_learns: bool = True) -> Loss:
     """The gradients that the loss computes in its forward pass, and what that takes.
 
     Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. The gradient of the output
@@ -294,12 +297,13 @@ def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None)
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
     matrix = rows * model.hidden_size
+    summed = matrix if head_learns else 0
     chunk = tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE)
     logits = min(chunk, layout.tokens) * rows
     taught = min(logits, teacher_tokens(rows, width) * rows) if teacher is not None else 0
-    kept = size.whole + 4 * matrix + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
+    kept = size.whole + 4 * summed + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
     copy = width * matrix if layout.casts_at_use else 0
-    piece = min(rows, PIECE_ROWS) if device == "cpu" else rows
+    piece = 0 if not head_learns else min(rows, PIECE_ROWS) if device == "cpu" else rows
     added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
     working = copy + width * (logits + taught) + max(added, size.whole)
     working += _twin_rows(layout, taught or logits, device, with_teacher=teacher is not None)

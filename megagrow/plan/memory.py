@@ -15,7 +15,7 @@ from megagrow.plan import activations
 from megagrow.plan.activations import BlockCost, DeviceType, Loss
 from megagrow.plan.layout import Layout
 from megagrow.plan.schedule import GATHERED_STAGES, Held, peaks
-from megagrow.plan.weights import Unit, block_unit, other_unit, rank_unit, trained_elements
+from megagrow.plan.weights import Unit, block_unit, learning_unit, other_unit, rank_unit, trained_elements
 
 Parts = Counter[str]  # bytes by what they are for
 
@@ -32,11 +32,13 @@ class Extra:
         static: bytes that are there all the time, by what they are for, for each pipeline rank.
         has_moments: whether the optimizer keeps moments of this model.
         teacher: the model that teaches, whose logits the loss computes too.
+        frozen_layers: of the model, from the first one on, that have a forward pass only, as what is below them has.
     """
 
     static: dict[int, Parts] = field(default_factory=dict)
     has_moments: bool = True
     teacher: ModelConfig | None = None
+    frozen_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class _StageCost:
 
     Attributes:
         block, other: parameters of a block, and those outside of blocks.
+        learning_layers, learning_other: what of the stage's layers, and of `other`, has a backward pass.
         cost: of a block.
         before_loss: what the blocks and the final norm keep.
         loss: of the last stage.
@@ -82,6 +85,8 @@ class _StageCost:
     stage: Stage
     block: Unit
     other: Unit
+    learning_layers: list[int]
+    learning_other: Unit
     cost: BlockCost
     before_loss: int
     loss: Loss | None
@@ -91,6 +96,11 @@ class _StageCost:
     def all(self) -> Unit:
         """All parameters of the stage."""
         return self.block * len(self.stage.layers) + self.other
+
+    @property
+    def learning(self) -> Unit:
+        """All parameters of the stage that get gradients."""
+        return self.block * len(self.learning_layers) + self.learning_other
 
     @property
     def kept(self) -> int:
@@ -110,21 +120,23 @@ def step_memory(layout: Layout, device: DeviceType = "cuda", extra: Extra | None
     block = activations.block_cost(layout, device)
     costs: dict[int, list[_StageCost]] = {}
     for stage in layout.stages:
-        costs.setdefault(stage.rank, []).append(_stage_cost(layout, stage, block, device, extra.teacher))
+        costs.setdefault(stage.rank, []).append(_stage_cost(layout, stage, block, device, extra))
     return [_rank_memory(layout, rank, costs[rank], extra, states[rank]) for rank in range(layout.pipeline)]
 
 
-def _stage_cost(
-    layout: Layout, stage: Stage, block: BlockCost, device: DeviceType, teacher: ModelConfig | None
-) -> _StageCost:
+def _stage_cost(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType, extra: Extra) -> _StageCost:
+    frozen = extra.frozen_layers
+    head_learns = not (frozen and layout.model.tied_embeddings)
     return _StageCost(
         stage=stage,
         block=block_unit(layout),
         other=other_unit(layout, stage),
+        learning_layers=[layer for layer in stage.layers if layer >= frozen],
+        learning_other=learning_unit(layout, stage, frozen),
         cost=block,
-        before_loss=activations.kept_by_stage(layout, stage, block, device),
-        loss=activations.loss(layout, device, teacher) if stage.is_last else None,
-        embedding=activations.embedding_gradient(layout) if stage.is_first else 0,
+        before_loss=activations.kept_by_stage(layout, stage, block, device, frozen),
+        loss=activations.loss(layout, device, extra.teacher, head_learns) if stage.is_last else None,
+        embedding=activations.embedding_gradient(layout) if stage.is_first and not frozen else 0,
     )
 
 
@@ -157,7 +169,7 @@ def _fullest(
     }
     sizes = {key: parts.total() for key, (_, parts) in fullest.items()}
     kept, deferred = [cost.kept for cost in costs], [cost.deferred for cost in costs]
-    all_gradients = [_gradients(layout, cost.all) for cost in costs]
+    all_gradients = [_gradients(layout, cost.learning) for cost in costs]
     most, best = -1, (0, states[0], 0, 0)
     for state in states:
         held = sum((h.whole + h.halved) * k + h.halved * d for h, k, d in zip(state, kept, deferred, strict=True))
@@ -202,10 +214,15 @@ def _gathered(layout: Layout, costs: list[_StageCost]) -> Parts:
 
 
 def _passes(layout: Layout, cost: _StageCost, accumulates: bool) -> Iterator[tuple[str, Parts]]:
-    """One microbatch of a stage from its loss back to its embedding, everything that is its own counted."""
-    num_blocks, kept = len(cost.stage.layers), cost.before_loss
-    before = _gradients(layout, cost.all) if accumulates else 0
-    after_loss = _gradients(layout, cost.other) if cost.loss else 0
+    """One microbatch of a stage from its loss back to its embedding, everything that is its own counted.
+
+    Where layers are frozen, back to the first that learns; their forward pass matters where a stage has no others.
+    """
+    num_blocks, kept = len(cost.learning_layers), cost.before_loss
+    before = _gradients(layout, cost.learning) if accumulates else 0
+    after_loss = _gradients(layout, cost.learning_other) if cost.loss else 0
+    if num_blocks < len(cost.stage.layers):
+        yield f"forward pass of block {cost.stage.layers[0]}", Parts(working=cost.cost.forward, gradients=before)
     if cost.loss:
         root = _root(layout, cost.other)
         yield "loss", Parts(activations=kept, loss=cost.loss.forward, gradients=before) + root
@@ -216,10 +233,10 @@ def _passes(layout: Layout, cost: _StageCost, accumulates: bool) -> Iterator[tup
         later = num_blocks - 1 - place
         gradients = before or after_loss + later * _gradients(layout, cost.block)
         parts = Parts(activations=kept - later * cost.cost.kept, working=cost.cost.working, gradients=gradients)
-        name = f"backward pass of block {cost.stage.layers[place]}"
+        name = f"backward pass of block {cost.learning_layers[place]}"
         yield name, parts + _around_block(layout, cost, has_later=later > 0)
     added = accumulates or (layout.model.tied_embeddings and cost.stage.is_last)
-    parts = Parts(gradients=_gradients(layout, cost.all), working=cost.embedding * added)
+    parts = Parts(gradients=_gradients(layout, cost.learning), working=cost.embedding * added)
     yield "end of the backward pass", parts + _root(layout, cost.other)
 
 

@@ -1,15 +1,18 @@
 """The phases that a run goes through, each with its steps, FLOPs and fullest moment.
 
-small    training a model that the run grows later; layers that stand still at first count as if they learned
+small    training a model that the run grows later
 growing  source and target exist side by side, each with the moments of AdamW
 ligo     learning the maps: the target has gradients but no moments, the source is frozen
 salt     stage 1: the teacher's weights are there too
 train    everything after that, or all of a plain run
+
+Training that begins with layers that stand still (MSLT) is a phase of its own until they learn, of the same name: they
+have a forward pass, and neither gradients nor activations that wait for them. Their moments are there all along.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 
@@ -52,17 +55,41 @@ class Phase:
         steps: optimizer steps; 0 for what happens once.
         flops: of one step over all ranks (of `growing`: of the whole), by convention.
         memory: at the fullest moment, for each pipeline rank.
+        frozen_layers: that stand still, from the first one on, with what is below them.
     """
 
     name: str
     steps: int
     flops: dict[Convention, float]
     memory: list[RankMemory]
+    frozen_layers: int = 0
+
+    @property
+    def title(self) -> str:
+        """The name, with what stands still."""
+        return f"{self.name}, {self.frozen_layers} layers frozen" if self.frozen_layers else self.name
 
     @property
     def total_flops(self) -> dict[Convention, float]:
         """Of all its steps."""
         return {convention: max(self.steps, 1) * value for convention, value in self.flops.items()}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The layers of a model that stand still at first, from the first one on, and for how many steps."""
+
+    layers: int = 0
+    steps: int = 0
+
+    def phases(self, steps: int, make: Callable[[int, int], Phase]) -> list[Phase]:
+        """Training for so many steps; `make` is given the frozen layers and the steps of each phase."""
+        still = min(self.steps, steps)
+        return [make(layers, count) for layers, count in ((self.layers, still), (0, steps - still)) if count > 0]
+
+    def after(self, steps: int) -> "Frozen":
+        """What is left of it so many steps later."""
+        return Frozen(self.layers, max(self.steps - steps, 0))
 
 
 def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], list[str]]:
@@ -73,19 +100,24 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
         ConfigError: it does not go with the model.
     """
     config, found, notes = layout.config, list[Phase](), list[str]()
-    growth, salt = config.growth, with_stage_one_steps(config).salt
+    growth, salt, frozen = config.growth, with_stage_one_steps(config).salt, Frozen()
     if growth.method != "none":
         source = growth.source or _model_at(config.init.from_, "the source, init.from", notes)
         if source:
             check_chain(config, source)
             check_model(source, config.parallel, "the source")
             found += _growths(layout, source, device)
+            frozen = Frozen(last_source(config, source).num_layers, growth.freeze_steps)
+        elif growth.freeze_steps:
+            notes.append(
+                "growth.freeze_steps: how many layers stand still is not known, so all count as if they learned"
+            )
     steps = config.train.steps - (latest_step(config, num_growths(growth) - 1) if num_growths(growth) else 0)
+    taught = min(salt.steps, steps)
     if salt.steps:
         teacher = _teacher(config, notes) if salt.teacher else None
-        found.append(_stage_one(layout, teacher, min(salt.steps, steps), device))
-    if steps > salt.steps:
-        found.append(Phase("train", steps - salt.steps, _training(layout), step_memory(layout, device)))
+        found += frozen.phases(taught, partial(_stage_one, layout, teacher, device))
+    found += frozen.after(taught).phases(steps - taught, partial(_training, "train", layout, device))
     return found, notes
 
 
@@ -108,21 +140,25 @@ def _read_model(path: str) -> ModelConfig:
     return open_source(path).model
 
 
-def _training(layout: Layout) -> dict[Convention, float]:
-    length = layout.config.data.seq_length
-    return {c: flops.training_flops(layout.model, layout.step_tokens, length, c) for c in CONVENTIONS}
+def _training(name: str, layout: Layout, device: DeviceType, frozen_layers: int, steps: int) -> Phase:
+    memory = step_memory(layout, device, Extra(frozen_layers=frozen_layers))
+    return Phase(name, steps, _training_flops(layout, frozen_layers), memory, frozen_layers)
+
+
+def _training_flops(layout: Layout, frozen_layers: int) -> dict[Convention, float]:
+    how = layout.model, layout.step_tokens, layout.config.data.seq_length
+    return {c: flops.training_flops(*how, c, frozen_layers) for c in CONVENTIONS}
 
 
 def _growths(layout: Layout, source: ModelConfig, device: DeviceType) -> list[Phase]:
     """Training up to each growth, which is taken to come as late as it may, and the growth."""
     found: list[Phase] = []
-    begun, small = 0, source
+    begun, small, frozen = 0, source, Frozen()
     for number, config in enumerate(growth_configs(layout.config, source)):
         latest, trained = latest_step(layout.config, number), layout.of_model(small)
-        if latest > begun:
-            found.append(Phase("small", latest - begun, _training(trained), step_memory(trained, device)))
+        found += frozen.phases(latest - begun, partial(_training, "small", trained, device))
         found.append(_growing(Layout(config, layout.world_size), small, device))
-        begun, small = latest, config.model
+        begun, small, frozen = latest, config.model, Frozen(small.num_layers, config.growth.freeze_steps)
     return found
 
 
@@ -221,10 +257,12 @@ def _others_spread(layout: Layout, start: Recipe) -> int:
     return PARAMETER * max(found)
 
 
-def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: DeviceType) -> Phase:
-    per_step = _training(layout)
+def _stage_one(
+    layout: Layout, teacher: ModelConfig | None, device: DeviceType, frozen_layers: int, steps: int
+) -> Phase:
     if teacher is None:
-        return Phase("salt", steps, per_step, step_memory(layout, device))
+        return _training("salt", layout, device, frozen_layers, steps)
+    per_step = _training_flops(layout, frozen_layers)
     length, salt = layout.config.data.seq_length, layout.config.salt
     check_teacher(teacher, layout.model, length)
     check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
@@ -235,4 +273,5 @@ def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: 
     hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
     static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}
     static[layout.stages[-1].rank]["teacher's hidden states"] = hidden
-    return Phase("salt", steps, per_step, step_memory(layout, device, Extra(static, teacher=teacher)))
+    memory = step_memory(layout, device, Extra(static, teacher=teacher, frozen_layers=frozen_layers))
+    return Phase("salt", steps, per_step, memory, frozen_layers)

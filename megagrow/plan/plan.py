@@ -104,6 +104,7 @@ def mesh_sizes(layout: Layout) -> dict[str, int]:
 def _phase(phase: Phase) -> dict[str, Any]:
     return {
         "name": phase.name,
+        "frozen_layers": phase.frozen_layers,
         "steps": phase.steps,
         "flops_per_step": phase.flops,
         "flops": phase.total_flops,

@@ -124,7 +124,7 @@ def _facts(plan: Plan) -> Table:
 
 
 def _memory(phase: Phase, unit: str) -> Table:
-    table = Table(title=f"{phase.name}: {unit} at the fullest moment of each pipeline rank")
+    table = Table(title=f"{phase.title}: {unit} at the fullest moment of each pipeline rank")
     table.add_column("rank", justify="right")
     table.add_column("layers")
     for name in ("parameters stored", *COLUMNS, "other", "total", "on the host"):
@@ -160,7 +160,7 @@ def _costs(plan: Plan) -> Table:
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase in plan.phases:
         table.add_row(
-            phase.name, str(phase.steps or ""), _pair(phase.flops.values()), _pair(phase.total_flops.values())
+            phase.title, str(phase.steps or ""), _pair(phase.flops.values()), _pair(phase.total_flops.values())
         )
     totals = zip(*(phase.total_flops.values() for phase in plan.phases), strict=True)
     table.add_row("run", "", "", _pair(map(sum, totals)))

@@ -51,6 +51,15 @@ def stage_unit(layout: Layout, stage: Stage, tensor_rank: int = 0, shard_rank: i
     return block_unit(layout, *place) * len(stage.layers) + other_unit(layout, stage, *place)
 
 
+def learning_unit(layout: Layout, stage: Stage, frozen_layers: int) -> Unit:
+    """Of the parameters outside of its layers, those of a stage that get gradients.
+
+    Where layers are frozen, from the first one of the model on, so is all that is below them.
+    """
+    below = first_names(layout.model) if frozen_layers else []
+    return _unit(tuple(name for name in other_names(layout.model, stage) if name not in below), layout, 0, 0)
+
+
 def rank_unit(layout: Layout, rank: int, tensor_rank: int = 0, shard_rank: int = 0) -> Unit:
     """All parameters of a pipeline rank's stages."""
     return sum((stage_unit(layout, stage, tensor_rank, shard_rank) for stage in layout.rank_stages(rank)), Unit())

@@ -78,7 +78,7 @@ def generate(
                 mixed = sum(w * x for w, x in zip(weights, pieces, strict=True))
                 parts.append(mixed if variant == "source_layer" else right(left(B(rows, i), mixed), A(columns, i)))
             grown[f"layers.{i}.{leaf}"] = fuse(target, parts, module)
-    outside = {name: x for name, x in small.items() if not name.startswith("layers.")}
+    outside = {name: with_new_tokens(target, name, x) for name, x in small.items() if not name.startswith("layers.")}
     written = A if source.tied_embeddings else B  # the last norm takes the scale that a tied matrix cannot
     transform = "transform" if "width.transform" in maps else "hidden"
     for name, x in outside.items():
@@ -103,6 +103,13 @@ def generate(
             new = torch.arange(target.hidden_size) >= source.hidden_size
             grown[name] = grown[name] + new * grown[name][~new].mean()
     return grown
+
+
+def with_new_tokens(target: ModelConfig, name: str, x: Tensor) -> Tensor:
+    """Rows of tokens, with those of new ones, which are the mean of the old."""
+    if name not in ("embedding.tokens", "head.weight", "head.bias"):
+        return x
+    return torch.cat([x, *[x.mean(0, keepdim=True)] * (target.vocab_size - len(x))])
 
 
 def left(matrix: Tensor | None, x: Tensor) -> Tensor:

@@ -58,6 +58,8 @@ SPARSE = {
     "bert2BERT's FPI": ("fpi", models.BERT, dataclasses.replace(widened(models.BERT, query=2, kv=2), hidden_size=20)),
     "clone and identities": ("clone+insert_identity", models.EVERYTHING, widened(models.EVERYTHING, **WIDE, layers=5)),
     "middle": ("middle", DEEP, widened(DEEP, layers=7)),
+    "new tokens": ("clone", models.TIED, dataclasses.replace(widened(models.TIED, **WIDE, layers=3), vocab_size=40)),
+    "new tokens of a BERT": ("stack", models.BERT, dataclasses.replace(models.BERT, vocab_size=40)),
 }
 FILLED = {
     "rms_random": ("rms_random", models.LLAMA, widened(models.LLAMA, **WIDE, layers=3)),
@@ -69,6 +71,11 @@ FILLED = {
         padded(models.LLAMA, widened(models.LLAMA, **WIDE, layers=5)),
     ),
     "direct_copy": ("direct_copy", models.GPT2, widened(models.GPT2, **WIDE)),
+    "rms_random, new tokens": (
+        "rms_random",
+        models.LLAMA,
+        dataclasses.replace(widened(models.LLAMA, **WIDE, layers=3), vocab_size=40),
+    ),
 }
 STARTS = [(case, variant) for case in SPARSE for variant in get_args(Variant)] + [(c, "full_rank") for c in FILLED]
 
@@ -89,8 +96,6 @@ def test_methods_that_mix_layers_are_no_start() -> None:
         start_recipe("aki", models.BERT, widened(models.BERT, **WIDE))
     with pytest.raises(ConfigError, match="does not exist"):
         start_recipe("nothing", models.BERT, widened(models.BERT, **WIDE))
-    with pytest.raises(ConfigError, match="does not grow the vocabulary"):
-        start_recipe("clone", models.BERT, dataclasses.replace(models.BERT, vocab_size=40))
 
 
 def test_the_authors_maps_of_bert_are_as_many_as_theirs() -> None:
@@ -143,6 +148,10 @@ def test_older_and_foreign_files_are_one_line(tmp_path: Path) -> None:
         ({"maps": '{"variant": "target_layer", "init": "clone", "noise": 0, "seed": 0}'}, "in the same variant"),
         ({"maps": '{"variant": "tied", "init": "clone", "noise": 0}'}, "maps.seed"),
         ({"maps": "[]"}, "maps"),
+        (
+            {"target": metadata["target"].replace('"vocab_size": 29', '"vocab_size": 2000000000')},
+            "no tokenizer has that",
+        ),
     ]:
         changed = {name: text for name, text in {**metadata, **change}.items() if text is not None}
         save_file(state, file, changed)

@@ -1,6 +1,7 @@
 """Whole runs whose maps live on the stages of their layers."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from megagrow.checkpoint import store
@@ -36,3 +37,17 @@ def test_maps_move_to_the_stages_of_another_layout(tmp_path: Path) -> None:
     left, right = (load_maps(tmp_path / f"{name}/maps.safetensors").state_dict() for name in ("one", "moved"))
     assert left.keys() == right.keys() == shapes.keys()
     assert all((left[name] - right[name]).norm() <= 1e-3 * left[name].norm() for name in left)
+
+
+def test_maps_learn_for_a_larger_vocabulary_on_shards(tmp_path: Path) -> None:
+    """A run whose last model has more tokens than the one whose maps grow it; half-way it moves to one process."""
+    corpus = make_corpus(tmp_path)
+    config = grown(make_config(corpus, tmp_path / "run"), "ligo")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=259))
+    assert run_ranks(run_on_ranks, 4, config, 2, 1) == [0] * 4
+    cut_back(tmp_path / "run", 4)
+    assert run(config) == 0
+    assert load_maps(tmp_path / "run/maps.safetensors").start.target.vocab_size == 259
+    assert final_loss(tmp_path / "run") < math.log(259)
+    newest = store.candidates(tmp_path / "run/checkpoints")[0]
+    assert store.read_manifest(newest).tensors["model.embedding.tokens"].shape == (259, config.model.hidden_size)

@@ -109,7 +109,6 @@ REFUSED = [
     ("dus", widened(models.LLAMA, layers=3), "use an even number of at most 4"),
     ("insert_identity", widened(models.LLAMA, ffn=2), "as in clone+insert_identity"),
     ("clone+aki", models.LLAMA, "joins two methods for the same thing"),
-    ("ligo", dataclasses.replace(models.LLAMA, vocab_size=30), "ligo does not grow the vocabulary"),
     ("clone", dataclasses.replace(models.LLAMA, ffn_size=5), "smaller"),
     ("clone", models.TIED, "tied_embeddings"),
     (

@@ -58,7 +58,8 @@ ROWS = [
     Row("distill_grad_", False, "distill_grad-bf16-128256"),
     Row("adamw_", False, "adamw-bf16-copy-2048"),
     *both("layer_mix", "layer_mix_fwd-bf16-12-8192", "layer_mix_bwd-bf16-12"),
-    Row("sparse_map_", False, "sparse_map-fp32-moments-1024"),
+    Row("sparse_map_ of one tensor", False, "sparse_map-fp32-1024"),
+    Row("sparse_map_ of three", False, "sparse_map-fp32-moments-1024"),
 ]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from megagrow.model.transformer import Block
 from megagrow.optim import Optimizer
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.shards import full, local
+from megagrow.plan.layout import Layout
+from megagrow.plan.phases import phases
 from megagrow.roles import split_name
 from megagrow.train import run, timing
 from megagrow.train.learner import StepResult
@@ -61,7 +64,7 @@ def gradients(config: Config, frozen: int) -> dict[str, Tensor | None]:
     return found
 
 
-def settings(model: Any, recompute: Literal["none", "full"] = "none", **parallel: Any) -> Config:
+def settings(model: Any, recompute: Literal["none", "selective", "full"] = "none", **parallel: Any) -> Config:
     train = TrainConfig(global_batch_size=8, microbatch_size=2, recompute=recompute)
     return Config(model=model, data=DataConfig(seq_length=16), train=train, parallel=ParallelConfig(**parallel))
 
@@ -178,7 +181,12 @@ def test_a_stage_of_new_layers_in_a_run(corpus: Path, tmp_path: Path, optimizer:
     spent = [line["flops_total"] for line in metrics(tmp_path / "whole")]
     assert spent[3] - spent[2] == flops.training_flops(config.model, 64, 16, frozen_layers=2)
     assert spent[5] - spent[4] == flops.training_flops(config.model, 64, 16)
-    assert sum(p["flops"] for p in ledger(tmp_path / "whole")["phases"] if p["phase"] == "train") == spent[5] - spent[1]
+    planned = defaultdict[str, float](float)
+    for phase in phases(Layout(config, 1), "cpu")[0]:
+        planned[phase.name] += phase.total_flops["full"]
+    counted = {phase["phase"]: phase["flops"] for phase in ledger(tmp_path / "whole")["phases"]}
+    assert counted["train"] == planned["train"] == spent[5] - spent[1]
+    assert counted["small"] == planned["small"] == spent[1]
     for step in (3, 4):
         shutil.copytree(tmp_path / "whole", tmp_path / f"at-{step}")
         cut_back(tmp_path / f"at-{step}", step)
