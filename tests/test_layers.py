@@ -21,6 +21,7 @@ ORDER = [
     "salt_config",
     "config",
     "timeline",
+    "salt_checks",
     "checks",
     "yaml_text",
     "config_file",

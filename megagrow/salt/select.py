@@ -83,7 +83,7 @@ def sample_values(scores: Scores, score_name: str, reference: Scores | None = No
     values = _finite(scores, name)
     if score_name != EXCESS:
         return values
-    assert reference is not None, "checks.check_selection asks for it"
+    assert reference is not None, "salt_checks.check_selection asks for it"
     if reference.identity.model == scores.identity.model:
         raise DataError(
             f"{reference.folder}: scores of the same model as {scores.folder}, whose difference is 0; "

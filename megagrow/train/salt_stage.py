@@ -224,7 +224,7 @@ class SaltStage:
         return teacher
 
     def _held_out_loss(self, teacher: Teacher) -> float:
-        assert self.evaluator is not None, "checks.check_salt asks for it"
+        assert self.evaluator is not None, "salt_checks.check_stage_one asks for it"
         began = time.perf_counter()
         found = torch.tensor(self.evaluator.loss(teacher, self.mesh), dtype=torch.double, device=self.mesh.device)
         loss = broadcast_from(found, 0, self.mesh.world).item()
