@@ -40,6 +40,7 @@ from megagrow.parallel.loss import (
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, local
 from megagrow.parallel.stages import Stage, pipeline_stages
+from megagrow.parallel.vocab_shard import VocabShard
 from megagrow.roles import Role, axis_size, role_of
 
 
@@ -344,9 +345,10 @@ class Transformer(nn.Module):
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         options = teacher.options if teacher else LossOptions()
         train, cache = self.train_config, cache_size(x_BSH.device)
+        most_rows = VocabShard(self.tp.axis, self.config.vocab_size).most_rows  # ranks go through the chunks together
         options = replace(
             options,
-            chunk_tokens=tokens_at_once(train.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache),
+            chunk_tokens=tokens_at_once(train.loss_chunk, most_rows, x_BSH.element_size(), cache),
             compiled=train.compile,
             label_smoothing=train.label_smoothing,
             z_loss=train.z_loss,
