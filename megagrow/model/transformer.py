@@ -284,13 +284,14 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         chosen_BS: Tensor | None = None,
         ties_by_id: bool = False,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihoods and ranks of labels, see `loss.token_scores`, for one pipeline stage.
 
         Args:
             ids_BS: inputs.
             labels_BS: what follows each.
-            documents: [B, T] the document of every input; None: attention crosses documents.
+            documents, positions: as in `forward`.
             chosen_BS: which labels are scored; None: all.
             ties_by_id: see `loss.token_scores`.
 
@@ -298,7 +299,7 @@ class Transformer(nn.Module):
             nll_T and rank_T of the chosen labels, row by row.
         """
         with torch.no_grad():
-            hidden_BSH = self(ids_BS, documents=documents)
+            hidden_BSH = self(ids_BS, documents=documents, positions=positions)
         hidden_TH, labels_T = (x.flatten(0, 1) if chosen_BS is None else x[chosen_BS] for x in (hidden_BSH, labels_BS))
         where = self.config.vocab_size, self.tp.axis
         return token_scores(

@@ -23,8 +23,8 @@ from megagrow.salt.cache_files import (
     write_samples,
 )
 from megagrow.salt.cache_format import COMPRESSIONS, best_compression, can_compress
-from megagrow.salt.cache_manifest import MANIFEST_FILE, WORDS, CacheIdentity, Manifest, write_manifest
-from megagrow.salt.records import Cost, field, read_object, to_json
+from megagrow.salt.cache_manifest import WORDS, CacheIdentity, Manifest, write_manifest
+from megagrow.salt.records import MANIFEST_FILE, Cost, field, read_object, to_json
 from megagrow.salt.sharded import Shards
 
 __all__ = ["CacheShards", "samples_sha256", "samples_to_cache"]

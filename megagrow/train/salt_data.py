@@ -31,6 +31,10 @@ def selected_stream(config: Config, datasets: Sequence[Samples], ledger: Ledger,
     if selection.reference is not None:
         _charge(ledger, "reference_scores", selection.reference, salt.reference_scores)
     tell(f"stage 1 trains on {len(selection.ids):,} of {dataset.num_samples:,} samples, by {salt.score}")
+    for flag in ("mask_documents", "reset_positions"):
+        seen, trained = getattr(selection.scores.identity, flag), getattr(data, flag)
+        if seen != trained:
+            tell(f"note: {salt.scores} was made with {flag}={seen}, training has data.{flag}={trained}")
     if selection.domains is not None:
         tell(f"of each domain: {_shares(selection)}")
     ordered = shuffled(dataset, data.seed, selection.ids)
