@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megagrow.config import ModelConfig
 from megagrow.parallel.stages import Stage
 from megagrow.plan import activations
-from megagrow.plan.activations import BlockCost, DeviceType, Loss
+from megagrow.plan.activations import BlockCost, Cached, DeviceType, Loss
 from megagrow.plan.layout import Layout
 from megagrow.plan.schedule import GATHERED_STAGES, Held, peaks
 from megagrow.plan.weights import Unit, block_unit, other_unit, rank_unit, trained_elements
@@ -32,11 +32,13 @@ class Extra:
         static: bytes that are there all the time, by what they are for, for each pipeline rank.
         has_moments: whether the optimizer keeps moments of this model.
         teacher: the model that teaches, whose logits the loss computes too.
+        cached: what one that is not there has left behind.
     """
 
     static: dict[int, Parts] = field(default_factory=dict)
     has_moments: bool = True
     teacher: ModelConfig | None = None
+    cached: Cached | None = None
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,18 @@ def step_memory(layout: Layout, device: DeviceType = "cuda", extra: Extra | None
     block = activations.block_cost(layout, device)
     costs: dict[int, list[_StageCost]] = {}
     for stage in layout.stages:
-        costs.setdefault(stage.rank, []).append(_stage_cost(layout, stage, block, device, extra.teacher))
+        costs.setdefault(stage.rank, []).append(_stage_cost(layout, stage, block, device, extra))
     return [_rank_memory(layout, rank, costs[rank], extra, states[rank]) for rank in range(layout.pipeline)]
 
 
-def _stage_cost(
-    layout: Layout, stage: Stage, block: BlockCost, device: DeviceType, teacher: ModelConfig | None
-) -> _StageCost:
+def _stage_cost(layout: Layout, stage: Stage, block: BlockCost, device: DeviceType, extra: Extra) -> _StageCost:
     return _StageCost(
         stage=stage,
         block=block_unit(layout),
         other=other_unit(layout, stage),
         cost=block,
         before_loss=activations.kept_by_stage(layout, stage, block, device),
-        loss=activations.loss(layout, device, teacher) if stage.is_last else None,
+        loss=activations.loss(layout, device, extra.teacher, extra.cached) if stage.is_last else None,
         embedding=activations.embedding_gradient(layout) if stage.is_first else 0,
     )
 

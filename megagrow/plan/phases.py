@@ -3,7 +3,7 @@
 small    training a model that the run grows later; layers that stand still at first count as if they learned
 growing  source and target exist side by side, each with the moments of AdamW
 ligo     learning the maps: the target has gradients but no moments, the source is frozen
-salt     stage 1: the teacher's weights are there too
+salt     stage 1: the teacher's weights are there too, or what it left behind of a step's samples
 train    everything after that, or all of a plain run
 """
 
@@ -21,7 +21,7 @@ from megagrow.flops import Convention
 from megagrow.growth.grow import ROWS
 from megagrow.growth.ligo_maps import Variant, initial_fill, keeps_old_rows, map_shapes, start_recipe, width_maps
 from megagrow.growth.recipe import Recipe
-from megagrow.plan.activations import DeviceType
+from megagrow.plan.activations import Cached, DeviceType, scoring
 from megagrow.plan.layout import Layout
 from megagrow.plan.memory import MOMENTS, PARAMETER, Extra, Parts, RankMemory, step_memory
 from megagrow.plan.weights import (
@@ -34,8 +34,9 @@ from megagrow.plan.weights import (
     trained_elements,
 )
 from megagrow.roles import layer_name, leaves, parameter_shapes
-from megagrow.salt.schedule import with_stage_one_steps
-from megagrow.salt.teacher import check_teacher
+from megagrow.salt import TeacherCache, check_teacher, with_stage_one_steps
+from megagrow.salt.cached_teacher import cache_folders
+from megagrow.salt.online import SAMPLES_AT_ONCE
 from megagrow.timeline import growth_configs, last_source, latest_step, num_growths
 
 CONVENTIONS: tuple[Convention, ...] = ("full", "causal")
@@ -82,8 +83,7 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
             found += _growths(layout, source, device)
     steps = config.train.steps - (latest_step(config, num_growths(growth) - 1) if num_growths(growth) else 0)
     if salt.steps:
-        teacher = _teacher(config, notes) if salt.teacher else None
-        found.append(_stage_one(layout, teacher, min(salt.steps, steps), device))
+        found.append(_stage_one(layout, min(salt.steps, steps), device, notes))
     if steps > salt.steps:
         found.append(Phase("train", steps - salt.steps, _training(layout), step_memory(layout, device)))
     return found, notes
@@ -221,11 +221,13 @@ def _others_spread(layout: Layout, start: Recipe) -> int:
     return PARAMETER * max(found)
 
 
-def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: DeviceType) -> Phase:
-    per_step = _training(layout)
+def _stage_one(layout: Layout, steps: int, device: DeviceType, notes: list[str]) -> Phase:
+    """Stage 1, in which a teacher costs a forward pass for each sample that it teaches or scores."""
+    config, salt = layout.config, layout.config.salt
+    teacher, per_step = _teacher(config, notes) if salt.teacher else None, _training(layout)
     if teacher is None:
-        return Phase("salt", steps, per_step, step_memory(layout, device))
-    length, salt = layout.config.data.seq_length, layout.config.salt
+        return Phase("salt", steps, per_step, step_memory(layout, device, _left_behind(layout, notes)))
+    length = config.data.seq_length
     check_teacher(teacher, layout.model, length)
     check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
     scored = salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0  # batches, for one that is kept
@@ -235,4 +237,31 @@ def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: 
     hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
     static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}
     static[layout.stages[-1].rank]["teacher's hidden states"] = hidden
-    return Phase("salt", steps, per_step, step_memory(layout, device, Extra(static, teacher=teacher)))
+    memory = step_memory(layout, device, Extra(static, teacher=teacher))
+    if scored:
+        memory = [_or_scoring(held, layout, teacher, device) for held in memory]
+    return Phase("salt", steps, per_step, memory)
+
+
+def _left_behind(layout: Layout, notes: list[str]) -> Extra:
+    """What `salt.cache` changes about plain training: a step's targets, on the rank that computes the loss."""
+    salt, folders = layout.config.salt, cache_folders(layout.config.salt)
+    if not folders:
+        return Extra()
+    if not all(Path(folder).is_dir() for folder in folders):
+        notes.append(f"salt.cache={salt.cache}: no such folder yet; the memory of its targets is left out")
+        return Extra()
+    identity = TeacherCache(folders[0]).identity
+    divides = salt.temperature_on == "both" and salt.temperature != 1
+    cached = Cached(identity.num_entries, divides or salt.weight == 0 or identity.vocab_size < layout.model.vocab_size)
+    targets = Parts({"targets": cached.per_token * layout.tokens * layout.num_microbatches})
+    return Extra({layout.stages[-1].rank: targets}, cached=cached)
+
+
+def _or_scoring(held: RankMemory, layout: Layout, teacher: ModelConfig, device: DeviceType) -> RankMemory:
+    """The fullest moment of a step, or that before it in which the teacher scores a piece of an online buffer."""
+    train = replace(layout.config.train, microbatch_size=SAMPLES_AT_ONCE)
+    piece = Layout(replace(layout.config, model=teacher, train=train), layout.world_size)
+    resting = {name: held.parts[name] for name in ("parameters", "moments", "pipeline buffers", "teacher")}
+    parts = Parts({**resting, "working": scoring(piece, device)})
+    return held if held.total >= parts.total() else replace(held, parts=parts, moment="scoring a buffer", in_flight=())

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagrow.config import Config, require
+from megagrow.config import Config, SaltConfig, require
 from megagrow.data.dataset import PackedDataset, Samples
 from megagrow.errors import ConfigError, DataError
 from megagrow.model.transformer import Teacher as StageTeacher
@@ -42,7 +42,7 @@ class CachedTeacher:
 
     def __init__(self, config: Config, datasets: Sequence[Samples]) -> None:
         self.salt = config.salt
-        opened = [TeacherCache(folder) for folder in _folders(config.salt.cache)]
+        opened = [TeacherCache(folder) for folder in cache_folders(config.salt)]
         self.caches = [_cache_of(dataset, opened) for dataset in datasets]
         require(
             len(opened) == len(datasets),
@@ -116,11 +116,12 @@ class CachedTeacher:
             cache.forget()
 
 
-def _folders(given: str) -> list[str]:
+def cache_folders(salt: SaltConfig) -> list[str]:
+    """The folders that `salt.cache` names; ConfigError when they cannot be told apart."""
     try:
-        return shlex.split(given)
+        return shlex.split(salt.cache)
     except ValueError as error:
-        raise ConfigError(f"salt.cache={given!r} cannot be split into folders: {error}") from None
+        raise ConfigError(f"salt.cache={salt.cache!r} cannot be split into folders: {error}") from None
 
 
 def _cache_of(dataset: Samples, caches: Sequence[TeacherCache]) -> TeacherCache:
