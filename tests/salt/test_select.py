@@ -24,7 +24,7 @@ def scores(values: list[float], name: str = "median_zero", model: str = "small")
     size = len(values)
     arrays = {n: -np.arange(size, dtype=np.float32) for n in SCORE_NAMES}
     arrays[name] = np.array(values, np.float32)
-    identity = Identity("", "", model, 10, 8, size, "float32")
+    identity = Identity("", "", 8, size, model, "float32", False, False, 10)
     num_tokens = np.full(size, 8, np.int32)
     return Scores(Path("folder"), arrays, num_tokens, identity, Cost(0.0, None, 0), "")
 
