@@ -65,6 +65,10 @@ class OnlineStream:
         own = (place + rank * share + np.arange(share)) % self.num_kept
         return self.stream.take(which[own], ids[own])
 
+    def begin_anew(self) -> None:
+        """Leaves the rest of the buffer under way: candidates have been taken since by somebody else."""
+        self.cursors["selected"] = -(-self.cursors["selected"] // self.num_kept) * self.num_kept
+
     def _buffer(self, is_first: bool) -> tuple[Places, Places]:
         start = self.cursors["all"] - self.num_candidates
         is_new = is_first or start < self.stream.start  # the blend, or the size of the buffer, has changed

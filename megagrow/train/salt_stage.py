@@ -110,8 +110,11 @@ class SaltStage:
 
     def rejoin(self, state: RunState) -> None:
         """Follows the run to another state after a roll-back; the teacher is attached anew at the next step."""
+        was_over = self._is_over
         self.state, self.teacher = state, None
         self._open()
+        if was_over and isinstance(self.stream, OnlineStream):
+            self.stream.begin_anew()  # stage 2 has trained on what came after the buffer
 
     def teach(self, batch: Batch, drawn: Drawn, num_microbatches: int) -> Batch:
         """This rank's batch with what the teacher says of it, on the last stage; its cost goes into the ledger."""

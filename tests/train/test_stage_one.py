@@ -271,6 +271,20 @@ def test_a_roll_back_over_the_switch_brings_the_teacher_back(
     assert not any(line["skipped"] for line in lines) and lines[3]["kd"] > 0
 
 
+def test_a_roll_back_into_the_midst_of_a_buffer_repeats_no_sample(
+    corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 1 ends with half of a buffer trained on; what stage 2 took next is not taken for the rest of it."""
+    poison(monkeypatch, {3, 4})
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    salt, checkpoint = online(trained, steps=3), CheckpointConfig(interval=2)
+    config = make_config(corpus, tmp_path, 5, optim=optim, salt=salt, checkpoint=checkpoint)
+    assert train_on_rank(config, None) == 0
+    assert [line["phase"] for line in metrics(tmp_path)] == ["salt"] * 3 + ["train"] * 2
+    drawn = ids_drawn(tmp_path)
+    assert len(drawn) == 8 and len(set(sum(drawn, []))) == 8 * BATCH
+
+
 @pytest.fixture(scope="module")
 def merged(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two datasets in one, with the domains that merging writes."""
