@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
+from megagrow.parallel.mesh import Mesh, make_inference_mesh
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WAIT_SECONDS = 86_400.0  # for ranks that are slower: each has its share; torchrun ends all when one of them dies
 
 
 def add_reading(parser: argparse.ArgumentParser, output: str) -> None:
@@ -26,3 +29,8 @@ def reading_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the options of `add_reading` say of how samples are read, for `ScoreSettings` and `CacheSettings`."""
     names = ("mask_documents", "reset_positions", "batch_size", "skip_source_check")
     return {"dtype": DTYPES[options.precision], **{name: getattr(options, name) for name in names}}
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh:
+    """The mesh of the launched ranks."""
+    return make_inference_mesh(options.tensor, WAIT_SECONDS)

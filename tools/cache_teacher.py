@@ -10,13 +10,13 @@ Exit codes: 0 done, 2 usage, 3 data (the model does not fit the corpus, or DIR h
 """
 
 from _command import Arguments, run
-from _reading import add_reading, reading_of
+from _reading import add_reading, mesh_of, reading_of
 
 from megagrow.checkpoint.source import open_source
 from megagrow.data.dataset import PackedDataset
 from megagrow.flops import forward_flops
 from megagrow.metrics import Progress
-from megagrow.parallel.mesh import leave_distributed, make_inference_mesh
+from megagrow.parallel.mesh import leave_distributed
 from megagrow.salt import CacheSettings, TeacherCache, cache_teacher, samples_to_cache
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     samples = samples_to_cache(options.samples, dataset.num_samples, options.seed)
     num_samples = dataset.num_samples if samples is None else len(samples)
     flops = forward_flops(source.model, num_samples * dataset.seq_length, dataset.seq_length)
-    mesh = make_inference_mesh(options.tensor)
+    mesh = mesh_of(options)
     with Progress(num_samples, enabled=mesh.is_main) as progress:
         cache_teacher(source, dataset, options.output, mesh, settings, samples, flops, progress)
     if mesh.is_main:

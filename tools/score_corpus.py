@@ -11,13 +11,13 @@ Exit codes: 0 done, 2 usage, 3 data (the model does not fit the corpus, or DIR h
 """
 
 from _command import Arguments, run
-from _reading import add_reading, reading_of
+from _reading import add_reading, mesh_of, reading_of
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.data.dataset import PackedDataset
 from megagrow.flops import forward_flops
 from megagrow.metrics import Progress
-from megagrow.parallel.mesh import Mesh, leave_distributed, make_inference_mesh
+from megagrow.parallel.mesh import Mesh, leave_distributed
 from megagrow.salt import ScoreSettings, read_scores, score_corpus
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     settings = ScoreSettings(top_k=options.top_k, **reading_of(options))
     source = open_source(options.model)
     dataset = PackedDataset(options.data, options.seq_length, source.model.vocab_size)
-    mesh = make_inference_mesh(options.tensor)
+    mesh = mesh_of(options)
     score(source, dataset, options.output, mesh, settings)
     if mesh.is_main:
         show(options.output, dataset)

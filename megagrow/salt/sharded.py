@@ -105,7 +105,7 @@ class Shards:
         self.folder.check(self.identity, self.size)
         done = torch.zeros(self.count, dtype=torch.uint8)
         if self.mesh.is_main:
-            done = torch.tensor([self.folder.has(i) for i in range(self.count)], dtype=torch.uint8)
+            done = torch.tensor(self.folder.finished(self.count), dtype=torch.uint8)
         done = broadcast_from(done.to(self.mesh.device), 0, self.mesh.world).cpu()
         return torch.nonzero(done == 0).flatten().tolist()
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -36,6 +37,14 @@ def test_scores_are_written_and_shown(
     before = times(tmp_path / "scores")
     assert run_here(*arguments) == 0
     assert before == times(tmp_path / "scores")
+
+
+def test_fast_ranks_wait_for_slow_ones(tmp_path: Path, model: Path, corpus: Path) -> None:
+    """Ten minutes, after which a collective of training is given up, are little beside a pass over a corpus."""
+    with mock.patch("megagrow.parallel.mesh.init_distributed", return_value=1) as init:
+        assert run_here(*arguments_for(model, corpus, tmp_path / "scores")) == 0
+    (seconds,) = init.call_args.args
+    assert seconds >= 24 * 3600
 
 
 def test_it_runs_on_several_ranks(tmp_path: Path, model: Path, corpus: Path) -> None:
