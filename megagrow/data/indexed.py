@@ -128,6 +128,10 @@ class IndexedDataset:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
+    def take_fingerprint(self, fingerprint: str) -> None:
+        """Another process has read the files, and says what the fingerprint is."""
+        self._fingerprint = fingerprint
+
     def _open(self) -> tuple[NDArray[np.uint8], int]:
         for path in (self._index_path, self._tokens_path):
             if not path.is_file():

@@ -28,7 +28,7 @@ from megagrow.parallel.top_tokens import drawn_tokens, top_tokens
 from megagrow.salt.cache_format import Entries, Kind, compress, encode, to_codes
 from megagrow.salt.cache_manifest import CacheIdentity
 from megagrow.salt.cache_shards import CacheShards, samples_sha256
-from megagrow.salt.records import corpus_fields
+from megagrow.salt.records import corpus_fields, share_fingerprint
 from megagrow.salt.sharded import Progress, ReadSettings, check_reader, checked_model, read_samples
 from megagrow.salt.teacher_cache import is_complete
 from megagrow.torch_ops import mix
@@ -103,6 +103,7 @@ def cache_teacher(
         settings.top_k <= source.model.vocab_size,
         f"top_k={settings.top_k} exceeds vocab_size={source.model.vocab_size} of {source.path}; use at most as many",
     )
+    share_fingerprint(dataset, mesh)
     identity = identity_of(source, dataset, settings, samples)
     shards = CacheShards(output, identity, samples, settings.batch_size, settings.shard_size, mesh)
 
@@ -111,7 +112,7 @@ def cache_teacher(
         shards.begin()
         _cache_shards(model, dataset, shards, pending, settings, progress)
 
-    shards.carry_out(is_complete(output, identity), work, lambda: shards.complete(flops), shards.clean_up)
+    shards.carry_out(lambda: is_complete(output, identity), work, lambda: shards.complete(flops), shards.clean_up)
     return output
 
 

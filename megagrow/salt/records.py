@@ -15,6 +15,8 @@ from megagrow.data.files import os_errors_as_data_errors
 from megagrow.errors import DataError, named, shown
 from megagrow.json_file import parse_object
 from megagrow.parallel import heartbeat
+from megagrow.parallel.collectives import broadcast_json
+from megagrow.parallel.mesh import Mesh
 
 Arrays = dict[str, NDArray[Any]]
 MANIFEST_FILE = "manifest.json"  # written last, so that a folder with it is complete
@@ -206,3 +208,9 @@ def corpus_fields(dataset: PackedDataset) -> dict[str, Any]:
         "seq_length": dataset.seq_length,
         "num_samples": dataset.num_samples,
     }
+
+
+def share_fingerprint(dataset: PackedDataset, mesh: Mesh) -> None:
+    """The first rank reads the token files for all, who would each read the whole corpus; a collective."""
+    own = dataset.indexed.fingerprint(heartbeat.progress) if mesh.is_main else ""
+    dataset.indexed.take_fingerprint(broadcast_json(own, mesh.world, mesh.device))

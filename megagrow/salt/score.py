@@ -26,7 +26,7 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.mesh import Mesh
-from megagrow.salt.records import Arrays, Cost
+from megagrow.salt.records import Arrays, Cost, share_fingerprint
 from megagrow.salt.score_files import (
     DTYPES,
     Identity,
@@ -90,6 +90,7 @@ def score_corpus(
     """
     output = Path(output)
     check_reader(source, dataset, mesh, "score")
+    share_fingerprint(dataset, mesh)
     identity = identity_of(dataset, source.identity, settings.top_k, **settings.identity)
     shards = _Shards(output, identity, settings, mesh)
 
@@ -99,7 +100,10 @@ def score_corpus(
         _score_shards(model, dataset, shards, pending, source, progress)
 
     shards.carry_out(
-        is_complete(output, identity), work, lambda: shards.merge(flops), lambda: shards.folder.remove(".safetensors")
+        lambda: is_complete(output, identity),
+        work,
+        lambda: shards.merge(flops),
+        lambda: shards.folder.remove(".safetensors"),
     )
     return output
 

@@ -19,7 +19,7 @@ from megagrow.checks import check_causal, check_model
 from megagrow.config import ParallelConfig, require
 from megagrow.data.dataset import PackedDataset
 from megagrow.model.transformer import Transformer
-from megagrow.parallel.collectives import broadcast_from, sum_over
+from megagrow.parallel.collectives import broadcast_from, sum_over, told_by_first
 from megagrow.parallel.context import of_documents
 from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.salt.work_folder import WorkFolder
@@ -122,7 +122,7 @@ class Shards:
 
     def carry_out(
         self,
-        is_done: bool,
+        is_done: Callable[[], bool],
         work: Callable[[list[int]], None],
         join: Callable[[], None],
         clear: Callable[[], None],
@@ -130,18 +130,19 @@ class Shards:
         """Does what is pending, puts it together and clears up; a collective. What is done already stays as it is.
 
         Args:
-            is_done: whether the whole is there, the same on every rank.
+            is_done: whether the whole is there; asked of the first rank.
             work: does the pending shards, this rank's share of them; a collective.
             join, clear: called on the first rank, when every rank has come so far.
         """
-        if not is_done:
+        mesh = self.mesh
+        if not told_by_first(mesh.is_main and is_done(), mesh.world, mesh.device):
             if pending := self.pending():
                 work(pending)
-            wait_for_all(self.mesh)
-            if self.mesh.is_main:
+            wait_for_all(mesh)
+            if mesh.is_main:
                 join()
-        wait_for_all(self.mesh)
-        if self.mesh.is_main:
+        wait_for_all(mesh)
+        if mesh.is_main:
             clear()
 
     def reporter(

@@ -10,7 +10,7 @@ import torch
 from megagrow import flops
 from megagrow.checkpoint.source import Source, check_source, open_source
 from megagrow.config import Config
-from megagrow.data.dataset import Samples
+from megagrow.data.dataset import PackedDataset, Samples
 from megagrow.data.loader import Drawn, Stream
 from megagrow.errors import DataError
 from megagrow.evaluate import Evaluator
@@ -21,6 +21,7 @@ from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.salt.cached_teacher import CachedTeacher
 from megagrow.salt.online import OnlineStream, Places, score_candidates
+from megagrow.salt.records import share_fingerprint
 from megagrow.salt.schedule import is_stage_one, teacher_weight
 from megagrow.salt.select import Values
 from megagrow.salt.teacher import Teacher, check_teacher
@@ -147,6 +148,9 @@ class SaltStage:
             return
         if salt.teacher and self.source is None:
             self.source = self._open_teacher()
+        for dataset in self.datasets if salt.scores or salt.cache else ():
+            if isinstance(dataset, PackedDataset):
+                share_fingerprint(dataset, self.mesh)
         if salt.online_buffer:
             self.stream = self._online_stream()
         elif salt.scores and self.stream is None:

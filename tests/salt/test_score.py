@@ -3,13 +3,16 @@
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megagrow.config import ModelConfig
+from megagrow.data import indexed
 from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError, DataError
 from megagrow.parallel.context import restarted_positions
@@ -352,6 +355,21 @@ def test_progress_reaches_the_number_of_samples(tmp_path: Path, corpus: Path) ->
     assert recorder.steps == [12, 16, 20, 23]
     assert all(np.isfinite(recorder.speeds)) and min(recorder.speeds) > 0
     assert "small: loss" in recorder.messages[0]
+
+
+def score_with_one_reader(prefix: Path, output: Path) -> None:
+    """Only the first rank can hash."""
+    if dist.get_rank() == 0:
+        score(prefix, output)
+        return
+    with mock.patch.object(indexed, "hashlib", None):
+        score(prefix, output)
+
+
+def test_one_rank_reads_the_corpus_for_its_fingerprint(tmp_path: Path, corpus: Path) -> None:
+    """Each would read all of it, before the first sample is scored."""
+    run_ranks(score_with_one_reader, 2, corpus, tmp_path / "scores")
+    assert read(corpus, tmp_path / "scores").identity.corpus_sha256 == opened(corpus, SEQ_LENGTH).indexed.fingerprint()
 
 
 def progress_here(prefix: Path, output: Path) -> list[int]:
