@@ -110,9 +110,12 @@ class SaltStage:
             self.tell(f"held-out loss {validation_loss:.4f} is below the teacher's {state.teacher_loss:.4f}")
 
     def rejoin(self, state: RunState) -> None:
-        """Follows the run to another state after a roll-back; the teacher is attached anew at the next step."""
+        """Follows the run to another state after a roll-back; the teacher is attached anew at the next step.
+
+        A cache is asked again for what stage 1 still draws: samples have been skipped.
+        """
         was_over = self._is_over
-        self.state, self.teacher = state, None
+        self.state, self.teacher, self.cached = state, None, None
         self._open()
         if was_over and isinstance(self.stream, OnlineStream):
             self.stream.begin_anew()  # stage 2 has trained on what came after the buffer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megagrow.checkpoint.source import open_source
-from megagrow.config import CheckpointConfig, Config, InitConfig, ParallelConfig, SaltConfig
+from megagrow.config import CheckpointConfig, Config, InitConfig, OptimConfig, ParallelConfig, SaltConfig
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.loader import epoch_permutation
@@ -20,7 +20,7 @@ from megagrow.salt.score_files import DTYPES, Cost, identity_of, write_scores
 from megagrow.train import run
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
-from tests.train.test_run import assert_same_run, cut_back, grown, ledger, weights
+from tests.train.test_run import assert_same_run, cut_back, grown, ledger, poison, weights
 
 SEQ_LENGTH, SEED, STEPS = 16, 1234, 3
 ALL = CacheSettings(top_k=SMALL.vocab_size, batch_size=8)
@@ -208,6 +208,25 @@ def test_only_what_is_drawn_before_the_end_of_the_run_is_looked_for(
     assert [line["phase"] for line in metrics(tmp_path / "run")] == ["small"] * 3 + ["salt"] * 3
     cut_back(tmp_path / "run", 5)
     assert run(config) == 0
+
+
+def test_a_roll_back_looks_for_what_is_drawn_instead(
+    corpus: Path,
+    trained: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step 2 is bad, and its samples are skipped: stage 1 draws those of a fourth step too, which are not there."""
+    poison(monkeypatch, {1})
+    dataset = PackedDataset(corpus / "train", SEQ_LENGTH)
+    given = open_source(trained), dataset, tmp_path / "cache", Mesh.single(), CacheSettings(top_k=8)
+    cache_teacher(*given, np.sort(samples_of_order(dataset)[:12]))
+    optim, every = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=1), CheckpointConfig(interval=1)
+    config = make_config(corpus, tmp_path / "run", optim=optim, checkpoint=every)
+    assert run(cached(config, tmp_path / "cache")) == 3
+    assert "4 of the 8 samples that stage 1 draws from this corpus (50.0%)" in capfd.readouterr().err
+    assert len(metrics(tmp_path / "run")) == 1, "before another step is taken"
 
 
 def samples_of_order(dataset: PackedDataset) -> np.ndarray:
