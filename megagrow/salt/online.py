@@ -10,6 +10,7 @@ gives the same.
 # part of it.
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ def score_candidates(
     return values
 
 
-def score_samples(model: Transformer, tokens_BS1: Tensor, told: dict[str, Tensor], top_k: int) -> Arrays:
+def score_samples(model: Transformer, tokens_BS1: Tensor, told: dict[str, Any], top_k: int) -> Arrays:
     """The scores of samples [B, S + 1], the same on every tensor and context rank.
 
     Args:

@@ -8,6 +8,7 @@ is complete.
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -89,7 +90,7 @@ def identity_of(
     reset_positions: bool = False,
 ) -> Identity:
     """The identity of scores of `dataset`; reads the token files once."""
-    how = {"dtype": dtype, "mask_documents": mask_documents, "reset_positions": reset_positions}
+    how: dict[str, Any] = {"dtype": dtype, "mask_documents": mask_documents, "reset_positions": reset_positions}
     return Identity(model=model, top_k=top_k, **how, **corpus_fields(dataset))
 
 

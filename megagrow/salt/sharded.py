@@ -193,7 +193,7 @@ def checked_model(
 
 def read_samples(
     dataset: PackedDataset, ids: ArrayLike, settings: ReadSettings, device: torch.device
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Inputs and labels [B, S] of samples, and what a model that sees them whole is told of their documents."""
     tokens_BS1 = torch.from_numpy(dataset.batch(ids)).to(device)
     documents_BS = None
