@@ -26,9 +26,10 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.mesh import Mesh
-from megagrow.salt.records import Arrays, Cost, share_fingerprint
+from megagrow.salt.records import MANIFEST_FILE, Arrays, Cost, share_fingerprint
 from megagrow.salt.score_files import (
     DTYPES,
+    SCORES_FILE,
     Identity,
     ShardFolder,
     identity_of,
@@ -37,6 +38,7 @@ from megagrow.salt.score_files import (
     write_scores,
 )
 from megagrow.salt.sharded import Progress, ReadSettings, Shards, check_reader, checked_model, read_samples
+from megagrow.salt.work_folder import remove_unfinished
 
 __all__ = ["Progress", "ScoreSettings", "read_scores", "sample_scores", "score_corpus"]
 
@@ -99,12 +101,7 @@ def score_corpus(
         shards.begin()
         _score_shards(model, dataset, shards, pending, source, progress)
 
-    shards.carry_out(
-        lambda: is_complete(output, identity),
-        work,
-        lambda: shards.merge(flops),
-        lambda: shards.folder.remove(".safetensors"),
-    )
+    shards.carry_out(lambda: is_complete(output, identity), work, lambda: shards.merge(flops), shards.clean_up)
     return output
 
 
@@ -158,6 +155,11 @@ class _Shards(Shards):
         whole = {name: np.concatenate([part[name] for part in parts]) for name in DTYPES}
         cost = Cost(seconds, flops, int(whole["num_tokens"].sum(dtype=np.int64)))
         write_scores(self.output, whole, self.identity, cost)
+
+    def clean_up(self) -> None:
+        """Removes what only unfinished work needs, and what a kill left half written."""
+        self.folder.remove(".safetensors")
+        remove_unfinished(self.output, MANIFEST_FILE, SCORES_FILE)
 
 
 def _score_shards(

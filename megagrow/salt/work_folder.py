@@ -80,3 +80,11 @@ class WorkFolder:
                 (self.path / name).unlink()
             if own and own == names:
                 self.path.rmdir()
+
+
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Removes what a kill has left of files of these names that were being written."""
+    for name in names:
+        for path in folder.glob(f"{name}.tmp-????????"):
+            with os_errors_as_data_errors(path):
+                path.unlink()
