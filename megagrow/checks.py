@@ -8,7 +8,6 @@ from megagrow.config import (
     Config,
     ModelConfig,
     ParallelConfig,
-    SaltConfig,
     data_ranks,
     divisors,
     microbatch_size,
@@ -16,6 +15,7 @@ from megagrow.config import (
     require,
 )
 from megagrow.errors import ConfigError
+from megagrow.salt_checks import SALT_RULES
 from megagrow.timeline import (
     growth_configs,
     growth_name,
@@ -250,16 +250,6 @@ def check_data(config: Config, world_size: int) -> None:
         "data.split takes the held-out samples from data.train, data.validation names others; leave one of them out",
     )
     require(
-        not (is_megatron and config.salt.scores),
-        "salt.scores belong to the samples of data.order=megagrow; data.order=megatron shuffles documents and cuts "
-        "other samples. Use order=megagrow, or leave salt.scores out",
-    )
-    require(
-        not (is_megatron and config.salt.cache),
-        "salt.cache holds samples of data.order=megagrow; data.order=megatron shuffles documents and cuts other "
-        "samples. Use order=megagrow, or salt.teacher",
-    )
-    require(
         not (is_megatron and data.change_blend),
         "data.change_blend needs data.order=megagrow: Megatron's order is made for the whole run at once",
     )
@@ -434,109 +424,10 @@ def check_growable(source: ModelConfig, target: ModelConfig) -> None:
         )
 
 
-def check_salt(config: Config, world_size: int) -> None:
-    """Raises ConfigError when the SALT section contradicts itself, or is not for this kind of model."""
-    salt, train = config.salt, config.train
-    if salt.has_stage_one:
+def check_objective(config: Config, world_size: int) -> None:
+    """Raises ConfigError when an encoder is to be taught next tokens."""
+    if config.salt.has_stage_one:
         check_causal(config.model, "model", "with SALT (salt.steps, salt.share)")
-    without = "but stage 1 has no steps (salt.steps=0, salt.share=0), so that"
-    for name in ("teacher", "cache"):
-        require(
-            not getattr(salt, name) or salt.has_stage_one,
-            f"salt.{name} is set, {without} it would never teach; set salt.steps or salt.share",
-        )
-    require(
-        not (salt.teacher and salt.cache),
-        f"salt.teacher={salt.teacher} and salt.cache={salt.cache} both teach; leave one of them out",
-    )
-    require(
-        not salt.grown_teaches or config.growth.method != "none",
-        "salt.teacher=grown is the small model that this run grows, and growth.method=none; choose a method, or name a "
-        "folder (./grown, if it is called so)",
-    )
-    require(
-        not salt.scores or salt.has_stage_one,
-        f"salt.scores is set, {without} nothing would be trained on the selection; set salt.steps or salt.share",
-    )
-    require(
-        salt.teaches or not salt.has_stage_one or bool(salt.scores),
-        f"salt.steps={salt.steps}, salt.share={salt.share} without salt.teacher, salt.cache or salt.scores does "
-        "nothing; set one of them",
-    )
-    require(
-        salt.schedule == "constant" or salt.teaches or not salt.has_stage_one,
-        f"salt.schedule={salt.schedule} is that of a teacher's weight, and salt.teacher is not set; set it, or leave "
-        "salt.schedule out",
-    )
-    is_plain = salt.divergence == "forward_kl" and train.label_smoothing == 0 and train.z_loss == 0
-    require(
-        not salt.cache or is_plain,
-        "salt.cache teaches by forward KL beside the plain cross-entropy; leave salt.divergence, train.label_smoothing "
-        "and train.z_loss out, or use salt.teacher",
-    )
-    require(
-        salt.divergence == "forward_kl" or bool(salt.teacher) or not salt.has_stage_one,
-        f"salt.divergence={salt.divergence} is that of student and teacher, and salt.teacher is not set; set it, or "
-        "leave salt.divergence out",
-    )
-    is_evaluated = bool(config.data.validation or config.data.split) and train.eval_batches > 0
-    require(
-        not salt.end_when_better or (bool(salt.teacher) and is_evaluated and train.eval_interval > 0),
-        "salt.end_when_better compares the model with its teacher at evaluations; it needs salt.teacher, "
-        "data.validation, train.eval_batches and train.eval_interval",
-    )
-
-
-def check_selection(config: Config, world_size: int) -> None:
-    """Raises ConfigError when options of the data of stage 1 exclude each other, or would do nothing."""
-    salt = config.salt
-    rule_of = {"keep_fraction": "top", "threshold": "threshold", "band_low": "band", "band_high": "band"}
-    for name, rule in rule_of.items():
-        require(
-            salt.keep == rule or getattr(salt, name) == getattr(SaltConfig(), name),
-            f"salt.{name}={getattr(salt, name)} belongs to salt.keep={rule}, and salt.keep={salt.keep}; leave it out, "
-            f"or use keep={rule}",
-        )
-    require(
-        salt.keep == "top" or bool(salt.scores),
-        f"salt.keep={salt.keep} chooses among samples with scores; set salt.scores (of an online buffer "
-        "the top share is kept)",
-    )
-    require(
-        bool(salt.reference_scores) == (salt.score == "excess_nll"),
-        f"salt.score={salt.score} with salt.reference_scores={salt.reference_scores or '(empty)'}: excess_nll is the "
-        "difference of two folders of scores; set both, or neither",
-    )
-    require(
-        not (salt.reference_scores or salt.domains) or bool(salt.scores),
-        "salt.reference_scores and salt.domains belong to salt.scores, which is not set; set it, or leave them out",
-    )
-    require(
-        not salt.quotas or (bool(salt.domains) and salt.keep == "top"),
-        f"salt.quotas={list(salt.quotas)} are shares of domains; they need salt.domains and salt.keep=top",
-    )
-    if salt.online_buffer > 0:
-        _check_online(config)
-
-
-def _check_online(config: Config) -> None:
-    salt = config.salt
-    require(not salt.scores, "salt.online_buffer scores by itself, and salt.scores is set; leave one of them out")
-    require(
-        bool(salt.teacher) and salt.has_stage_one,
-        f"salt.online_buffer={salt.online_buffer} is scored by the teacher in stage 1; set salt.teacher, and "
-        "salt.steps or salt.share",
-    )
-    require(
-        0 < salt.kept_batches < salt.online_buffer,
-        f"salt.online_buffer={salt.online_buffer} with salt.keep_fraction={salt.keep_fraction} keeps "
-        f"{salt.kept_batches} of so many batches, which is no selection; use a larger buffer or another share",
-    )
-    require(
-        config.data.order == "megagrow",
-        "salt.online_buffer passes over samples, and data.order=megatron is made for those that are trained on; use "
-        "order=megagrow",
-    )
 
 
 RULES = (
@@ -552,6 +443,6 @@ RULES = (
     check_growth,
     check_growth_times,
     check_freezing,
-    check_salt,
-    check_selection,
+    check_objective,
+    *SALT_RULES,
 )

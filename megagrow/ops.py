@@ -57,6 +57,7 @@ __all__ = [
     "layer_norm",
     "let_kernels_serve",
     "linear",
+    "piece_rows",
     "product",
     "rms_norm",
     "rope_",
@@ -67,6 +68,8 @@ __all__ = [
     "vocab_scores",
     "vocab_stats",
 ]
+
+PIECE_BYTES = 2**26  # of a product that a GPU adds to a sum
 
 
 def serves(name: str, x: Tensor) -> bool:
@@ -365,11 +368,23 @@ def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_product_(total_MN: Tensor, a_MK: Tensor, b_NK: Tensor, is_first: bool = False) -> None:
-    """total += a·bᵀ, or for the first total = a·bᵀ; the total may have a wider dtype."""
+    """total += a·bᵀ, or for the first total = a·bᵀ; the total may have a wider dtype.
+
+    The product exists for `piece_rows` of the total at a time.
+    """
     add = Tensor.copy_ if is_first else Tensor.add_
-    num_rows = cpu_ops.PIECE_ROWS if total_MN.device.type == "cpu" else max(len(total_MN), 1)
+    num_rows = piece_rows(total_MN.device.type, total_MN.shape[1], a_MK.element_size())
     for total_RN, a_RK in zip(total_MN.split(num_rows), a_MK.split(num_rows), strict=True):
         add(total_RN, product(a_RK, b_NK))
+
+
+def piece_rows(device_type: str, num_columns: int, width: int) -> int:
+    """Rows of a product that exist at a time while it is added to a sum: what a CPU's cache holds, else 64 MiB.
+
+    Args:
+        width: bytes of an element of the product.
+    """
+    return cpu_ops.PIECE_ROWS if device_type == "cpu" else max(PIECE_BYTES // (max(num_columns, 1) * width), 1)
 
 
 def gate_up_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:

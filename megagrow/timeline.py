@@ -112,6 +112,11 @@ def latest_step(config: Config, number: int) -> int:
     return max(-(-own.at_tokens // step_tokens(config)) - learning_steps(config.growth, end=number), 0)
 
 
+def may_grow_early(config: Config) -> bool:
+    """Whether a growth of the run comes before its latest step where the loss is flat."""
+    return any(growth_settings(config.growth, number).at_plateau > 0 for number in range(num_growths(config.growth)))
+
+
 def order_size(config: Config) -> int:
     """Samples that an order which is made for a whole run has to have."""
     steps = config.train.steps + learning_steps(config.growth)

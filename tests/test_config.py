@@ -288,6 +288,10 @@ BAD_COMBINATIONS = [
             (ONLINE | {"keep_fraction": 0.1}, ["keeps 0 of so many batches", "larger buffer"]),
             (ONLINE | {"keep_fraction": 0.9}, ["keeps 4 of so many batches"]),
             (ONLINE | {"keep": "threshold"}, ["salt.keep=threshold", "set salt.scores"]),
+            (
+                ONLINE | {"score": "excess_nll"},
+                ["excess_nll is the difference of two models' losses", "by one, the te"],
+            ),
         ]
     ),
     (
@@ -301,9 +305,9 @@ BAD_COMBINATIONS = [
         ["salt.divergence=reverse_kl", "salt.teacher is not set"],
     ),
     (
-        config_with(salt=SaltConfig(cache="x", steps=3), train=TrainConfig(z_loss=1e-4)),
+        config_with(salt=SaltConfig(cache="x", steps=3, divergence="reverse_kl")),
         1,
-        ["salt.cache teaches by forward KL", "train.z_loss", "use salt.teacher"],
+        ["salt.divergence=reverse_kl", "the mass of all others", "or salt.teacher"],
     ),
     *(
         (
@@ -408,10 +412,13 @@ def test_quotas_are_given_as_a_list() -> None:
         SCORED | {"domains": "d", "quotas": ("web=0.2",), "keep_fraction": 0.4},
         ONLINE | {"score": "mean_nll"},
         {"teacher": "x", "share": 0.1, "schedule": "cosine", "end_when_better": True},
+        {"cache": "x", "steps": 5, "divergence": "cross_entropy", "temperature_on": "both"},
     ],
 )
 def test_good_combinations_of_stage_one(fields: dict[str, Any]) -> None:
-    check(config_with(salt=SaltConfig(**fields), data=DataConfig(validation="v")), 1)
+    config = config_with(salt=SaltConfig(**fields), data=DataConfig(validation="v"))
+    check(config, 1)
+    check(dataclasses.replace(config, train=dataclasses.replace(config.train, label_smoothing=0.1, z_loss=1e-4)), 1)
 
 
 @pytest.mark.parametrize(

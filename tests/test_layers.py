@@ -21,6 +21,7 @@ ORDER = [
     "salt_config",
     "config",
     "timeline",
+    "salt_checks",
     "checks",
     "yaml_text",
     "config_file",
@@ -57,7 +58,7 @@ ORDER = [
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "megagrow_kernels"}
-TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command", "_learning"}
+TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command", "_learning", "_reading"}
 MAIN_LINES, TOOL_LINES = 80, 100
 
 

@@ -9,30 +9,27 @@ is left alone.
 Exit codes: 0 done, 2 usage, 3 data (the model does not fit the corpus, or DIR holds something else), 4 checkpoint.
 """
 
-import argparse
-
-import torch
 from _command import Arguments, run
+from _reading import add_reading, mesh_of, reading_of
 
 from megagrow.checkpoint.source import open_source
 from megagrow.data.dataset import PackedDataset
 from megagrow.flops import forward_flops
 from megagrow.metrics import Progress
-from megagrow.parallel.mesh import leave_distributed, make_inference_mesh
+from megagrow.parallel.mesh import leave_distributed
 from megagrow.salt import CacheSettings, TeacherCache, cache_teacher, samples_to_cache
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
     options = parser().parse_args()
-    settings = settings_of(options)
+    kept = {name: getattr(options, name) for name in ("top_k", "sampled", "temperature")}
+    settings = CacheSettings(**kept, **reading_of(options))
     source = open_source(options.model)
     dataset = PackedDataset(options.data, options.seq_length, source.model.vocab_size)
     samples = samples_to_cache(options.samples, dataset.num_samples, options.seed)
     num_samples = dataset.num_samples if samples is None else len(samples)
     flops = forward_flops(source.model, num_samples * dataset.seq_length, dataset.seq_length)
-    mesh = make_inference_mesh(options.tensor)
+    mesh = mesh_of(options)
     with Progress(num_samples, enabled=mesh.is_main) as progress:
         cache_teacher(source, dataset, options.output, mesh, settings, samples, flops, progress)
     if mesh.is_main:
@@ -42,35 +39,13 @@ def main() -> None:
 
 def parser() -> Arguments:
     parser = Arguments(description="Write down what a teacher says of every training sample.")
-    parser.add_argument("--model", required=True, metavar="CKPT", help="checkpoint or HF folder")
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="of PREFIX.bin/.idx")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the cache")
-    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a training sample")
+    add_reading(parser, "cache")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens, and the mass of the others")
     parser.add_argument("--sampled", type=int, default=0, metavar="N", help="or keep N draws instead, unbiased")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="RHO", help="that of salt.temperature")
-    parser.add_argument("--tensor", type=int, default=1, help="ranks that share the model")
     parser.add_argument("--samples", default="", metavar="A:B|SHARE", help="ids A … B - 1, or what is drawn first")
     parser.add_argument("--seed", type=int, default=1234, help="data.seed of the runs that draw the share")
-    parser.add_argument("--mask-documents", action="store_true", help="as data.mask_documents")
-    parser.add_argument("--reset-positions", action="store_true", help="as data.reset_positions")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples per forward pass")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--skip-source-check", action="store_true", help="even if it does not fit")
     return parser
-
-
-def settings_of(options: argparse.Namespace) -> CacheSettings:
-    return CacheSettings(
-        top_k=options.top_k,
-        sampled=options.sampled,
-        temperature=options.temperature,
-        dtype=DTYPES[options.precision],
-        mask_documents=options.mask_documents,
-        reset_positions=options.reset_positions,
-        batch_size=options.batch_size,
-        skip_source_check=options.skip_source_check,
-    )
 
 
 def show(output: str) -> None:

@@ -10,30 +10,23 @@ Exit codes: 0 done, 2 usage, 3 data (the model does not fit the corpus, or DIR h
 4 checkpoint.
 """
 
-import torch
 from _command import Arguments, run
+from _reading import add_reading, mesh_of, reading_of
 
 from megagrow.checkpoint.source import Source, open_source
 from megagrow.data.dataset import PackedDataset
 from megagrow.flops import forward_flops
 from megagrow.metrics import Progress
-from megagrow.parallel.mesh import Mesh, leave_distributed, make_inference_mesh
+from megagrow.parallel.mesh import Mesh, leave_distributed
 from megagrow.salt import ScoreSettings, read_scores, score_corpus
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
     options = parser().parse_args()
-    settings = ScoreSettings(
-        top_k=options.top_k,
-        dtype=DTYPES[options.precision],
-        batch_size=options.batch_size,
-        skip_source_check=options.skip_source_check,
-    )
+    settings = ScoreSettings(top_k=options.top_k, **reading_of(options))
     source = open_source(options.model)
     dataset = PackedDataset(options.data, options.seq_length, source.model.vocab_size)
-    mesh = make_inference_mesh(options.tensor)
+    mesh = mesh_of(options)
     score(source, dataset, options.output, mesh, settings)
     if mesh.is_main:
         show(options.output, dataset)
@@ -42,15 +35,8 @@ def main() -> None:
 
 def parser() -> Arguments:
     parser = Arguments(description="Score packed training samples with a small model.")
-    parser.add_argument("--model", required=True, metavar="CKPT", help="checkpoint or HF folder")
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="of PREFIX.bin/.idx")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the scores")
-    parser.add_argument("--seq-length", type=int, required=True, help="tokens of a training sample")
+    add_reading(parser, "scores")
     parser.add_argument("--top-k", type=int, default=10, help="labels of rank < k count as known")
-    parser.add_argument("--tensor", type=int, default=1, help="ranks that share the model")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples per forward pass")
-    parser.add_argument("--precision", choices=DTYPES, default="fp32")
-    parser.add_argument("--skip-source-check", action="store_true", help="even if it does not fit")
     return parser
 
 

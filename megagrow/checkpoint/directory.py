@@ -101,6 +101,14 @@ def prune(newest: Path, keep_last: int, keep_every: int = 0, passed_over: Collec
             _delete_old(path)
 
 
+def clear(root: Path) -> None:
+    """Deletes all checkpoints in `root`."""
+    if _is_file(root / LATEST):
+        (root / LATEST).unlink()  # first: else it would disown another one of the same step
+    for path in step_directories(root):
+        _delete(path if remote(path) else _to_trash(path))
+
+
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that its step can be saved again; returns its new path."""
     aside = _renamed(path, "damaged")

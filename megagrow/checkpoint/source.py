@@ -119,6 +119,7 @@ def load_model(source: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> 
     model.to(dtype or torch.float32).to_empty(device=mesh.device)
     for name, parameter in model.named_parameters():
         fill(parameter, source.fetch(name))
+        heartbeat.progress()
     return model.requires_grad_(False).eval()
 
 

@@ -211,6 +211,11 @@ def candidates(root: Path) -> list[Path]:
     return intact
 
 
+def clear(root: Path) -> None:
+    """Deletes all checkpoints in `root`, in this process alone."""
+    directory.clear(as_path(root))
+
+
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint at `path`, its digest and every field checked.
 

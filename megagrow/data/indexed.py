@@ -13,7 +13,7 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +69,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self._index_path, self._tokens_path = index_path(prefix), tokens_path(prefix)
+        self._fingerprint = ""
         index_bytes, num_token_bytes = self._open()
         self.dtype, num_sequences, num_boundaries = self._read_header(index_bytes)
         self.lengths, self.pointers, self.document_indices = _index_arrays(index_bytes, num_sequences, num_boundaries)
@@ -110,14 +111,26 @@ class IndexedDataset:
         start = int(self.pointers[first]) // self.dtype.itemsize if first < end else 0
         return self.tokens[start : start + int(self.lengths[first:end].sum(dtype=np.int64))]
 
-    def fingerprint(self) -> str:
-        """sha256 over the bytes of .idx and .bin; reads the whole dataset each time."""
-        digest = hashlib.sha256()
-        for path in (self._index_path, self._tokens_path):
-            with os_errors_as_data_errors(path), open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+    def fingerprint(self, note: Callable[[], None] | None = None) -> str:
+        """sha256 over the bytes of .idx and .bin; reads the whole dataset when it is first asked for.
+
+        Args:
+            note: called now and then meanwhile.
+        """
+        if not self._fingerprint:
+            digest = hashlib.sha256()
+            for path in (self._index_path, self._tokens_path):
+                with os_errors_as_data_errors(path), open(path, "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+                        if note is not None:
+                            note()
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def take_fingerprint(self, fingerprint: str) -> None:
+        """Another process has read the files, and says what the fingerprint is."""
+        self._fingerprint = fingerprint
 
     def _open(self) -> tuple[NDArray[np.uint8], int]:
         for path in (self._index_path, self._tokens_path):

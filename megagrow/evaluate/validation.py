@@ -13,7 +13,7 @@ from megagrow.data.dataset import Samples
 from megagrow.data.mlm import Masking
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
-from megagrow.parallel.context import cut, restarted_positions
+from megagrow.parallel.context import cut, of_documents
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch
 
@@ -131,7 +131,7 @@ def make_batch(
     weight = 1.0 / (global_batch_size * (tokens.shape[1] - 1))
     ids_BS, labels_BS = (cut(part, mesh.cp).contiguous() for part in (tokens[:, :-1], tokens[:, 1:]))
     weights_BS = torch.full(labels_BS.shape, weight, device=mesh.device)
-    given = _of_documents(documents, mesh, mask_documents, reset_positions)
+    given = of_documents(_on(mesh, documents), mesh.cp, mask_documents, reset_positions)
     return Batch(ids_BS, labels_BS, weights_BS, **given)
 
 
@@ -162,14 +162,9 @@ def make_masked_batch(
         num_chosen = sum_over(chosen_BT.sum(), mesh.dp)
     weights_BT = chosen_BT.to(torch.float32) / num_chosen.clamp(min=1)
     ids_BS, labels_BS, weights_BS = (cut(part, mesh.cp).contiguous() for part in (seen_BT, tokens_BT, weights_BT))
-    given = _of_documents(documents, mesh, mask_documents, reset_positions)
+    given = of_documents(_on(mesh, documents), mesh.cp, mask_documents, reset_positions)
     return Batch(ids_BS, labels_BS, weights_BS, **given)
 
 
-def _of_documents(documents: Tensor | None, mesh: Mesh, mask: bool, reset: bool) -> dict[str, Tensor]:
-    """What a batch says of documents: those of whole sequences for attention, this rank's positions in them."""
-    if documents is None:
-        return {}
-    documents_BT = documents.to(mesh.device)
-    given = {"documents": documents_BT} if mask else {}
-    return given | ({"positions": cut(restarted_positions(documents_BT), mesh.cp).contiguous()} if reset else {})
+def _on(mesh: Mesh, documents: Tensor | None) -> Tensor | None:
+    return None if documents is None else documents.to(mesh.device)

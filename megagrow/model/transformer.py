@@ -40,6 +40,7 @@ from megagrow.parallel.loss import (
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, local
 from megagrow.parallel.stages import Stage, pipeline_stages
+from megagrow.parallel.vocab_shard import VocabShard
 from megagrow.roles import Role, axis_size, role_of
 
 
@@ -283,13 +284,14 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         chosen_BS: Tensor | None = None,
         ties_by_id: bool = False,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihoods and ranks of labels, see `loss.token_scores`, for one pipeline stage.
 
         Args:
             ids_BS: inputs.
             labels_BS: what follows each.
-            documents: [B, T] the document of every input; None: attention crosses documents.
+            documents, positions: as in `forward`.
             chosen_BS: which labels are scored; None: all.
             ties_by_id: see `loss.token_scores`.
 
@@ -297,7 +299,7 @@ class Transformer(nn.Module):
             nll_T and rank_T of the chosen labels, row by row.
         """
         with torch.no_grad():
-            hidden_BSH = self(ids_BS, documents=documents)
+            hidden_BSH = self(ids_BS, documents=documents, positions=positions)
         hidden_TH, labels_T = (x.flatten(0, 1) if chosen_BS is None else x[chosen_BS] for x in (hidden_BSH, labels_BS))
         where = self.config.vocab_size, self.tp.axis
         return token_scores(
@@ -344,9 +346,10 @@ class Transformer(nn.Module):
         weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
         options = teacher.options if teacher else LossOptions()
         train, cache = self.train_config, cache_size(x_BSH.device)
+        most_rows = VocabShard(self.tp.axis, self.config.vocab_size).most_rows  # ranks go through the chunks together
         options = replace(
             options,
-            chunk_tokens=tokens_at_once(train.loss_chunk, len(self.head_VH), x_BSH.element_size(), cache),
+            chunk_tokens=tokens_at_once(train.loss_chunk, most_rows, x_BSH.element_size(), cache),
             compiled=train.compile,
             label_smoothing=train.label_smoothing,
             z_loss=train.z_loss,

@@ -10,6 +10,8 @@ renormalised over K, it would be neither. The sampled form, and its gradient, ar
 (sparse logit sampling; Anshumann et al., 2025, arXiv 2503.16870).
 
 q_tail is summed over the tokens outside of K, not taken as 1 − Σ q, which would lose all its digits where it is small.
+Beside KD stands the same term of the labels as beside a teacher that is there (loss_terms.py), and q is likewise the
+softmax over the tokens that both have. The reverse divergence has no such form: it needs p wherever q has mass.
 """
 
 # Shape suffix legend: C = tokens of a chunk, V = local vocabulary rows, K = entries of a token, R = tensor ranks.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megagrow import ops
+from megagrow.parallel.loss_terms import Hard, LossOptions, hard_scales, hard_term, with_total
 from megagrow.parallel.vocab_shard import LocalEntries, VocabShard, logsumexp
 
 
@@ -42,34 +45,18 @@ class CachedTargets:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Weights of the two terms.
-
-    Attributes:
-        omega: the share of the distillation term.
-        sigma: what the student's logits are divided by in it.
-        scale: factor on it.
-    """
-
-    omega: float
-    sigma: float
-    scale: float
-
-
-@dataclass(frozen=True)
 class _Student:
     """What the student gives for each token; soft: with the logits that distillation sees.
 
     Attributes:
-        lse_C, label_logit_C: of the logits; their difference is the cross-entropy.
+        hard: the term of the labels.
         soft_lse_C: logsumexp of all soft logits.
         base_C: logsumexp of those outside of the entries (top_k; -inf where there are none), or of all (sampled).
         picked_CK: soft logits of the entries that are on this shard.
         cross_C: Σ mass · soft logit of the entries, over all shards.
     """
 
-    lse_C: Tensor
-    label_logit_C: Tensor
+    hard: Hard
     soft_lse_C: Tensor
     base_C: Tensor
     picked_CK: Tensor
@@ -82,30 +69,43 @@ def cached_distillation(
     local_C: Tensor,
     weights_C: Tensor,
     shard: VocabShard,
-    mixture: Mixture,
+    options: LossOptions,
     write_gradient: bool,
 ) -> Tensor:
     """Returns the sums [loss, CE, KD, p's entropy]; turns the logits into their gradient when asked to."""
-    omega, sigma = mixture.omega, mixture.sigma
-    one_softmax = sigma == 1 and omega > 0  # serves both terms, and the logits need no copy
-    soft_CV = logits_CV if one_softmax else logits_CV.to(_wide(logits_CV)) / sigma
+    omega, sigma = options.weight, options.student_temperature
+    one_softmax = sigma == 1 and omega > 0 and not shard.has_rest  # serves both terms, and the logits need no copy
+    soft_CV = logits_CV if one_softmax else _soft_logits(logits_CV, sigma, shard)
     entries = shard.entries(targets.ids_TK)
-    student = _measure(logits_CV, soft_CV, targets, entries, local_C, shard)
-    ce = ((student.lse_C - student.label_logit_C) * weights_C).sum()
-    kd = (_divergence(student, targets) * weights_C).sum() * mixture.scale
-    entropy = (_entropy(targets, ce.dtype) * weights_C).sum()
+    student = _measure(logits_CV, soft_CV, targets, entries, local_C, shard, options)
+    ce = (student.hard.ce_C * weights_C).sum()
+    hard = (student.hard.loss_C * weights_C).sum() if options.is_smooth else ce
+    entropy_C, kd_C = _entropy(targets, ce.dtype), _divergence(student, targets)
+    kd_C = kd_C + entropy_C if options.divergence == "cross_entropy" else kd_C
+    kd, entropy = (kd_C * weights_C).sum() * options.scale, (entropy_C * weights_C).sum()
     if write_gradient:
-        ce_scale_C, kd_scale_C = weights_C * (1 - omega), weights_C * (omega * mixture.scale / sigma)
+        hard_scale_C, smooth_C2 = hard_scales(weights_C * (1 - omega), student.hard, shard, options)
+        kd_scale_C = weights_C * (omega * options.scale / sigma)
         if one_softmax:
-            _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, ce_scale_C, shard)
-            _at_label(local_C).add_(soft_CV, -ce_scale_C[:, None])
+            _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, hard_scale_C, smooth_C2, shard)
+            label_scale_C = hard_scale_C if smooth_C2 is None else smooth_C2[:, 0]
+            _at_label(local_C).add_(soft_CV, -label_scale_C[:, None])
         else:
-            ops.vocab_grad_(logits_CV, local_C, student.lse_C, ce_scale_C, fused=shard.fused)
+            ops.vocab_grad_(
+                logits_CV, local_C, student.hard.lse_C, hard_scale_C, smooth_T2=smooth_C2, fused=shard.fused
+            )
             if omega > 0:
-                nothing_C = torch.zeros_like(ce_scale_C)
-                _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, nothing_C, shard)
+                nothing_C = torch.zeros_like(hard_scale_C)
+                _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, nothing_C, None, shard)
                 logits_CV.add_(soft_CV)
-    return torch.stack([(1 - omega) * ce + omega * kd, ce, kd, entropy])
+    return torch.stack([(1 - omega) * hard + omega * kd, ce, kd, entropy])
+
+
+def _soft_logits(logits_CV: Tensor, sigma: float, shard: VocabShard) -> Tensor:
+    """A copy over sigma, in which nothing counts the tokens that the teacher lacks."""
+    soft_CV = logits_CV.to(_wide(logits_CV)) / sigma
+    soft_CV[:, shard.common_rows :] = -torch.inf
+    return soft_CV
 
 
 def _measure(
@@ -115,9 +115,10 @@ def _measure(
     entries: LocalEntries,
     local_C: Tensor,
     shard: VocabShard,
+    options: LossOptions,
 ) -> _Student:
     """One all-gather brings together what the ranks find; of top_k the entries are blanked afterwards."""
-    found = [ops.vocab_stats(logits_CV, local_C, fused=shard.fused)]
+    found = [with_total(ops.vocab_stats(logits_CV, local_C, fused=shard.fused), logits_CV, options)]
     picked_CK = entries.pick(soft_CV)
     masses_CK = targets.masses_TK1[:, :-1].to(picked_CK.dtype)
     if soft_CV is not logits_CV:
@@ -126,12 +127,14 @@ def _measure(
         entries.blank_(soft_CV)
         found.append(_max_and_sum(soft_CV, shard))
     found.append((masses_CK * picked_CK).sum(-1, keepdim=True))
-    max_RC, sum_RC, label_RC, *rest_RC = shard.of_all_ranks(torch.cat(found, -1)).unbind(-1)
-    lse_C = soft_lse_C = logsumexp(max_RC, sum_RC)
-    if soft_CV is not logits_CV:
-        soft_lse_C, rest_RC = logsumexp(rest_RC[0], rest_RC[1]), rest_RC[2:]
-    base_C = soft_lse_C if targets.is_sample else (rest_RC[0] + rest_RC[1].log()).logsumexp(0)
-    return _Student(lse_C, label_RC.sum(0), soft_lse_C, base_C, picked_CK, rest_RC[-1].sum(0))
+    of_labels_RCK, *rest_RCK = shard.of_all_ranks(torch.cat(found, -1)).split([x.shape[1] for x in found], dim=-1)
+    hard = hard_term(of_labels_RCK[..., :3], of_labels_RCK[..., 3:], shard, options)
+    soft_lse_C = hard.lse_C if soft_CV is logits_CV else logsumexp(*rest_RCK[0].unbind(-1))
+    base_C = soft_lse_C
+    if not targets.is_sample:
+        max_RC, sum_RC = rest_RCK[-2].unbind(-1)
+        base_C = (max_RC + sum_RC.log()).logsumexp(0)
+    return _Student(hard, soft_lse_C, base_C, picked_CK, rest_RCK[-1].sum((0, 2)))
 
 
 def _max_and_sum(soft_CV: Tensor, shard: VocabShard) -> Tensor:
@@ -141,7 +144,7 @@ def _max_and_sum(soft_CV: Tensor, shard: VocabShard) -> Tensor:
 
 def _divergence(student: _Student, targets: CachedTargets) -> Tensor:
     """KD of each token."""
-    masses_CK1 = targets.masses_TK1.to(student.lse_C.dtype)
+    masses_CK1 = targets.masses_TK1.to(student.soft_lse_C.dtype)
     rest_C = masses_CK1[:, -1]
     if targets.is_sample:
         return student.soft_lse_C * masses_CK1[:, :-1].sum(-1) - student.cross_C - rest_C
@@ -162,11 +165,15 @@ def _soft_gradient_(
     student: _Student,
     targets: CachedTargets,
     kd_scale_C: Tensor,
-    ce_scale_C: Tensor,
+    hard_scale_C: Tensor,
+    smooth_C2: Tensor | None,
     shard: VocabShard,
 ) -> None:
-    """Overwrites soft logits, of top_k with blanked entries, with kd·(q − p) + ce·q; in the tail p is τ·q / q_tail."""
-    both_C = kd_scale_C + ce_scale_C
+    """Overwrites soft logits, of top_k with blanked entries, with kd·(q − p) + hard·q − what smoothing spreads.
+
+    In the tail p is τ·q / q_tail.
+    """
+    both_C = kd_scale_C + hard_scale_C
     masses_CK, rest_C = targets.masses_TK1[:, :-1].to(both_C.dtype), targets.masses_TK1[:, -1].to(both_C.dtype)
     values_CK, base_scale_C = -kd_scale_C[:, None] * masses_CK, both_C
     if not targets.is_sample:
@@ -174,7 +181,7 @@ def _soft_gradient_(
         base_scale_C = both_C * (student.base_C - student.soft_lse_C).exp() - kd_scale_C * rest_C
     base_C = student.base_C.masked_fill(student.base_C == -torch.inf, 0.0)  # no tail: -inf - -inf would be NaN
     nowhere_C = torch.full((len(soft_CV),), -1, device=soft_CV.device)
-    ops.vocab_grad_(soft_CV, nowhere_C, base_C, base_scale_C, fused=shard.fused)
+    ops.vocab_grad_(soft_CV, nowhere_C, base_C, base_scale_C, smooth_T2=smooth_C2, fused=shard.fused)
     entries.add_(soft_CV, values_CK)
 
 

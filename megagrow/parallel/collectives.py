@@ -172,6 +172,17 @@ def broadcast_json(value: Any, axis: Axis, device: torch.device) -> Any:
     return json.loads(broadcast_from(data.to(device), 0, axis).cpu().numpy().tobytes())
 
 
+def told_by_first(flag: bool, axis: Axis, device: torch.device) -> bool:
+    """The first rank's flag, on every rank of the axis: for decisions by numbers that ranks may have rounded otherwise.
+
+    Args:
+        flag: read on the first rank only.
+        axis: the ranks.
+        device: where their collectives work.
+    """
+    return bool(broadcast_from(torch.tensor(float(flag), device=device), 0, axis).item())
+
+
 def any_over(flag: bool, axis: Axis) -> bool:
     """Whether the flag is set on any rank of the axis."""
     return bool(max_over(torch.tensor(float(flag)), axis).item()) if axis.size > 1 else flag

@@ -61,6 +61,21 @@ def restarted_positions(documents_BT: Tensor) -> Tensor:
     return places_T - (places_T * begins_BT).cummax(dim=1).values
 
 
+def of_documents(documents_BT: Tensor | None, cp: Axis, mask: bool, reset: bool) -> dict[str, Tensor]:
+    """What a model is told of documents: those of the whole sequences, and this context rank's positions in them.
+
+    Args:
+        documents_BT: the document of every token of the whole sequences; None: nothing depends on documents.
+        cp: the context axis.
+        mask: attention stays inside a document.
+        reset: positions begin anew at each document.
+    """
+    if documents_BT is None:
+        return {}
+    given = {"documents": documents_BT} if mask else {}
+    return given | ({"positions": cut(restarted_positions(documents_BT), cp).contiguous()} if reset else {})
+
+
 def attention(
     q_BNSD: Tensor,
     k_BKSD: Tensor,

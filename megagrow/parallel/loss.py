@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megagrow import ops
-from megagrow.parallel.cached_loss import CachedTargets, Mixture, cached_distillation
+from megagrow.parallel.cached_loss import CachedTargets, cached_distillation
 from megagrow.parallel.collectives import max_over, sum_over
 from megagrow.parallel.loss_terms import LossOptions, cross_entropy, distillation
 from megagrow.parallel.mesh import Axis
@@ -96,7 +96,7 @@ def tokens_at_once(wanted: int, num_rows: int, width: int, cache: int) -> int:
     Args:
         wanted: `train.loss_chunk`; 0: what the cache says, in multiples of 128, at least 256, fewer of which would make
             the products read the output matrix more often than they compute with it.
-        num_rows: of this rank's output matrix.
+        num_rows: of the output matrix, on the rank that has most: all go through the same chunks together.
         width: bytes of a logit.
         cache: bytes.
     """
@@ -235,8 +235,7 @@ class _Loss(torch.autograd.Function):
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
             logits_CV = _logits(hidden_CH, head, bias_V)
             if targets is not None:
-                mixture = Mixture(options.weight, options.student_temperature, options.scale)
-                given = targets.rows(part), local_C, weights_T[part], shard, mixture
+                given = targets.rows(part), local_C, weights_T[part], shard, options
                 sums += cached_distillation(logits_CV, *given, needs_gradient)
             elif teacher_TH is None or teacher_head_VH is None:
                 sums += cross_entropy(logits_CV, local_C, weights_T[part], shard, options, needs_gradient)

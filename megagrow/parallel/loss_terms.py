@@ -94,13 +94,13 @@ def cross_entropy(
     logits_CV: Tensor, local_C: Tensor, weights_C: Tensor, shard: VocabShard, options: LossOptions, write_gradient: bool
 ) -> Tensor:
     """Returns the sums [loss, CE, 0, 0]; turns the logits into their gradient when asked to."""
-    stats_CK = _with_total(ops.vocab_stats(logits_CV, local_C, fused=shard.fused), logits_CV, options)
+    stats_CK = with_total(ops.vocab_stats(logits_CV, local_C, fused=shard.fused), logits_CV, options)
     found_RCK = shard.of_all_ranks(stats_CK)
-    hard = _hard(found_RCK[..., :3], found_RCK[..., 3:], shard, options)
+    hard = hard_term(found_RCK[..., :3], found_RCK[..., 3:], shard, options)
     ce = (hard.ce_C * weights_C).sum()
     loss = (hard.loss_C * weights_C).sum() if options.is_smooth else ce
     if write_gradient:
-        scale_C, smooth_C2 = _hard_scales(weights_C, hard, shard, options)
+        scale_C, smooth_C2 = hard_scales(weights_C, hard, shard, options)
         ops.vocab_grad_(logits_CV, local_C, hard.lse_C, scale_C, smooth_T2=smooth_C2, fused=shard.fused)
     zero = torch.zeros_like(ce)
     return torch.stack([loss, ce, zero, zero])
@@ -136,6 +136,34 @@ def distillation(
     return torch.stack([loss, ce, kd, entropy])
 
 
+def with_total(stats_CK: Tensor, logits_CV: Tensor, options: LossOptions) -> Tensor:
+    """A rank's statistics with one more, the sum of all logits, where label smoothing needs it."""
+    if options.label_smoothing == 0:
+        return stats_CK
+    return torch.cat((stats_CK, logits_CV.sum(-1, keepdim=True, dtype=stats_CK.dtype)), dim=-1)
+
+
+def hard_term(stats_RC3: Tensor, totals_RCK: Tensor, shard: VocabShard, options: LossOptions) -> Hard:
+    """The term of the labels from what all ranks found, see `with_total`."""
+    max_RC, sum_RC, label_RC = stats_RC3.unbind(-1)
+    lse_C, label_C = logsumexp(max_RC, sum_RC), label_RC.sum(0)
+    loss_C = ce_C = lse_C - label_C
+    if options.label_smoothing:
+        loss_C = loss_C + options.label_smoothing * (label_C - totals_RCK.sum((0, 2)) / shard.vocab_size)
+    if options.z_loss:
+        loss_C = loss_C + options.z_loss * lse_C.square()
+    return Hard(lse_C, ce_C, loss_C)
+
+
+def hard_scales(scale_C: Tensor, hard: Hard, shard: VocabShard, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+    """The factors of the gradient of Σ scale · H: of softmax, and what `ops.vocab_grad_` calls smooth."""
+    if not options.is_smooth:
+        return scale_C, None
+    spread = options.label_smoothing
+    smooth_C2 = torch.stack((scale_C * (1 - spread), scale_C * (spread / shard.vocab_size)), dim=-1)
+    return scale_C * (1 + 2 * options.z_loss * hard.lse_C), smooth_C2
+
+
 def teacher_tokens(num_rows: int, width: int) -> int:
     """Tokens whose teacher logits exist at a time, a multiple of 64.
 
@@ -162,14 +190,14 @@ def _piece(
     stats_PK = ops.distill_stats(common_PV, teacher_PV, local_P, *temperatures, reverse=reverse, fused=shard.fused)
     if shard.has_rest:
         stats_PK = torch.cat((stats_PK, ops.vocab_stats(rest_PV, rest_P, fused=shard.fused)), dim=-1)
-    found_RPK = shard.of_all_ranks(_with_total(stats_PK, logits_PV, options))
+    found_RPK = shard.of_all_ranks(with_total(stats_PK, logits_PV, options))
     soft = _soft(found_RPK[..., 0], found_RPK[..., 3:8], options)
     labelled_RP3 = found_RPK[..., :3]
     if shard.has_rest:
         labelled_RP3 = torch.cat((labelled_RP3, found_RPK[..., 8:11]))  # as if it were that of more ranks
-    hard = _hard(labelled_RP3, found_RPK[..., 11 if shard.has_rest else 8 :], shard, options)
+    hard = hard_term(labelled_RP3, found_RPK[..., 11 if shard.has_rest else 8 :], shard, options)
     if write_gradient:
-        scale_P, smooth_P2 = _hard_scales(weights_P * (1 - options.weight), hard, shard, options)
+        scale_P, smooth_P2 = hard_scales(weights_P * (1 - options.weight), hard, shard, options)
         kd_scale_P = weights_P * (options.weight * options.scale / options.student_temperature)
         third_P = soft.third_C
         if shard.has_rest and options.student_temperature == 1:
@@ -183,33 +211,6 @@ def _piece(
         if shard.has_rest:
             ops.vocab_grad_(rest_PV, rest_P, hard.lse_C, scale_P, smooth_T2=smooth_P2, fused=shard.fused)
     return hard.ce_C, hard.loss_C, soft.kd_C, soft.entropy_C
-
-
-def _with_total(stats_CK: Tensor, logits_CV: Tensor, options: LossOptions) -> Tensor:
-    """With one more statistic, the sum of all logits, where label smoothing needs it."""
-    if options.label_smoothing == 0:
-        return stats_CK
-    return torch.cat((stats_CK, logits_CV.sum(-1, keepdim=True, dtype=stats_CK.dtype)), dim=-1)
-
-
-def _hard(stats_RC3: Tensor, totals_RCK: Tensor, shard: VocabShard, options: LossOptions) -> Hard:
-    max_RC, sum_RC, label_RC = stats_RC3.unbind(-1)
-    lse_C, label_C = logsumexp(max_RC, sum_RC), label_RC.sum(0)
-    loss_C = ce_C = lse_C - label_C
-    if options.label_smoothing:
-        loss_C = loss_C + options.label_smoothing * (label_C - totals_RCK.sum((0, 2)) / shard.vocab_size)
-    if options.z_loss:
-        loss_C = loss_C + options.z_loss * lse_C.square()
-    return Hard(lse_C, ce_C, loss_C)
-
-
-def _hard_scales(scale_C: Tensor, hard: Hard, shard: VocabShard, options: LossOptions) -> tuple[Tensor, Tensor | None]:
-    """The factors of the gradient of Σ scale · H: of softmax, and what `ops.vocab_grad_` calls smooth."""
-    if not options.is_smooth:
-        return scale_C, None
-    spread = options.label_smoothing
-    smooth_C2 = torch.stack((scale_C * (1 - spread), scale_C * (spread / shard.vocab_size)), dim=-1)
-    return scale_C * (1 + 2 * options.z_loss * hard.lse_C), smooth_C2
 
 
 def _soft(max_RC: Tensor, stats_RC5: Tensor, options: LossOptions) -> Soft:

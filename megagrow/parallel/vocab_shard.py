@@ -43,6 +43,13 @@ class VocabShard:
         """Whether some rank has rows that the teacher lacks: the same answer everywhere."""
         return self.num_common is not None and self.num_common < self.vocab_size
 
+    @property
+    def common_rows(self) -> int:
+        """Of this rank's rows, from the first on, those of tokens that the teacher has too."""
+        vocab = self.vocab
+        stop = vocab.stop if self.num_common is None else min(vocab.stop, self.num_common)
+        return max(stop - vocab.start, 0)
+
     def local_labels(self, labels_T: Tensor) -> Tensor:
         """Columns of the labels that are here, -1 for the others."""
         return torch.where(self._has(labels_T), labels_T - self.vocab.start, -1)

@@ -9,7 +9,6 @@ from typing import Literal
 
 from megagrow import ops, torch_ops
 from megagrow.config import ModelConfig
-from megagrow.cpu_ops import PIECE_ROWS
 from megagrow.parallel.loss import L2_CACHE, tokens_at_once
 from megagrow.parallel.loss_terms import teacher_tokens
 from megagrow.parallel.stages import Stage
@@ -18,6 +17,9 @@ from megagrow.plan.weights import layer_names, stored_elements
 from megagrow.roles import role_of
 
 DeviceType = Literal["cuda", "cpu"]
+ENTRY = 40  # bytes of an entry of a cache while the loss works on it
+SCORED_TOKENS = 1024  # whose logits exist at a time where they are scored
+SCORED_LOGIT = 16  # bytes of a logit that the twin of the scoring kernel works on
 
 
 @dataclass(frozen=True)
@@ -288,26 +290,68 @@ class Loss:
     backward: int
 
 
-def loss(layout: Layout, device: DeviceType, teacher: ModelConfig | None = None, head_learns: bool = True) -> Loss:
+@dataclass(frozen=True)
+class Cached:
+    """What a teacher left behind of each position.
+
+    Attributes:
+        num_entries: tokens.
+        needs_copy: whether the loss divides the student's logits, or leaves some out, in a copy of them.
+    """
+
+    num_entries: int
+    needs_copy: bool
+
+    @property
+    def per_token(self) -> int:
+        """Bytes of a token's targets: ids, and the masses of these and of the rest."""
+        return 4 * self.num_entries + 4 * (self.num_entries + 1)
+
+
+def loss(
+    layout: Layout,
+    device: DeviceType,
+    teacher: ModelConfig | None = None,
+    head_learns: bool = True,
+    cached: Cached | None = None,
+) -> Loss:
     """The gradients that the loss computes in its forward pass, and what that takes.
 
     Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. The gradient of the output
-    matrix is summed in float32; a CPU adds to it in pieces, and converts each.
+    matrix is summed in float32, piece by piece; a CPU converts each.
     """
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
     matrix = rows * model.hidden_size
     summed = matrix if head_learns else 0
-    chunk = tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE)
-    logits = min(chunk, layout.tokens) * rows
+    chunk = min(tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE), layout.tokens)
+    logits = chunk * rows
     taught = min(logits, teacher_tokens(rows, width) * rows) if teacher is not None else 0
     kept = size.whole + 4 * summed + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
     copy = width * matrix if layout.casts_at_use else 0
-    piece = 0 if not head_learns else min(rows, PIECE_ROWS) if device == "cpu" else rows
+    piece = min(rows, ops.piece_rows(device, model.hidden_size, width)) if head_learns else 0
     added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
     working = copy + width * (logits + taught) + max(added, size.whole)
     working += _twin_rows(layout, taught or logits, device, with_teacher=teacher is not None)
+    working += _of_cached(layout, cached, chunk, logits) if cached is not None else 0
     return Loss(kept, kept + working, kept + (size.whole * size.wide if width == 2 and device == "cpu" else 0))
+
+
+def _of_cached(layout: Layout, cached: Cached, chunk: int, logits: int) -> int:
+    """The microbatch's ids as int64; places, logits and masses of a chunk's entries; the copy of its logits."""
+    ids = 8 * layout.tokens * cached.num_entries
+    return ids + ENTRY * chunk * cached.num_entries + (4 * logits if cached.needs_copy else 0)
+
+
+def scoring(layout: Layout, device: DeviceType) -> int:
+    """What it takes to score the labels of a microbatch: a forward pass that keeps nothing, and logits."""
+    size, model, train = sizes(layout), layout.model, layout.config.train
+    attention, mlp = 2 * size.query + 3 * size.key, (3 if model.is_gated else 2) * size.ffn
+    logits = min(SCORED_TOKENS, layout.tokens) * -(-model.vocab_size // layout.tensor)
+    by_kernel = device == "cuda" and "vocab_loss" in ops.chosen(train.kernels)
+    most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
+    twin = 0 if by_kernel else SCORED_LOGIT * min(logits, most)
+    return max(2 * size.cut + size.whole + max(attention, mlp), size.whole + layout.width * logits + twin)
 
 
 def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bool) -> int:

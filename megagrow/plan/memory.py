@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megagrow.config import ModelConfig
 from megagrow.parallel.stages import Stage
 from megagrow.plan import activations
-from megagrow.plan.activations import BlockCost, DeviceType, Loss
+from megagrow.plan.activations import BlockCost, Cached, DeviceType, Loss
 from megagrow.plan.layout import Layout
 from megagrow.plan.schedule import GATHERED_STAGES, Held, peaks
 from megagrow.plan.weights import Unit, block_unit, learning_unit, other_unit, rank_unit, trained_elements
@@ -33,12 +33,14 @@ class Extra:
         has_moments: whether the optimizer keeps moments of this model.
         teacher: the model that teaches, whose logits the loss computes too.
         frozen_layers: of the model, from the first one on, that have a forward pass only, as what is below them has.
+        cached: what one that is not there has left behind.
     """
 
     static: dict[int, Parts] = field(default_factory=dict)
     has_moments: bool = True
     teacher: ModelConfig | None = None
     frozen_layers: int = 0
+    cached: Cached | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _stage_cost(layout: Layout, stage: Stage, block: BlockCost, device: DeviceTy
         learning_other=learning_unit(layout, stage, frozen),
         cost=block,
         before_loss=activations.kept_by_stage(layout, stage, block, device, frozen),
-        loss=activations.loss(layout, device, extra.teacher, head_learns) if stage.is_last else None,
+        loss=activations.loss(layout, device, extra.teacher, head_learns, extra.cached) if stage.is_last else None,
         embedding=activations.embedding_gradient(layout) if stage.is_first and not frozen else 0,
     )
 

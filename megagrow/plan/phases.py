@@ -3,7 +3,7 @@
 small    training a model that the run grows later
 growing  source and target exist side by side, each with the moments of AdamW
 ligo     learning the maps: the target has gradients but no moments, the source is frozen
-salt     stage 1: the teacher's weights are there too
+salt     stage 1: the teacher's weights are there too, or what it left behind of a step's samples
 train    everything after that, or all of a plain run
 
 Training that begins with layers that stand still (MSLT) is a phase of its own until they learn, of the same name: they
@@ -24,7 +24,7 @@ from megagrow.flops import Convention
 from megagrow.growth.grow import ROWS
 from megagrow.growth.ligo_maps import Variant, initial_fill, keeps_old_rows, map_shapes, start_recipe, width_maps
 from megagrow.growth.recipe import Recipe
-from megagrow.plan.activations import DeviceType
+from megagrow.plan.activations import Cached, DeviceType, scoring
 from megagrow.plan.layout import Layout
 from megagrow.plan.memory import MOMENTS, PARAMETER, Extra, Parts, RankMemory, step_memory
 from megagrow.plan.weights import (
@@ -37,8 +37,9 @@ from megagrow.plan.weights import (
     trained_elements,
 )
 from megagrow.roles import layer_name, leaves, parameter_shapes
-from megagrow.salt.schedule import with_stage_one_steps
-from megagrow.salt.teacher import check_teacher
+from megagrow.salt import TeacherCache, check_teacher, with_stage_one_steps
+from megagrow.salt.cached_teacher import cache_folders
+from megagrow.salt.online import SAMPLES_AT_ONCE
 from megagrow.timeline import growth_configs, last_source, latest_step, num_growths
 
 CONVENTIONS: tuple[Convention, ...] = ("full", "causal")
@@ -115,10 +116,9 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
     steps = config.train.steps - (latest_step(config, num_growths(growth) - 1) if num_growths(growth) else 0)
     taught = min(salt.steps, steps)
     if salt.steps:
-        teacher = _teacher(config, notes) if salt.teacher else None
-        found += frozen.phases(taught, partial(_stage_one, layout, teacher, device))
+        found += frozen.phases(taught, partial(_stage_one, layout, device, notes))
     found += frozen.after(taught).phases(steps - taught, partial(_training, "train", layout, device))
-    return found, notes
+    return found, list(dict.fromkeys(notes))  # stage 1 may be two phases, with and without frozen layers
 
 
 def _teacher(config: Config, notes: list[str]) -> ModelConfig | None:
@@ -257,13 +257,14 @@ def _others_spread(layout: Layout, start: Recipe) -> int:
     return PARAMETER * max(found)
 
 
-def _stage_one(
-    layout: Layout, teacher: ModelConfig | None, device: DeviceType, frozen_layers: int, steps: int
-) -> Phase:
+def _stage_one(layout: Layout, device: DeviceType, notes: list[str], frozen_layers: int, steps: int) -> Phase:
+    """Stage 1, in which a teacher costs a forward pass for each sample that it teaches or scores."""
+    config, salt = layout.config, layout.config.salt
+    teacher, per_step = _teacher(config, notes) if salt.teacher else None, _training_flops(layout, frozen_layers)
     if teacher is None:
-        return _training("salt", layout, device, frozen_layers, steps)
-    per_step = _training_flops(layout, frozen_layers)
-    length, salt = layout.config.data.seq_length, layout.config.salt
+        memory = step_memory(layout, device, replace(_left_behind(layout, notes), frozen_layers=frozen_layers))
+        return Phase("salt", steps, per_step, memory, frozen_layers)
+    length = config.data.seq_length
     check_teacher(teacher, layout.model, length)
     check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
     scored = salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0  # batches, for one that is kept
@@ -274,4 +275,30 @@ def _stage_one(
     static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}
     static[layout.stages[-1].rank]["teacher's hidden states"] = hidden
     memory = step_memory(layout, device, Extra(static, teacher=teacher, frozen_layers=frozen_layers))
+    if scored:
+        memory = [_or_scoring(held, layout, teacher, device) for held in memory]
     return Phase("salt", steps, per_step, memory, frozen_layers)
+
+
+def _left_behind(layout: Layout, notes: list[str]) -> Extra:
+    """What `salt.cache` changes about plain training: a step's targets, on the rank that computes the loss."""
+    salt, folders = layout.config.salt, cache_folders(layout.config.salt)
+    if not folders:
+        return Extra()
+    if not all(Path(folder).is_dir() for folder in folders):
+        notes.append(f"salt.cache={salt.cache}: no such folder yet; the memory of its targets is left out")
+        return Extra()
+    identity = TeacherCache(folders[0]).identity
+    divides = salt.temperature_on == "both" and salt.temperature != 1
+    cached = Cached(identity.num_entries, divides or salt.weight == 0 or identity.vocab_size < layout.model.vocab_size)
+    targets = Parts({"targets": cached.per_token * layout.tokens * layout.num_microbatches})
+    return Extra({layout.stages[-1].rank: targets}, cached=cached)
+
+
+def _or_scoring(held: RankMemory, layout: Layout, teacher: ModelConfig, device: DeviceType) -> RankMemory:
+    """The fullest moment of a step, or that before it in which the teacher scores a piece of an online buffer."""
+    train = replace(layout.config.train, microbatch_size=SAMPLES_AT_ONCE)
+    piece = Layout(replace(layout.config, model=teacher, train=train), layout.world_size)
+    resting = {name: held.parts[name] for name in ("parameters", "moments", "pipeline buffers", "teacher")}
+    parts = Parts({**resting, "working": scoring(piece, device)})
+    return held if held.total >= parts.total() else replace(held, parts=parts, moment="scoring a buffer", in_flight=())

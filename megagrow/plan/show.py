@@ -21,7 +21,7 @@ COLUMNS = {  # of the memory table, with what they sum up
     "moments": ("moments", "maps"),
     "activations": ("activations", "working"),
     "loss": ("loss",),
-    "buffers": ("pipeline buffers", "batch"),
+    "buffers": ("pipeline buffers", "batch", "targets"),
 }
 ASSUMED = (
     "Time rests on assumptions: computing at {efficiency:.0%} of {peak:.0f} TFLOP/s; a rank sends {inside:.0f} GB/s "

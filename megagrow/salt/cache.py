@@ -23,14 +23,13 @@ from megagrow.config import require
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
-from megagrow.parallel.context import restarted_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.top_tokens import drawn_tokens, top_tokens
 from megagrow.salt.cache_format import Entries, Kind, compress, encode, to_codes
 from megagrow.salt.cache_manifest import CacheIdentity
 from megagrow.salt.cache_shards import CacheShards, samples_sha256
-from megagrow.salt.records import corpus_fields
-from megagrow.salt.sharded import Progress, check_reader, checked_model
+from megagrow.salt.records import corpus_fields, share_fingerprint
+from megagrow.salt.sharded import Progress, ReadSettings, check_reader, checked_model, read_samples
 from megagrow.salt.teacher_cache import is_complete
 from megagrow.torch_ops import mix
 
@@ -38,39 +37,27 @@ UNIFORM_BITS = 32
 
 
 @dataclass(frozen=True)
-class CacheSettings:
-    """What is kept of the teacher, and how it is made.
+class CacheSettings(ReadSettings):
+    """What is kept of the teacher, and how it reads.
 
     Attributes:
         top_k: tokens of each position; 0: they are drawn.
         sampled: draws of each position; exactly one of the two is set.
         temperature: by which the teacher's logits are divided.
-        dtype: of the teacher's parameters and activations.
-        mask_documents, reset_positions: as `data.mask_documents` and `data.reset_positions` of the runs to come.
-        batch_size: samples per forward pass; in float32 another size may change the last bit of a logit.
-        shard_size: samples that are done again at most after an interruption; rounded up to whole batches.
-        skip_source_check: go on although the teacher does not fit the data.
     """
 
     top_k: int = 0
     sampled: int = 0
     temperature: float = 1.0
-    dtype: torch.dtype = torch.float32
-    mask_documents: bool = False
-    reset_positions: bool = False
-    batch_size: int = 16
-    shard_size: int = 256
-    skip_source_check: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             min(self.top_k, self.sampled) == 0 < max(self.top_k, self.sampled),
             f"top_k={self.top_k}, sampled={self.sampled}: exactly one of them must be positive",
         )
         require(self.sampled <= 2**16, f"sampled={self.sampled} must be at most {2**16}")
         require(0 < self.temperature < 1e6, f"temperature={self.temperature} must be positive and below a million")
-        for name in ("batch_size", "shard_size"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
 
     @property
     def kind(self) -> Kind:
@@ -116,15 +103,16 @@ def cache_teacher(
         settings.top_k <= source.model.vocab_size,
         f"top_k={settings.top_k} exceeds vocab_size={source.model.vocab_size} of {source.path}; use at most as many",
     )
+    share_fingerprint(dataset, mesh)
     identity = identity_of(source, dataset, settings, samples)
     shards = CacheShards(output, identity, samples, settings.batch_size, settings.shard_size, mesh)
 
     def work(pending: list[int]) -> None:
-        model = checked_model(source, dataset, mesh, settings.dtype, settings.skip_source_check, progress)
+        model = checked_model(source, dataset, mesh, settings, progress)
         shards.begin()
         _cache_shards(model, dataset, shards, pending, settings, progress)
 
-    shards.carry_out(is_complete(output, identity), work, lambda: shards.complete(flops), shards.clean_up)
+    shards.carry_out(lambda: is_complete(output, identity), work, lambda: shards.complete(flops), shards.clean_up)
     return output
 
 
@@ -134,14 +122,12 @@ def identity_of(
     """The identity of such a cache; reads the token files once."""
     return CacheIdentity(
         model=source.identity,
-        dtype=str(settings.dtype).removeprefix("torch."),
         vocab_size=source.model.vocab_size,
         kind=settings.kind,
         num_entries=settings.top_k or settings.sampled,
         temperature=settings.temperature,
-        mask_documents=settings.mask_documents,
-        reset_positions=settings.reset_positions,
         samples_sha256=samples_sha256(samples),
+        **settings.identity,
         **corpus_fields(dataset),
     )
 
@@ -190,9 +176,9 @@ def sample_entries(
         DataError: its logits are not finite.
     """
     device = model.head_VH.device
-    inputs_BS = torch.from_numpy(dataset.batch(ids))[:, :-1].to(device)
+    inputs_BS, _, told = read_samples(dataset, ids, settings, device)
     with torch.no_grad():
-        hidden_TH = model(inputs_BS, **_of_documents(dataset, ids, settings, device)).flatten(0, 1)
+        hidden_TH = model(inputs_BS, **told).flatten(0, 1)
     given = model.config.vocab_size, model.tp.axis
     if settings.kind == "top_k":
         found = top_tokens(
@@ -224,16 +210,6 @@ def uniform_numbers(ids: NDArray[np.int64], seq_length: int, device: torch.devic
     """Numbers [B, S] in (0, 1) for the positions of samples, float64; they depend on sample and position only."""
     keys_BS = mix(mix(torch.from_numpy(ids))[:, None] + torch.arange(seq_length))
     return ((keys_BS & 2**UNIFORM_BITS - 1).double() + 0.5).div(2.0**UNIFORM_BITS).to(device)
-
-
-def _of_documents(
-    dataset: PackedDataset, ids: NDArray[np.int64], settings: CacheSettings, device: torch.device
-) -> dict[str, Tensor]:
-    if not (settings.mask_documents or settings.reset_positions):
-        return {}
-    documents_BS = torch.from_numpy(dataset.documents(ids)).to(device)
-    given = {"documents": documents_BS} if settings.mask_documents else {}
-    return given | ({"positions": restarted_positions(documents_BS)} if settings.reset_positions else {})
 
 
 def _check_finite(logs_BSK: NDArray[np.floating], dataset: PackedDataset, ids: NDArray[np.int64]) -> None:

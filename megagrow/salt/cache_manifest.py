@@ -1,6 +1,5 @@
 """What a teacher's cache says of itself: `manifest.json`, written last, so that a folder with it is complete."""
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -8,41 +7,37 @@ from typing import cast
 from megagrow.data.files import write_atomically
 from megagrow.errors import DataError, shown
 from megagrow.salt.cache_format import COMPRESSIONS, KINDS, Kind, Shape, can_compress
-from megagrow.salt.records import Cost, Wording, check_numbers, field, read_object, read_section, to_json
+from megagrow.salt.records import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    SHA256,
+    Cost,
+    Reading,
+    Wording,
+    check_numbers,
+    field,
+    read_header,
+    to_json,
+)
 
-FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
-WORDS = Wording("a teacher's cache", "cache", "run tools/cache_teacher.py again", "make it anew")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+WORDS = Wording("a teacher's cache", "cache", "make it anew", "tools/cache_teacher.py")
 
 
 @dataclass(frozen=True)
-class CacheIdentity:
+class CacheIdentity(Reading):
     """All that the targets depend on; equal identities give equal targets.
 
     Attributes:
-        corpus_sha256, tokenizer_sha256, seq_length, num_samples: of the samples, as in `score_files.Identity`.
-        model: identity of the teacher's weights.
-        dtype: of its forward pass.
         vocab_size: of the teacher.
         kind, num_entries: see `cache_format.Shape`.
         temperature: by which the teacher's logits are divided.
-        mask_documents, reset_positions: as the teacher saw the samples.
         samples_sha256: of the ids that the cache holds; "" when it holds all of them.
     """
 
-    corpus_sha256: str
-    tokenizer_sha256: str
-    seq_length: int
-    num_samples: int
-    model: str
-    dtype: str
     vocab_size: int
     kind: str
     num_entries: int
     temperature: float
-    mask_documents: bool
-    reset_positions: bool
     samples_sha256: str
 
     @property
@@ -80,19 +75,14 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DataError: it is not the manifest of a cache, or of none that this program makes.
     """
-    data = read_object(path, WORDS)
-    version = field(data, "format_version", int, path, WORDS)
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version is {version}, must be {FORMAT_VERSION}")
-    identity = read_section(CacheIdentity, data, "identity", path, WORDS)
-    cost = read_section(Cost, data, "cost", path, WORDS)
+    data, identity, cost = read_header(CacheIdentity, path, WORDS)
     sizes = {"shard_size": field(data, "shard_size", int, path, WORDS)}
     compression, shards = (field(data, n, kind, path, WORDS) for n, kind in (("compression", str), ("shards", list)))
-    check_numbers({**asdict(identity), **asdict(cost), **sizes}, path, WORDS)
+    check_numbers(sizes, path, WORDS)
     _check_identity_values(identity, path)
     if not 0 < sizes["shard_size"] < 2**31:
         raise DataError(f"{path}: shard_size is {sizes['shard_size']}, must be positive and below 2^31; {WORDS.remedy}")
-    if not all(isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in shards):
+    if not all(isinstance(digest, str) and SHA256.fullmatch(digest) for digest in shards):
         raise DataError(f"{path}: shards must be sha256 in hexadecimal; {WORDS.remedy}")
     if compression not in COMPRESSIONS:
         raise DataError(f"{path}: compression is {shown(compression)}, must be one of {', '.join(COMPRESSIONS)}")
@@ -103,8 +93,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _check_identity_values(identity: CacheIdentity, path: Path) -> None:
     rules = {
-        "tokenizer_sha256": identity.tokenizer_sha256 == "" or bool(_SHA256.fullmatch(identity.tokenizer_sha256)),
-        "samples_sha256": identity.samples_sha256 == "" or bool(_SHA256.fullmatch(identity.samples_sha256)),
+        "samples_sha256": identity.samples_sha256 == "" or bool(SHA256.fullmatch(identity.samples_sha256)),
         "kind": identity.kind in KINDS,
         "vocab_size": 0 < identity.vocab_size <= 2**31,
         "seq_length": 0 < identity.seq_length <= 2**31,

@@ -23,9 +23,10 @@ from megagrow.salt.cache_files import (
     write_samples,
 )
 from megagrow.salt.cache_format import COMPRESSIONS, best_compression, can_compress
-from megagrow.salt.cache_manifest import MANIFEST_FILE, WORDS, CacheIdentity, Manifest, write_manifest
-from megagrow.salt.records import Cost, field, read_object, to_json
+from megagrow.salt.cache_manifest import WORDS, CacheIdentity, Manifest, write_manifest
+from megagrow.salt.records import MANIFEST_FILE, Cost, field, read_object, to_json
 from megagrow.salt.sharded import Shards
+from megagrow.salt.work_folder import remove_unfinished
 
 __all__ = ["CacheShards", "samples_sha256", "samples_to_cache"]
 
@@ -91,9 +92,7 @@ class CacheShards(Shards):
     def clean_up(self) -> None:
         """Removes what only unfinished work needs, and what a kill left half written."""
         self.folder.remove(SECONDS_SUFFIX)
-        for name in (MANIFEST_FILE, SAMPLES_FILE):
-            for path in self.output.glob(f"{name}.tmp-????????"):
-                path.unlink()
+        remove_unfinished(self.output, MANIFEST_FILE, SAMPLES_FILE)
 
     def _recorded_compression(self) -> str:
         record, path = self.folder.record() or {}, self.folder.identity_file

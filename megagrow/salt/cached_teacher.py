@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagrow.config import Config, require
+from megagrow.config import Config, SaltConfig, require
 from megagrow.data.dataset import PackedDataset, Samples
 from megagrow.errors import ConfigError, DataError
 from megagrow.model.transformer import Teacher as StageTeacher
@@ -18,10 +18,10 @@ from megagrow.model.transformer import Transformer
 from megagrow.parallel.context import cut
 from megagrow.parallel.mesh import Mesh
 from megagrow.salt.records import corpus_fields
-from megagrow.salt.teacher import loss_options, weigh
+from megagrow.salt.teacher import check_vocabulary, loss_options, weigh
 from megagrow.salt.teacher_cache import TeacherCache
 
-SHARED_FIELDS = ("model", "dtype", "kind", "num_entries")  # of the caches of one run
+SHARED_FIELDS = ("model", "dtype", "vocab_size", "kind", "num_entries")  # of the caches of one run
 
 
 class CachedTeacher:
@@ -35,13 +35,14 @@ class CachedTeacher:
         caches: by dataset.
 
     Raises:
-        ConfigError: the caches do not fit the run: another vocabulary, temperature or treatment of documents.
+        ConfigError: the caches do not fit the run: another tokenizer's vocabulary, or one with more rows than the
+            model's, another temperature or treatment of documents.
         DataError: a cache is missing or damaged, or no cache is that of a dataset.
     """
 
     def __init__(self, config: Config, datasets: Sequence[Samples]) -> None:
         self.salt = config.salt
-        opened = [TeacherCache(folder) for folder in _folders(config.salt.cache)]
+        opened = [TeacherCache(folder) for folder in cache_folders(config.salt)]
         self.caches = [_cache_of(dataset, opened) for dataset in datasets]
         require(
             len(opened) == len(datasets),
@@ -100,7 +101,8 @@ class CachedTeacher:
     def attach(self, last_stage: Transformer | None) -> None:
         """Tells the last stage how targets are mixed in."""
         if last_stage is not None:
-            last_stage.teacher = StageTeacher(None, loss_options(self.salt), is_sample=self.is_sample)
+            num_common = self.caches[0].identity.vocab_size
+            last_stage.teacher = StageTeacher(None, loss_options(self.salt), num_common, self.is_sample)
 
     def weigh(self, last_stage: Transformer | None, weight: float) -> None:
         """Sets ω for the coming steps, where the loss is computed."""
@@ -114,11 +116,12 @@ class CachedTeacher:
             cache.forget()
 
 
-def _folders(given: str) -> list[str]:
+def cache_folders(salt: SaltConfig) -> list[str]:
+    """The folders that `salt.cache` names; ConfigError when they cannot be told apart."""
     try:
-        return shlex.split(given)
+        return shlex.split(salt.cache)
     except ValueError as error:
-        raise ConfigError(f"salt.cache={given!r} cannot be split into folders: {error}") from None
+        raise ConfigError(f"salt.cache={salt.cache!r} cannot be split into folders: {error}") from None
 
 
 def _cache_of(dataset: Samples, caches: Sequence[TeacherCache]) -> TeacherCache:
@@ -135,11 +138,12 @@ def _cache_of(dataset: Samples, caches: Sequence[TeacherCache]) -> TeacherCache:
 
 def _check_fits(cache: TeacherCache, config: Config) -> None:
     """The targets must be those that the configuration asks for."""
-    found = cache.identity
+    found, size = cache.identity, config.model.vocab_size
+    check_vocabulary(found.vocab_size, size, f"{cache.folder}: its teacher")
     require(
-        found.vocab_size == config.model.vocab_size,
-        f"{cache.folder}: its teacher has vocab_size={found.vocab_size}, the model vocab_size="
-        f"{config.model.vocab_size}: distillation compares the same tokens; cache a teacher with the model's tokenizer",
+        found.vocab_size <= size,
+        f"{cache.folder}: its teacher has vocab_size={found.vocab_size}, the model only {size}: what the cache says of "
+        "the other rows cannot be taken out of it; give the model as many rows, or use salt.teacher",
     )
     wanted = {
         "temperature": ("salt.temperature", config.salt.temperature),

@@ -10,22 +10,23 @@ gives the same.
 # part of it.
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagrow.config import SaltConfig
+from megagrow.config import Config
 from megagrow.data.loader import Drawn, Stream
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
-from megagrow.parallel.context import cut
+from megagrow.parallel.context import cut, of_documents
 from megagrow.parallel.mesh import Axis, Mesh
+from megagrow.salt.records import Arrays
 from megagrow.salt.score import sample_scores
-from megagrow.salt.score_files import Arrays
 from megagrow.salt.select import Values, highest
 
 SAMPLES_AT_ONCE = 8  # that the teacher scores in one pass; another number may change the last bit of a float32 score
@@ -65,6 +66,10 @@ class OnlineStream:
         own = (place + rank * share + np.arange(share)) % self.num_kept
         return self.stream.take(which[own], ids[own])
 
+    def begin_anew(self) -> None:
+        """Leaves the rest of the buffer under way: candidates have been taken since by somebody else."""
+        self.cursors["selected"] = -(-self.cursors["selected"] // self.num_kept) * self.num_kept
+
     def _buffer(self, is_first: bool) -> tuple[Places, Places]:
         start = self.cursors["all"] - self.num_candidates
         is_new = is_first or start < self.stream.start  # the blend, or the size of the buffer, has changed
@@ -79,7 +84,7 @@ class OnlineStream:
 
 
 def score_candidates(
-    model: Transformer, stream: Stream, which_M: Places, ids_M: Places, salt: SaltConfig, mesh: Mesh
+    model: Transformer, stream: Stream, which_M: Places, ids_M: Places, config: Config, mesh: Mesh
 ) -> Values:
     """The scores [M] of samples, as `score_corpus` gives them; a collective over all ranks.
 
@@ -88,37 +93,47 @@ def score_candidates(
 
     Args:
         model: whole on every pipeline and data rank.
-        stream: reads the samples.
+        stream: reads the samples, and tells their documents apart if `config.data` asks for it.
         which_M, ids_M: dataset and id of each.
-        salt: which score, and its top_k.
+        config: says which score, its top_k, and how documents are treated.
         mesh: where the rank stands.
 
     Raises:
-        DataError: on every rank: a score is not finite.
+        DataError: on every rank: a token's loss is not finite.
     """
+    salt, data = config.salt, config.data
     worker, num_workers = mesh.pp.rank * mesh.dp.size + mesh.dp.rank, mesh.pp.size * mesh.dp.size
     values_M = torch.zeros(len(ids_M), dtype=torch.float32, device=mesh.device)
     for start in range(worker * SAMPLES_AT_ONCE, len(ids_M), num_workers * SAMPLES_AT_ONCE):
         piece = slice(start, start + SAMPLES_AT_ONCE)
-        tokens = stream.take(which_M[piece], ids_M[piece]).tokens.to(mesh.device)
-        values_M[piece] = torch.from_numpy(score_samples(model, tokens, salt.top_k)[salt.score]).to(mesh.device)
+        drawn = stream.take(which_M[piece], ids_M[piece])
+        documents = None if drawn.documents is None else drawn.documents.to(mesh.device)
+        told = of_documents(documents, mesh.cp, data.mask_documents, data.reset_positions)
+        scores = score_samples(model, drawn.tokens.to(mesh.device), told, salt.top_k)
+        # A median passes over a few tokens that are not finite, a mean does not.
+        found = np.where(np.isfinite(scores["mean_nll"]), scores[salt.score], np.nan)
+        values_M[piece] = torch.from_numpy(found).to(mesh.device)
         heartbeat.progress()
     for axis in (mesh.dp, mesh.pp):
         sum_over(values_M, axis)
-    found = values_M.cpu().numpy()
-    if not np.isfinite(found).all():
-        bad = int(np.isfinite(found).argmin())
+    values = values_M.cpu().numpy()
+    if not np.isfinite(values).all():
+        bad = int(np.isfinite(values).argmin())
         raise DataError(
             f"{stream.parts[which_M[bad]].dataset.prefix}: sample {ids_M[bad]} has a loss that is not finite under "
             "salt.teacher: its weights are damaged or overflow in train.precision; use another checkpoint or fp32"
         )
-    return found
+    return values
 
 
-def score_samples(model: Transformer, tokens_BS1: Tensor, top_k: int) -> Arrays:
-    """The scores of samples [B, S + 1], the same on every tensor and context rank; attention crosses documents."""
+def score_samples(model: Transformer, tokens_BS1: Tensor, told: dict[str, Any], top_k: int) -> Arrays:
+    """The scores of samples [B, S + 1], the same on every tensor and context rank.
+
+    Args:
+        told: of their documents, see `of_documents`.
+    """
     inputs_BC, labels_BC = (cut(x, model.cp).contiguous() for x in (tokens_BS1[:, :-1], tokens_BS1[:, 1:]))
-    scores = (x.view_as(labels_BC) for x in model.token_scores(inputs_BC, labels_BC))
+    scores = (x.view_as(labels_BC) for x in model.token_scores(inputs_BC, labels_BC, **told))
     nll_BS, rank_BS = (_joined(x, model.cp) for x in scores)
     return sample_scores(nll_BS, rank_BS, top_k)
 

@@ -1,9 +1,10 @@
-"""The JSON records of folders that are made shard by shard: flat dataclasses, read strictly."""
+"""The JSON records of folders that are made sample by sample from a corpus: flat dataclasses, read strictly."""
 
 import json
-from dataclasses import dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -13,8 +14,14 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import os_errors_as_data_errors
 from megagrow.errors import DataError, named, shown
 from megagrow.json_file import parse_object
+from megagrow.parallel import heartbeat
+from megagrow.parallel.collectives import broadcast_json
+from megagrow.parallel.mesh import Mesh
 
 Arrays = dict[str, NDArray[Any]]
+MANIFEST_FILE = "manifest.json"  # written last, so that a folder with it is complete
+FORMAT_VERSION = 1
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -24,14 +31,18 @@ class Wording:
     Attributes:
         things: what it is, as in "not a file of …".
         work: what is under way, as in "this … has".
-        again: what to do when a file is damaged.
         anew: why one would remove the folder, as in "to …".
+        tool: what makes it.
     """
 
     things: str
     work: str
-    again: str
     anew: str
+    tool: str
+
+    @property
+    def again(self) -> str:
+        return f"run {self.tool} again"
 
     @property
     def remedy(self) -> str:
@@ -45,6 +56,34 @@ class Cost:
     seconds: float
     flops: float | None
     tokens: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which samples a model has read, and how: all that its outputs depend on.
+
+    Attributes:
+        corpus_sha256: fingerprint of the token files.
+        tokenizer_sha256: of the tokenizer that made them; "" when the corpus does not say.
+        seq_length: tokens of a sample.
+        num_samples: samples of the corpus.
+        model: identity of the weights.
+        dtype: of the forward pass.
+        mask_documents: attention stayed inside a document.
+        reset_positions: positions began anew at each document.
+    """
+
+    corpus_sha256: str
+    tokenizer_sha256: str
+    seq_length: int
+    num_samples: int
+    model: str
+    dtype: str
+    mask_documents: bool
+    reset_positions: bool
+
+
+R = TypeVar("R", bound=Reading)
 
 
 def read_file(path: Path) -> bytes:
@@ -100,6 +139,33 @@ def read_section(kind: Any, data: dict[str, Any], name: str, path: Path, words: 
     return kind(**values)
 
 
+def missing(path: Path, is_begun: bool, words: Wording) -> DataError:
+    """That a manifest is not there."""
+    what = "the work is unfinished: " + words.again if is_begun else f"make {words.things} with {words.tool}"
+    return DataError(f"{path}: no such file; {what}")
+
+
+def read_header(kind: type[R], path: Path, words: Wording) -> tuple[dict[str, Any], R, Cost]:
+    """A manifest, and what all manifests hold of it: the identity, of the dataclass `kind`, and the cost.
+
+    Raises:
+        DataError: it is not the manifest of such a folder, or of none that this program makes.
+    """
+    data = read_object(path, words)
+    version = field(data, "format_version", int, path, words)
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version is {version}, must be {FORMAT_VERSION}")
+    identity = read_section(kind, data, "identity", path, words)
+    cost = read_section(Cost, data, "cost", path, words)
+    check_numbers({**asdict(identity), **asdict(cost)}, path, words)
+    tokenizer = identity.tokenizer_sha256
+    if tokenizer and not SHA256.fullmatch(tokenizer):
+        raise DataError(
+            f"{path}: tokenizer_sha256 is {shown(tokenizer)}, must be a sha256 in hexadecimal; {words.remedy}"
+        )
+    return data, identity, cost
+
+
 def check_numbers(values: dict[str, Any], path: Path, words: Wording) -> None:
     """Raises DataError for a number that is negative, or larger than any cost or count is."""
     for name, value in values.items():
@@ -121,12 +187,30 @@ def check_identity(found: Any, expected: Any, path: Path, words: Wording) -> Non
             )
 
 
+def check_samples(found: Reading, dataset: PackedDataset, path: Path, words: Wording) -> None:
+    """Raises DataError unless it is these samples that were read."""
+    expected = corpus_fields(dataset)
+    for name in ("corpus_sha256", "seq_length", "num_samples"):
+        old, new = getattr(found, name), expected[name]
+        if old != new:
+            raise DataError(
+                f"{path}: {name} is {named(str(old))}, that of {dataset.prefix} is {new}: what is here is of other "
+                f"samples; make {words.things} of this corpus with this seq_length"
+            )
+
+
 def corpus_fields(dataset: PackedDataset) -> dict[str, Any]:
     """What names the samples of a dataset; reads the token files once."""
     description = dataset.indexed.description
     return {
-        "corpus_sha256": dataset.indexed.fingerprint(),
+        "corpus_sha256": dataset.indexed.fingerprint(heartbeat.progress),
         "tokenizer_sha256": description["tokenizer_sha256"] if description else "",
         "seq_length": dataset.seq_length,
         "num_samples": dataset.num_samples,
     }
+
+
+def share_fingerprint(dataset: PackedDataset, mesh: Mesh) -> None:
+    """The first rank reads the token files for all, who would each read the whole corpus; a collective."""
+    own = dataset.indexed.fingerprint(heartbeat.progress) if mesh.is_main else ""
+    dataset.indexed.take_fingerprint(broadcast_json(own, mesh.world, mesh.device))

@@ -26,9 +26,10 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.mesh import Mesh
-from megagrow.salt.records import Arrays, Cost
+from megagrow.salt.records import MANIFEST_FILE, Arrays, Cost, share_fingerprint
 from megagrow.salt.score_files import (
     DTYPES,
+    SCORES_FILE,
     Identity,
     ShardFolder,
     identity_of,
@@ -36,34 +37,25 @@ from megagrow.salt.score_files import (
     read_scores,
     write_scores,
 )
-from megagrow.salt.sharded import Progress, Shards, check_reader, checked_model
+from megagrow.salt.sharded import Progress, ReadSettings, Shards, check_reader, checked_model, read_samples
+from megagrow.salt.work_folder import remove_unfinished
 
 __all__ = ["Progress", "ScoreSettings", "read_scores", "sample_scores", "score_corpus"]
 
 
 @dataclass(frozen=True)
-class ScoreSettings:
+class ScoreSettings(ReadSettings):
     """How a corpus is scored.
 
     Attributes:
         top_k: a label is in the top k if fewer than k logits are greater than its own.
-        dtype: of the model's parameters and activations.
-        batch_size: samples per forward pass; in float32 another size may change the last bit of a
-            score, because matrix products may then sum in another order.
-        shard_size: samples that are done again at most after an interruption; rounded up to whole
-            batches.
-        skip_source_check: score although the model does not fit the data.
     """
 
     top_k: int = 10
-    dtype: torch.dtype = torch.float32
-    batch_size: int = 16
-    shard_size: int = 256
-    skip_source_check: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "batch_size", "shard_size"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        super().__post_init__()
+        require(self.top_k > 0, f"top_k={self.top_k} must be positive")
 
 
 def score_corpus(
@@ -100,18 +92,16 @@ def score_corpus(
     """
     output = Path(output)
     check_reader(source, dataset, mesh, "score")
-    dtype = str(settings.dtype).removeprefix("torch.")
-    identity = identity_of(dataset, source.identity, settings.top_k, dtype)
+    share_fingerprint(dataset, mesh)
+    identity = identity_of(dataset, source.identity, settings.top_k, **settings.identity)
     shards = _Shards(output, identity, settings, mesh)
 
     def work(pending: list[int]) -> None:
-        model = checked_model(source, dataset, mesh, settings.dtype, settings.skip_source_check, progress)
+        model = checked_model(source, dataset, mesh, settings, progress)
         shards.begin()
         _score_shards(model, dataset, shards, pending, source, progress)
 
-    shards.carry_out(
-        is_complete(output, identity), work, lambda: shards.merge(flops), lambda: shards.folder.remove(".safetensors")
-    )
+    shards.carry_out(lambda: is_complete(output, identity), work, lambda: shards.merge(flops), shards.clean_up)
     return output
 
 
@@ -166,6 +156,11 @@ class _Shards(Shards):
         cost = Cost(seconds, flops, int(whole["num_tokens"].sum(dtype=np.int64)))
         write_scores(self.output, whole, self.identity, cost)
 
+    def clean_up(self) -> None:
+        """Removes what only unfinished work needs, and what a kill left half written."""
+        self.folder.remove(".safetensors")
+        remove_unfinished(self.output, MANIFEST_FILE, SCORES_FILE)
+
 
 def _score_shards(
     model: Transformer,
@@ -193,9 +188,8 @@ def _score_shard(
 ) -> Arrays:
     parts = []
     for ids in shards.batches(shard):
-        tokens_BS1 = torch.from_numpy(dataset.batch(ids)).to(shards.mesh.device)
-        labels_BS = tokens_BS1[:, 1:]
-        nll_BS, rank_BS = (x.view_as(labels_BS) for x in model.token_scores(tokens_BS1[:, :-1], labels_BS))
+        inputs_BS, labels_BS, told = read_samples(dataset, ids, shards.settings, shards.mesh.device)
+        nll_BS, rank_BS = (x.view_as(labels_BS) for x in model.token_scores(inputs_BS, labels_BS, **told))
         finite_B = nll_BS.isfinite().all(-1)
         if not finite_B.all():
             bad = ids[int(finite_B.int().argmin())]

@@ -6,9 +6,9 @@ is complete.
 """
 
 import hashlib
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -16,52 +16,41 @@ from numpy.typing import NDArray
 
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import write_atomically
-from megagrow.errors import DataError, named
+from megagrow.errors import DataError
 from megagrow.salt.records import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
     Arrays,
     Cost,
+    Reading,
     Wording,
     check_identity,
-    check_numbers,
+    check_samples,
     corpus_fields,
     field,
+    missing,
     parse_tensors,
     read_file,
-    read_object,
-    read_section,
+    read_header,
     to_json,
 )
 from megagrow.salt.work_folder import WorkFolder
 
-FORMAT_VERSION = 1
 SCORE_NAMES = ("median_in_top_k", "median_zero", "mean_nll", "in_top_k_fraction")
 DTYPES = {**dict.fromkeys(SCORE_NAMES, np.dtype("<f4")), "num_tokens": np.dtype("<i4")}
-SCORES_FILE, MANIFEST_FILE = "scores.safetensors", "manifest.json"
-WORDS = Wording("scores", "scoring", "score the corpus again", "score anew")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SCORES_FILE = "scores.safetensors"
+WORDS = Wording("scores", "scoring", "score anew", "tools/score_corpus.py")
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Reading):
     """All that the scores depend on; equal identities give equal scores.
 
     Attributes:
-        corpus_sha256: fingerprint of the token files.
-        tokenizer_sha256: of the tokenizer that made them; "" when the corpus does not say.
-        model: identity of the weights that scored.
         top_k: a label is in the top k if its rank is below it.
-        seq_length: tokens of a sample.
-        num_samples: samples of the corpus.
-        dtype: of the forward pass.
     """
 
-    corpus_sha256: str
-    tokenizer_sha256: str
-    model: str
     top_k: int
-    seq_length: int
-    num_samples: int
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -92,9 +81,17 @@ class _Manifest:
     scores_sha256: str
 
 
-def identity_of(dataset: PackedDataset, model: str, top_k: int, dtype: str) -> Identity:
+def identity_of(
+    dataset: PackedDataset,
+    model: str,
+    top_k: int,
+    dtype: str,
+    mask_documents: bool = False,
+    reset_positions: bool = False,
+) -> Identity:
     """The identity of scores of `dataset`; reads the token files once."""
-    return Identity(model=model, top_k=top_k, dtype=dtype, **corpus_fields(dataset))
+    how: dict[str, Any] = {"dtype": dtype, "mask_documents": mask_documents, "reset_positions": reset_positions}
+    return Identity(model=model, top_k=top_k, **how, **corpus_fields(dataset))
 
 
 def read_scores(folder: Path | str, dataset: PackedDataset | None) -> Scores:
@@ -107,15 +104,10 @@ def read_scores(folder: Path | str, dataset: PackedDataset | None) -> Scores:
     folder = Path(folder)
     path = folder / MANIFEST_FILE
     if not path.exists():
-        started = ShardFolder(folder).path.is_dir()
-        raise DataError(
-            f"{path}: no such file; "
-            + ("scoring is unfinished: run" if started else "make the scores with")
-            + " tools/score_corpus.py"
-        )
+        raise missing(path, ShardFolder(folder).path.is_dir(), WORDS)
     manifest = _read_manifest(path)
     if dataset is not None:
-        _check_dataset(manifest.identity, dataset, path)
+        check_samples(manifest.identity, dataset, path, WORDS)
     arrays = _read_arrays(folder / SCORES_FILE, manifest)
     values = {name: arrays[name] for name in SCORE_NAMES}
     return Scores(
@@ -190,44 +182,20 @@ class ShardFolder(WorkFolder):
         return arrays, float(seconds.sum())
 
 
-def _check_dataset(identity: Identity, dataset: PackedDataset, path: Path) -> None:
-    expected = {
-        "corpus_sha256": dataset.indexed.fingerprint(),
-        "seq_length": dataset.seq_length,
-        "num_samples": dataset.num_samples,
-    }
-    for name, value in expected.items():
-        found = getattr(identity, name)
-        if found != value:
-            raise DataError(
-                f"{path}: {name} is {named(str(found))}, that of {dataset.prefix} is {value}: the scores are "
-                "those of other samples; score this corpus with this seq_length"
-            )
-
-
 def _read_manifest(path: Path) -> _Manifest:
-    data = read_object(path, WORDS)
-    version = field(data, "format_version", int, path, WORDS)
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version is {version}, must be {FORMAT_VERSION}")
-    identity = read_section(Identity, data, "identity", path, WORDS)
-    cost = read_section(Cost, data, "cost", path, WORDS)
-    check_numbers({**asdict(identity), **asdict(cost)}, path, WORDS)
+    data, identity, cost = read_header(Identity, path, WORDS)
     if identity.top_k == 0:
         raise DataError(f"{path}: top_k is 0, must be positive; {WORDS.remedy}")
-    if identity.tokenizer_sha256 and not _SHA256.fullmatch(identity.tokenizer_sha256):
-        raise DataError(f"{path}: tokenizer_sha256 is no sha256 in hexadecimal; {WORDS.remedy}")
     return _Manifest(identity, cost, field(data, "scores_sha256", str, path, WORDS))
 
 
 def _read_arrays(path: Path, manifest: _Manifest) -> Arrays:
     if not path.exists():
-        raise DataError(f"{path}: no such file, but a manifest; score into an empty folder")
+        raise DataError(f"{path}: no such file, but a manifest; {WORDS.remedy}")
     content = read_file(path)
     if hashlib.sha256(content).hexdigest() != manifest.scores_sha256:
         raise DataError(
-            f"{path}: its sha256 is not the manifest's scores_sha256, one of the two was changed; "
-            "score the corpus again into an empty folder"
+            f"{path}: its sha256 is not the manifest's scores_sha256, one of the two was changed; {WORDS.remedy}"
         )
     arrays = parse_tensors(content, path, WORDS)
     _check_arrays(arrays, path, manifest.identity.num_samples)
@@ -239,14 +207,14 @@ def _check_arrays(arrays: Arrays, path: Path, num_samples: int) -> None:
     if set(arrays) != set(DTYPES):
         raise DataError(
             f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}, must hold "
-            f"{', '.join(DTYPES)}; remove it and score the corpus again"
+            f"{', '.join(DTYPES)}; remove it and {WORDS.again}"
         )
     for name, dtype in DTYPES.items():
         array = arrays[name]
         if array.dtype != dtype or array.shape != (num_samples,):
             raise DataError(
                 f"{path}: {name} is {array.dtype.name} {list(array.shape)}, must be {dtype.name} "
-                f"[{num_samples}]; remove it and score the corpus again"
+                f"[{num_samples}]; remove it and {WORDS.again}"
             )
 
 

@@ -75,7 +75,7 @@ def sample_values(scores: Scores, score_name: str, reference: Scores | None = No
 
     Raises:
         ConfigError: an unknown score.
-        DataError: a sample without a finite score, or the reference is the scorer.
+        DataError: a sample without a finite score, or a reference that is the scorer, or has seen documents otherwise.
     """
     known = (*SCORE_NAMES, EXCESS)
     require(score_name in known, f"salt.score={score_name} is unknown; use one of {', '.join(known)}")
@@ -83,12 +83,19 @@ def sample_values(scores: Scores, score_name: str, reference: Scores | None = No
     values = _finite(scores, name)
     if score_name != EXCESS:
         return values
-    assert reference is not None, "checks.check_selection asks for it"
+    assert reference is not None, "salt_checks.check_selection asks for it"
     if reference.identity.model == scores.identity.model:
         raise DataError(
             f"{reference.folder}: scores of the same model as {scores.folder}, whose difference is 0; "
             "salt.reference_scores must be those of another model"
         )
+    for flag in ("mask_documents", "reset_positions"):
+        theirs, ours = getattr(reference.identity, flag), getattr(scores.identity, flag)
+        if theirs != ours:
+            raise DataError(
+                f"{reference.folder}: was made with {flag}={theirs}, {scores.folder} with {flag}={ours}: the "
+                "difference would be that of what they saw; score with both models alike"
+            )
     return values.astype(np.float64) - _finite(reference, name)
 
 

@@ -6,17 +6,22 @@ comes out does not depend on how many ranks share the work.
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from megagrow.checkpoint.source import Source, check_source, load_model
 from megagrow.checks import check_causal, check_model
 from megagrow.config import ParallelConfig, require
 from megagrow.data.dataset import PackedDataset
 from megagrow.model.transformer import Transformer
-from megagrow.parallel.collectives import broadcast_from, sum_over
-from megagrow.parallel.mesh import Mesh
+from megagrow.parallel.collectives import broadcast_from, sum_over, told_by_first
+from megagrow.parallel.context import of_documents
+from megagrow.parallel.mesh import Axis, Mesh
 from megagrow.salt.work_folder import WorkFolder
 
 
@@ -26,6 +31,37 @@ class Progress(Protocol):
     def message(self, text: str) -> None: ...
 
     def update(self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSettings:
+    """How a model reads the samples of a corpus.
+
+    Attributes:
+        dtype: of the model's parameters and activations.
+        mask_documents, reset_positions: as `data.mask_documents` and `data.reset_positions` of the runs to come.
+        batch_size: samples per forward pass; in float32 another size may change the last bit of a logit, because
+            matrix products may then sum in another order.
+        shard_size: samples that are done again at most after an interruption; rounded up to whole batches.
+        skip_source_check: go on although the model does not fit the data.
+    """
+
+    dtype: torch.dtype = torch.float32
+    mask_documents: bool = False
+    reset_positions: bool = False
+    batch_size: int = 16
+    shard_size: int = 256
+    skip_source_check: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_size"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it the outputs depend on, as in `records.Reading`."""
+        flags = {"mask_documents": self.mask_documents, "reset_positions": self.reset_positions}
+        return {"dtype": str(self.dtype).removeprefix("torch."), **flags}
 
 
 class Shards:
@@ -69,7 +105,7 @@ class Shards:
         self.folder.check(self.identity, self.size)
         done = torch.zeros(self.count, dtype=torch.uint8)
         if self.mesh.is_main:
-            done = torch.tensor([self.folder.has(i) for i in range(self.count)], dtype=torch.uint8)
+            done = torch.tensor(self.folder.finished(self.count), dtype=torch.uint8)
         done = broadcast_from(done.to(self.mesh.device), 0, self.mesh.world).cpu()
         return torch.nonzero(done == 0).flatten().tolist()
 
@@ -86,7 +122,7 @@ class Shards:
 
     def carry_out(
         self,
-        is_done: bool,
+        is_done: Callable[[], bool],
         work: Callable[[list[int]], None],
         join: Callable[[], None],
         clear: Callable[[], None],
@@ -94,18 +130,19 @@ class Shards:
         """Does what is pending, puts it together and clears up; a collective. What is done already stays as it is.
 
         Args:
-            is_done: whether the whole is there, the same on every rank.
+            is_done: whether the whole is there; asked of the first rank.
             work: does the pending shards, this rank's share of them; a collective.
             join, clear: called on the first rank, when every rank has come so far.
         """
-        if not is_done:
+        mesh = self.mesh
+        if not told_by_first(mesh.is_main and is_done(), mesh.world, mesh.device):
             if pending := self.pending():
                 work(pending)
-            wait_for_all(self.mesh)
-            if self.mesh.is_main:
+            wait_for_all(mesh)
+            if mesh.is_main:
                 join()
-        wait_for_all(self.mesh)
-        if self.mesh.is_main:
+        wait_for_all(mesh)
+        if mesh.is_main:
             clear()
 
     def reporter(
@@ -144,11 +181,23 @@ def check_reader(source: Source, dataset: PackedDataset, mesh: Mesh, work: str) 
 
 
 def checked_model(
-    source: Source, dataset: PackedDataset, mesh: Mesh, dtype: torch.dtype, skip: bool, progress: Progress | None
+    source: Source, dataset: PackedDataset, mesh: Mesh, settings: ReadSettings, progress: Progress | None
 ) -> Transformer:
     """The model, sharded over the tensor axis, after a look at its loss on the data (see `check_source`)."""
-    model = load_model(source, mesh.tensor_only(), dtype)
-    loss = check_source(model, dataset, mesh, str(source.path), skip)
+    model = load_model(source, mesh.tensor_only(), settings.dtype)
+    loss = check_source(model, dataset, mesh, str(source.path), settings.skip_source_check)
     if progress is not None:
         progress.message(f"{source.path}: loss {loss:.3f} nats per token on the first samples")
     return model
+
+
+def read_samples(
+    dataset: PackedDataset, ids: ArrayLike, settings: ReadSettings, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Inputs and labels [B, S] of samples, and what a model that sees them whole is told of their documents."""
+    tokens_BS1 = torch.from_numpy(dataset.batch(ids)).to(device)
+    documents_BS = None
+    if settings.mask_documents or settings.reset_positions:
+        documents_BS = torch.from_numpy(dataset.documents(np.asarray(ids))).to(device)
+    told = of_documents(documents_BS, Axis(), settings.mask_documents, settings.reset_positions)
+    return tokens_BS1[:, :-1], tokens_BS1[:, 1:], told

@@ -20,6 +20,7 @@ from megagrow.config import ModelConfig, ParallelConfig, SaltConfig, require
 from megagrow.errors import DataError
 from megagrow.model.transformer import LossOptions, Transformer
 from megagrow.model.transformer import Teacher as StageTeacher
+from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.loss import NUM_SUMS
 from megagrow.parallel.mesh import Axis, Mesh
@@ -60,7 +61,7 @@ class Teacher:
         dtype: torch.dtype | None = None,
     ) -> None:
         check_model(source.model, ParallelConfig(tensor=mesh.tp.size), f"the teacher {source.path}")
-        _check_vocabulary(source.model, student)
+        check_vocabulary(source.model.vocab_size, student.vocab_size)
         self.config, self.mesh, self.salt = source.model, mesh, salt
         self._path, self._vocab_size = source.path, student.vocab_size
         self._fetch = None if source.model.vocab_size == student.vocab_size else source.fetch  # see _student_rows
@@ -95,7 +96,10 @@ class Teacher:
         chunks = {name: x.chunk(num_microbatches) for name, x in given.items() if x is not None}
         with torch.no_grad():
             pieces = [dict(zip(chunks, piece, strict=True)) for piece in zip(*chunks.values(), strict=True)]
-            own = {i: model(**pieces[i]) for i in range(pp.rank, len(pieces), pp.size)}
+            own = {}
+            for i in range(pp.rank, len(pieces), pp.size):
+                own[i] = model(**pieces[i])
+                heartbeat.progress()
         if pp.rank != self.mesh.loss_rank:
             _send(own, self.mesh)
             return None
@@ -176,7 +180,7 @@ def loss_options(salt: SaltConfig) -> LossOptions:
 def check_teacher(teacher: ModelConfig, student: ModelConfig, seq_length: int) -> None:
     """Raises ConfigError unless `teacher` can teach `student` on such sequences; for a dry run."""
     check_causal(teacher, "the teacher", "to teach next tokens")
-    _check_vocabulary(teacher, student)
+    check_vocabulary(teacher.vocab_size, student.vocab_size)
     require(
         teacher.positions != "learned" or seq_length <= teacher.max_seq_length,
         f"data.seq_length={seq_length} exceeds the teacher's max_seq_length="
@@ -185,15 +189,23 @@ def check_teacher(teacher: ModelConfig, student: ModelConfig, seq_length: int) -
     )
 
 
-def _check_vocabulary(teacher: ModelConfig, student: ModelConfig) -> None:
-    """Vocabularies of one tokenizer, padded each in its own way, are compared over the tokens that both have."""
-    smaller, larger = sorted((teacher.vocab_size, student.vocab_size))
+def check_vocabulary(of_teacher: int, of_student: int, teacher: str = "the teacher") -> None:
+    """Vocabularies of one tokenizer, padded each in its own way, are compared over the tokens that both have.
+
+    Args:
+        of_teacher, of_student: their sizes.
+        teacher: its name, for the message.
+
+    Raises:
+        ConfigError: they differ by more than padding.
+    """
+    smaller, larger = sorted((of_teacher, of_student))
     limit = min(MAX_PADDING, smaller // PADDED_SHARE)
     require(
         larger - smaller <= limit,
-        f"the teacher has vocab_size={teacher.vocab_size}, the model vocab_size={student.vocab_size}: distillation "
-        f"compares the same tokens, and {larger - smaller} rows are too many for padding (at most {limit} here); use a "
-        "salt.teacher with the model's tokenizer",
+        f"{teacher} has vocab_size={of_teacher}, the model vocab_size={of_student}: distillation compares the same "
+        f"tokens, and {larger - smaller} rows are too many for padding (at most {limit} here); use a teacher with the "
+        "model's tokenizer",
     )
 
 

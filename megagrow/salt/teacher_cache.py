@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import os_errors_as_data_errors
-from megagrow.errors import DataError, named, shown
+from megagrow.errors import DataError, shown
 from megagrow.salt.cache_files import digest_of, read_index, read_samples, work_folder
 from megagrow.salt.cache_format import decode, decompress, masses
-from megagrow.salt.cache_manifest import MANIFEST_FILE, WORDS, CacheIdentity, Manifest, read_manifest
-from megagrow.salt.records import check_identity, corpus_fields, read_file
+from megagrow.salt.cache_manifest import WORDS, CacheIdentity, Manifest, read_manifest
+from megagrow.salt.records import MANIFEST_FILE, check_identity, check_samples, missing, read_file
 
 KEPT_INDEXES = 4096  # of shards, in memory
 
@@ -43,12 +43,7 @@ class TeacherCache:
         self._files = work_folder(self.folder)
         path = self.folder / MANIFEST_FILE
         if not path.exists():
-            started = self._files.identity_file.exists()
-            raise DataError(
-                f"{path}: no such file; "
-                + ("the cache is unfinished: run" if started else "make the cache with")
-                + " tools/cache_teacher.py"
-            )
+            raise missing(path, self._files.identity_file.exists(), WORDS)
         self._manifest = read_manifest(path)
         self.identity, self.cost = self._manifest.identity, self._manifest.cost
         self.sha256 = hashlib.sha256(read_file(path)).hexdigest()
@@ -59,14 +54,7 @@ class TeacherCache:
 
     def check_dataset(self, dataset: PackedDataset) -> None:
         """Raises DataError unless the cache is that of these samples."""
-        expected = corpus_fields(dataset)
-        for name in ("corpus_sha256", "seq_length", "num_samples"):
-            found, value = getattr(self.identity, name), expected[name]
-            if found != value:
-                raise DataError(
-                    f"{self.folder / MANIFEST_FILE}: {name} is {named(str(found))}, that of {dataset.prefix} is "
-                    f"{value}: the targets are those of other samples; cache this corpus with this seq_length"
-                )
+        check_samples(self.identity, dataset, self.folder / MANIFEST_FILE, WORDS)
 
     def check_files(self) -> None:
         """Raises DataError unless every shard is there, with the index of the manifest and the size of the index."""

@@ -55,8 +55,10 @@ class WorkFolder:
             content = {"identity": asdict(identity), "shard_size": shard_size, **more}
             write_atomically(self.identity_file, to_json(content))
 
-    def has(self, shard: int) -> bool:
-        return self.file(shard).exists()
+    def finished(self, count: int) -> list[bool]:
+        """Which of the first `count` shards are there; one look at the folder, of which there may be many thousands."""
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        return [self.file(shard).name in names for shard in range(count)]
 
     def file(self, shard: int, suffix: str | None = None) -> Path:
         """Where a shard lies, or what is written beside it under another suffix."""
@@ -78,3 +80,11 @@ class WorkFolder:
                 (self.path / name).unlink()
             if own and own == names:
                 self.path.rmdir()
+
+
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Removes what a kill has left of files of these names that were being written."""
+    for name in names:
+        for path in folder.glob(f"{name}.tmp-????????"):
+            with os_errors_as_data_errors(path):
+                path.unlink()

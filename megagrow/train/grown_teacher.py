@@ -38,12 +38,11 @@ def is_kept(state: RunState, config: Config) -> bool:
 def keep(part: Part, state: RunState, config: Config, mesh: Mesh) -> None:
     """Stores the weights of the small model; a collective.
 
-    A run that is killed before it has saved the grown model grows again, from the same weights: those that are there
-    are left as they are.
+    What an earlier attempt has left is replaced: a run that went back to before it grew, and skipped data since or goes
+    on with other settings, grows another model. No save may be under way: it has the ranks' group for itself.
     """
     root, group = teacher_folder(config), mesh.checkpoint_group
-    if Ranks(group).first(f"cannot keep the teacher in {root}", lambda: bool(store.candidates(root))):
-        return
+    Ranks(group).first(f"cannot keep the teacher in {root}", lambda: store.clear(root))
     # What it cost is the run's own, which its ledger has already: no more is inherited with it.
     record = {"model": to_dict(part.config), "ledger": Ledger().to_dict()}
     facts = provenance(state, config)

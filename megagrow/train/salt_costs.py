@@ -24,4 +24,9 @@ def ledger_of(source: Source, given_flops: float) -> Ledger:
     """What a source's training cost, as far as anybody knows; `given_flops` is the user's word for it, -1 for none."""
     if source.ledger is not None:
         return Ledger.from_dict(source.ledger, f"{source.path}: ledger")
+    return outside(given_flops)
+
+
+def outside(given_flops: float) -> Ledger:
+    """What a model's training cost that nobody counted, see `ledger_of`."""
     return Ledger.outside(given_flops if given_flops >= 0 else None)

@@ -9,7 +9,7 @@ from megagrow.errors import ConfigError, named
 from megagrow.ledger import Ledger, Phase
 from megagrow.salt.score_files import Scores
 from megagrow.salt.select import Selection, make_selection
-from megagrow.train.salt_costs import inherit
+from megagrow.train.salt_costs import inherit, outside
 
 
 def selected_stream(config: Config, datasets: Sequence[Samples], ledger: Ledger, tell: Callable[[str], None]) -> Stream:
@@ -26,22 +26,27 @@ def selected_stream(config: Config, datasets: Sequence[Samples], ledger: Ledger,
             "(tools/merge_datasets.py), score the result and train on it"
         )
     selection = make_selection(salt, dataset)
-    _charge(ledger, "scores", selection.scores, salt.scores)
+    given = -1.0 if config.init.from_ or salt.teaches else config.init.source_flops
+    _charge(ledger, "scores", selection.scores, salt.scores, given)
     if selection.reference is not None:
         _charge(ledger, "reference_scores", selection.reference, salt.reference_scores)
     tell(f"stage 1 trains on {len(selection.ids):,} of {dataset.num_samples:,} samples, by {salt.score}")
+    for flag in ("mask_documents", "reset_positions"):
+        seen, trained = getattr(selection.scores.identity, flag), getattr(data, flag)
+        if seen != trained:
+            tell(f"note: {salt.scores} was made with {flag}={seen}, training has data.{flag}={trained}")
     if selection.domains is not None:
         tell(f"of each domain: {_shares(selection)}")
     ordered = shuffled(dataset, data.seed, selection.ids)
     return Stream([ordered], with_documents=data.mask_documents or data.reset_positions)
 
 
-def _charge(ledger: Ledger, label: str, scores: Scores, path: str) -> None:
+def _charge(ledger: Ledger, label: str, scores: Scores, path: str, given_flops: float = -1.0) -> None:
     cost = scores.cost
     scoring = Ledger(phases=[Phase("scoring", tokens=cost.tokens, flops=cost.flops, seconds=cost.seconds)])
     inherit(ledger, label, scores.sha256, scoring, path)
     # Whoever scored was trained; where it is the source or the teacher too, their known ledger counts instead.
-    ledger.inherit("scorer", scores.identity.model, Ledger.outside())
+    ledger.inherit("scorer", scores.identity.model, outside(given_flops))
 
 
 def _shares(selection: Selection) -> str:

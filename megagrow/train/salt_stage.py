@@ -10,24 +10,26 @@ import torch
 from megagrow import flops
 from megagrow.checkpoint.source import Source, check_source, open_source
 from megagrow.config import Config
-from megagrow.data.dataset import Samples
+from megagrow.data.dataset import PackedDataset, Samples
 from megagrow.data.loader import Drawn, Stream
 from megagrow.errors import DataError
 from megagrow.evaluate import Evaluator
 from megagrow.ledger import Ledger, Phase
-from megagrow.parallel.collectives import broadcast_from
+from megagrow.parallel import heartbeat
+from megagrow.parallel.collectives import broadcast_from, told_by_first
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.pipeline import Batch
 from megagrow.salt.cached_teacher import CachedTeacher
 from megagrow.salt.online import OnlineStream, Places, score_candidates
+from megagrow.salt.records import share_fingerprint
 from megagrow.salt.schedule import is_stage_one, teacher_weight
 from megagrow.salt.select import Values
 from megagrow.salt.teacher import Teacher, check_teacher
-from megagrow.timeline import last_source, latest_step, learning_steps, num_growths
+from megagrow.timeline import last_source, latest_step, learning_steps, may_grow_early, num_growths
 from megagrow.train.grown_teacher import is_kept, teacher_folder
 from megagrow.train.learner import Learner
 from megagrow.train.part import compute_dtype
-from megagrow.train.salt_costs import inherit, ledger_of
+from megagrow.train.salt_costs import inherit, ledger_of, outside
 from megagrow.train.salt_data import selected_stream
 from megagrow.train.state import RunState
 
@@ -103,19 +105,26 @@ class SaltStage:
         if not (self.config.salt.end_when_better and self.is_on):
             return
         assert state.teacher_loss is not None, "measured when the teacher was loaded"
-        if validation_loss < state.teacher_loss:
+        if told_by_first(validation_loss < state.teacher_loss, self.mesh.world, self.mesh.device):
             state.stage_one_end = state.train_step
             self.tell(f"held-out loss {validation_loss:.4f} is below the teacher's {state.teacher_loss:.4f}")
 
     def rejoin(self, state: RunState) -> None:
-        """Follows the run to another state after a roll-back; the teacher is attached anew at the next step."""
-        self.state, self.teacher = state, None
+        """Follows the run to another state after a roll-back; the teacher is attached anew at the next step.
+
+        A cache is asked again for what stage 1 still draws: samples have been skipped.
+        """
+        was_over = self._is_over
+        self.state, self.teacher, self.cached = state, None, None
         self._open()
+        if was_over and isinstance(self.stream, OnlineStream):
+            self.stream.begin_anew()  # stage 2 has trained on what came after the buffer
 
     def teach(self, batch: Batch, drawn: Drawn, num_microbatches: int) -> Batch:
         """This rank's batch with what the teacher says of it, on the last stage; its cost goes into the ledger."""
         if self.teacher is None:
             return batch
+        heartbeat.enter("teacher", self.state.step)
         began = time.perf_counter()
         if isinstance(self.teacher, CachedTeacher):
             taught = replace(batch, **self.teacher.targets(drawn.which, drawn.ids, self.mesh))
@@ -142,6 +151,9 @@ class SaltStage:
             return
         if salt.teacher and self.source is None:
             self.source = self._open_teacher()
+        for dataset in self.datasets if salt.scores or salt.cache else ():
+            if isinstance(dataset, PackedDataset):
+                share_fingerprint(dataset, self.mesh)
         if salt.online_buffer:
             self.stream = self._online_stream()
         elif salt.scores and self.stream is None:
@@ -172,7 +184,8 @@ class SaltStage:
             label = f"cache of {cache.identity.corpus_sha256[:12]}"
             inherit(self.state.ledger, label, cache.sha256, caching, str(cache.folder))
             # Whoever spoke was trained; where it is the source too, its known ledger counts instead.
-            self.state.ledger.inherit("teacher", cache.identity.model, Ledger.outside())
+            inherit(self.state.ledger, "teacher", cache.identity.model, outside(self._given_flops), str(cache.folder))
+            self._tell_of_padding(cache.identity.vocab_size)
         names = " ".join(str(cache.folder) for cache in cached.caches)
         self.tell(f"stage 1: {names} teaches for {self.config.salt.steps} steps, in place of its teacher")
         return cached
@@ -180,22 +193,25 @@ class SaltStage:
     def _draws(self) -> tuple[Stream, int, int]:
         """The stream of stage 1, and the first and the number of the samples that it still draws from it.
 
-        Where nobody knows when the model grows (at a plateau), those count too that are drawn before.
+        Where nobody knows when the model grows (at a plateau), those count too that it draws if that is sooner.
         """
         state, config, size = self.state, self.config, self.config.train.global_batch_size
-        begun = self._step_in_phase if state.phase == "main" else 0
-        count = (min(config.salt.steps, config.train.steps) - begun) * size
-        if isinstance(self.stream, Stream):
-            return self.stream, state.cursors["selected"], count
-        ahead = 0
+        now, start, learning = state.train_step, state.grown_at or 0, 0
         if state.phase != "main":
-            last = num_growths(config.growth) - 1
+            start = max(latest_step(config, num_growths(config.growth) - 1), now)
             learned = state.ligo_step if state.phase == "ligo" else 0
-            ahead = max(latest_step(config, last) - state.train_step, 0)
-            ahead += learning_steps(config.growth, state.growths) - learned
-        first, ordinary = state.cursors["all"], self.ordinary
-        is_known = config.growth.at_plateau == 0 and all(each.at_plateau == 0 for each in config.growth.earlier)
-        return (ordinary, first + ahead * size, count) if is_known else (ordinary, first, count + ahead * size)
+            learning = learning_steps(config.growth, state.growths) - learned
+        is_known = state.phase == "main" or not may_grow_early(config)
+        if isinstance(self.stream, Stream):
+            earliest = start if is_known else now
+            return self.stream, state.cursors["selected"], (self._end(earliest) - max(earliest, now)) * size
+        before = max(start - now, 0) + learning
+        skipped, end = before if is_known else 0, self._end(start) - now + learning
+        return self.ordinary, state.cursors["all"] + skipped * size, (end - skipped) * size
+
+    def _end(self, start: int) -> int:
+        """Steps of the schedule that are done when stage 1 ends at the latest, if it starts after so many."""
+        return min(start + self.config.salt.steps, self.config.train.steps)
 
     def _teach(self, learner: Learner) -> None:
         if self.teacher is None:
@@ -211,20 +227,29 @@ class SaltStage:
         # The run's own model is made for this data, however little it has learned of it.
         name, skip = str(source.path), config.init.skip_source_check or config.salt.grown_teaches
         losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]
-        given = -1.0 if config.init.from_ else config.init.source_flops
-        inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, given), name)
+        inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, self._given_flops), name)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
         self.tell(f"stage 1: {name} teaches for {config.salt.steps} steps (its loss here: {shown})")
-        if source.model.vocab_size != config.model.vocab_size:
-            sizes = f"{source.model.vocab_size} of the teacher and {config.model.vocab_size} of the model"
-            self.tell(f"stage 1 compares the tokens that both vocabularies have, {sizes}: the rest counts as padding")
+        self._tell_of_padding(source.model.vocab_size)
         if config.salt.end_when_better and self.state.teacher_loss is None:
             self.state.teacher_loss = self._held_out_loss(teacher)
             self.tell(f"stage 1 ends early once the held-out loss is below the teacher's {self.state.teacher_loss:.4f}")
         return teacher
 
+    @property
+    def _given_flops(self) -> float:
+        """What the user says of the teacher's training; -1 where that is said of what the run starts from."""
+        init = self.config.init
+        return -1.0 if init.from_ else init.source_flops
+
+    def _tell_of_padding(self, vocab_size: int) -> None:
+        size = self.config.model.vocab_size
+        if vocab_size != size:
+            sizes = f"{vocab_size} of the teacher and {size} of the model"
+            self.tell(f"stage 1 compares the tokens that both vocabularies have, {sizes}: the rest counts as padding")
+
     def _held_out_loss(self, teacher: Teacher) -> float:
-        assert self.evaluator is not None, "checks.check_salt asks for it"
+        assert self.evaluator is not None, "salt_checks.check_stage_one asks for it"
         began = time.perf_counter()
         found = torch.tensor(self.evaluator.loss(teacher, self.mesh), dtype=torch.double, device=self.mesh.device)
         loss = broadcast_from(found, 0, self.mesh.world).item()
@@ -243,8 +268,9 @@ class SaltStage:
     def _score(self, which_M: Places, ids_M: Places, is_new: bool) -> Values:
         """The teacher's scores of a buffer; a buffer is charged once, as a step is that a resumed run does again."""
         assert isinstance(self.teacher, Teacher), "it is loaded before the first step"
+        heartbeat.enter("scoring", self.state.step)
         began = time.perf_counter()
-        values = score_candidates(self.teacher.model, self.ordinary, which_M, ids_M, self.config.salt, self.mesh)
+        values = score_candidates(self.teacher.model, self.ordinary, which_M, ids_M, self.config, self.mesh)
         seconds = time.perf_counter() - began
         self.seconds += seconds
         if is_new:

@@ -14,10 +14,8 @@ A growth waits while layers stand still, and while entries that the one before i
 
 import math
 
-import torch
-
 from megagrow.config import Config, GrowthConfig
-from megagrow.parallel.collectives import broadcast_from
+from megagrow.parallel.collectives import told_by_first
 from megagrow.parallel.mesh import Mesh
 from megagrow.timeline import growth_settings, latest_step
 from megagrow.train.learner import StepResult
@@ -37,8 +35,9 @@ def due(state: RunState, config: Config, mesh: Mesh) -> str | None:
             return "tokens"
     elif state.train_step >= growth.at_step:
         return "step" if latest_step(config, state.growths) else "start"
-    if growth.at_plateau and _agreed(is_flat(state.losses, growth.plateau_window, growth.at_plateau), mesh):
-        return "plateau"
+    if growth.at_plateau:  # the first rank's losses are those that a checkpoint holds
+        flat = is_flat(state.losses, growth.plateau_window, growth.at_plateau)
+        return "plateau" if told_by_first(flat, mesh.world, mesh.device) else None
     return None
 
 
@@ -115,8 +114,3 @@ def _end_of_warmup(state: RunState, config: Config) -> int:
     frozen, rises = growth.freeze_steps, growth.rewarmup_steps
     after = frozen + rises if _restarts_after(growth) else max(frozen, rises)
     return max(config.optim.warmup_steps, state.grown_at + after)
-
-
-def _agreed(flag: bool, mesh: Mesh) -> bool:
-    """The first rank's flag: its losses are those that a checkpoint holds."""
-    return bool(broadcast_from(torch.tensor(float(flag), device=mesh.device), 0, mesh.world).item())

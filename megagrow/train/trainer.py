@@ -206,6 +206,7 @@ class Trainer:
         if reason is not None:
             before = self._loss_for_event()
             if grown_teacher.is_due(state, config):
+                self._wait_for_save()
                 grown_teacher.keep(self.learner.part, state, config, self.mesh)
             with self._growing(generates=state.growing(config).growth.learns_maps):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)

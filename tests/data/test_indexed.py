@@ -292,6 +292,17 @@ def test_fingerprint_depends_on_both_files(make_dataset: MakeDataset) -> None:
     assert again in prints
 
 
+def test_a_fingerprint_is_made_once_and_says_that_it_goes_on(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[None] = []
+    dataset = IndexedDataset(make_dataset(DOCUMENTS))
+    first = dataset.fingerprint(lambda: notes.append(None))
+    assert len(notes) == 2, "a block of the index, and one of the tokens"
+    monkeypatch.setattr(indexed.hashlib, "sha256", None)
+    assert dataset.fingerprint(lambda: notes.append(None)) == first and len(notes) == 2
+
+
 def test_opening_copies_nothing(tmp_path: Path) -> None:
     """An index of 20 bytes per document is checked block by block, without a second one in memory."""
     count = 3 * indexed._BLOCK

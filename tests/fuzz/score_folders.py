@@ -68,6 +68,8 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
         ("identity", "model"): is_text,
         ("identity", "top_k"): lambda value: is_count(value) and value > 0,
         ("identity", "dtype"): is_text,
+        ("identity", "mask_documents"): lambda value: isinstance(value, bool),
+        ("identity", "reset_positions"): lambda value: isinstance(value, bool),
         ("cost",): lambda value: False,
         ("cost", "seconds"): _is_cost,
         ("cost", "flops"): lambda value: value is None or _is_cost(value),

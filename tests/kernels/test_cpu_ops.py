@@ -84,6 +84,18 @@ def test_products_are_added_in_pieces(dtype: torch.dtype, monkeypatch: pytest.Mo
     torch.testing.assert_close(total_MN, expected)
 
 
+def test_pieces_of_a_product_are_bounded_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU to 64 MiB, however large the matrix is; a piece has a row at least."""
+    assert ops.piece_rows("cuda", 4096, 2) * 4096 * 2 == 2**26
+    assert ops.piece_rows("cuda", 2**27, 4) == 1
+    assert ops.piece_rows("cpu", 4096, 4) == cpu_ops.PIECE_ROWS
+    sizes = []
+    monkeypatch.setattr(ops, "product", lambda a, b: sizes.append(len(a)) or a @ b.T)
+    total_MN = torch.zeros(10, 2**23, device="meta")
+    ops.add_product_(total_MN, torch.empty(10, 3, device="meta"), torch.empty(2**23, 3, device="meta"))
+    assert sizes == [2] * 5
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("num_keys", [10, 13])
 @pytest.mark.parametrize("block", [3, 64])

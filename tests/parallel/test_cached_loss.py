@@ -3,10 +3,13 @@
 # Shape suffix legend: T = tokens, H = hidden, V = vocabulary, K = entries of a token.
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megagrow.parallel.cached_loss import CachedTargets
@@ -27,6 +30,9 @@ from tests.parallel.test_loss import (
     worst_error,
 )
 from tests.ranks import run_ranks
+
+Case = tuple[CachedTargets, LossOptions]
+SMOOTH = ({"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.2, "z_loss": 0.1})
 
 
 def soft_teacher(p: Problem, rho: float = 1.0) -> Tensor:
@@ -64,51 +70,55 @@ def divergence(logits_TV: Tensor, targets: CachedTargets) -> Tensor:
     return kd_T + torch.special.xlogy(rest_T, rest_T) - rest_T * log_tail_T
 
 
-def oracle(p: Problem, targets: CachedTargets, options: LossOptions) -> Result:
+def oracle(p: Problem, targets: CachedTargets, options: LossOptions, num_common: int = VOCAB) -> Result:
     """The definition, through torch's softmax and autograd, in float64."""
     p = p.to(torch.float64)
     hidden_TH, head_VH = (x.clone().requires_grad_() for x in (p.hidden_TH, p.head_VH))
-    logits_TV = hidden_TH @ head_VH.T
-    ce_T = F.cross_entropy(logits_TV, p.labels_T.clamp(min=0), reduction="none")
-    ce = (ce_T * p.weights_T).sum()
-    soft_TV = logits_TV / (options.temperature if options.both else 1.0)
-    kd = options.scale * (divergence(soft_TV, targets) * p.weights_T).sum()
-    loss = (1 - options.weight) * ce + options.weight * kd
-    loss.backward()
-    assert hidden_TH.grad is not None and head_VH.grad is not None
+    logits_TV, labels_T = hidden_TH @ head_VH.T, p.labels_T.clamp(min=0)
+    ce = (F.cross_entropy(logits_TV, labels_T, reduction="none") * p.weights_T).sum()
+    hard_T = F.cross_entropy(logits_TV, labels_T, reduction="none", label_smoothing=options.label_smoothing)
+    hard = ((hard_T + options.z_loss * logits_TV.logsumexp(-1) ** 2) * p.weights_T).sum()
+    soft_TV = logits_TV[:, :num_common] / (options.temperature if options.both else 1.0)
     masses_TK1 = targets.masses_TK1.double()
     entropy_T = masses_TK1[:, -1] if targets.is_sample else torch.special.entr(masses_TK1).sum(-1)
+    kd_T = divergence(soft_TV, targets) + (entropy_T if options.divergence == "cross_entropy" else 0.0)
+    kd = options.scale * (kd_T * p.weights_T).sum()
+    loss = (1 - options.weight) * hard + options.weight * kd
+    loss.backward()
+    assert hidden_TH.grad is not None and head_VH.grad is not None
     sums = torch.stack([loss, ce, kd, (entropy_T * p.weights_T).sum()]).detach()
     return Result(sums[:1], sums, hidden_TH.grad, head_VH.grad)
 
 
-def evaluate_cached(p: Problem, targets: CachedTargets, options: LossOptions, tp: Axis | None = None) -> Result:
+def evaluate_cached(
+    p: Problem, targets: CachedTargets, options: LossOptions, tp: Axis | None = None, num_common: int | None = None
+) -> Result:
     """The loss on this rank's shard of the vocabulary."""
     tp = tp or Axis()
     rows = chunk(len(p.head_VH), tp)
     hidden_TH, head_VH = p.hidden_TH.clone().requires_grad_(), p.head_VH[rows].clone().requires_grad_()
     given = copy_to(hidden_TH, tp), head_VH, p.labels_T, p.weights_T, len(p.head_VH), tp
-    loss, sums = vocab_parallel_loss(*given, targets=targets, options=options)
+    loss, sums = vocab_parallel_loss(*given, targets=targets, options=options, num_common=num_common)
     loss.backward()
     assert hidden_TH.grad is not None and head_VH.grad is not None
     return Result(loss.detach(), sums, hidden_TH.grad, head_VH.grad)
 
 
-def evaluate_here(p: Problem, cases: list[tuple[CachedTargets, LossOptions]]) -> list[Result]:
-    return [evaluate_cached(p, targets, options, tp_axis()) for targets, options in cases]
+def evaluate_here(p: Problem, cases: list[Case], num_common: int | None = None) -> list[Result]:
+    return [evaluate_cached(p, targets, options, tp_axis(), num_common) for targets, options in cases]
 
 
-def on_ranks(p: Problem, cases: list[tuple[CachedTargets, LossOptions]], world: int) -> list[Result]:
+def on_ranks(p: Problem, cases: list[Case], world: int, num_common: int | None = None) -> list[Result]:
     """One result per case: all ranks must agree on what is whole; the head's rows are put together."""
     merged = []
-    for results in zip(*run_ranks(evaluate_here, world, p, cases), strict=True):
+    for results in zip(*run_ranks(evaluate_here, world, p, cases, num_common), strict=True):
         for other in results[1:]:
             assert all(torch.equal(getattr(other, n), getattr(results[0], n)) for n in ("loss", "sums", "grad_hidden"))
         merged.append(replace(results[0], grad_head=torch.cat([r.grad_head for r in results])))
     return merged
 
 
-def all_cases(p: Problem) -> list[tuple[CachedTargets, LossOptions]]:
+def all_cases(p: Problem) -> list[Case]:
     """One entry, a few, all but one, all; drawn ones; with all ω, temperatures, and ρ² as a factor."""
     torch.manual_seed(3)
     cases = []
@@ -129,10 +139,46 @@ def test_gradients_of_the_mixture(world: int, dtype: torch.dtype) -> None:
         assert_matches(result, oracle(p, targets, options), TOLERANCE[dtype])
 
 
+def smooth_cases(p: Problem, num_common: int = VOCAB) -> list[Case]:
+    """All that can stand beside the cross-entropy with the labels, where both terms share a softmax and where not."""
+    torch.manual_seed(4)
+    p_TV = (p.teacher_TG.double() @ p.teacher_head_VG[:num_common].double().T / 2).softmax(-1)
+    kinds = top_k(p_TV, 5), sampled(p_TV, 6), top_k(p_TV, num_common)
+    mixtures = product(OMEGAS, (False, True), ({}, *SMOOTH))
+    return [
+        (
+            kinds[i % 3],
+            LossOptions(w, 2.0, both, chunk_tokens=5, divergence=("forward_kl", "cross_entropy")[i % 2], **more),
+        )
+        for i, (w, both, more) in enumerate(mixtures)
+    ]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_smoothing_and_z_loss_stand_beside_the_targets(world: int, dtype: torch.dtype) -> None:
+    p = problem(dtype)
+    cases = smooth_cases(p)
+    assert {t.is_sample for t, o in cases if o.is_smooth and 0 < o.weight < 1 and not o.both} == {False, True}
+    for (targets, options), result in zip(cases, on_ranks(p, cases, world), strict=True):
+        assert_matches(result, oracle(p, targets, options), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_common", [28, 23, 7])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_tokens_that_the_teacher_lacks_are_left_out_of_the_divergence(world: int, num_common: int) -> None:
+    """On four ranks the shards hold 8, 8, 8 and 5 tokens: some have none in common with the teacher."""
+    p = problem()
+    cases = smooth_cases(p, num_common)
+    for (targets, options), result in zip(cases, on_ranks(p, cases, world, num_common), strict=True):
+        assert_matches(result, oracle(p, targets, options, num_common), 1e-10)
+
+
 @pytest.mark.parametrize("world", [1, 4])
 def test_bfloat16_stays_near_the_truth(world: int) -> None:
     p = problem(torch.bfloat16)
     cases = [(top_k(soft_teacher(p, 0.5), 5), LossOptions(1 / 3, 0.5)), (sampled(soft_teacher(p), 6), LossOptions(1.0))]
+    cases += [(targets, replace(options, **SMOOTH[2])) for targets, options in cases]
     for (targets, options), result in zip(cases, on_ranks(p, cases, world), strict=True):
         assert_matches(result, oracle(p, targets, options), 2e-2)
 
@@ -165,6 +211,31 @@ def kd_of(logits_TV: Tensor, targets: CachedTargets) -> Tensor:
         _, sums = vocab_parallel_loss(logits_TV[t : t + 1], *given, vocab, Axis(), targets=rows, options=options)
         found.append(sums[2])
     return torch.stack(found)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    vocab=st.integers(2, 40),
+    share=st.floats(0, 1),
+    sharpness=st.floats(-3, 1.3),
+    distance=st.floats(-3, 1),
+)
+def test_no_truncated_divergence_is_negative_or_above_the_full_one(
+    seed: int, vocab: int, share: float, sharpness: float, distance: float
+) -> None:
+    """Whatever the teacher, the student and k; and it is that of the coarser distributions, whose sign is no matter of
+    clamping.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    teacher_TV, noise_TV = torch.randn(2, 3, vocab, generator=generator, dtype=torch.float64) * 10**sharpness
+    student_TV = teacher_TV + noise_TV * 10**distance
+    p_TV = teacher_TV.softmax(-1)
+    targets = top_k(p_TV, max(1, round(share * vocab)))
+    full_T = (torch.special.xlogy(p_TV, p_TV) - p_TV * student_TV.log_softmax(-1)).sum(-1)
+    found_T, coarse_T = kd_of(student_TV, targets), divergence(student_TV, targets)
+    slack_T = 1e-12 * (1 + student_TV.abs().amax(-1))
+    assert (coarse_T >= -slack_T).all() and (coarse_T <= full_T + slack_T).all()
+    assert (found_T >= 0).all() and ((found_T - coarse_T).abs() <= slack_T).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -218,19 +289,36 @@ def test_a_tail_that_the_student_hardly_sees_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_sample", [False, True], ids=["top_k", "sampled"])
-def test_weight_zero_is_bit_equal_to_the_plain_loss(dtype: torch.dtype, is_sample: bool) -> None:
+@pytest.mark.parametrize("more", [{}, *SMOOTH], ids=str)
+def test_weight_zero_is_bit_equal_to_the_plain_loss(
+    dtype: torch.dtype, is_sample: bool, more: dict[str, float]
+) -> None:
     p = problem(dtype)
     targets = (sampled if is_sample else top_k)(soft_teacher(p), 5)
-    mixed = evaluate_cached(p, targets, LossOptions(0.0, 0.25, chunk_tokens=4))
-    plain = evaluate(p, LossOptions(chunk_tokens=4), with_teacher=False)
+    mixed = evaluate_cached(p, targets, LossOptions(0.0, 0.25, chunk_tokens=4, **more))
+    plain = evaluate(p, LossOptions(chunk_tokens=4, **more), with_teacher=False)
     assert mixed.sums[2] > 0
     for name in ("loss", "grad_hidden", "grad_head"):
         assert torch.equal(getattr(mixed, name), getattr(plain, name)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_teacher_equal_to_the_student_teaches_nothing(dtype: torch.dtype) -> None:
+    """All of its tokens are there: KD is rounding, and the gradient that of the labels' term, less its share."""
+    p = problem(dtype)
+    own_TV = (p.hidden_TH.double() @ p.head_VH.double().T).softmax(-1)
+    for targets in (top_k(own_TV, VOCAB), top_k(own_TV, 4)):
+        found = evaluate_cached(p, targets, LossOptions(1 / 3, **SMOOTH[2]))
+        plain = evaluate(p, LossOptions(**SMOOTH[2]), with_teacher=False)
+        assert 0 <= found.sums[2] <= 10 * TOLERANCE[dtype]
+        for name in ("grad_hidden", "grad_head"):
+            expected = 2 / 3 * getattr(plain, name)
+            torch.testing.assert_close(getattr(found, name), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 12])
 def test_chunks_change_nothing(chunk_tokens: int) -> None:
-    p, options = problem(), LossOptions(1 / 3)
+    p, options = problem(), LossOptions(1 / 3, **SMOOTH[2])
     targets = top_k(soft_teacher(p), 5)
     found = evaluate_cached(p, targets, replace(options, chunk_tokens=chunk_tokens))
     assert_matches(found, evaluate_cached(p, targets, options), 1e-13)

@@ -5,6 +5,7 @@ all.
 # Shape suffix legend: T = tokens, H = hidden, G = the teacher's hidden, V = vocabulary.
 
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagrow.config import ParallelConfig
+from megagrow.model import transformer
 from megagrow.parallel.collectives import copy_to, reduce_from
 from megagrow.parallel.loss import LossOptions, token_scores, tokens_at_once, vocab_parallel_loss, whole_logits
-from megagrow.parallel.mesh import Axis
+from megagrow.parallel.mesh import Axis, Mesh, make_mesh
 from megagrow.parallel.shards import chunk
 from tests.ranks import run_ranks
+from tests.salt.test_teacher import make_student
 
 VOCAB = 29  # neither 2 nor 4 divides it
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -416,6 +420,20 @@ def test_logits_of_a_chunk_fit_in_half_of_the_cache(wanted: int, rows: int, widt
     found = tokens_at_once(wanted, rows, width, cache=50 * 2**20)
     assert found == expected
     assert wanted or found == 256 or found * rows * width <= 25 * 2**20
+
+
+def model_loss_here() -> float:
+    """Of 512 tokens, with a cache in which the logits of 358 fit on the rank with 15 rows, of 384 on that with 14."""
+    mesh = make_mesh(ParallelConfig(tensor=2)) if dist.is_initialized() else Mesh.single()
+    model = make_student(mesh)
+    ids_BS = torch.arange(2 * 256).view(2, 256) % VOCAB
+    with mock.patch.object(transformer, "cache_size", lambda _: 2 * 8 * 384 * 14):
+        return model(ids_BS, ids_BS.flip(1)).item()
+
+
+def test_shards_of_unequal_size_go_through_the_same_chunks() -> None:
+    """Else their collectives would not match."""
+    assert run_ranks(model_loss_here, 2) == [pytest.approx(model_loss_here(), rel=1e-12)] * 2
 
 
 def loss_with_bias(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import record_function
@@ -27,6 +28,8 @@ from megagrow.config import (
     SaltConfig,
     TrainConfig,
 )
+from megagrow.data.dataset import PackedDataset
+from megagrow.data.loader import Stream, shuffled
 from megagrow.evaluate import make_batch
 from megagrow.optim import Optimizer, StepGuard
 from megagrow.parallel.mesh import Mesh, make_mesh
@@ -36,6 +39,8 @@ from megagrow.plan.measure import peak_memory
 from megagrow.plan.memory import RankMemory, step_memory
 from megagrow.plan.phases import phases
 from megagrow.roles import num_parameters, parameter_shapes
+from megagrow.salt import CacheSettings, cache_teacher, score_candidates
+from megagrow.salt.cached_teacher import CachedTeacher
 from megagrow.salt.teacher import Teacher
 from megagrow.train import growing
 from megagrow.train.growing import map_learner, new_learner
@@ -44,6 +49,7 @@ from megagrow.train.part import build_part, compute_dtype, initialize_part
 from megagrow.train.state import RunState
 from tests.models import as_bert
 from tests.ranks import run_ranks
+from tests.salt.samples import write_corpus
 
 STEP = "a step"
 MODEL = ModelConfig(hidden_size=128, num_layers=6, num_heads=4, num_kv_heads=2, ffn_size=352, vocab_size=1024)
@@ -223,6 +229,71 @@ def test_a_teacher_needs_what_the_plan_says(precision: Any, tmp_path: Path) -> N
         peak,
     )
     assert found["salt"].memory[0].parts["teacher"] == num_parameters(teacher) * (4 if precision == "fp32" else 2)
+
+
+@pytest.mark.parametrize("temperature_on", ["teacher", "both"])
+def test_cached_targets_need_what_the_plan_says(temperature_on: Any, tmp_path: Path) -> None:
+    """64 tokens of every position; with the student at a temperature its logits are copied."""
+    config = changed(replace(LONG, model=replace(MODEL, vocab_size=8000)), loss_chunk=1024)
+    salt = SaltConfig(cache=str(tmp_path / "cache"), steps=4, temperature=2.0, temperature_on=temperature_on)
+    size, length = config.train.global_batch_size, config.data.seq_length
+    tokens = torch.randint(config.model.vocab_size, (size * length + 1,), generator=torch.Generator().manual_seed(1))
+    teacher = replace(MODEL, hidden_size=32, head_dim=8, num_layers=1, ffn_size=32, vocab_size=8000)
+    weights = {name: torch.randn(shape) / 10 for name, shape in parameter_shapes(teacher).items()}
+    write_hf_folder(tmp_path / "teacher", teacher, weights.__getitem__)
+    dataset = PackedDataset(write_corpus(tmp_path / "corpus", tokens.tolist()), length)
+    settings = CacheSettings(top_k=64, temperature=2.0, skip_source_check=True)
+    cache_teacher(open_source(tmp_path / "teacher"), dataset, salt.cache, Mesh.single(), settings)
+    config, mesh = replace(config, salt=salt), Mesh.single()
+    cached, ids = CachedTeacher(config, [dataset]), np.arange(size)
+
+    def teach() -> None:
+        learner = model_learner(config, mesh)
+        cached.attach(learner.part.last_stage)
+        for _ in range(2):
+            with record_function(STEP):
+                batch = make_batch(torch.from_numpy(dataset.batch(ids)), size, mesh)
+                learner.step(replace(batch, **cached.targets(ids * 0, ids, mesh)), 1e-3, StepGuard())
+
+    peak = peak_memory(teach, since=STEP)
+    phase = phases(Layout(config, 1), "cpu")[0][0]
+    assert phase.name == "salt" and phase.memory[0].parts["targets"] == size * length * (4 * 64 + 4 * 65)
+    assert off(phase.memory[0], peak) < 0.1, (phase.memory[0].parts, phase.memory[0].moment, peak)
+    assert phase.flops == phases(Layout(replace(config, salt=SaltConfig()), 1), "cpu")[0][0].flops
+
+
+@pytest.mark.parametrize("case", ["blocks", "vocabulary"])
+def test_scoring_a_buffer_needs_what_the_plan_says(case: str, tmp_path: Path) -> None:
+    """Eight samples at a time, of which a step has one."""
+    teacher = replace(MODEL, vocab_size=20_000 if case == "vocabulary" else 512)
+    weights = {name: torch.randn(shape) / 10 for name, shape in parameter_shapes(teacher).items()}
+    write_hf_folder(tmp_path / "teacher", teacher, weights.__getitem__)
+    student = replace(teacher, hidden_size=32, head_dim=8, num_layers=1, ffn_size=32)
+    config = changed(replace(LONG, model=student), global_batch_size=1, loss_chunk=64)
+    salt = SaltConfig(teacher=str(tmp_path / "teacher"), steps=4, online_buffer=8, keep_fraction=0.25)
+    config, mesh = replace(config, salt=salt), Mesh.single()
+    length = config.data.seq_length
+    prefix = write_corpus(tmp_path / "corpus", torch.randint(512, (8 * length + 1,)).tolist())
+    stream = Stream([shuffled(PackedDataset(prefix, length), seed=1)])
+
+    def score() -> None:
+        learner = model_learner(config, mesh)
+        small = Teacher(open_source(salt.teacher), mesh, salt, config.model, compute_dtype(config))
+        small.attach(learner.part.last_stage)
+        with record_function(STEP):
+            score_candidates(small.model, stream, *stream.samples(0, 8), config, mesh)
+
+    peak = peak_memory(score, since=STEP)
+    (held,) = phases(Layout(config, 1), "cpu")[0][0].memory
+    assert held.moment == "scoring a buffer"
+    assert off(held, peak) < 0.1, (held.parts, held.total, peak)
+
+
+def test_a_cache_that_is_not_there_yet_is_noted() -> None:
+    config = replace(LONG, salt=SaltConfig(cache="nowhere", steps=4))
+    found, notes = phases(Layout(config, 1), "cpu")
+    assert found[0].memory == step_memory(Layout(config, 1), "cpu")
+    assert notes == ["salt.cache=nowhere: no such folder yet; the memory of its targets is left out"]
 
 
 def test_only_an_embedding_with_random_entries_is_gathered_whole() -> None:

@@ -59,6 +59,15 @@ def random_corpus(prefix: Path, num_samples: int, seq_length: int, vocab: int = 
     return write_corpus(prefix, torch.randint(vocab, (num_tokens,), generator=generator).tolist())
 
 
+def write_documents(prefix: Path, lengths: Iterable[int], vocab: int = 29) -> Path:
+    """A corpus of documents with so many random tokens each."""
+    generator = torch.Generator().manual_seed(3)
+    with IndexedWriter(prefix, "<u2") as writer:
+        for length in lengths:
+            writer.add_document(torch.randint(vocab, (length,), generator=generator).tolist())
+    return prefix
+
+
 def mesh_of(tensor: int = 1, pipeline: int = 1) -> Mesh:
     """The mesh of the ranks that are running, or of this process."""
     return make_mesh(ParallelConfig(tensor=tensor, pipeline=pipeline))

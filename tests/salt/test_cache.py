@@ -1,9 +1,7 @@
 """Writing a teacher's targets: right, resumable, and the same however the work is shared."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 import torch
 
 from megagrow.config import ModelConfig
-from megagrow.data.indexed import IndexedWriter
 from megagrow.data.loader import epoch_permutation
 from megagrow.errors import ConfigError, DataError
 from megagrow.parallel.context import restarted_positions
@@ -23,8 +20,8 @@ from megagrow.salt import cache as cache_module
 from megagrow.salt import sharded
 from megagrow.salt.cache import CacheSettings, cache_teacher
 from megagrow.salt.cache_format import CODE_ERROR
-from megagrow.salt.cache_manifest import MANIFEST_FILE
 from megagrow.salt.cache_shards import samples_to_cache
+from megagrow.salt.records import MANIFEST_FILE
 from megagrow.salt.teacher_cache import TeacherCache
 from tests.ranks import RankError, run_ranks
 from tests.salt.samples import (
@@ -37,8 +34,9 @@ from tests.salt.samples import (
     random_corpus,
     source_of,
     write_corpus,
+    write_documents,
 )
-from tests.salt.test_score import Recorder
+from tests.salt.work import Recorder, files, killed_before_rename, times
 
 SEQ_LENGTH, NUM_SAMPLES, TOP_K = 8, 23, 5
 SETTINGS = CacheSettings(top_k=TOP_K, temperature=0.5, batch_size=4, shard_size=4, skip_source_check=True)
@@ -66,16 +64,6 @@ def cache(
     mesh = mesh_of(tensor, pipeline) if torch.distributed.is_initialized() else Mesh.single()
     ids = None if samples is None else np.array(samples)
     cache_teacher(make_source(model), opened(prefix, SEQ_LENGTH), output, mesh, settings, ids, flops)
-
-
-def files(output: Path) -> dict[str, bytes]:
-    """All files by name; of the manifest without how long it took."""
-    found = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    if MANIFEST_FILE in found:
-        manifest = json.loads(found[MANIFEST_FILE])
-        manifest["cost"].pop("seconds")
-        found[MANIFEST_FILE] = json.dumps(manifest).encode()
-    return found
 
 
 def soft_probabilities(corpus: Path, model: ModelConfig, temperature: float) -> torch.Tensor:
@@ -148,17 +136,7 @@ def test_tensor_parallel_targets_agree(tmp_path: Path, corpus: Path, settings: C
 
 
 def cache_and_die(prefix: Path, output: Path, after: int) -> None:
-    """Is killed while a file is being put in its place."""
-    replace_file, count = os.replace, 0
-
-    def replace_or_die(source: Path, target: Path) -> None:
-        nonlocal count
-        count += 1
-        if count > after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace_file(source, target)
-
-    with mock.patch("os.replace", replace_or_die):
+    with killed_before_rename(after):
         cache(prefix, output)
 
 
@@ -199,10 +177,10 @@ def test_interrupted_work_goes_on_with_other_ranks_and_the_same_compression(tmp_
 
 def test_a_finished_cache_is_left_alone(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache(corpus, tmp_path / "cache")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    before = times(tmp_path / "cache")
     monkeypatch.setattr(sharded, "load_model", None)
     cache(corpus, tmp_path / "cache", replace(SETTINGS, batch_size=3))
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    assert before == times(tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -256,11 +234,7 @@ def test_a_part_of_the_samples(tmp_path: Path, corpus: Path) -> None:
 
 def test_documents_are_seen_as_in_training(tmp_path: Path) -> None:
     """Attention inside of documents, positions from each one's beginning: other targets, those of a masked model."""
-    generator = torch.Generator().manual_seed(3)
-    with IndexedWriter(tmp_path / "corpus", "<u2") as writer:
-        for length in (5, 7, 3, 20, 6):
-            writer.add_document(torch.randint(29, (length,), generator=generator).tolist())
-    dataset, model = opened(tmp_path / "corpus", SEQ_LENGTH), make_model(TIED)
+    dataset, model = opened(write_documents(tmp_path / "corpus", (5, 7, 3, 20, 6)), SEQ_LENGTH), make_model(TIED)
     ids = range(dataset.num_samples)
     inputs, documents = torch.from_numpy(dataset.batch(ids))[:, :-1], torch.from_numpy(dataset.documents(ids))
     settings = replace(DOUBLE, top_k=29, temperature=1.0, mask_documents=True, reset_positions=True)
@@ -346,16 +320,8 @@ def test_a_refused_model_leaves_the_folder_free(tmp_path: Path, corpus: Path) ->
     assert not (tmp_path / "cache").exists()
 
 
-class CachingRecorder(Recorder):
-    """That of the scores, under this name."""
-
-    def update(self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None) -> None:
-        assert phase == "caching"
-        super().update(step, phase="scoring", loss=loss, tokens_per_second=tokens_per_second)
-
-
 def test_progress_reaches_the_number_of_samples(tmp_path: Path, corpus: Path) -> None:
-    recorder = CachingRecorder()
+    recorder = Recorder("caching")
     dataset = opened(corpus, SEQ_LENGTH)
     cache_teacher(make_source(SMALL), dataset, tmp_path / "c", Mesh.single(), SETTINGS, progress=recorder)
     assert recorder.steps == [4, 8, 12, 16, 20, 23]

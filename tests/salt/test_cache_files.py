@@ -15,8 +15,8 @@ import safetensors.numpy
 from megagrow.errors import DataError
 from megagrow.salt.cache_files import INDEX_DTYPE, SAMPLES_FILE, join_shard, samples_sha256, write_samples
 from megagrow.salt.cache_format import Entries, compress, encode
-from megagrow.salt.cache_manifest import MANIFEST_FILE, CacheIdentity, Manifest, write_manifest
-from megagrow.salt.records import Cost, corpus_fields
+from megagrow.salt.cache_manifest import CacheIdentity, Manifest, write_manifest
+from megagrow.salt.records import MANIFEST_FILE, Cost, corpus_fields
 from megagrow.salt.teacher_cache import TeacherCache, is_complete
 from tests.salt.samples import opened, random_corpus
 
@@ -96,13 +96,13 @@ def test_what_was_written_is_read(tmp_path: Path, compression: str) -> None:
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     random_corpus(tmp_path / "corpus", NUM_SAMPLES, SEQ_LENGTH)
-    assert "no such file; make the cache with tools/cache_teacher.py" in refusal(tmp_path / "no")
+    assert "no such file; make a teacher's cache with tools/cache_teacher.py" in refusal(tmp_path / "no")
 
 
 def test_an_unfinished_folder(folder: Path) -> None:
     (folder / MANIFEST_FILE).unlink()
     (folder / "shards" / "identity.json").write_text("{}")
-    assert "the cache is unfinished: run tools/cache_teacher.py" in refusal(folder)
+    assert "the work is unfinished: run tools/cache_teacher.py again" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000])

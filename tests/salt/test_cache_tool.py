@@ -1,8 +1,6 @@
 """`tools/cache_teacher.py` as it is called from a shell."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,26 +8,15 @@ import pytest
 from megagrow.flops import forward_flops
 from megagrow.salt import TeacherCache
 from tests.salt.samples import SMALL, random_corpus
-
-TOOL = Path(__file__).parents[2] / "tools" / "cache_teacher.py"
-
-
-@pytest.fixture(autouse=True)
-def tools_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
+from tests.salt.work import options, run_tool
 
 
-def run_tool(*arguments: object) -> int:
-    """Runs the tool as the command line does; returns the exit code."""
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as ended:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return int(ended.value.code or 0)
+def run_here(*arguments: object) -> int:
+    return run_tool("cache_teacher", *arguments)
 
 
 def arguments_for(model: Path, corpus: Path, output: Path, *more: object) -> list[object]:
-    given = {"model": model, "data": corpus, "output": output, "seq-length": 8}
-    return [x for name, value in given.items() for x in (f"--{name}", value)] + list(more)
+    return [*options(model=model, data=corpus, output=output, seq_length=8), *more]
 
 
 def test_targets_are_written_and_their_size_shown(
@@ -40,7 +27,7 @@ def test_targets_are_written_and_their_size_shown(
 ) -> None:
     more = ("--top-k", 3, "--temperature", 0.5, "--samples", "0.5")
     arguments = arguments_for(model, corpus, tmp_path / "cache", *more)
-    assert run_tool(*arguments) == 0
+    assert run_here(*arguments) == 0
     shown, cache = capsys.readouterr(), TeacherCache(tmp_path / "cache")
     assert "10 samples, 80 tokens" in shown.out and f"the cache is in {tmp_path / 'cache'}" in shown.out
     assert f"{cache.num_bytes:,} bytes, {cache.num_bytes / 80:.1f} per token" in shown.out
@@ -49,7 +36,7 @@ def test_targets_are_written_and_their_size_shown(
     expected = {"kind": "top_k", "num_entries": 3, "temperature": 0.5, "dtype": "float32", "mask_documents": False}
     assert expected.items() <= manifest["identity"].items()
     assert manifest["cost"]["flops"] == forward_flops(SMALL, 80, 8)
-    assert run_tool(*arguments) == 0  # and leaves it alone
+    assert run_here(*arguments) == 0  # and leaves it alone
     assert json.loads((tmp_path / "cache" / "manifest.json").read_text()) == manifest
 
 
@@ -75,7 +62,7 @@ def test_wrong_arguments(
     code: int,
     message: str,
 ) -> None:
-    assert run_tool(*arguments_for(model, corpus, tmp_path / "cache", "--top-k", 3), *change) == code
+    assert run_here(*arguments_for(model, corpus, tmp_path / "cache", "--top-k", 3), *change) == code
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (tmp_path / "cache").exists()
@@ -87,7 +74,7 @@ def test_a_model_that_does_not_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = arguments_for(model, random_corpus(tmp_path / "random", 20, 8), tmp_path / "cache", "--sampled", 4)
-    assert run_tool(*arguments) == 3
+    assert run_here(*arguments) == 3
     assert "do not fit this data" in capsys.readouterr().err
-    assert run_tool(*arguments, "--skip-source-check") == 0
+    assert run_here(*arguments, "--skip-source-check") == 0
     assert TeacherCache(tmp_path / "cache").identity.kind == "sampled"

@@ -1,6 +1,7 @@
 """The online selection: what the teacher picks from a buffer, whoever shares the work, and where it goes on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megagrow.checkpoint.source import load_model
-from megagrow.config import ModelConfig, ParallelConfig, SaltConfig
+from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig, SaltConfig
 from megagrow.data.loader import Stream, shuffled
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
@@ -20,11 +21,23 @@ from megagrow.salt.score import ScoreSettings, score_corpus
 from megagrow.salt.score_files import read_scores
 from megagrow.salt.teacher import Teacher
 from tests.ranks import run_ranks
-from tests.salt.samples import SMALL, TIED, make_model, make_source, opened, random_corpus, source_of
+from tests.salt.samples import (
+    SMALL,
+    TIED,
+    make_model,
+    make_source,
+    opened,
+    random_corpus,
+    source_of,
+    write_corpus,
+    write_documents,
+)
 
 SEQ_LENGTH, NUM_SAMPLES, BATCH, TOP_K = 8, 50, 4, 5
 CANDIDATES, KEPT = 12, 8
 SALT = SaltConfig(teacher="small", steps=3, online_buffer=3, keep_fraction=0.6, top_k=TOP_K, score="median_in_top_k")
+CONFIG = Config(salt=SALT)
+DOCUMENTS = DataConfig(mask_documents=True, reset_positions=True)
 
 
 @pytest.fixture
@@ -32,8 +45,8 @@ def corpus(tmp_path: Path) -> Path:
     return random_corpus(tmp_path / "corpus", NUM_SAMPLES, SEQ_LENGTH)
 
 
-def stream_of(prefix: Path) -> Stream:
-    return Stream([shuffled(opened(prefix, SEQ_LENGTH), seed=3)])
+def stream_of(prefix: Path, with_documents: bool = False) -> Stream:
+    return Stream([shuffled(opened(prefix, SEQ_LENGTH), seed=3)], with_documents=with_documents)
 
 
 def scores_by_hand(which_M: Any, ids_M: Any, is_new: bool) -> np.ndarray:
@@ -127,7 +140,9 @@ def test_another_size_of_buffer_begins_a_new_one(corpus: Path) -> None:
     assert cursors["all"] == CANDIDATES + 2 * 2 * CANDIDATES
 
 
-def scores_here(prefix: Path, model: ModelConfig, **layout: Any) -> tuple[np.ndarray, int]:
+def scores_here(
+    prefix: Path, model: ModelConfig, data: DataConfig | None = None, **layout: Any
+) -> tuple[np.ndarray, int]:
     """The scores of 21 samples on the ranks that are running, in float64, and passes of this rank."""
     mesh = make_mesh(ParallelConfig(**layout)) if torch.distributed.is_initialized() else Mesh.single()
     teacher = load_model(make_source(model), mesh.without_pipeline(), torch.float64)
@@ -138,8 +153,8 @@ def scores_here(prefix: Path, model: ModelConfig, **layout: Any) -> tuple[np.nda
         passes += 1
 
     teacher.register_forward_hook(count)
-    stream = stream_of(prefix)
-    return score_candidates(teacher, stream, *stream.samples(3, 21), SALT, mesh), passes
+    stream, config = stream_of(prefix, data is not None), replace(CONFIG, data=data or CONFIG.data)
+    return score_candidates(teacher, stream, *stream.samples(3, 21), config, mesh), passes
 
 
 @pytest.mark.parametrize("model", [SMALL, TIED], ids=["untied", "tied"])
@@ -151,6 +166,20 @@ def test_scores_are_those_of_score_corpus(tmp_path: Path, corpus: Path, model: M
     expected = read_scores(tmp_path / "scores", dataset).values["median_in_top_k"]
     ids = stream_of(corpus).samples(3, 21)[1]
     assert np.array_equal(scores_here(corpus, model)[0], expected[ids])
+
+
+def test_documents_are_seen_as_in_training(tmp_path: Path) -> None:
+    """As by a pass over the corpus that is told so, where the teacher sees whole sequences and where it sees parts."""
+    corpus = write_documents(tmp_path / "corpus", [5, 7, 3, 20, 6] * 10)
+    flags = {"mask_documents": True, "reset_positions": True}
+    settings = ScoreSettings(top_k=TOP_K, dtype=torch.float64, skip_source_check=True, **flags)
+    dataset = opened(corpus, SEQ_LENGTH)
+    score_corpus(make_source(TIED), dataset, tmp_path / "scores", Mesh.single(), settings)
+    expected = read_scores(tmp_path / "scores", dataset).values["median_in_top_k"][stream_of(corpus).samples(3, 21)[1]]
+    assert np.array_equal(scores_here(corpus, TIED, DOCUMENTS)[0], expected)
+    assert not np.allclose(scores_here(corpus, TIED)[0], expected, atol=1e-3), "documents should matter"
+    for values, _ in run_ranks(scores_here, 2, corpus, TIED, DOCUMENTS, context=2):
+        assert np.allclose(values, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -181,29 +210,36 @@ def test_pieces_begin_at_fixed_candidates_in_any_layout(corpus: Path, monkeypatc
     """So float32 scores have the same bits however many ranks share them; a different cut could change the last one."""
     seen: list[int] = []
 
-    def score(model: Transformer, tokens: torch.Tensor, top_k: int) -> dict[str, np.ndarray]:
+    def score(model: Transformer, tokens: torch.Tensor, told: Any, top_k: int) -> dict[str, np.ndarray]:
         seen.append(len(tokens))
-        return {SALT.score: np.zeros(len(tokens), np.float32)}
+        return {name: np.zeros(len(tokens), np.float32) for name in (SALT.score, "mean_nll")}
 
     monkeypatch.setattr(online, "score_samples", score)
     stream = stream_of(corpus)
-    score_candidates(make_model(SMALL), stream, *stream.samples(0, 21), SALT, Mesh.single())
+    score_candidates(make_model(SMALL), stream, *stream.samples(0, 21), CONFIG, Mesh.single())
     assert seen == [8, 8, 5]
 
 
-def damaged_here(prefix: Path) -> None:
+def damaged_here(prefix: Path, score: Any) -> None:
+    """Scores with a teacher that knows nothing of what comes after one token."""
     mesh = make_mesh(ParallelConfig())
     state = dict(make_model(SMALL).named_parameters())
-    state["embedding.tokens"][:] = torch.nan
+    state["embedding.tokens"][7] = torch.nan
     teacher = load_model(source_of(state, SMALL, "damaged"), mesh.without_pipeline(), torch.float64)
     stream = stream_of(prefix)
-    score_candidates(teacher, stream, *stream.samples(0, 9), SaltConfig(score="mean_nll"), mesh)
+    config = Config(salt=SaltConfig(score=score))
+    score_candidates(teacher, stream, *stream.samples(0, 9), config, mesh)
 
 
-def test_losses_that_are_not_finite_are_refused_on_every_rank(corpus: Path) -> None:
-    first = stream_of(corpus).samples(0, 1)[1][0]
-    with pytest.raises(DataError, match=f"sample {first} has a loss that is not finite under salt.teacher"):
-        run_ranks(damaged_here, 2, corpus)
+@pytest.mark.parametrize("score", ["mean_nll", "median_zero", "median_in_top_k"])
+def test_losses_that_are_not_finite_are_refused_on_every_rank(tmp_path: Path, score: str) -> None:
+    """A single one, the last of a sample, of which a median would say nothing."""
+    ids = stream_of(random_corpus(tmp_path / "corpus", NUM_SAMPLES, SEQ_LENGTH)).samples(0, 9)[1]
+    tokens = [1] * (NUM_SAMPLES * SEQ_LENGTH + 1)
+    tokens[(int(ids[4]) + 1) * SEQ_LENGTH - 1] = 7
+    prefix = write_corpus(tmp_path / "damaging", tokens)
+    with pytest.raises(DataError, match=f"sample {ids[4]} has a loss that is not finite under salt.teacher"):
+        run_ranks(damaged_here, 2, prefix, score)
 
 
 def test_a_teacher_that_scores_keeps_its_head() -> None:

@@ -1,25 +1,27 @@
 """Scoring a corpus: right, resumable, and the same however the work is shared."""
 
-import json
-import os
-import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megagrow.config import ModelConfig
+from megagrow.data import indexed
 from megagrow.data.indexed import IndexedWriter
 from megagrow.errors import ConfigError, DataError
+from megagrow.parallel.context import restarted_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.salt import score as score_module
 from megagrow.salt import sharded
+from megagrow.salt.records import MANIFEST_FILE
 from megagrow.salt.score import ScoreSettings, score_corpus
-from megagrow.salt.score_files import MANIFEST_FILE, SCORES_FILE, Scores, read_scores
+from megagrow.salt.score_files import SCORES_FILE, Scores, read_scores
 from tests.ranks import RankError, run_ranks
 from tests.salt.samples import (
     SMALL,
@@ -31,7 +33,9 @@ from tests.salt.samples import (
     random_corpus,
     source_of,
     write_corpus,
+    write_documents,
 )
+from tests.salt.work import Recorder, files, killed_before_rename, times
 
 SEQ_LENGTH = 8
 NUM_SAMPLES = 23
@@ -61,16 +65,6 @@ def score(
 
 def read(prefix: Path, output: Path) -> Scores:
     return read_scores(output, opened(prefix, SEQ_LENGTH))
-
-
-def scores_bytes(output: Path) -> bytes:
-    return (output / SCORES_FILE).read_bytes()
-
-
-def without_time(output: Path) -> dict[str, object]:
-    manifest = json.loads((output / MANIFEST_FILE).read_text())
-    manifest["cost"].pop("seconds")
-    return manifest
 
 
 @pytest.mark.parametrize("model", [SMALL, TIED], ids=["untied", "tied"])
@@ -113,8 +107,7 @@ def test_scores_follow_from_the_logits(tmp_path: Path, corpus: Path, model: Mode
 def test_the_size_of_shards_leaves_the_files_as_they_are(tmp_path: Path, corpus: Path, shard_size: int) -> None:
     score(corpus, tmp_path / "scores")
     score(corpus, tmp_path / "other", replace(SETTINGS, shard_size=shard_size))
-    assert scores_bytes(tmp_path / "other") == scores_bytes(tmp_path / "scores")
-    assert without_time(tmp_path / "other") == without_time(tmp_path / "scores")
+    assert files(tmp_path / "other") == files(tmp_path / "scores")
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -123,8 +116,7 @@ def test_the_size_of_batches_hardly_matters(tmp_path: Path, corpus: Path, batch_
     score(corpus, tmp_path / "scores", DOUBLE)
     score(corpus, tmp_path / "double", replace(DOUBLE, batch_size=batch_size))
     score(corpus, tmp_path / "single", replace(SETTINGS, batch_size=batch_size))
-    assert scores_bytes(tmp_path / "double") == scores_bytes(tmp_path / "scores")
-    assert without_time(tmp_path / "double") == without_time(tmp_path / "scores")
+    assert files(tmp_path / "double") == files(tmp_path / "scores")
     double, single = (read(corpus, tmp_path / name).values for name in ("double", "single"))
     for name in double:
         np.testing.assert_allclose(single[name], double[name], rtol=1e-5, atol=1e-6)
@@ -134,8 +126,7 @@ def test_the_size_of_batches_hardly_matters(tmp_path: Path, corpus: Path, batch_
 def test_any_number_of_ranks_writes_the_same_files(tmp_path: Path, corpus: Path, world: int, pipeline: int) -> None:
     score(corpus, tmp_path / "scores")
     run_ranks(score, world, corpus, tmp_path / "other", pipeline=pipeline)  # in float32
-    assert scores_bytes(tmp_path / "other") == scores_bytes(tmp_path / "scores")
-    assert without_time(tmp_path / "other") == without_time(tmp_path / "scores")
+    assert files(tmp_path / "other") == files(tmp_path / "scores")
 
 
 @pytest.mark.parametrize("model", [SMALL, TIED], ids=["untied", "tied"])
@@ -143,7 +134,7 @@ def test_tensor_parallel_scores_agree(tmp_path: Path, corpus: Path, model: Model
     """2 x 2 ranks; sums over hidden units come in another order, so float64, then equal files."""
     score(corpus, tmp_path / "scores", DOUBLE, model)
     run_ranks(score, 4, corpus, tmp_path / "other", DOUBLE, model, tensor=2)
-    assert scores_bytes(tmp_path / "other") == scores_bytes(tmp_path / "scores")
+    assert files(tmp_path / "other") == files(tmp_path / "scores")
 
 
 @pytest.mark.parametrize("seq_length", [7, 8])
@@ -154,7 +145,7 @@ def test_tensor_parallel_scores_agree_on_four_ranks(tmp_path: Path, seq_length: 
 
     run_ranks(score_to, 1, prefix, tmp_path / "one", model, seq_length, 1)
     run_ranks(score_to, 4, prefix, tmp_path / "four", model, seq_length, 4)
-    assert scores_bytes(tmp_path / "four") == scores_bytes(tmp_path / "one")
+    assert files(tmp_path / "four") == files(tmp_path / "one")
 
 
 def score_to(prefix: Path, output: Path, model: ModelConfig, seq_length: int, tensor: int) -> None:
@@ -170,26 +161,36 @@ def test_the_end_of_a_document_is_a_token_like_others(tmp_path: Path) -> None:
             writer.add_document(tokens[start:end])
     for prefix in (one, tmp_path / "many"):
         score(prefix, tmp_path / f"{prefix.name}-scores", DOUBLE)
-    assert scores_bytes(tmp_path / "many-scores") == scores_bytes(tmp_path / "one-scores")
+    many_scores, one_scores = ((tmp_path / f"{name}-scores" / SCORES_FILE).read_bytes() for name in ("many", "one"))
+    assert many_scores == one_scores
     assert read(one, tmp_path / "one-scores").num_tokens.tolist() == [SEQ_LENGTH] * 3
 
 
+@pytest.mark.parametrize("flags", [(True, False), (False, True), (True, True)], ids=str)
+def test_documents_are_seen_as_in_training(tmp_path: Path, flags: tuple[bool, bool]) -> None:
+    """Attention inside of documents, positions from each one's beginning: the losses of a model that is told so."""
+    dataset, model = opened(write_documents(tmp_path / "corpus", (5, 7, 3, 20, 6)), SEQ_LENGTH), make_model(TIED)
+    ids = range(dataset.num_samples)
+    tokens, documents = torch.from_numpy(dataset.batch(ids)), torch.from_numpy(dataset.documents(ids))
+    told = {
+        "documents": documents if flags[0] else None,
+        "positions": restarted_positions(documents) if flags[1] else None,
+    }
+    settings = replace(DOUBLE, mask_documents=flags[0], reset_positions=flags[1])
+    score_corpus(make_source(TIED), dataset, tmp_path / "scores", Mesh.single(), settings)
+    logits = model(tokens[:, :-1], **told) @ model.head_VH.T
+    expected = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(-1)
+    scores = read_scores(tmp_path / "scores", dataset)
+    assert scores.values["mean_nll"] == pytest.approx(expected.float().numpy(), rel=1e-6)
+    crossing = F.cross_entropy(model.logits(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none").mean(-1)
+    assert (crossing - expected).abs().max() > 0.01, "documents should matter"
+    with pytest.raises(DataError, match="(mask_documents|reset_positions) is True, this scoring has False"):
+        score_corpus(make_source(TIED), dataset, tmp_path / "scores", Mesh.single(), DOUBLE)
+
+
 def score_and_die(prefix: Path, output: Path, after: int) -> None:
-    """Is killed while a file is being put in its place."""
-    replace_file, count = os.replace, 0
-
-    def replace_or_die(source: Path, target: Path) -> None:
-        nonlocal count
-        count += 1
-        if count > after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace_file(source, target)
-
-    os.replace = replace_or_die  # type: ignore[assignment]
-    try:
+    with killed_before_rename(after):
         score(prefix, output)
-    finally:
-        os.replace = replace_file
 
 
 @pytest.mark.parametrize("after", [0, 3, 6, 7], ids=["at_once", "shards", "scores", "manifest"])
@@ -216,8 +217,7 @@ def test_a_killed_scoring_goes_on_where_it_was(
     )
     score(corpus, tmp_path / "killed")
     assert done_again == list(range(len(finished), 6))
-    assert scores_bytes(tmp_path / "killed") == scores_bytes(tmp_path / "scores")
-    assert without_time(tmp_path / "killed") == without_time(tmp_path / "scores")
+    assert files(tmp_path / "killed") == files(tmp_path / "scores")
     assert not (tmp_path / "killed" / "shards").exists()
 
 
@@ -226,7 +226,7 @@ def test_an_interrupted_scoring_goes_on_with_other_ranks(tmp_path: Path, corpus:
     with pytest.raises(RankError):
         run_ranks(score_and_die, 2, corpus, tmp_path / "killed", 2)
     run_ranks(score, 3, corpus, tmp_path / "killed")
-    assert scores_bytes(tmp_path / "killed") == scores_bytes(tmp_path / "scores")
+    assert files(tmp_path / "killed") == files(tmp_path / "scores")
 
 
 def test_seconds_add_up_over_interruptions(tmp_path: Path, corpus: Path) -> None:
@@ -244,10 +244,10 @@ def shard_seconds(path: Path) -> float:
 
 def test_finished_scores_are_left_alone(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score(corpus, tmp_path / "scores")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
+    before = times(tmp_path / "scores")
     monkeypatch.setattr(sharded, "load_model", None)
     score(corpus, tmp_path / "scores", replace(SETTINGS, batch_size=3))
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()}
+    assert before == times(tmp_path / "scores")
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -340,27 +340,10 @@ def test_sizes_must_be_positive(name: str) -> None:
         replace(SETTINGS, **{name: 0})
 
 
-class Recorder:
-    """A progress display that only remembers."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-        self.steps: list[int] = []
-        self.speeds: list[float] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def update(self, step: int, *, phase: str, loss: float | None, tokens_per_second: float | None) -> None:
-        assert phase == "scoring" and loss is None and tokens_per_second is not None
-        self.steps.append(step)
-        self.speeds.append(tokens_per_second)
-
-
 def test_progress_reaches_the_number_of_samples(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(RankError):
         run_ranks(score_and_die, 1, corpus, tmp_path / "scores", 3)
-    recorder = Recorder()
+    recorder = Recorder("scoring")
     score_corpus(
         make_source(SMALL),
         opened(corpus, SEQ_LENGTH),
@@ -374,8 +357,23 @@ def test_progress_reaches_the_number_of_samples(tmp_path: Path, corpus: Path) ->
     assert "small: loss" in recorder.messages[0]
 
 
+def score_with_one_reader(prefix: Path, output: Path) -> None:
+    """Only the first rank can hash."""
+    if dist.get_rank() == 0:
+        score(prefix, output)
+        return
+    with mock.patch.object(indexed, "hashlib", None):
+        score(prefix, output)
+
+
+def test_one_rank_reads_the_corpus_for_its_fingerprint(tmp_path: Path, corpus: Path) -> None:
+    """Each would read all of it, before the first sample is scored."""
+    run_ranks(score_with_one_reader, 2, corpus, tmp_path / "scores")
+    assert read(corpus, tmp_path / "scores").identity.corpus_sha256 == opened(corpus, SEQ_LENGTH).indexed.fingerprint()
+
+
 def progress_here(prefix: Path, output: Path) -> list[int]:
-    recorder, mesh = Recorder(), mesh_of()
+    recorder, mesh = Recorder("scoring"), mesh_of()
     score_corpus(
         make_source(SMALL),
         opened(prefix, SEQ_LENGTH),

@@ -11,15 +11,8 @@ import pytest
 import safetensors.numpy
 
 from megagrow.errors import DataError
-from megagrow.salt.score_files import (
-    MANIFEST_FILE,
-    SCORES_FILE,
-    Cost,
-    identity_of,
-    is_complete,
-    read_scores,
-    write_scores,
-)
+from megagrow.salt.records import MANIFEST_FILE, Cost
+from megagrow.salt.score_files import SCORES_FILE, identity_of, is_complete, read_scores, write_scores
 from tests.salt.samples import opened, random_corpus
 
 SEQ_LENGTH, NUM_SAMPLES = 4, 3
@@ -93,13 +86,13 @@ def test_unknown_flops_stay_unknown(folder: Path) -> None:
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     random_corpus(tmp_path / "corpus", NUM_SAMPLES, SEQ_LENGTH)
-    assert "no such file; make the scores with tools/score_corpus.py" in refusal(tmp_path / "no")
+    assert "no such file; make scores with tools/score_corpus.py" in refusal(tmp_path / "no")
 
 
 def test_an_unfinished_folder(folder: Path) -> None:
     (folder / MANIFEST_FILE).unlink()
     (folder / "shards").mkdir()
-    assert "scoring is unfinished: run tools/score_corpus.py" in refusal(folder)
+    assert "the work is unfinished: run tools/score_corpus.py again" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000])
@@ -122,6 +115,8 @@ def test_a_manifest_that_is_a_list(folder: Path) -> None:
         (lambda d: d["identity"].pop("top_k"), "field top_k is missing"),
         (lambda d: d["identity"].update(top_k="10"), "field top_k is .* wrong type \\('10'\\)"),
         (lambda d: d["identity"].update(top_k=True), "field top_k is .* wrong type"),
+        (lambda d: d["identity"].update(mask_documents=0), "field mask_documents is .* wrong type"),
+        (lambda d: d["identity"].update(tokenizer_sha256="0"), "tokenizer_sha256 is '0', must be a sha256"),
         (lambda d: d["identity"].update(variant=1), "unknown field variant"),
         (lambda d: d["cost"].update(flops="many"), "field flops is .* wrong type"),
         (lambda d: d["identity"].update(corpus_sha256="0"), "corpus_sha256 is 0, that of .*corpus"),

@@ -1,5 +1,6 @@
 """Selection by score."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def scores(values: list[float], name: str = "median_zero", model: str = "small")
     size = len(values)
     arrays = {n: -np.arange(size, dtype=np.float32) for n in SCORE_NAMES}
     arrays[name] = np.array(values, np.float32)
-    identity = Identity("", "", model, 10, 8, size, "float32")
+    identity = Identity("", "", 8, size, model, "float32", False, False, 10)
     num_tokens = np.full(size, 8, np.int32)
     return Scores(Path("folder"), arrays, num_tokens, identity, Cost(0.0, None, 0), "")
 
@@ -157,6 +158,13 @@ def test_a_reference_must_be_another_model() -> None:
         sample_values(one, "excess_nll", one)
 
 
+def test_a_reference_must_have_seen_documents_alike() -> None:
+    one, other = scores([1.0, 2.0], "mean_nll"), scores([1.0, 2.0], "mean_nll", model="large")
+    other = replace(other, identity=replace(other.identity, reset_positions=True))
+    with pytest.raises(DataError, match="made with reset_positions=True, folder with reset_positions=False: .* alike"):
+        sample_values(one, "excess_nll", other)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["median_zero", "excess_nll"])
 def test_every_sample_needs_a_score(bad: float, name: str) -> None:
@@ -209,5 +217,5 @@ def test_both_folders_must_be_of_the_corpus(tmp_path: Path, field: str) -> None:
         "reference_scores": folder_of(tmp_path / "large", prefix, [2.0] * 3, "large"),
     }
     right[field] = folder_of(tmp_path / "wrong", other, [1.0] * 4, field)
-    with pytest.raises(DataError, match="wrong/manifest.json: corpus_sha256 is .* the scores are those of other samp"):
+    with pytest.raises(DataError, match="wrong/manifest.json: corpus_sha256 is .* what is here is of other samples"):
         make_selection(SaltConfig(**right, score="excess_nll"), opened(prefix, 4))

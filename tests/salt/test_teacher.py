@@ -279,7 +279,7 @@ def test_after_freeing_the_loss_is_plain() -> None:
 
 
 def test_vocabularies_that_differ_by_more_than_padding_are_refused() -> None:
-    message = "the teacher has vocab_size=29, the model vocab_size=33: .* 4 rows .*at most 3.*; use a salt.teacher with"
+    message = "the teacher has vocab_size=29, the model vocab_size=33: .* 4 rows .*at most 3.*; use a teacher with"
     with pytest.raises(ConfigError, match=message):
         Teacher(make_source(SMALL), Mesh.single(), SALT, replace(STUDENT, vocab_size=33))
     with pytest.raises(ConfigError, match=message):

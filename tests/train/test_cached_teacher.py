@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megagrow.checkpoint.source import open_source
-from megagrow.config import Config, ParallelConfig, SaltConfig
+from megagrow.config import CheckpointConfig, Config, InitConfig, OptimConfig, ParallelConfig, SaltConfig
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.loader import epoch_permutation
@@ -20,7 +20,7 @@ from megagrow.salt.score_files import DTYPES, Cost, identity_of, write_scores
 from megagrow.train import run
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
-from tests.train.test_run import assert_same_run, cut_back, grown, ledger
+from tests.train.test_run import assert_same_run, cut_back, grown, ledger, poison, weights
 
 SEQ_LENGTH, SEED, STEPS = 16, 1234, 3
 ALL = CacheSettings(top_k=SMALL.vocab_size, batch_size=8)
@@ -73,13 +73,56 @@ def test_the_ledger_inherits_what_the_cache_cost(corpus: Path, few: Path, tmp_pa
     assert (teacher["steps"], teacher["flops"]) == (STEPS, 0.0)
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_resuming_on_either_side_of_the_stage_switch(corpus: Path, few: Path, tmp_path: Path, step: int) -> None:
-    assert run(cached(make_config(corpus, tmp_path / "whole"), few)) == 0
+@pytest.mark.parametrize(("given", "init", "flops"), [(7e9, "", 7e9), (-1.0, "", None), (7e9, "source", None)])
+def test_the_user_may_say_what_the_teacher_cost(
+    corpus: Path, trained: Path, few: Path, tmp_path: Path, given: float, init: str, flops: float | None
+) -> None:
+    """Unless that is said of the model that the run starts from."""
+    init_config = InitConfig(from_=str(trained) if init else "", source_flops=given)
+    assert run(cached(make_config(corpus, tmp_path, init=init_config), few)) == 0
+    (teacher,) = [item for item in ledger(tmp_path)["inherited"] if item["label"] == "teacher"]
+    assert teacher["ledger"]["phases"][0]["flops"] == flops
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_resuming_around_the_stage_switch(corpus: Path, few: Path, tmp_path: Path, step: int) -> None:
+    every = CheckpointConfig(interval=1, keep_last=0)
+    assert run(cached(make_config(corpus, tmp_path / "whole", checkpoint=every), few)) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     cut_back(tmp_path / "broken", step)
-    assert run(cached(make_config(corpus, tmp_path / "broken"), few)) == 0
+    assert run(cached(make_config(corpus, tmp_path / "broken", checkpoint=every), few)) == 0
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_all_terms_of_the_loss_stand_beside_a_cache(corpus: Path, trained: Path, whole: Path, tmp_path: Path) -> None:
+    """Smoothing, z-loss, the cross-entropy to the teacher, and a vocabulary that is padded otherwise, as with one."""
+    model = dataclasses.replace(SMALL, vocab_size=272)
+    plain = make_config(corpus, tmp_path / "cached", model=model)
+    plain = dataclasses.replace(plain, train=dataclasses.replace(plain.train, label_smoothing=0.1, z_loss=1e-2))
+    assert run(cached(plain, whole, divergence="cross_entropy")) == 0
+    salt = SaltConfig(teacher=str(trained), steps=STEPS, weight=0.5, divergence="cross_entropy")
+    elsewhere = dataclasses.replace(plain.run, dir=str(tmp_path / "online"))
+    assert run(dataclasses.replace(plain, salt=salt, run=elsewhere)) == 0
+    for ours, theirs in zip(metrics(tmp_path / "cached"), metrics(tmp_path / "online"), strict=True):
+        for name in ("loss", "ce", "kd", "teacher_entropy"):
+            assert ours[name] == (None if theirs[name] is None else pytest.approx(theirs[name], abs=2e-3)), name
+    first = metrics(tmp_path / "cached")[0]
+    assert first["loss"] > (first["ce"] + first["kd"]) / 2 + 1e-3, "smoothing and z-loss are in it"
+
+
+def test_weight_zero_is_a_plain_run(corpus: Path, few: Path, tmp_path: Path) -> None:
+    """Bit for bit, with all that can stand beside it."""
+    plain = make_config(corpus, tmp_path / "plain")
+    plain = dataclasses.replace(plain, train=dataclasses.replace(plain.train, label_smoothing=0.1, z_loss=1e-2))
+    taught = dataclasses.replace(plain, run=dataclasses.replace(plain.run, dir=str(tmp_path / "taught")))
+    assert (
+        run(plain) == 0
+        and run(dataclasses.replace(taught, salt=SaltConfig(cache=str(few), steps=STEPS, weight=0.0))) == 0
+    )
+    for ours, theirs in zip(metrics(tmp_path / "taught"), metrics(tmp_path / "plain"), strict=True):
+        assert all(ours[name] == theirs[name] for name in ("loss", "ce", "grad_norm", "validation_loss"))
+    ours, theirs = weights(tmp_path / "taught"), weights(tmp_path / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_another_batch_and_data_degree_find_the_same_targets(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -149,6 +192,41 @@ def test_a_growing_model_looks_up_what_it_draws_after_growing(
         f"1 of the 12 samples that stage 1 draws from this corpus (8.3%) are not in the cache, the first is {order[23]}"
         in error
     )
+
+
+def test_only_what_is_drawn_before_the_end_of_the_run_is_looked_for(
+    corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Stage 1 of five steps, of which the run has three after growing, and one when it goes on from its fifth step."""
+    dataset = PackedDataset(corpus / "train", SEQ_LENGTH)
+    given = open_source(trained), dataset, tmp_path / "cache", Mesh.single(), CacheSettings(top_k=8)
+    cache_teacher(*given, np.sort(samples_of_order(dataset)[12:24]))
+    every = CheckpointConfig(interval=1, keep_last=0)
+    config = grown(make_config(corpus, tmp_path / "run", checkpoint=every), "clone")
+    config = dataclasses.replace(config, salt=SaltConfig(cache=str(tmp_path / "cache"), steps=5, weight=0.5))
+    assert run(config) == 0
+    assert [line["phase"] for line in metrics(tmp_path / "run")] == ["small"] * 3 + ["salt"] * 3
+    cut_back(tmp_path / "run", 5)
+    assert run(config) == 0
+
+
+def test_a_roll_back_looks_for_what_is_drawn_instead(
+    corpus: Path,
+    trained: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step 2 is bad, and its samples are skipped: stage 1 draws those of a fourth step too, which are not there."""
+    poison(monkeypatch, {1})
+    dataset = PackedDataset(corpus / "train", SEQ_LENGTH)
+    given = open_source(trained), dataset, tmp_path / "cache", Mesh.single(), CacheSettings(top_k=8)
+    cache_teacher(*given, np.sort(samples_of_order(dataset)[:12]))
+    optim, every = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=1), CheckpointConfig(interval=1)
+    config = make_config(corpus, tmp_path / "run", optim=optim, checkpoint=every)
+    assert run(cached(config, tmp_path / "cache")) == 3
+    assert "4 of the 8 samples that stage 1 draws from this corpus (50.0%)" in capfd.readouterr().err
+    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [False, True], "before another step is taken"
 
 
 def samples_of_order(dataset: PackedDataset) -> np.ndarray:
@@ -226,9 +304,13 @@ def test_a_cache_of_something_else_is_refused_before_training(
 def test_another_vocabulary_is_refused(
     corpus: Path, few: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = dataclasses.replace(SMALL, vocab_size=300)
-    assert run(cached(make_config(corpus, tmp_path, model=model), few)) == 2
-    assert "its teacher has vocab_size=256, the model vocab_size=300" in capfd.readouterr().err
+    for size, words in (
+        (300, "its teacher has vocab_size=256, the model vocab_size=300: distillation compares the same tokens"),
+        (250, "its teacher has vocab_size=256, the model only 250: what the cache says of the other rows cannot"),
+    ):
+        model = dataclasses.replace(SMALL, vocab_size=size)
+        assert run(cached(make_config(corpus, tmp_path / str(size), model=model), few)) == 2
+        assert words in capfd.readouterr().err
 
 
 def test_a_changed_cache_is_refused_on_resuming(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from megagrow.train import growing, grown_teacher, run
 from megagrow.train.part import Part
 from tests.ranks import run_ranks
 from tests.train.runs import SMALL, make_config, metrics, run_on_ranks
+from tests.train.test_background_saves import writers
 from tests.train.test_run import assert_same_run, cut_back, grown, ledger, weights
 
 SALT = SaltConfig(teacher="grown", steps=2, weight=0.5)
@@ -77,6 +80,44 @@ def test_the_small_model_is_held_once(
     monkeypatch.setattr(Teacher, "__init__", watched_make)
     assert run(self_taught(corpus, tmp_path, method)) == 0
     assert held == [0]
+
+
+def test_the_teacher_is_not_written_beside_a_save(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both speak through one group: a save in the background must be over before the small model is kept."""
+    keep, under_way = grown_teacher.keep, []
+
+    def watched(*args: Any) -> None:
+        under_way.append([thread.name for thread in threading.enumerate() if thread.name.startswith("checkpoint-")])
+        keep(*args)
+
+    monkeypatch.setattr(grown_teacher, "keep", watched)
+    config = dataclasses.replace(self_taught(corpus, tmp_path), checkpoint=CheckpointConfig(interval=3))
+    with writers(lambda: time.sleep(1.0)):
+        assert run(config) == 0
+    assert under_way == [[]]
+
+
+def test_a_run_that_grows_again_is_taught_by_what_it_grows_then(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went back to before it grew, and goes on at another rate; what it kept at first is of another model."""
+    keep, grew = grown_teacher.keep, []
+
+    def watched(part: Part, *args: Any) -> None:
+        grew.append({name: local(p.detach()).clone() for name, p in part.parameters.items()})
+        keep(part, *args)
+
+    monkeypatch.setattr(grown_teacher, "keep", watched)
+    config = self_taught(corpus, tmp_path)
+    assert run(config) == 0
+    cut_back(tmp_path, 2)
+    assert run(dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=2e-2))) == 0
+    first, second = grew
+    kept = weights(tmp_path / "checkpoints/teacher")
+    assert any(not torch.equal(first[name], second[name]) for name in kept)
+    assert all(torch.equal(kept[name], second[name]) for name in kept)
 
 
 def test_of_several_growths_the_model_before_the_last_teaches(corpus: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from megagrow.salt.score_files import DTYPES, Cost, identity_of, write_scores
 from megagrow.salt.select import make_selection
 from megagrow.salt.teacher import Teacher
 from megagrow.train import run, trainer
+from megagrow.train.salt_stage import SaltStage
 from tests.ranks import run_ranks
 from tests.salt.test_teacher import live_bytes
 from tests.train.resumed import train_on_rank
@@ -157,6 +159,44 @@ def test_stage_one_goes_on_while_the_teacher_is_better(corpus: Path, trained: Pa
     assert state_at(tmp_path, 6)["stage_one_end"] is None
 
 
+def judged_on_ranks(config: Config) -> int:
+    """The first rank finds the model better than the others do."""
+    judge = SaltStage.judge
+
+    def rounded_otherwise(self: SaltStage, loss: float) -> None:
+        judge(self, loss if self.mesh.is_main else loss + 10.0)
+
+    with mock.patch.object(SaltStage, "judge", rounded_otherwise):
+        return run_on_ranks(config)
+
+
+def test_the_ranks_end_stage_one_together(corpus: Path, beginner: Path, tmp_path: Path) -> None:
+    """Whatever the last bits of a loss say on each of them."""
+    assert run_ranks(judged_on_ranks, 2, early(beginner, corpus, tmp_path)) == [0, 0]
+    phases = [line["phase"] for line in metrics(tmp_path)]
+    assert phases[-1] == "train" and phases.count("salt") < 5
+
+
+def test_a_scorer_from_outside_may_have_a_known_cost(corpus: Path, tmp_path: Path) -> None:
+    """Where nothing else is from outside, the user's word is of the model that scored."""
+    salt = SaltConfig(steps=2, scores=make_scores(tmp_path / "scores", corpus / "train"))
+    config = make_config(corpus, tmp_path / "run", 2, salt=salt, init=InitConfig(source_flops=3e9))
+    assert run(config) == 0
+    costs = {item["label"]: item["ledger"]["phases"][0]["flops"] for item in ledger(tmp_path / "run")["inherited"]}
+    assert costs == {"scores": 1.0, "scorer": 3e9}
+
+
+def test_scores_of_documents_seen_otherwise_are_noted(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scores = make_scores(tmp_path / "scores", corpus / "train")
+    config = make_config(corpus, tmp_path / "run", 1, salt=SaltConfig(steps=1, scores=scores))
+    assert run(dataclasses.replace(config, data=dataclasses.replace(config.data, mask_documents=True))) == 0
+    shown = capfd.readouterr().err
+    assert f"{scores} was made with mask_documents=False, training has data.mask_documents=True" in shown
+    assert "reset_positions" not in shown
+
+
 @pytest.mark.parametrize("kind", ["teacher", "scores", "online", "early"])
 def test_stage_two_is_a_plain_run_from_the_same_state(
     corpus: Path, trained: Path, beginner: Path, tmp_path: Path, kind: str
@@ -229,6 +269,20 @@ def test_a_roll_back_over_the_switch_brings_the_teacher_back(
     lines = metrics(tmp_path)
     assert [line["phase"] for line in lines] == ["salt"] * 4 + ["train"] * 3
     assert not any(line["skipped"] for line in lines) and lines[3]["kd"] > 0
+
+
+def test_a_roll_back_into_the_midst_of_a_buffer_repeats_no_sample(
+    corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 1 ends with half of a buffer trained on; what stage 2 took next is not taken for the rest of it."""
+    poison(monkeypatch, {3})  # step 4, the first of stage 2
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=1)
+    salt, checkpoint = online(trained, steps=3), CheckpointConfig(interval=2)
+    config = make_config(corpus, tmp_path, 5, optim=optim, salt=salt, checkpoint=checkpoint)
+    assert train_on_rank(config, None) == 0
+    assert [line["phase"] for line in metrics(tmp_path)] == ["salt"] * 3 + ["train"] * 2
+    drawn = ids_drawn(tmp_path)
+    assert len(drawn) == 4 + 3 and len(set(sum(drawn, []))) == 7 * BATCH
 
 
 @pytest.fixture(scope="module")
