@@ -205,9 +205,9 @@ class Trainer:
         reason = timing.due(state, config, self.mesh) if ready else None
         if reason is not None:
             before = self._loss_for_event()
-            if grown_teacher.is_due(state, config):
-                grown_teacher.keep(self.learner.part, state, config, self.mesh)
             with self._growing(generates=state.growing(config).growth.learns_maps):
+                if grown_teacher.is_due(state, config):  # stored when no other save is under way
+                    grown_teacher.keep(self.learner.part, state, config, self.mesh)
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
             initial = self._loss_for_event()
             state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": initial}
