@@ -487,6 +487,19 @@ def check_salt(config: Config, world_size: int) -> None:
     )
 
 
+def check_stage_one(config: Config, world_size: int) -> None:
+    """Raises ConfigError when a run that trains its small model first has no time left for all of stage 1."""
+    growth, steps, stage_one = config.growth, config.train.steps, config.salt.steps
+    if growth.source is None or growth.method == "none":
+        return
+    latest = latest_step(config, num_growths(growth) - 1)
+    require(
+        stage_one == 0 or latest + stage_one <= steps,
+        f"salt.steps={stage_one} do not fit between the growth, before step {latest} at the latest, and the end, "
+        f"train.steps={steps}; use at most {steps - latest} (all: no stage 2), or train longer",
+    )
+
+
 def check_selection(config: Config, world_size: int) -> None:
     """Raises ConfigError when options of the data of stage 1 exclude each other, or would do nothing."""
     salt = config.salt
@@ -553,5 +566,6 @@ RULES = (
     check_growth_times,
     check_freezing,
     check_salt,
+    check_stage_one,
     check_selection,
 )
