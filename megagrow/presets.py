@@ -19,6 +19,7 @@ from megagrow.config import (
     TrainConfig,
 )
 from megagrow.earlier_growth import EarlierGrowth
+from megagrow.salt_config import GROWN
 
 _PRESETS: dict[str, Callable[[], Config]] = {}
 
@@ -342,4 +343,28 @@ def quickstart_grown_salt() -> Config:
         salt=SaltConfig(
             teacher=f"{QUICKSTART}/small", steps=60, weight=0.3, scores=f"{QUICKSTART}/scores", keep_fraction=0.5
         ),
+    )
+
+
+@_preset
+def quickstart_whole() -> Config:
+    """The quickstart's large model in one run: small model, growth by LiGO, SALT's stage 1, stage 2.
+
+    The small model learns for 400 steps and grows; then it teaches what it has become for 60 steps, on the half of the
+    next samples that it scores highest, and leaves. Needs nothing but the corpus (launch/quickstart.sh, 1/8).
+    torchrun --nproc-per-node 2 -m megagrow quickstart_whole
+    """
+    whole = _quickstart("whole", _quickstart_large_model(), steps=600, lr=2e-3)
+    return dataclasses.replace(
+        whole,
+        growth=GrowthConfig(
+            method="ligo",
+            source=_quickstart_small_model(),
+            at_step=400,
+            optimizer="reset",
+            rewarmup_steps=10,
+            ligo_steps=20,
+        ),
+        salt=SaltConfig(teacher=GROWN, steps=60, weight=0.3, online_buffer=8, keep_fraction=0.5),
+        optim=dataclasses.replace(whole.optim, decay_fraction=80 / 600),
     )

@@ -1,6 +1,7 @@
 """What of the section `salt` has to fit together, and with the rest of a configuration; `checks` runs these rules."""
 
 from megagrow.config import Config, SaltConfig, require
+from megagrow.timeline import latest_step, num_growths
 
 
 def check_stage_one(config: Config, world_size: int) -> None:
@@ -80,6 +81,19 @@ def check_samples(config: Config, world_size: int) -> None:
     )
 
 
+def check_time_left(config: Config, world_size: int) -> None:
+    """Raises ConfigError when a run that trains its small model first has no time left for all of stage 1."""
+    growth, steps, stage_one = config.growth, config.train.steps, config.salt.steps
+    if growth.source is None or growth.method == "none":
+        return
+    latest = latest_step(config, num_growths(growth) - 1)
+    require(
+        stage_one == 0 or latest + stage_one <= steps,
+        f"salt.steps={stage_one} do not fit between the growth, before step {latest} at the latest, and the end, "
+        f"train.steps={steps}; use at most {steps - latest} (all: no stage 2), or train longer",
+    )
+
+
 def check_selection(config: Config, world_size: int) -> None:
     """Raises ConfigError when options of the data of stage 1 exclude each other, or would do nothing."""
     salt = config.salt
@@ -133,4 +147,4 @@ def check_online(config: Config, world_size: int) -> None:
     )
 
 
-SALT_RULES = (check_stage_one, check_terms, check_samples, check_selection, check_online)
+SALT_RULES = (check_stage_one, check_time_left, check_terms, check_samples, check_selection, check_online)

@@ -1,5 +1,6 @@
 """The benchmarks that need another machine, or minutes, run here on what is small."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -166,6 +167,48 @@ def test_ligo_spends_the_same_on_every_arm(monkeypatch: pytest.MonkeyPatch) -> N
                 learning = ligo.flops.ligo_step_flops(small, large, tokens, ligo.LENGTH, variant=growth.ligo_variant)
                 spent += bench.plan.ligo_steps * learning
             assert spent == pytest.approx(400 * (step + source), rel=2e-3)
+
+
+def test_toy_salt_gives_every_arm_as_many_tries_and_reports_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_salt, seen = load("toy_salt", monkeypatch), list[tuple[Any, int]]()
+
+    def measure(runs: list[tuple[Any, int]]) -> list[dict[str, Any]]:
+        """Ends lowest at a rate of 2e-3, and with more of a teacher."""
+        seen.extend(runs)
+        return [{"loss": abs(arm.lr - 2e-3) - arm.weight} for arm, _ in runs]
+
+    chosen, tried = toy_salt.choose(measure)
+    assert [arm.name for arm in chosen] == [arm.name for arm in toy_salt.ARMS]
+    assert {arm.lr for arm in chosen} == {2e-3}
+    assert {seed for _, seed in seen} == {0} and len(set(seen)) == len(tried) == len(seen) == 15
+    numbers = {arm.name: sum(each.name == arm.name for each, _ in seen) for arm in chosen}
+    assert set(numbers.values()) == {3, 0} and numbers["baseline, teacher given"] == 0
+    weights = {"KD throughout": 0.75, "SALT": 0.75, "SALT and selection": 0.5}
+    assert {arm.name: arm.weight for arm in chosen if arm.weight} == weights
+
+
+def test_toy_salt_spends_the_same_on_every_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the ledgers of tiny runs count it; a finished run is not run again, one of other settings not overwritten."""
+    toy_salt = load("toy_salt", monkeypatch)
+    monkeypatch.setattr(toy_salt, "TEACHER", toy_salt.llama_model(1, 32, 32, 64, 2048, 128))
+    monkeypatch.setattr(toy_salt, "STUDENT", toy_salt.llama_model(2, 32, 32, 64, 2048, 128))
+    bench = toy_salt.make_bench(tmp_path, toy_salt.Plan(steps=30, teacher_steps=10, limit_bytes=150_000))
+    teacher = bench.prepare(1)
+    rows = [bench.measure(arm, 1) for arm in toy_salt.ARMS]
+    step = toy_salt.flops.training_flops(toy_salt.STUDENT, 1024, 128)
+    for arm, row in zip(toy_salt.ARMS, rows, strict=True):
+        missing = teacher["flops"] if arm.is_given else 0.0
+        assert row["all_in_flops"] == pytest.approx(30 * step - missing, abs=0.6 * step), arm.name
+        scoring = teacher["scoring_flops"] if arm.keep < 1 else 0.0
+        inherited = teacher["flops"] + scoring if arm.weight or scoring else 0.0
+        assert row["papers_convention_flops"] == pytest.approx(row["all_in_flops"] - inherited)
+    monkeypatch.setattr(toy_salt, "run", None)
+    assert bench.prepare(1) == teacher and [bench.measure(arm, 1) for arm in toy_salt.ARMS] == rows
+    (below,) = [row for row in toy_salt.summary(rows) if row["name"] == "SALT"]
+    assert below["below baseline"]["mean"] == pytest.approx(rows[0]["loss"] - rows[3]["loss"])
+    other = dataclasses.replace(bench, plan=dataclasses.replace(bench.plan, steps=31))
+    with pytest.raises(SystemExit, match="is a run of other settings"):
+        other.measure(toy_salt.ARMS[0], 1)
 
 
 def run_tiny(*flags: str) -> str:

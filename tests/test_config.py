@@ -361,6 +361,16 @@ BAD_COMBINATIONS = [
         ["freeze_steps=2", "DualPipeV", "1F1B"],
     ),
     (config_with(growth=GrowthConfig(source=SMALL)), 1, ["growth.method=none", "stack, clone"]),
+    (
+        config_with(
+            model=dataclasses.replace(SMALL, num_layers=8),
+            train=TrainConfig(steps=50),
+            growth=growing(EarlierGrowth(num_layers=6, at_step=5)),
+            salt=SaltConfig("grown", steps=42),
+        ),
+        1,
+        ["salt.steps=42 do not fit", "before step 9 at the latest", "train.steps=50", "at most 41"],
+    ),
 ]
 
 
