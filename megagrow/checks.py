@@ -437,12 +437,18 @@ def check_growable(source: ModelConfig, target: ModelConfig) -> None:
 def check_salt(config: Config, world_size: int) -> None:
     """Raises ConfigError when the SALT section contradicts itself, or is not for this kind of model."""
     salt, train = config.salt, config.train
-    if salt.has_stage_one:
-        check_causal(config.model, "model", "with SALT (salt.steps, salt.share)")
+    if salt.has_stage_one or salt.map_weight > 0:
+        check_causal(config.model, "model", "with SALT (salt.steps, salt.share, salt.map_weight)")
+    learns_maps = num_growths(config.growth) > 0 and config.growth.learns_maps
+    require(
+        salt.map_weight == 0 or (bool(salt.teacher) and learns_maps),
+        f"salt.map_weight={salt.map_weight} is that of a teacher while the maps of the last growth are learned; it "
+        "needs salt.teacher and growth.method=ligo",
+    )
     without = "but stage 1 has no steps (salt.steps=0, salt.share=0), so that"
     for name in ("teacher", "cache"):
         require(
-            not getattr(salt, name) or salt.has_stage_one,
+            not getattr(salt, name) or salt.has_stage_one or salt.map_weight > 0,
             f"salt.{name} is set, {without} it would never teach; set salt.steps or salt.share",
         )
     require(

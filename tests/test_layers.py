@@ -53,6 +53,7 @@ ORDER = [
     "train",
     "plan",
     "cluster",
+    "compare",
     "__main__",
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]

@@ -74,15 +74,17 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
     """
     config, found, notes = layout.config, list[Phase](), list[str]()
     growth, salt = config.growth, with_stage_one_steps(config).salt
+    teacher = _teacher(config, notes) if salt.teacher else None
     if growth.method != "none":
         source = growth.source or _model_at(config.init.from_, "the source, init.from", notes)
         if source:
             check_chain(config, source)
             check_model(source, config.parallel, "the source")
             found += _growths(layout, source, device)
+            if teacher and salt.map_weight:
+                found[-1] = _taught_maps(found[-1], layout, teacher)
     steps = config.train.steps - (latest_step(config, num_growths(growth) - 1) if num_growths(growth) else 0)
     if salt.steps:
-        teacher = _teacher(config, notes) if salt.teacher else None
         found.append(_stage_one(layout, teacher, min(salt.steps, steps), device))
     if steps > salt.steps:
         found.append(Phase("train", steps - salt.steps, _training(layout), step_memory(layout, device)))
@@ -185,6 +187,18 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
     return Phase("ligo", config.growth.ligo_steps, per_step, memory)
 
 
+def _taught_maps(learning: Phase, layout: Layout, teacher: ModelConfig) -> Phase:
+    """The same with a teacher that has a word in it; its weights come on top of every rank's fullest moment."""
+    length = layout.config.data.seq_length
+    passes = {c: flops.forward_flops(teacher, layout.step_tokens, length, c) for c in CONVENTIONS}
+    weights = Parts({"teacher": layout.width * tensor_elements(layout.of_model(teacher))})
+    return replace(
+        learning,
+        flops={convention: spent + passes[convention] for convention, spent in learning.flops.items()},
+        memory=[replace(held, parts=held.parts + weights) for held in learning.memory],
+    )
+
+
 def map_elements(start: Recipe, variant: Variant, layers: Collection[int]) -> int:
     """Elements of LiGO's maps on a rank: what all layers share, and the maps of its own target layers."""
     shapes, places = map_shapes(start, variant), width_maps(start, variant)
@@ -228,9 +242,10 @@ def _stage_one(layout: Layout, teacher: ModelConfig | None, steps: int, device: 
     length, salt = layout.config.data.seq_length, layout.config.salt
     check_teacher(teacher, layout.model, length)
     check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
-    scored = salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0  # batches, for one that is kept
+    passes = float(salt.weight > 0)  # over what it teaches, and over batches for one that it keeps
+    passes += salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0
     for convention in CONVENTIONS:
-        per_step[convention] += (1 + scored) * flops.forward_flops(teacher, layout.step_tokens, length, convention)
+        per_step[convention] += passes * flops.forward_flops(teacher, layout.step_tokens, length, convention)
     weights = layout.width * tensor_elements(layout.of_model(teacher))
     hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
     static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}

@@ -79,6 +79,13 @@ class SaltStage:
         return state.phase == "main" and state.stage_one_end is None and planned
 
     @property
+    def teaches_maps(self) -> bool:
+        """Whether the coming step learns the maps of the last growth, and the teacher has a word in it."""
+        state, config = self.state, self.config
+        is_last = state.growths == num_growths(config.growth) - 1
+        return state.phase == "ligo" and is_last and config.salt.map_weight > 0
+
+    @property
     def has_just_ended(self) -> bool:
         """Whether the coming step is the first after stage 1."""
         state, planned = self.state, (self.state.grown_at or 0) + self.config.salt.steps
@@ -88,7 +95,7 @@ class SaltStage:
     def switch(self, learner: Learner) -> None:
         """Makes the teacher present or absent where it is not, and gives it the weight of the coming step."""
         self.seconds = 0.0
-        if self.is_on and self.config.salt.teaches:
+        if self.teaches_maps or (self.is_on and self.config.salt.teaches):
             self._teach(learner)
         elif self.teacher is not None:
             self.teacher.free(learner.part.last_stage)
@@ -114,7 +121,7 @@ class SaltStage:
 
     def teach(self, batch: Batch, drawn: Drawn, num_microbatches: int) -> Batch:
         """This rank's batch with what the teacher says of it, on the last stage; its cost goes into the ledger."""
-        if self.teacher is None:
+        if self.teacher is None or self._weight == 0:  # it does no more than pick what is trained on
             return batch
         began = time.perf_counter()
         if isinstance(self.teacher, CachedTeacher):
@@ -130,6 +137,12 @@ class SaltStage:
     @property
     def _step_in_phase(self) -> int:
         return self.state.train_step - (self.state.grown_at or 0)
+
+    @property
+    def _weight(self) -> float:
+        """ω of the coming step."""
+        salt = self.config.salt
+        return salt.map_weight if self.teaches_maps else teacher_weight(self._step_in_phase, salt)
 
     @property
     def _is_over(self) -> bool:
@@ -201,7 +214,7 @@ class SaltStage:
         if self.teacher is None:
             self.teacher = self.cached or self._load_teacher()
             self.teacher.attach(learner.part.last_stage)
-        self.teacher.weigh(learner.part.last_stage, teacher_weight(self._step_in_phase, self.config.salt))
+        self.teacher.weigh(learner.part.last_stage, self._weight)
 
     def _load_teacher(self) -> Teacher:
         config = self.config
@@ -214,7 +227,8 @@ class SaltStage:
         given = -1.0 if config.init.from_ else config.init.source_flops
         inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, given), name)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
-        self.tell(f"stage 1: {name} teaches for {config.salt.steps} steps (its loss here: {shown})")
+        maps = f"{config.growth.ligo_steps} steps that learn maps, and " if self.teaches_maps else ""
+        self.tell(f"stage 1: {name} teaches for {maps}{config.salt.steps} steps (its loss here: {shown})")
         if source.model.vocab_size != config.model.vocab_size:
             sizes = f"{source.model.vocab_size} of the teacher and {config.model.vocab_size} of the model"
             self.tell(f"stage 1 compares the tokens that both vocabularies have, {sizes}: the rest counts as padding")
