@@ -426,8 +426,8 @@ def check_growable(source: ModelConfig, target: ModelConfig) -> None:
 
 def check_objective(config: Config, world_size: int) -> None:
     """Raises ConfigError when an encoder is to be taught next tokens."""
-    if config.salt.has_stage_one:
-        check_causal(config.model, "model", "with SALT (salt.steps, salt.share)")
+    if config.salt.has_stage_one or config.salt.map_weight > 0:
+        check_causal(config.model, "model", "with SALT (salt.steps, salt.share, salt.map_weight)")
 
 
 RULES = (

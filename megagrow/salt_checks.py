@@ -7,10 +7,16 @@ from megagrow.timeline import latest_step, num_growths
 def check_stage_one(config: Config, world_size: int) -> None:
     """Raises ConfigError when stage 1 has nothing to do, or something would never come to be used."""
     salt, train = config.salt, config.train
+    learns_maps = num_growths(config.growth) > 0 and config.growth.learns_maps
+    require(
+        salt.map_weight == 0 or (bool(salt.teacher) and learns_maps),
+        f"salt.map_weight={salt.map_weight} is that of a teacher while the maps of the last growth are learned; it "
+        "needs salt.teacher and growth.method=ligo",
+    )
     without = "but stage 1 has no steps (salt.steps=0, salt.share=0), so that"
     for name in ("teacher", "cache"):
         require(
-            not getattr(salt, name) or salt.has_stage_one,
+            not getattr(salt, name) or salt.has_stage_one or salt.map_weight > 0,
             f"salt.{name} is set, {without} it would never teach; set salt.steps or salt.share",
         )
     require(

@@ -28,6 +28,7 @@ class SaltConfig:
     divergence: Literal["forward_kl", "reverse_kl", "cross_entropy"] = "forward_kl"
     cache: str = ""  # folder of cache_teacher.py in place of the teacher; of a blend one for each dataset, in any order
     share: float = 0.0  # of train.steps (and so of their tokens) that stage 1 takes, instead of salt.steps
+    map_weight: float = 0.0  # omega while LiGO's maps are learned, from the same teacher; 0: from the data alone
     end_when_better: bool = False  # stage 1 ends once an evaluation finds the model better than the teacher
     # Which data stage 1 is trained on (docs/selection.md); all where neither scores nor online_buffer is set.
     scores: str = ""  # folder of score_corpus.py
@@ -46,7 +47,8 @@ class SaltConfig:
     def __post_init__(self) -> None:
         require_not_negative(self, "salt", "steps", "online_buffer")
         require_size(self, "salt", "top_k")
-        require(0 <= self.weight <= 1, f"salt.weight={self.weight} must lie between 0 and 1")
+        for name in ("weight", "map_weight"):
+            require(0 <= getattr(self, name) <= 1, f"salt.{name}={getattr(self, name)} must lie between 0 and 1")
         require(self.temperature > 0, f"salt.temperature={self.temperature} must be positive")
         require(0 <= self.share <= 1, f"salt.share={self.share} must lie between 0 and 1")
         require(

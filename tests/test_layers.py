@@ -54,6 +54,7 @@ ORDER = [
     "train",
     "plan",
     "cluster",
+    "compare",
     "__main__",
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]

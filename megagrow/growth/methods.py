@@ -10,6 +10,7 @@ the method, their rows of embedding and output matrix begin as the mean of the o
 """
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -80,6 +81,17 @@ def make_recipe(
         noise=breaker_scale if breaker == "noise" else 0.0,
         seed=seed,
     )
+
+
+@lru_cache(maxsize=64)
+def needed_eps(method: str, source: ModelConfig, target: ModelConfig) -> float:
+    """The `norm_eps` that a method needs in the target: of zeros beside the hidden units norms see a smaller mean.
+
+    Raises:
+        ConfigError: no such method, or it cannot reach these sizes.
+    """
+    width, _ = _parts(method)
+    return source.norm_eps * (WIDTH_METHODS[width](source, target, 0).eps_scale if width else 1.0)
 
 
 def _parts(method: str) -> tuple[str, str]:

@@ -109,6 +109,9 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
             check_model(source, config.parallel, "the source")
             found += _growths(layout, source, device)
             frozen = Frozen(last_source(config, source).num_layers, growth.freeze_steps)
+            teacher = _teacher(config, notes) if salt.map_weight else None
+            if teacher:
+                found[-1] = _taught_maps(found[-1], layout, teacher)
         elif growth.freeze_steps:
             notes.append(
                 "growth.freeze_steps: how many layers stand still is not known, so all count as if they learned"
@@ -221,6 +224,18 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
     return Phase("ligo", config.growth.ligo_steps, per_step, memory)
 
 
+def _taught_maps(learning: Phase, layout: Layout, teacher: ModelConfig) -> Phase:
+    """The same with a teacher that has a word in it; its weights come on top of every rank's fullest moment."""
+    length = layout.config.data.seq_length
+    passes = {c: flops.forward_flops(teacher, layout.step_tokens, length, c) for c in CONVENTIONS}
+    weights = Parts({"teacher": layout.width * tensor_elements(layout.of_model(teacher))})
+    return replace(
+        learning,
+        flops={convention: spent + passes[convention] for convention, spent in learning.flops.items()},
+        memory=[replace(held, parts=held.parts + weights) for held in learning.memory],
+    )
+
+
 def map_elements(start: Recipe, variant: Variant, layers: Collection[int]) -> int:
     """Elements of LiGO's maps on a rank: what all layers share, and the maps of its own target layers."""
     shapes, places = map_shapes(start, variant), width_maps(start, variant)
@@ -267,15 +282,16 @@ def _stage_one(layout: Layout, device: DeviceType, notes: list[str], frozen_laye
     length = config.data.seq_length
     check_teacher(teacher, layout.model, length)
     check_model(teacher, ParallelConfig(tensor=layout.tensor), "the teacher")
-    scored = salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0  # batches, for one that is kept
+    passes = float(salt.weight > 0)  # over what it teaches, and over batches for one that it keeps
+    passes += salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0
     for convention in CONVENTIONS:
-        per_step[convention] += (1 + scored) * flops.forward_flops(teacher, layout.step_tokens, length, convention)
+        per_step[convention] += passes * flops.forward_flops(teacher, layout.step_tokens, length, convention)
     weights = layout.width * tensor_elements(layout.of_model(teacher))
     hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
     static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}
     static[layout.stages[-1].rank]["teacher's hidden states"] = hidden
     memory = step_memory(layout, device, Extra(static, teacher=teacher, frozen_layers=frozen_layers))
-    if scored:
+    if salt.online_buffer:
         memory = [_or_scoring(held, layout, teacher, device) for held in memory]
     return Phase("salt", steps, per_step, memory, frozen_layers)
 

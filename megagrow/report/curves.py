@@ -45,15 +45,14 @@ def draw(runs: list[Run]) -> bytes:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    figures, canvases = _matplotlib()
+    figures, canvases = matplotlib_parts()
     figure = figures.Figure(figsize=(12, 6.4), dpi=130, layout="constrained")
     canvas = canvases.FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    factor, prefix = _scale(_largest(runs, "flops"))
+    factor, prefix = decimal_scale(_largest(runs, "flops"))
     _draw_panel(left, [_trace(run, runs, "flops", factor) for run in runs])
     left.set_xlabel(f"all-in compute ({prefix}FLOP)", fontsize=12)
-    longest = _largest(runs, "seconds")
-    factor, unit = next(((f, u) for f, u in _SECONDS if longest > 2 * f), _SECONDS[-1])
+    factor, unit = time_unit(_largest(runs, "seconds"))
     _draw_panel(right, [_trace(run, runs, "seconds", factor) for run in runs])
     right.set_xlabel(f"all-in time ({unit})", fontsize=12)
     left.set_ylabel("validation loss (nats per token)", fontsize=12)
@@ -69,17 +68,27 @@ def quantity(value: float | None, unit: str = "") -> str:
     """A number with a decimal prefix, e.g. "1.23 PFLOP", "4.56 M"; "unknown" for None."""
     if value is None:
         return "unknown"
-    factor, prefix = _scale(value)
+    factor, prefix = decimal_scale(value)
     return f"{value / factor:.3g} {prefix}{unit}".rstrip()
 
 
-def _scale(value: float) -> tuple[float, str]:
+def decimal_scale(value: float) -> tuple[float, str]:
     """The factor and the decimal prefix that make `value` readable."""
     power = min(max(math.floor(math.log10(value) / 3), 0), len(_PREFIXES) - 1) if value > 0 else 0
     return 1e3**power, _PREFIXES[power]
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def time_unit(longest: float) -> tuple[float, str]:
+    """The unit, in seconds and by name, that makes times up to `longest` readable."""
+    return next(((factor, unit) for factor, unit in _SECONDS if longest > 2 * factor), _SECONDS[-1])
+
+
+def matplotlib_parts() -> tuple[Any, Any]:
+    """The modules of figures and of what draws them into memory.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         names = ("matplotlib.figure", "matplotlib.backends.backend_agg")
         figures, canvases = (importlib.import_module(name) for name in names)

@@ -3,13 +3,19 @@
 Between two finished scratch runs the loss is taken as linear in the logarithm of the cost. A scratch
 run that a cheaper one equals is left out, which favours the baseline. Nothing is extrapolated:
 outside of the range of the finished scratch runs a saving is null, with the reason and a bound.
+
+Of several seeds, each is compared with the scratch runs of its own; the spread is the least and the greatest saving.
 """
 
 import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
 
 from megagrow.report.run import Json, Run
 
 CONVENTIONS = ("papers_convention", "all_in")
+MEASURES = ("flops", "seconds")  # of which something is saved
 Front = list[tuple[float, float]]  # (cost, loss) of finished runs: costs rise, losses fall
 
 
@@ -45,7 +51,7 @@ def compare(grown: Run, scratch: list[Run]) -> Json:
     """A grown run against finished scratch runs: cost at equal loss, loss at equal all-in FLOPs."""
     savings = {}
     for convention in CONVENTIONS:
-        found = {m: saving(grown, scratch, convention, m) for m in ("flops", "seconds")}
+        found = {m: saving(grown, scratch, convention, m) for m in MEASURES}
         savings[convention] = {
             **{measure: entry["value"] for measure, entry in found.items()},
             "reason": {measure: entry["reason"] for measure, entry in found.items()},
@@ -69,14 +75,58 @@ def saving(grown: Run, scratch: list[Run], convention: str, measure: str) -> Jso
         return _null(f"the {measure} of what {grown.name} builds on are unknown")
     if not front:
         return _null("no scratch run of known cost is finished")
+    return saving_at(spent, loss, front, max(known_costs(scratch, convention, measure)))
+
+
+def saving_at(spent: float, loss: float, front: Front, largest: float) -> Json:
+    """What a model of `loss` saves that cost `spent`; as `saving` returns it.
+
+    Args:
+        spent: what it cost.
+        loss: what it came to.
+        front: the baseline.
+        largest: the cost of the dearest run of the baseline, which the front leaves out if a cheaper one equals it.
+    """
     if loss < front[-1][1]:
-        largest = max(known_costs(scratch, convention, measure))
         reason = f"no finished scratch run reaches {loss:.4f}; the best has {front[-1][1]:.4f}"
         return _null(reason, {"at_least": 1 - spent / largest})
     if loss > front[0][1]:
         reason = f"the smallest scratch budget already reaches {front[0][1]:.4f}, below {loss:.4f}"
         return _null(reason, {"at_most": 1 - spent / front[0][0]})
     return {"value": 1 - spent / cost_at_loss(front, loss), "reason": None, "bound": None}
+
+
+def over_seeds(found: Sequence[Json]) -> Json:
+    """The savings of one arm on several seeds as one.
+
+    Args:
+        found: of each seed, as `saving` returns it.
+
+    Returns:
+        {"value", "min", "max", "reason", "bound"}: the mean, and the least and the greatest; None if one of them is not
+        known. The bound then holds for every seed: {"at_least": x} if none of them saves less, {"at_most": x} if none
+        saves more, None where neither can be said.
+    """
+    values = [each["value"] for each in found]
+    if found and None not in values:
+        return {**spread(values), "reason": None, "bound": None}
+    reasons = Counter(each["reason"] for each in found if each["reason"])
+    said = "; ".join(f"{count} of {len(found)} seeds: {reason}" for reason, count in reasons.items())
+    nothing = {"value": None, "min": None, "max": None}
+    return {**nothing, "reason": said or "no seed is finished", "bound": _common_bound(found)}
+
+
+def spread(values: Sequence[float]) -> Json:
+    """{"value", "min", "max"}: the mean of the seeds, and the least and the greatest."""
+    return {"value": statistics.fmean(values), "min": min(values), "max": max(values)}
+
+
+def _common_bound(found: Sequence[Json]) -> Json | None:
+    for side, strictest in (("at_least", min), ("at_most", max)):
+        limits = [each["value"] if each["value"] is not None else (each["bound"] or {}).get(side) for each in found]
+        if limits and None not in limits:
+            return {side: strictest(limit for limit in limits if limit is not None)}
+    return None
 
 
 def at_equal_cost(grown: Run, scratch: list[Run]) -> Json:

@@ -81,6 +81,13 @@ class SaltStage:
         return state.phase == "main" and state.stage_one_end is None and planned
 
     @property
+    def teaches_maps(self) -> bool:
+        """Whether the coming step learns the maps of the last growth, and the teacher has a word in it."""
+        state, config = self.state, self.config
+        is_last = state.growths == num_growths(config.growth) - 1
+        return state.phase == "ligo" and is_last and config.salt.map_weight > 0
+
+    @property
     def has_just_ended(self) -> bool:
         """Whether the coming step is the first after stage 1."""
         state, planned = self.state, (self.state.grown_at or 0) + self.config.salt.steps
@@ -90,7 +97,7 @@ class SaltStage:
     def switch(self, learner: Learner) -> None:
         """Makes the teacher present or absent where it is not, and gives it the weight of the coming step."""
         self.seconds = 0.0
-        if self.is_on and self.config.salt.teaches:
+        if self.teaches_maps or (self.is_on and self.config.salt.teaches):
             self._teach(learner)
         elif self.teacher is not None:
             self.teacher.free(learner.part.last_stage)
@@ -122,7 +129,7 @@ class SaltStage:
 
     def teach(self, batch: Batch, drawn: Drawn, num_microbatches: int) -> Batch:
         """This rank's batch with what the teacher says of it, on the last stage; its cost goes into the ledger."""
-        if self.teacher is None:
+        if self.teacher is None or self._weight == 0:  # it does no more than pick what is trained on
             return batch
         heartbeat.enter("teacher", self.state.step)
         began = time.perf_counter()
@@ -139,6 +146,12 @@ class SaltStage:
     @property
     def _step_in_phase(self) -> int:
         return self.state.train_step - (self.state.grown_at or 0)
+
+    @property
+    def _weight(self) -> float:
+        """ω of the coming step."""
+        salt = self.config.salt
+        return salt.map_weight if self.teaches_maps else teacher_weight(self._step_in_phase, salt)
 
     @property
     def _is_over(self) -> bool:
@@ -217,7 +230,7 @@ class SaltStage:
         if self.teacher is None:
             self.teacher = self.cached or self._load_teacher()
             self.teacher.attach(learner.part.last_stage)
-        self.teacher.weigh(learner.part.last_stage, teacher_weight(self._step_in_phase, self.config.salt))
+        self.teacher.weigh(learner.part.last_stage, self._weight)
 
     def _load_teacher(self) -> Teacher:
         config = self.config
@@ -229,7 +242,8 @@ class SaltStage:
         losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]
         inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, self._given_flops), name)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
-        self.tell(f"stage 1: {name} teaches for {config.salt.steps} steps (its loss here: {shown})")
+        maps = f"{config.growth.ligo_steps} steps that learn maps, and " if self.teaches_maps else ""
+        self.tell(f"stage 1: {name} teaches for {maps}{config.salt.steps} steps (its loss here: {shown})")
         self._tell_of_padding(source.model.vocab_size)
         if config.salt.end_when_better and self.state.teacher_loss is None:
             self.state.teacher_loss = self._held_out_loss(teacher)

@@ -282,7 +282,7 @@ class Trainer:
             batch = make_masked_batch(drawn.tokens, visits, self.masking, mesh, *how)
         state.cursors[name] += size
         batch = replace(batch, dropout_keys=dropout_keys(config, state.step, mesh))
-        if salt_on:
+        if salt_on or self.salt.teaches_maps:
             batch = self.salt.teach(batch, drawn, self.learner.part.engine.num_microbatches)
         heartbeat.enter("forward/backward", state.step)
         return self.learner.step(batch, self._lr(), state.guard)
@@ -347,7 +347,8 @@ class Trainer:
         state, config = self.state, self.config
         rate = config.train.global_batch_size * config.data.seq_length / seconds
         if state.step % config.run.log_interval == 0 or validation is not None or not result.accepted:
-            own, is_taught = state.ledger.own(), phase == "salt" and config.salt.teaches
+            own = state.ledger.own()
+            is_taught = (phase == "salt" and config.salt.teaches) or self.salt.teaches_maps
             self.metrics.log(
                 step=state.step,
                 phase=phase,

@@ -1,0 +1,139 @@
+"""Writes what a comparison found: report.json, report.md, savings.csv and curves.png."""
+
+import csv
+import datetime
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megagrow.compare.picture import draw
+from megagrow.compare.questions import TASKS
+from megagrow.compare.recipes import RECIPES
+from megagrow.compare.results import Results
+from megagrow.compare.suite import SMALL
+from megagrow.compare.suites import SUITES
+from megagrow.compare.table import to_markdown
+from megagrow.config import ModelConfig
+from megagrow.data.files import write_atomically
+from megagrow.report.build import commit, machine
+from megagrow.report.curves import quantity
+from megagrow.report.run import Json
+from megagrow.report.savings import CONVENTIONS, MEASURES
+from megagrow.roles import num_parameters
+from megagrow.timeline import step_tokens
+
+
+def write_report(results: Results, output: Path, parallel: int) -> Json:
+    """Writes the four files into `output` and returns the content of report.json.
+
+    Args:
+        results: of the comparison, finished or not.
+        output: a folder.
+        parallel: processes that ran beside each other.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    picture = draw(results)
+    report = content(results, parallel)
+    write_atomically(output / "curves.png", picture)
+    write_atomically(output / "savings.csv", to_csv(report).encode())
+    write_atomically(output / "report.md", to_markdown(report).encode())
+    write_atomically(output / "report.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    return report
+
+
+def content(results: Results, parallel: int) -> Json:
+    """What report.json holds."""
+    experiment = results.experiment
+    suite, sweep = experiment.suite, experiment.sweep
+    summaries = {name: results.summary(name) for name in results.names}
+    baseline = [summary for name, summary in summaries.items() if name in suite.scratch_arms]
+    return {
+        "suite": suite.name,
+        "size": suite.size,
+        "about": (SUITES[suite.name].__doc__ or "").strip(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "corpus": experiment.corpus.facts(),
+        "models": {"source": _model(suite.source), "target": _model(suite.target)},
+        "budget_flops": suite.budget,
+        "step_tokens": step_tokens(suite.base),
+        "seeds": list(suite.seeds),
+        "small": summaries.get(SMALL),
+        "scratch": baseline,
+        "arms": [summary for name, summary in summaries.items() if name in experiment.arms],
+        "about_arms": {name: RECIPES[name].about for name in suite.arms},
+        "refused": experiment.refused,
+        "not_finished": [f"{each.arm}, seed {each.seed}" for each in results.outcomes if each.run is None],
+        "rows": [results.row(each) for each in results.outcomes if each.run is not None],
+        "sweep": {
+            "recorded": sweep.facts or None,
+            "fixed": sweep.fixed,
+            "rows": [vars(row) for row in sweep.rows],
+        },
+        "caveats": list(_caveats(results, parallel)),
+    }
+
+
+def to_csv(report: Json) -> str:
+    """One line for each reported run."""
+    columns = ["suite", "size", "corpus", "arm", "seed", "lr", "map_lr", "steps", "loss"]
+    columns += [f"{measure}_{convention}" for convention in CONVENTIONS for measure in MEASURES]
+    savings = [(c, m) for c in CONVENTIONS for m in MEASURES]
+    columns += [f"saving_{measure}_{convention}" for convention, measure in savings]
+    columns += [
+        "nats_at_equal_flops",
+        "loss_before",
+        "loss_initial",
+        "loss_after",
+        "steps_to_recover",
+        *TASKS,
+        "reason",
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    known = {"suite": report["suite"], "size": report["size"], "corpus": report["corpus"]["sha256"]}
+    for row in report["rows"]:
+        line = known | {name: row[name] for name in columns if name in row}
+        line |= {f"{m}_{c}": row["costs"][c][m] for c in CONVENTIONS for m in MEASURES}
+        line |= row["scores"] or {}
+        if "savings" in row:
+            line |= {f"saving_{m}_{c}": row["savings"][c][m]["value"] for c, m in savings}
+            line["reason"] = "; ".join(
+                dict.fromkeys(filter(None, (row["savings"][c][m]["reason"] for c, m in savings)))
+            )
+        writer.writerow(line)
+    return text.getvalue()
+
+
+def _model(model: ModelConfig) -> Json:
+    sizes = {"family": model.family, "layers": model.num_layers, "hidden": model.hidden_size, "ffn": model.ffn_size}
+    return {**sizes, "heads": model.num_heads, "vocabulary": model.vocab_size, "parameters": num_parameters(model)}
+
+
+def _caveats(results: Results, parallel: int) -> Iterator[str]:
+    """What a reader must know before believing the numbers."""
+    experiment = results.experiment
+    suite, sweep = experiment.suite, experiment.sweep
+    seeds = len(suite.seeds)
+    yield f"{seeds} seed{'s' if seeds > 1 else ''} per arm: differences within the spread mean nothing."
+    parameters = num_parameters(suite.target)
+    if parameters < 1e8:
+        yield f"Small scale ({quantity(parameters)} parameters): larger models need their own measurement."
+    if sweep.fixed is not None:
+        yield f"Nothing was tuned: every arm ran at a learning rate of {sweep.fixed:g}."
+    elif sweep.facts and sweep.facts.get("corpus") != experiment.corpus.sha256:
+        yield f"Learning rates are those of a sweep on another corpus ({str(sweep.facts.get('corpus'))[:12]})."
+    largest = max(suite.scratch_arms.values()) * step_tokens(suite.base)
+    epochs = largest / int(experiment.corpus.facts()["train_tokens"])
+    if epochs > 1:
+        yield f"The longest run reads the corpus {epochs:.1f} times."
+    if not suite.target.is_causal:
+        yield "Encoders are asked no questions: they have no likelihood of a text."
+    yield "Seconds are those of training steps, without start-up, evaluation and saving."
+    if parallel > 1:
+        yield f"{parallel} runs shared the machine at a time, so seconds are those of a busy machine."

@@ -1,0 +1,152 @@
+"""Carries out what is missing of a list of jobs, a few processes at a time."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megagrow.compare.job import DIVERGED, DONE, Job, carry_out
+from megagrow.errors import MegagrowError, Preempted
+from megagrow.metrics import duration
+
+POLL_SECONDS = 0.2
+LAST_LINES = 5  # of the log, shown when a run fails
+
+
+class Process(Protocol):
+    """A job that is being carried out: `subprocess.Popen`, or what looks like it."""
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+Start = Callable[[Job], Process]
+
+
+class InThisProcess:
+    """A job that is carried out at once, here."""
+
+    def __init__(self, job: Job) -> None:
+        self.code = carry_out(job)
+
+    def poll(self) -> int:
+        """The exit code."""
+        return self.code
+
+    def terminate(self) -> None:
+        """Nothing is left to end."""
+
+    def wait(self) -> int:
+        """The exit code."""
+        return self.code
+
+
+def in_another_process(job: Job) -> Process:
+    """Starts a job; a signal from the terminal does not reach it, its end is the runner's to tell."""
+    threads = {"OMP_NUM_THREADS": str(job.config.train.threads)} if job.config.train.threads else {}
+    environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(_our_places())}
+    command = [sys.executable, "-m", "megagrow.compare.job", str(job.file)]
+    with job.log.open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def _our_places() -> list[str]:
+    """Where Python finds our packages, installed or not, and what the user added."""
+    specs = (importlib.util.find_spec(name) for name in ("megagrow", "megagrow_kernels"))
+    ours = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
+    return [*ours, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+
+
+class FailedRun(MegagrowError):
+    """A run of a comparison failed for a reason of its own, which its log tells."""
+
+    def __init__(self, job: Job, code: int) -> None:
+        lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.is_file() else []
+        said = " | ".join(line.strip() for line in lines[-LAST_LINES:])
+        super().__init__(f"{job.name} ended with exit code {code}; {job.log} ends: {said}")
+        self.exit_code = code if code > 0 else 1
+
+
+class Runner:
+    """Carries out jobs.
+
+    Args:
+        parallel: processes at a time.
+        start: how a job is begun.
+        seconds: after which no more is begun; 0: there is no end.
+        tell: prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        parallel: int = 1,
+        start: Start = in_another_process,
+        seconds: float = 0.0,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self.parallel, self.start, self.tell = parallel, start, tell
+        self._end = time.monotonic() + seconds if seconds else float("inf")
+        self._seconds = seconds
+
+    def make_models(self, jobs: Sequence[Job]) -> None:
+        """Carries jobs out whose models are needed, again where no more than the figures of one are there."""
+        for job in jobs:
+            if job.is_done and not job.has_model:
+                shutil.rmtree(job.directory)
+        self.carry_out(jobs)
+
+    def carry_out(self, jobs: Sequence[Job]) -> None:
+        """Does what is left to do; in the order given, so that the longest ones had better come first.
+
+        Raises:
+            FailedRun: a run failed otherwise than by diverging; those beside it are stopped, and saved.
+            Preempted: time is up; the same comparison goes on from there.
+        """
+        waiting = [job for job in jobs if not job.is_done]
+        running: dict[Job, tuple[Process, float]] = {}
+        total, begun = len(waiting), 0
+        try:
+            while running or (waiting and not self._is_over):
+                while waiting and len(running) < self.parallel and not self._is_over:
+                    job, begun = waiting.pop(0), begun + 1
+                    job.write()
+                    running[job] = self.start(job), time.monotonic()
+                for job, (process, since) in list(running.items()):
+                    if (code := process.poll()) is not None:
+                        del running[job]
+                        self._note(job, code, f"{total - len(waiting) - len(running)}/{total}", since)
+                if running:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            _stop([process for process, _ in running.values()])
+        if waiting:
+            raise Preempted(
+                f"{self._seconds / 60:g} minutes are over and {len(waiting)} runs are left; the same command goes on"
+            )
+
+    @property
+    def _is_over(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def _note(self, job: Job, code: int, place: str, since: float) -> None:
+        if code not in (DONE, DIVERGED):
+            raise FailedRun(job, code)
+        ended = job.result()
+        loss = "diverged" if ended is None else f"loss {ended.final_loss:.4f}"
+        self.tell(f"{place}  {job.name}: {loss}, {duration(time.monotonic() - since)}")
+
+
+def _stop(processes: list[Process]) -> None:
+    """Ends what still runs; each saves itself at its next step."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()

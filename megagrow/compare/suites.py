@@ -1,0 +1,195 @@
+"""The suites: which arms on which pair of models.
+
+    llama_width    width x 2            llama_depth    depth x 2          llama_both    both
+    gpt2           base to medium       bert           small to base      salt          a student of twice its teacher
+
+Four sizes each: `core` (six arms, three seeds; an hour on two CPU cores), `full` (all arms, one seed; four hours),
+`gpu` (the arms of `core`, shapes for one large GPU; 90 seconds for an arm and seed) and `tiny` (seconds, for tests).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megagrow import flops
+from megagrow.compare.recipes import RECIPES
+from megagrow.compare.suite import SCRATCH, Suite
+from megagrow.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    require,
+)
+from megagrow.presets import bert_model, gpt2_model, llama_model
+
+SIZES = ("core", "full", "gpu", "tiny")
+SUITES: dict[str, Callable[[str], Suite]] = {}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the suites of one size have in common.
+
+    Attributes:
+        vocab_size: of the tokenizer.
+        seq_length, batch: of a step.
+        head_dim: of all models.
+        unit: width in heads that a suite's widths are multiples of.
+        depth: layers that a suite's depths are multiples of.
+        budget: FLOPs of an arm, all-in, so that all suites take about as long.
+        evaluations, eval_batches: held-out losses of a run, and batches of each.
+        num_questions: of each downstream task.
+    """
+
+    vocab_size: int
+    seq_length: int
+    batch: int
+    head_dim: int
+    unit: int
+    depth: int
+    budget: float
+    evaluations: int
+    eval_batches: int
+    num_questions: int
+
+
+CPU = Scale(2048, 128, 8, 32, unit=1, depth=1, budget=9e12, evaluations=10, eval_batches=24, num_questions=400)
+GPU = Scale(8192, 512, 128, 64, unit=2, depth=2, budget=1.3e16, evaluations=10, eval_batches=8, num_questions=1000)
+TINY = Scale(512, 64, 2, 8, unit=1, depth=1, budget=1e9, evaluations=3, eval_batches=2, num_questions=4)
+SCALES = {"core": CPU, "full": CPU, "gpu": GPU, "tiny": TINY}
+
+Shape = tuple[int, int]  # layers and heads, in units of the scale
+
+
+def suite(name: str, size: str) -> Suite:
+    """A suite by name, in one of SIZES.
+
+    Raises:
+        ConfigError: there is no such suite or size.
+    """
+    require(name in SUITES, f"no suite {name}; there are {', '.join(SUITES)}")
+    require(size in SIZES, f"no size {size}; there are {', '.join(SIZES)}")
+    return SUITES[name](size)
+
+
+def _suite(function: Callable[[str], Suite]) -> Callable[[str], Suite]:
+    SUITES[function.__name__] = function
+    return function
+
+
+@_suite
+def llama_width(size: str) -> Suite:
+    """A Llama that becomes twice as wide."""
+    arms = "rms_random", "clone_asymmetric", "fpi", "ligo", "ligo_0", "ligo_full_rank"
+    return _make("llama_width", size, llama, (4, 2), (4, 4), arms)
+
+
+@_suite
+def llama_depth(size: str) -> Suite:
+    """A Llama that becomes twice as deep."""
+    arms = "stack", "interleave", "mslt", "ligo", "ligo_0", "stack_salt"
+    return _make("llama_depth", size, llama, (3, 4), (6, 4), arms)
+
+
+@_suite
+def llama_both(size: str) -> Suite:
+    """A Llama that becomes twice as wide and as deep."""
+    arms = "rms_random", "clone_asymmetric", "aki", "ligo", "ligo_0", "ligo_salt"
+    return _make("llama_both", size, llama, (3, 2), (6, 4), arms)
+
+
+@_suite
+def gpt2(size: str) -> Suite:
+    """GPT-2 base to medium: twice the layers, 4/3 of the width."""
+    arms = "rms_random", "fpi", "aki", "ligo", "ligo_0", "ligo_target_layer"
+    return _make("gpt2", size, gpt2_of, (3, 3), (6, 4), arms)
+
+
+@_suite
+def bert(size: str) -> Suite:
+    """BERT small to base, by masked language modelling: twice the layers, 3/2 of the width."""
+    arms = "interleave", "fpi", "aki", "ligo", "ligo_0", "ligo_target_layer"
+    return _make("bert", size, bert_of, (3, 2), (6, 3), arms)
+
+
+@_suite
+def salt(size: str) -> Suite:
+    """A student of about twice its teacher's size: what teaching and growing give, apart and together."""
+    arms = "salt", "kd", "ki", "salt_selected", "rms_random", "ligo_salt"
+    return _make("salt", size, llama, (4, 3), (4, 4), arms)
+
+
+def llama(scale: Scale, layers: int, heads: int) -> ModelConfig:
+    """A Llama, its FFN of 8/3 of the width rounded up to a multiple of 16."""
+    hidden = heads * scale.head_dim
+    ffn = -(-hidden * 8 // 3 // 16) * 16
+    return llama_model(layers, hidden, scale.head_dim, ffn, scale.vocab_size, scale.seq_length)
+
+
+def gpt2_of(scale: Scale, layers: int, heads: int) -> ModelConfig:
+    """A GPT-2."""
+    return _resized(gpt2_model(layers, 64 * heads), scale, scale.vocab_size)
+
+
+def bert_of(scale: Scale, layers: int, heads: int) -> ModelConfig:
+    """A BERT; its mask token comes after those of the tokenizer."""
+    return _resized(bert_model(layers, 64 * heads), scale, scale.vocab_size + 1)
+
+
+def _resized(model: ModelConfig, scale: Scale, vocab_size: int) -> ModelConfig:
+    hidden = model.num_heads * scale.head_dim
+    sizes: dict[str, Any] = {"hidden_size": hidden, "head_dim": scale.head_dim, "ffn_size": 4 * hidden}
+    return replace(model, vocab_size=vocab_size, max_seq_length=scale.seq_length, **sizes)
+
+
+def _make(
+    name: str,
+    size: str,
+    model: Callable[[Scale, int, int], ModelConfig],
+    source: Shape,
+    target: Shape,
+    core: tuple[str, ...],
+) -> Suite:
+    scale = SCALES[size]
+    small, large = (model(scale, layers * scale.depth, heads * scale.unit) for layers, heads in (source, target))
+    everything = tuple(arm for arm in RECIPES if arm != SCRATCH)
+    step_flops = flops.training_flops(large, scale.batch * scale.seq_length, scale.seq_length)
+    steps = round(scale.budget / step_flops)
+    return Suite(
+        name=name,
+        size=size,
+        source=small,
+        target=large,
+        base=_base(scale, large, steps, size),
+        arms=everything if size == "full" else core,
+        steps=steps,
+        rates=(1e-3, 2e-3, 4e-3),
+        seeds=(1, 2, 3) if size in ("core", "gpu") else (1,),
+        ligo_steps=max(steps // 20, 1),
+        vocab_size=scale.vocab_size,
+        refines=size in ("core", "gpu"),
+        num_questions=scale.num_questions,
+    )
+
+
+def _base(scale: Scale, model: ModelConfig, steps: int, size: str) -> Config:
+    mask, is_gpu = -1 if model.is_causal else scale.vocab_size, size == "gpu"
+    return Config(
+        model=model,
+        data=DataConfig(seq_length=scale.seq_length, mask_token=mask),
+        train=TrainConfig(
+            steps=steps,
+            global_batch_size=scale.batch,
+            precision="bf16" if is_gpu else "fp32",
+            eval_interval=max(steps // scale.evaluations, 1),
+            eval_batches=scale.eval_batches,
+            threads=0 if is_gpu else 1,
+        ),
+        optim=OptimConfig(warmup_steps=max(steps // 30, 1), decay_fraction=0.4),
+        checkpoint=CheckpointConfig(interval=max(steps // 4, 1), keep_last=1),
+        init=InitConfig(skip_source_check=size == "tiny"),  # whose small model has hardly learned anything
+    )

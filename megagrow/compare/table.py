@@ -1,0 +1,183 @@
+"""The report of a comparison for people."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megagrow.compare.questions import TASKS
+from megagrow.metrics import duration
+from megagrow.report.curves import quantity
+from megagrow.report.run import Json
+from megagrow.report.savings import CONVENTIONS, MEASURES
+
+_HEADS = {
+    ("papers_convention", "flops"): "FLOPs saved, papers' convention",
+    ("all_in", "flops"): "FLOPs saved, all-in",
+    ("papers_convention", "seconds"): "seconds saved, papers' convention",
+    ("all_in", "seconds"): "seconds saved, all-in",
+}
+
+
+_CONVENTIONS = (
+    "Mean of the seeds, in brackets the least and the greatest. By the papers' convention the small model costs "
+    "nothing; all-in it counts, as do scoring, operator, teacher and training. Each seed is compared with the scratch "
+    "runs of its own, interpolated between the ends of finished runs."
+)
+
+
+def to_markdown(report: Json) -> str:
+    """Who won by how much, what it cost, how it was tuned, and how far to believe it."""
+    sections = [
+        f"# {report['suite']}, {report['size']}: {report['about']}",
+        _headline(report),
+        _setting(report),
+        "![Validation loss against all-in FLOPs and seconds](curves.png)",
+        "## Savings at equal validation loss",
+        _savings(report),
+        _CONVENTIONS,
+        "## Losses",
+        _losses(report),
+        "## Growth and downstream tasks",
+        _growth(report),
+        "## Arms",
+        _arms(report),
+        "## Learning rates",
+        _sweep(report),
+        "## How far to believe it",
+        "\n".join(f"- {caveat}" for caveat in report["caveats"]),
+        _footer(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(report: Json) -> str:
+    """The arm with the lowest loss, and what it saves."""
+    if not report["arms"]:
+        return "No arm is finished yet."
+    best = report["arms"][0]
+    said = [f"{_saved(best['savings'][c]['flops'])} by {_WORDS[c]}" for c in CONVENTIONS]
+    return f"**Lowest loss: {best['arm']}; FLOPs saved at equal loss: {', '.join(said)}.**"
+
+
+_WORDS = {"papers_convention": "the papers' convention", "all_in": "the all-in one"}
+
+
+def _setting(report: Json) -> str:
+    small, large = (report["models"][name] for name in ("source", "target"))
+    shape = "{family} {layers}x{hidden}"
+    return (
+        f"From {shape.format(**small)} ({quantity(small['parameters'])} parameters) to {shape.format(**large)} "
+        f"({quantity(large['parameters'])}). Every arm may spend {quantity(report['budget_flops'], 'FLOP')} all-in; "
+        f"{report['step_tokens']:,} tokens to a step."
+    )
+
+
+def _savings(report: Json) -> str:
+    rows = [
+        [arm["arm"], *(_saved(arm["savings"][c][m]) for c, m in _HEADS), _spread(arm["nats_at_equal_flops"], "{:+.4f}")]
+        for arm in report["arms"]
+    ]
+    reasons = dict.fromkeys(
+        f"- {arm['arm']}: {arm['savings'][c][m]['reason']}."
+        for arm in report["arms"]
+        for c in CONVENTIONS
+        for m in MEASURES
+        if arm["savings"][c][m]["reason"]
+    )
+    table = _table(["arm", *_HEADS.values(), "nats below scratch at equal all-in FLOPs"], rows)
+    return "\n\n".join([table, "\n".join(reasons)] if reasons else [table])
+
+
+def _losses(report: Json) -> str:
+    rows = []
+    for arm in [*filter(None, [report["small"]]), *report["scratch"], *report["arms"]]:
+        costs = arm["costs"]
+        flops = [quantity(_mean(costs[c]["flops"]), "FLOP") for c in CONVENTIONS]
+        seconds = [_time(_mean(costs[c]["seconds"])) for c in CONVENTIONS]
+        rows.append([arm["arm"], f"{arm['steps']:,}", _spread(arm["loss"], "{:.4f}"), *flops, *seconds])
+    heads = ["compute", "all-in compute", "time", "all-in time"]
+    return _table(["arm", "steps", "validation loss (nats per token)", *heads], rows)
+
+
+def _growth(report: Json) -> str:
+    rows = []
+    for arm in [*filter(None, [report["small"]]), *report["scratch"], *report["arms"]]:
+        losses = [_spread(arm[name], "{:.3f}") for name in ("loss_before", "loss_initial", "loss_after")]
+        scores = [_spread(arm["scores"][task], "{:.1%}") for task in TASKS]
+        rows.append([arm["arm"], *losses, _spread(arm["steps_to_recover"], "{:.0f}"), *scores])
+    heads = ["loss of the small model", "as growth begins", "right after growth", "steps to recover"]
+    return _table(["arm", *heads, "cloze", "multiple choice"], rows)
+
+
+def _arms(report: Json) -> str:
+    return "\n".join(f"- `{name}`: {text}" + _not_here(report, name) for name, text in report["about_arms"].items())
+
+
+def _not_here(report: Json, name: str) -> str:
+    return f" **Not possible here**: {report['refused'][name]}." if name in report["refused"] else ""
+
+
+def _sweep(report: Json) -> str:
+    return "\n\n".join(_sweep_parts(report))
+
+
+def _sweep_parts(report: Json) -> Iterator[str]:
+    sweep = report["sweep"]
+    if sweep["fixed"] is not None:
+        yield f"None was tuned: all runs are at {sweep['fixed']:g}."
+        return
+    where = sweep["recorded"]
+    yield (
+        f"Frozen: a sweep recorded on {where['date']}, commit {where['commit'][:12]}, corpus {where['corpus'][:12]}."
+        if where
+        else "Tuned here, on a seed that is not reported; every arm had as many tries."
+    )
+    rows = [
+        [row["arm"], f"{row['lr']:.3g}", _number(row["map_lr"], "{:.3g}"), _number(row["loss"], "{:.4f}", "diverged")]
+        for row in sweep["rows"]
+    ]
+    yield _table(["arm", "learning rate", "of the maps", "validation loss"], rows)
+
+
+def _footer(report: Json) -> str:
+    corpus, host = report["corpus"], report["machine"]
+    missing = f"Not finished: {'; '.join(report['not_finished'])}. " if report["not_finished"] else ""
+    tokens = [quantity(corpus[f"{split}_tokens"]) for split in ("train", "validation")]
+    return (
+        f"Corpus {corpus['sha256'][:12]} ({corpus['kind']}): {tokens[0]} tokens to train on, {tokens[1]} held out. "
+        f"{missing}Made {report['date']} from commit {report['commit']} on {host['accelerator'] or host['cpu']}, torch "
+        f"{host['torch']}. Each run is a line of savings.csv."
+    )
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in [heads, *rows]]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(heads) - 1), *lines[1:]])
+
+
+def _saved(saving: Json) -> str:
+    """A saving over seeds: mean and spread, or the bound that is known."""
+    if saving["value"] is not None:
+        return _spread(saving, "{:.1%}")
+    if saving["bound"] is None:
+        return "unknown"
+    ((side, limit),) = saving["bound"].items()
+    return f"{'≥' if side == 'at_least' else '≤'} {limit:.1%}"
+
+
+def _spread(value: Json | None, form: str) -> str:
+    if value is None:
+        return "–"
+    mean, low, high = (form.format(value[name]) for name in ("value", "min", "max"))
+    return mean if low == high else f"{mean} ({low} … {high})"
+
+
+def _mean(value: Json | None) -> Any:
+    return None if value is None else value["value"]
+
+
+def _number(value: float | None, form: str, missing: str = "") -> str:
+    return missing if value is None else form.format(value)
+
+
+def _time(seconds: float | None) -> str:
+    return "unknown" if seconds is None else duration(seconds)

@@ -1,0 +1,133 @@
+"""Tests ../../megagrow/compare/runner.py and job.py: processes, their ends, and what is said of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from megagrow.compare.experiment import Experiment
+from megagrow.compare.job import Job
+from megagrow.compare.runner import FailedRun, Runner, in_another_process
+from megagrow.config import Config, OptimConfig, RunConfig
+from megagrow.errors import ConfigError
+from megagrow.metrics import write_exit
+
+
+@dataclass
+class Fake:
+    """A process that ends with a code after some polls, and leaves what a run would."""
+
+    job: Job
+    code: int
+    polls: int
+    terminated: bool = False
+
+    def poll(self) -> int | None:
+        self.polls -= 1
+        if self.polls > 0:
+            return None
+        self.job.directory.mkdir(parents=True, exist_ok=True)
+        (self.job.directory / "config.json").write_text("{}")
+        write_exit(self.job.directory, self.code, "test", 1, 0, "host")
+        return self.code
+
+    def terminate(self) -> None:
+        self.terminated = True
+
+    def wait(self) -> int:
+        return 7
+
+
+@dataclass
+class Starts:
+    """Starts fakes; `codes` are those of the jobs in their order."""
+
+    codes: list[int]
+    polls: int = 2
+    begun: list[Fake] = field(default_factory=list)
+    most: int = 0
+
+    def __call__(self, job: Job) -> Fake:
+        self.begun.append(Fake(job, self.codes[len(self.begun)], self.polls))
+        self.most = max(self.most, sum(fake.polls > 0 for fake in self.begun))
+        return self.begun[-1]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megagrow.compare.runner.POLL_SECONDS", 0.0)
+
+
+def jobs(folder: Path, count: int) -> list[Job]:
+    return [Job(Config(run=RunConfig(dir=str(folder / "runs" / f"run{i}")))) for i in range(count)]
+
+
+def test_as_many_run_beside_each_other_as_are_allowed(tmp_path: Path) -> None:
+    starts = Starts([5] * 5)
+    told: list[str] = []
+    Runner(2, starts, tell=told.append).carry_out(jobs(tmp_path, 5))
+    assert starts.most == 2
+    assert [line.split()[0] for line in told] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
+    assert all(": diverged, " in line for line in told)
+
+
+def test_what_is_done_is_not_begun(tmp_path: Path) -> None:
+    made = jobs(tmp_path, 3)
+    Runner(1, Starts([5, 5]), tell=str).carry_out(made[:2])
+    starts = Starts([5])
+    Runner(1, starts, tell=str).carry_out(made)
+    assert [fake.job for fake in starts.begun] == made[2:]
+
+
+def test_a_run_that_fails_stops_the_others_and_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    made = jobs(tmp_path, 3)
+    made[0].log.parent.mkdir(parents=True)
+    made[0].log.write_text("begins\nmegagrow: error: data/train.bin: no such file\n")
+    starts = Starts([3, 0, 0])
+    starts.polls = 1
+    runner = Runner(2, lambda job: replace_polls(starts(job), 1 if job is made[0] else 99), tell=str)
+    with pytest.raises(FailedRun, match=r"run0 ended with exit code 3; .*no such file") as caught:
+        runner.carry_out(made)
+    assert caught.value.exit_code == 3
+    assert [fake.terminated for fake in starts.begun] == [False, True]
+
+
+def replace_polls(fake: Fake, polls: int) -> Fake:
+    fake.polls = polls
+    return fake
+
+
+def test_ctrl_c_stops_what_runs(tmp_path: Path) -> None:
+    starts = Starts([5, 5], polls=99)
+
+    def interrupt(job: Job) -> Fake:
+        if starts.begun:
+            raise KeyboardInterrupt
+        return starts(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        Runner(2, interrupt, tell=str).carry_out(jobs(tmp_path, 2))
+    assert [fake.terminated for fake in starts.begun] == [True]
+
+
+@pytest.mark.parametrize("damage", [lambda text: "[]", lambda text: text.replace("keeps_model", "keeps")])
+def test_a_file_that_is_no_job_is_refused(damage: Callable[[str], str], tmp_path: Path) -> None:
+    (job,) = jobs(tmp_path, 1)
+    job.write()
+    assert Job.read(job.file) == job
+    job.file.write_text(damage(job.file.read_text()))
+    with pytest.raises(ConfigError, match=r"run0\.json"):
+        Job.read(job.file)
+
+
+def test_runs_in_other_processes_end_as_those_in_this_one(finished: Experiment, tmp_path: Path) -> None:
+    """Two at a time: one as in this process, one that diverges."""
+    model = finished.job(finished.sweep.best("scratch-0.6"), 1)
+    moved = [replace(model.config, run=RunConfig(dir=str(tmp_path / "runs" / name))) for name in ("same", "diverged")]
+    moved[1] = replace(moved[1], optim=OptimConfig(lr=1e30, clip_norm=0.0, warmup_steps=0, max_bad_steps=1))
+    same, diverged = (replace(model, config=config) for config in moved)
+    Runner(2, in_another_process, tell=str).carry_out([same, diverged])
+    assert same.result().final_loss == model.result().final_loss
+    assert (same.directory / "downstream.json").read_bytes() == (model.directory / "downstream.json").read_bytes()
+    assert diverged.is_done and diverged.result() is None

@@ -1,0 +1,114 @@
+"""Tests ../megagrow/report/savings.py on curves whose savings are known."""
+
+import random
+import statistics
+from typing import Any
+
+import pytest
+
+from megagrow.report.savings import over_seeds, pareto_front, saving_at
+
+BUDGETS = (0.6, 1.0, 1.7)
+
+
+def loss_of(cost: float) -> float:
+    """What scratch comes to: a power law above what cannot be learned."""
+    return 2.0 + 1.5 * cost**-0.3
+
+
+def saving(spent: float, loss: float, noise: tuple[float, ...] = (0.0, 0.0, 0.0)) -> dict[str, Any]:
+    """Of a model that cost so much, against the baseline."""
+    front = pareto_front([(cost, loss_of(cost) + shift) for cost, shift in zip(BUDGETS, noise, strict=True)])
+    return saving_at(spent, loss, front, max(BUDGETS))
+
+
+@pytest.mark.parametrize("true", [-0.3, 0.0, 0.2, 0.35])
+@pytest.mark.parametrize("spent", [0.8, 0.9, 1.0])
+def test_a_known_saving_is_found_to_a_point_and_never_understated(true: float, spent: float) -> None:
+    """The chord between two budgets lies above the curve, so that scratch seems a little dearer than it is."""
+    found = saving(spent, loss_of(spent / (1 - true)))
+    assert 0 <= found["value"] - true + 1e-12 < 0.013
+    assert found["reason"] is found["bound"] is None
+
+
+def test_at_a_budget_of_the_baseline_the_saving_is_exact() -> None:
+    assert saving(0.75, loss_of(1.0))["value"] == pytest.approx(0.25)
+    assert saving(1.25, loss_of(1.0))["value"] == pytest.approx(-0.25)
+
+
+def test_curves_that_cross_save_before_the_crossing_and_waste_after_it() -> None:
+    """An arm that begins ahead and improves more slowly: equal at a cost of 1."""
+    savings = [saving(cost, 2.0 + 1.5 * cost**-0.15)["value"] for cost in (0.8, 0.9, 1.0, 1.1, 1.2)]
+    assert savings[2] == pytest.approx(0.0)
+    assert savings == sorted(savings, reverse=True)
+    assert savings[1] > 0.02 and savings[3] < -0.02
+
+
+def test_a_loss_that_scratch_never_reaches_has_a_least_saving() -> None:
+    found = saving(0.85, loss_of(1.7) - 0.01)
+    assert found["value"] is None
+    assert found["bound"] == {"at_least": pytest.approx(0.5)}
+    assert "no finished scratch run reaches" in found["reason"]
+
+
+def test_a_loss_above_all_of_scratch_has_a_greatest_saving() -> None:
+    found = saving(0.9, loss_of(0.6) + 0.01)
+    assert found["value"] is None
+    assert found["bound"] == {"at_most": pytest.approx(-0.5)}
+    assert "the smallest scratch budget already reaches" in found["reason"]
+
+
+def test_a_saving_just_inside_the_range_joins_the_bound_just_outside() -> None:
+    low, high = (saving(0.85, loss_of(1.7) + shift) for shift in (-1e-9, 1e-9))
+    assert high["value"] == pytest.approx(low["bound"]["at_least"], abs=1e-6)
+
+
+def test_noise_moves_single_savings_and_hardly_their_mean() -> None:
+    """Noise of 0.01 nats, where the range of the baseline is 0.47: 900 comparisons of a saving of 25 %."""
+    draw = random.Random(0)
+    found = []
+    for _ in range(900):
+        noise = draw.gauss(0, 0.01), draw.gauss(0, 0.01), draw.gauss(0, 0.01)
+        found.append(saving(0.85, loss_of(0.85 / 0.75) + draw.gauss(0, 0.01), noise)["value"])
+    assert statistics.fmean(found) == pytest.approx(0.25, abs=0.01)
+    assert 0.015 < statistics.stdev(found) < 0.035
+    spread = over_seeds([{"value": value, "reason": None, "bound": None} for value in found])
+    assert spread["min"] < 0.22 and spread["max"] > 0.28
+
+
+def test_a_dearer_scratch_run_that_had_bad_luck_is_left_out() -> None:
+    """At 1.0 worse than at 0.6: only the other two count, whatever happened in between."""
+    unlucky, luckier = (saving(0.85, loss_of(1.2), (0.0, shift, 0.0)) for shift in (0.5, 0.9))
+    assert unlucky == luckier
+    assert unlucky["value"] is not None
+
+
+KNOWN = [{"value": value, "reason": None, "bound": None} for value in (0.1, 0.4, 0.25)]
+ABOVE = {"value": None, "reason": "never reached", "bound": {"at_least": 0.3}}
+BELOW = {"value": None, "reason": "reached at once", "bound": {"at_most": -0.2}}
+UNKNOWN = {"value": None, "reason": "unknown cost", "bound": None}
+
+
+def test_seeds_have_a_mean_and_a_spread() -> None:
+    found = over_seeds(KNOWN)
+    assert (found["value"], found["min"], found["max"]) == (pytest.approx(0.25), 0.1, 0.4)
+    assert found["reason"] is found["bound"] is None
+
+
+@pytest.mark.parametrize(
+    ("seeds", "bound", "reason"),
+    [
+        ([*KNOWN, ABOVE], {"at_least": 0.1}, "1 of 4 seeds: never reached"),
+        ([ABOVE, ABOVE], {"at_least": 0.3}, "2 of 2 seeds: never reached"),
+        ([*KNOWN, BELOW], {"at_most": 0.4}, "1 of 4 seeds: reached at once"),
+        ([ABOVE, BELOW], None, "1 of 2 seeds: never reached; 1 of 2 seeds: reached at once"),
+        ([*KNOWN, UNKNOWN], None, "1 of 4 seeds: unknown cost"),
+        ([], None, "no seed is finished"),
+    ],
+)
+def test_one_seed_that_is_not_known_leaves_a_bound_at_most(
+    seeds: list[dict[str, Any]], bound: dict[str, float] | None, reason: str
+) -> None:
+    found = over_seeds(seeds)
+    assert found["value"] is found["min"] is found["max"] is None
+    assert (found["bound"], found["reason"]) == (bound, reason)
