@@ -145,6 +145,7 @@ def token_scores(
                 rank_C += sum_over(_equal_before(logits_CV, labels_C, label_logit_C, shard.vocab), tp)
             nlls.append(nll_C)
             ranks.append(rank_C)
+            del logits_CV  # before the next chunk's exist
     return torch.cat(nlls), torch.cat(ranks)
 
 

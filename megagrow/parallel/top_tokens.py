@@ -49,6 +49,7 @@ def top_tokens(
         lse_C = _logsumexp(soft_CV, shard)
         shard.entries(ids_CK).blank_(soft_CV)
         found.append((ids_CK, values_CK - lse_C[:, None], _logsumexp(soft_CV, shard) - lse_C))
+        del soft_CV  # before the next chunk's exist
     ids, log_probs, tails = zip(*found, strict=True)
     return torch.cat(ids), torch.cat(log_probs), torch.cat(tails)
 
@@ -86,6 +87,7 @@ def drawn_tokens(
         expected_C1 = torch.special.entr(mass_CV).sum(-1, keepdim=True)
         ids_CK = _at_quantiles(mass_CV.cumsum(-1), (uniform_C[:, None] + places_K) / count, shard)
         found.append((ids_CK, shard.of_all_ranks(expected_C1).sum(0)[:, 0]))
+        del soft_CV, mass_CV  # before the next chunk's exist
     ids, entropies = zip(*found, strict=True)
     return torch.cat(ids), torch.cat(entropies)
 
@@ -98,7 +100,9 @@ def _soft_logits(
     for hidden_CH in hidden_TH.split(chunk_tokens):
         logits_CV = ops.product(hidden_CH, head)
         logits_CV = logits_CV if bias_V is None else logits_CV.add_(bias_V)
-        yield logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)) / temperature
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)).div_(temperature)
+        yield logits_CV
+        del logits_CV
 
 
 def _logsumexp(soft_CV: Tensor, shard: VocabShard) -> Tensor:

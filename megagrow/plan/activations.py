@@ -335,13 +335,19 @@ def _of_cached(layout: Layout, cached: Cached, chunk: int, logits: int) -> int:
 
 def scoring(layout: Layout, device: DeviceType) -> int:
     """What it takes to score the labels of a microbatch: a forward pass that keeps nothing, and logits."""
-    size, model, train = sizes(layout), layout.model, layout.config.train
-    attention, mlp = 2 * size.query + 3 * size.key, (3 if model.is_gated else 2) * size.ffn
+    size, model = sizes(layout), layout.model
+    kernels = ops.chosen(layout.config.train.kernels) if device == "cuda" else ()
+    neurons = (
+        2 if not model.is_gated else 3 if "glu" in kernels else 4
+    )  # gate and up, perhaps gate's activation; result
+    mlp = neurons * size.ffn
+    if device == "cpu" and model.is_gated:
+        mlp += layout.width * _gate_up_elements(layout)
     logits = min(SCORED_TOKENS, layout.tokens) * -(-model.vocab_size // layout.tensor)
-    by_kernel = device == "cuda" and "vocab_loss" in ops.chosen(train.kernels)
     most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
-    twin = 0 if by_kernel else SCORED_LOGIT * min(logits, most)
-    return max(2 * size.cut + size.whole + max(attention, mlp), size.whole + layout.width * logits + twin)
+    twin = 0 if "vocab_loss" in kernels else SCORED_LOGIT * min(logits, most)
+    block = 2 * size.cut + size.whole + max(2 * size.query + 3 * size.key, mlp)
+    return max(block, size.whole + layout.width * logits + twin)
 
 
 def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bool) -> int:

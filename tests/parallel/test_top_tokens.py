@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megagrow.parallel.loss import token_scores
+from megagrow.parallel.mesh import Axis
 from megagrow.parallel.shards import chunk
 from megagrow.parallel.top_tokens import drawn_tokens, top_tokens
+from megagrow.plan.measure import peak_memory
 from tests.parallel.test_loss import tp_axis
 from tests.ranks import run_ranks
 
@@ -108,3 +111,25 @@ def test_the_ends_of_the_unit_interval_stay_inside_of_the_vocabulary() -> None:
             uniform_T = torch.full((TOKENS,), uniform, dtype=torch.float64)
             for ids_TK, _ in run_ranks(drawn_here, world, logits_TV, 12, uniform_T):
                 assert (ids_TK >= 0).all() and (ids_TK < VOCAB - 3).all()
+
+
+@pytest.mark.parametrize("kind", ["scored", "top", "drawn"])
+def test_the_logits_of_one_chunk_exist_at_a_time(kind: str) -> None:
+    """Four chunks take what one does, and their results."""
+    vocab, chunk_tokens = 8000, 128
+    head_VH, uniform_T = torch.randn(vocab, 16), torch.rand(4 * chunk_tokens, dtype=torch.float64)
+
+    def peak(num_chunks: int) -> int:
+        hidden_TH = torch.randn(num_chunks * chunk_tokens, 16)
+        places, given = slice(0, len(hidden_TH)), (vocab, Axis())
+        calls = {
+            "scored": lambda: token_scores(hidden_TH, head_VH, torch.arange(len(hidden_TH)), *given, chunk_tokens),
+            "top": lambda: top_tokens(hidden_TH, head_VH, 4, 0.5, *given, chunk_tokens=chunk_tokens),
+            "drawn": lambda: drawn_tokens(
+                hidden_TH, head_VH, 4, 0.5, uniform_T[places], *given, chunk_tokens=chunk_tokens
+            ),
+        }
+        return peak_memory(calls[kind])
+
+    logits = 4 * vocab * chunk_tokens
+    assert logits < peak(1) <= peak(4) < peak(1) + logits / 4
