@@ -66,6 +66,18 @@ def test_what_is_saved_is_found_kept_verified_and_loaded(root: Path) -> None:
     assert checkpoint.read_full(root / "step-3", ["norm"])["norm"].eq(3).all()
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_folder_that_is_cleared_takes_the_same_step_again(root: Path, tmp_path: Path, is_remote: bool) -> None:
+    folder = root if is_remote else tmp_path / "run"
+    store.clear(folder)
+    for step in (1, 2):
+        save_step(folder, step)
+    store.clear(folder)
+    assert checkpoint.candidates(folder) == [] and names_in(folder) == set()
+    assert_holds_step(save_step(folder, 2), 2)
+    assert checkpoint.candidates(folder) == [folder / "step-2"]
+
+
 def test_a_local_file_url_is_a_local_folder(tmp_path: Path) -> None:
     save_step(cast(Path, f"file://{tmp_path}"), 1)
     assert_holds_step(tmp_path / "step-1", 1)
