@@ -347,10 +347,8 @@ def scoring(layout: Layout, device: DeviceType) -> int:
     """What it takes to score the labels of a microbatch: a forward pass that keeps nothing, and logits."""
     size, model = sizes(layout), layout.model
     kernels = ops.chosen(layout.config.train.kernels) if device == "cuda" else ()
-    neurons = (
-        2 if not model.is_gated else 3 if "glu" in kernels else 4
-    )  # gate and up, perhaps gate's activation; result
-    mlp = neurons * size.ffn
+    wide = 3 if "glu" in kernels else 4  # gate and up, without a kernel gate's activation, and the result
+    mlp = (wide if model.is_gated else 2) * size.ffn
     if device == "cpu" and model.is_gated:
         mlp += layout.width * _gate_up_elements(layout)
     logits = min(SCORED_TOKENS, layout.tokens) * -(-model.vocab_size // layout.tensor)
