@@ -38,7 +38,10 @@ def test_gpu_train_measures_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "failed" not in row, row
     tokens = case.sequences * case.model.max_seq_length
     assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
-    assert 0 < row["mfu_causal"] < row["mfu_full"] < 1
+    # Not below 1: a CPU without instructions for bf16 computes some of a step faster than it multiplies large matrices.
+    work = gpu_train.flops.training_flops(case.model, tokens, case.model.max_seq_length, "full")
+    assert row["mfu_full"] == pytest.approx(work / row["seconds"] / row["matrix"])
+    assert 0 < row["mfu_causal"] < row["mfu_full"]
     assert row["planned_to_measured"] == pytest.approx(1, abs=0.2)
 
 
