@@ -197,15 +197,15 @@ def test_a_growing_model_looks_up_what_it_draws_after_growing(
 def test_only_what_is_drawn_before_the_end_of_the_run_is_looked_for(
     corpus: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """Stage 1 of five steps, of which the run has three after growing, and one when it goes on from its fifth step."""
+    """Stage 1 of eight steps, of which the run has six, and one when it goes on from its fifth."""
     dataset = PackedDataset(corpus / "train", SEQ_LENGTH)
     given = open_source(trained), dataset, tmp_path / "cache", Mesh.single(), CacheSettings(top_k=8)
-    cache_teacher(*given, np.sort(samples_of_order(dataset)[12:24]))
+    cache_teacher(*given, np.sort(samples_of_order(dataset)[:24]))
     every = CheckpointConfig(interval=1, keep_last=0)
-    config = grown(make_config(corpus, tmp_path / "run", checkpoint=every), "clone")
-    config = dataclasses.replace(config, salt=SaltConfig(cache=str(tmp_path / "cache"), steps=5, weight=0.5))
+    config = make_config(corpus, tmp_path / "run", checkpoint=every)
+    config = dataclasses.replace(config, salt=SaltConfig(cache=str(tmp_path / "cache"), steps=8, weight=0.5))
     assert run(config) == 0
-    assert [line["phase"] for line in metrics(tmp_path / "run")] == ["small"] * 3 + ["salt"] * 3
+    assert [line["phase"] for line in metrics(tmp_path / "run")] == ["salt"] * 6
     cut_back(tmp_path / "run", 5)
     assert run(config) == 0
 
