@@ -80,6 +80,8 @@ def _teaching(config: Config, teacher: ModelConfig, steps: int) -> float:
     salt = config.salt
     if not salt.teacher:
         return 0.0
-    passes = float(salt.weight > 0) + (salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0)
-    taught = min(salt.steps, steps) * passes + (config.growth.ligo_steps if salt.map_weight else 0)
-    return taught * flops.forward_flops(teacher, step_tokens(config), config.data.seq_length)
+    taught = min(salt.steps, steps)
+    batches = (taught if salt.weight > 0 else 0) + (config.growth.ligo_steps if salt.map_weight else 0)
+    if salt.online_buffer:
+        batches += -(-taught // salt.kept_batches) * salt.online_buffer  # a buffer that is begun is scored whole
+    return batches * flops.forward_flops(teacher, step_tokens(config), config.data.seq_length)
