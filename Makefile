@@ -54,7 +54,7 @@ fuzz: setup ## 500 malformed files per field to every reader; a table (ten minut
 	$(bin)/python -O -m tests.fuzz.campaign --per-field 20
 
 bench: setup .peers/.installed ## the benchmarks; results in benchmarks/results
-	set -e; for file in $(filter-out benchmarks/results_file.py benchmarks/kernel_%.py,$(wildcard benchmarks/*.py)); do PYTHONPATH=$(abspath .peers) $(bin)/python $$file; done
+	set -e; for file in $(filter-out benchmarks/results_file.py benchmarks/processes.py benchmarks/kernel_%.py benchmarks/salt_%.py,$(wildcard benchmarks/*.py)); do PYTHONPATH=$(abspath .peers) $(bin)/python $$file; done
 
 kernels: setup ## the tests of the kernels, interpreted on the CPU and compiled without a GPU
 	$(bin)/python -m pytest -o python_files='test_*.py slow_*.py' tests/kernels

@@ -12,20 +12,16 @@ something is sent, sending by gloo and nothing else what a rank needs of the sou
 gathers full state dicts on the first rank, grows them there, and sends every whole tensor to all ranks.
 """
 
-import ctypes
-import gc
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
+from processes import MIB, anonymous_peak, settle, tell
 from results_file import Row, write
 from torch import Tensor
 
@@ -46,7 +42,7 @@ from megagrow.train.growing import grow_copies, map_learner
 from megagrow.train.learner import ModelLearner
 from megagrow.train.part import Part, build_part, initialize_part
 
-MIB, RANKS = 2**20, 4
+RANKS = 4
 LAYER_SHARE, COPY_TIMES, SEND_TIMES, STEP_TIMES, PLAN_SHARE = 1.5, 3.0, 1.5, 2.0, 0.10
 
 
@@ -128,29 +124,15 @@ LEARNING = {
 }
 
 
-def status(name: str) -> int:
-    """A figure of /proc/self/status in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
-def settle() -> int:
-    """Collects and trims; returns the bytes of anonymous pages that are left."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return status("RssAnon")
-
-
 def measured(run: Callable[[], Any]) -> tuple[Any, int, list[float]]:
     """What it returns, the peak of anonymous pages meanwhile, and the seconds of the slowest rank: by the clock, and of
     its processor, which other work on the machine does not change."""
     settle()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     dist.barrier()
     began = time.perf_counter(), time.process_time()
     result = run()
     seconds = torch.tensor([time.perf_counter() - began[0], time.process_time() - began[1]])
-    peak = status("VmHWM") - status("RssFile") - status("RssShmem")
+    peak = anonymous_peak()
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return result, peak, seconds.tolist()
 
@@ -278,24 +260,14 @@ def work(name: str, kind: str) -> None:
     mesh = make_mesh(case.parallel)
     dist.barrier()
     found = learn(case, mesh, kind == "plain") if kind in ("learn", "plain") else grow(case, mesh, kind == "usual")
-    print("measured", json.dumps({"pipeline": mesh.pp.rank, **found}), flush=True)
+    tell({"pipeline": mesh.pp.rank, **found})
     leave_distributed()
 
 
 def launch(name: str, kind: str) -> list[dict[str, Any]]:
     """What the ranks found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(4 * MIB),
-        "MALLOC_ARENA_MAX": "1",
-    }
-    done = subprocess.run([*command, __file__, name, kind], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{name}, {kind}: {done.stderr[-2000:]}")
-    lines = [line[line.index("{") :] for line in done.stdout.splitlines() if "measured {" in line]
-    return [json.loads(line) for line in lines]
+    allocator = {"MALLOC_MMAP_THRESHOLD_": str(4 * MIB), "MALLOC_ARENA_MAX": "1"}
+    return processes.launch(__file__, name, kind, ranks=RANKS, threads=1, **allocator)
 
 
 def growth_rows(name: str, case: Case) -> list[Row]:

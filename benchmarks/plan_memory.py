@@ -8,15 +8,13 @@ the process is shown but not compared. Pipelines run over gloo. Ranks of the oth
 process group, since gloo's threads free tensors where the profiler does not see it.
 """
 
-import json
-import os
 import resource
-import subprocess
 import sys
 import time
 from dataclasses import replace
 
 import torch
+from processes import MIB, launch, tell
 from results_file import Row, write
 from torch.profiler import record_function
 
@@ -97,7 +95,7 @@ def train(name: str) -> None:
         steps(config, mesh)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         peak = peak_memory(lambda: steps(config, mesh), since=STEP)
-        print("measured", json.dumps({"rank": mesh.pp.rank, "peak": peak, "process": grown}), flush=True)
+        tell({"rank": mesh.pp.rank, "peak": peak, "process": grown})
     leave_distributed()
 
 
@@ -114,17 +112,7 @@ def steps(config: Config, mesh: Mesh) -> None:
 
 def measure(name: str, ranks: int) -> dict[int, dict[str, int]]:
     """What the ranks of a case measured, by their place in the pipeline."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, name], capture_output=True, text=True, env=environment, check=True
-    )
-    found: dict[int, dict[str, int]] = {}
-    for line in done.stdout.splitlines():
-        if "measured {" in line:
-            result = json.loads(line[line.index("{") :])
-            found[result["rank"]] = result
-    return found
+    return {found["rank"]: found for found in launch(__file__, name, ranks=ranks, threads=1)}
 
 
 def compare(name: str, config: Config, ranks: int) -> list[Row]:
@@ -135,9 +123,9 @@ def compare(name: str, config: Config, ranks: int) -> list[Row]:
         real, process = measured[held.rank]["peak"], measured[held.rank]["process"]
         off = held.total / real - 1
         rows += [
-            Row(f"{place}: measured", real / 2**20, "MiB"),
+            Row(f"{place}: measured", real / MIB, "MiB"),
             Row(f"{place}: planned / measured - 1", off, "", f"within {BOUND:.0%}", abs(off) <= BOUND),
-            Row(f"{place}: growth of the process", process / 2**20, "MiB"),
+            Row(f"{place}: growth of the process", process / MIB, "MiB"),
         ]
     return rows
 

@@ -15,19 +15,18 @@ import argparse
 import contextlib
 import gc
 import importlib
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import processes
 import torch
 import torch._dynamo
 import torch._inductor.codegen.cpp  # the compiler's own size is on neither side
 import torch._inductor.compile_fx
+from processes import MIB, forget_peak, status, tell
 from results_file import Row, write
 from torch import Tensor
 from torch.profiler import record_function
@@ -136,17 +135,16 @@ def measure(arm: str, precision: str) -> dict[str, object]:
     make = reference_step if arm in REFERENCES else our_step
     if make is reference_step:
         importlib.import_module("transformers.models.llama.modeling_llama")
-    imported = resident("VmRSS")
+    imported = status("VmRSS")
     step = make(arm, precision)
     gc.collect()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew: making a model is not training it
+    forget_peak()  # making a model is not training it
     seconds, losses = [], []
     for _ in range(WARM_UP + STEPS):
         began = time.perf_counter()
         losses.append(step())
         seconds.append(time.perf_counter() - began)
-    process = resident("VmHWM") - imported
+    process = (status("VmHWM") - imported) / MIB
     del step  # of which the live tensors are counted from the first one on
     return {"seconds": seconds[WARM_UP:], "losses": losses, "process": process, "live": live(make, arm, precision)}
 
@@ -160,13 +158,7 @@ def live(make: Callable[[str, str], Step], arm: str, precision: str) -> float:
             with record_function("step"):
                 step()
 
-    return peak_memory(run, since="step") / 2**20
-
-
-def resident(entry: str) -> float:
-    """An entry of this process' status, in MiB."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(entry))
+    return peak_memory(run, since="step") / MIB
 
 
 def matrix_peak(precision: str) -> float:
@@ -189,14 +181,7 @@ def matrix_peak(precision: str) -> float:
 def launch(arm: str, precision: str) -> dict[str, object]:
     """What an arm measures in processes of its own, on two threads in all."""
     ranks = 2 if arm == TENSOR_ARM else 1
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks)}
-    command = [sys.executable, *launcher, __file__, "--arm", arm, precision]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arm}, {precision}, failed:\n{done.stderr[-4000:]}")
-    found = next(line for line in done.stdout.splitlines() if line.startswith("measured "))
-    return json.loads(found.removeprefix("measured "))
+    return processes.launch(__file__, "--arm", arm, precision, ranks=ranks, threads=2 // ranks)[0]
 
 
 def child(arm: str, precision: str) -> None:
@@ -204,7 +189,7 @@ def child(arm: str, precision: str) -> None:
     init_distributed()
     found = {"peak": matrix_peak(precision)} if arm == PEAK_ARM else measure(arm, precision)
     if int(os.environ.get("RANK", "0")) == 0:
-        print("measured", json.dumps(found), flush=True)
+        tell(found)
     leave_distributed()
 
 

@@ -266,7 +266,8 @@ class TrainConfig:
     dropout: float = 0.0  # on embeddings and both residual branches; the mask depends on (seed, step, token) only
     label_smoothing: float = 0.0  # share of each label's probability that is spread over the whole vocabulary
     z_loss: float = 0.0  # weight of the square of the logits' log-sum-exp beside the cross-entropy (PaLM: 1e-4)
-    loss_chunk: int = 1024  # tokens whose logits exist at a time; 0: as many as half of a GPU's L2 cache holds
+    # Tokens whose logits exist at a time, of these at most 256 MiB; 0: as many as half of a GPU's L2 cache holds
+    loss_chunk: int = 1024
     seed: int = 1234  # initial weights depend on (seed, parameter name) only
     eval_interval: int = 100  # steps; 0: only at the end
     eval_batches: int = 4  # fixed batches of global_batch_size held-out samples

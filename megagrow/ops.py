@@ -218,11 +218,13 @@ def vocab_scores(
     max_T: Tensor,
     bits: int,
     num_valid: int | None = None,
+    *,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum of exponentials in fixed point, which does not show how the vocabulary is cut, and the label's rank.
 
     Args:
-        logits_TV, labels_T, num_valid: as in `vocab_stats`.
+        logits_TV, labels_T, num_valid, fused: as in `vocab_stats`.
         label_logits_T: the label logit of every token over all shards, in the dtype of the statistics.
         max_T: the maximum of every token over all shards, likewise.
         bits: exp(0) is 2^bits units; 2^bits times the vocabulary's size must stay below 2^63.
@@ -234,6 +236,8 @@ def vocab_scores(
     kernels = kernels_for("vocab_loss", logits_TV)
     if kernels is not None:
         return kernels.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
+    if fused and logits_TV[:, :num_valid].numel():
+        return compiled(torch_ops.scores_of_rows)(logits_TV[:, :num_valid], labels_T, label_logits_T, max_T, bits)
     return torch_ops.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
 
 

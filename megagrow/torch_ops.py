@@ -104,11 +104,19 @@ def vocab_scores(
     units_T = torch.zeros(len(logits_TV), dtype=torch.int64, device=logits_TV.device)
     rank_T = torch.zeros(len(logits_TV), dtype=torch.int32, device=logits_TV.device)
     for rows in row_chunks(valid_TV):
-        wide_TV = valid_TV[rows].to(wide_dtype(logits_TV))
-        rank_T[rows] = _num_greater(wide_TV, labels_T[rows], label_logits_T[rows])
-        units_TV = (wide_TV - max_T[rows, None]).exp_().mul_(2.0**bits)
-        units_T[rows] = units_TV.to(torch.int64).sum(-1)
+        given = valid_TV[rows], labels_T[rows], label_logits_T[rows], max_T[rows]
+        units_T[rows], rank_T[rows] = scores_of_rows(*given, bits)
     return units_T, rank_T
+
+
+def scores_of_rows(
+    logits_TV: Tensor, labels_T: Tensor, label_logits_T: Tensor, max_T: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """`vocab_scores` of rows without padding, all at once."""
+    wide_TV = logits_TV.to(wide_dtype(logits_TV))
+    rank_T = _num_greater(wide_TV, labels_T, label_logits_T)
+    units_TV = (wide_TV - max_T[:, None]).exp_().mul_(2.0**bits)
+    return units_TV.to(torch.int64).sum(-1), rank_T
 
 
 @torch.no_grad()

@@ -520,10 +520,94 @@ def test_learning_is_judged_beside_a_plain_step(monkeypatch: pytest.MonkeyPatch)
     assert [row.holds for row in growth.learning_rows(name, case) if row.bound] == [True, False]
 
 
+def judged(rows: list[Any]) -> list[bool]:
+    return [row.holds for row in rows if row.bound]
+
+
 def test_salt_measures_the_memory_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    salt = load("salt", monkeypatch)
-    mixed, plain, dense = salt.loss_memory(torch.device("cpu"), vocab=4000, tokens=2048, hidden=32, teacher_hidden=16)
-    logits = 4 * 4000 * 1024 / 2**20  # of a chunk of both models' tokens
-    assert logits < plain.value < mixed.value < 2 * logits + 12
-    assert dense.value > 4 * 4 * 4000 * 2048 / 2**20
-    assert mixed.holds and mixed.bound == "< 600 MiB"
+    salt_loss = load("salt_loss", monkeypatch)
+    sizes = salt_loss.Sizes(vocab=4000, tokens=2048, hidden=32, teacher_hidden=16)
+    mixed, plain, dense = (salt_loss.measure(kind, sizes) for kind in salt_loss.KINDS)
+    logits = 4 * 4000 * 1024  # of a chunk of both models' tokens
+    assert logits < plain["live tensors"] < mixed["live tensors"] < 2 * logits + 12 * 2**20
+    assert dense["live tensors"] > 4 * 4 * 4000 * 2048
+    assert all(found["process"] > 0.9 * found["live tensors"] for found in (mixed, plain, dense))
+
+
+@pytest.mark.parametrize(("process", "holds"), [(599, True), (601, False)])
+def test_salt_judges_the_memory_of_the_mixed_loss(monkeypatch: pytest.MonkeyPatch, process: int, holds: bool) -> None:
+    salt_loss = load("salt_loss", monkeypatch)
+    found = {"live tensors": 500.0 * 2**20, "process": process * 2.0**20}
+    monkeypatch.setattr(salt_loss, "launch", lambda *_: [found])
+    assert judged(salt_loss.rows()) == [True, holds]
+
+
+def test_scoring_finds_what_transformers_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    salt_scoring = load("salt_scoring", monkeypatch)
+    small = ModelConfig(hidden_size=64, num_layers=2, num_heads=4, ffn_size=96, vocab_size=256, max_seq_length=32)
+    for name, value in {"MODEL": small, "LENGTH": 32, "TOP_K": 3}.items():
+        monkeypatch.setattr(salt_scoring, name, value)
+    salt_scoring.make_inputs(tmp_path)
+    ours, theirs = salt_scoring.score_ours(tmp_path, "ours"), salt_scoring.score_reference(tmp_path, "SDPA")
+    assert ours.keys() == theirs.keys() and len(ours["mean_nll"]) == salt_scoring.SAMPLES
+    for name in ours.keys() - {"seconds"}:
+        assert ours[name] == pytest.approx(theirs[name], abs=0.02), name
+    assert all(0.1 < share < 0.8 for share in ours["in_top_k_fraction"])  # chance: 0.012
+    rows = salt_scoring.rows_of({"ours": [ours], "SDPA": [theirs], "SDPA, compiled": [theirs]})
+    assert judged(rows)[1:] == [True, True]
+
+
+def test_scoring_is_judged_beside_the_faster_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    salt_scoring = load("salt_scoring", monkeypatch)
+
+    def run(seconds: float, nll: float = 1.0) -> list[dict[str, Any]]:
+        names = ("mean_nll", "median_in_top_k", "in_top_k_fraction")
+        return [{"seconds": seconds, **dict.fromkeys(names, [nll])}]
+
+    found = {"SDPA": run(3.0), "SDPA, compiled": run(1.31), "ours": run(1.0)}
+    assert judged(salt_scoring.rows_of(found)) == [True, True, True]
+    assert judged(salt_scoring.rows_of(found | {"SDPA, compiled": run(1.29)})) == [False, True, True]
+    assert judged(salt_scoring.rows_of(found | {"ours": run(1.0, nll=1.02)})) == [True, False, False]
+
+
+def fabricated_runs(taught_seconds: float, taught_bytes: int) -> dict[str, Any]:
+    def run(seconds: float, spent: float, held: int) -> list[dict[str, Any]]:
+        ranks = [{"rank": 0, "process": held, "live tensors": held}]
+        return [{"seconds": [9 * seconds, seconds, seconds], "flops": [spent], "ranks": ranks}]
+
+    return {"plain": run(1.0, 100.0, 1000), "taught": run(taught_seconds, 120.0, taught_bytes)}
+
+
+def test_stage_one_is_judged_beside_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    salt_runs = load("salt_runs", monkeypatch)
+    for seconds, holds in ((1.07, False), (1.09, True), (1.2, True), (1.31, True), (1.33, False)):
+        assert judged(salt_runs.time_rows("one process", fabricated_runs(seconds, 1000))) == [holds]
+    for held, holds in ((989, False), (991, True), (1009, True), (1011, False)):
+        assert judged(salt_runs.memory_rows("one process", fabricated_runs(1.0, held))) == [holds, holds]
+
+
+def test_salt_runs_train_and_tell_what_they_hold(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    salt_runs = load("salt_runs", monkeypatch)
+    tiny = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48, vocab_size=256)
+    for name, value in {"STUDENT": tiny, "TEACHER": tiny, "LENGTH": 16}.items():
+        monkeypatch.setattr(salt_runs, name, value)
+    runs = sys.modules["megagrow.train.run"]
+    monkeypatch.setattr(runs, "Trainer", runs.Trainer)  # put back afterwards
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+    def launch(script: str, *arguments: str, ranks: int, threads: int) -> list[dict[str, Any]]:
+        assert salt_runs.work(*arguments) == 0
+        output = capfd.readouterr().out
+        return [json.loads(output[output.index("{") :])]
+
+    monkeypatch.setattr(salt_runs, "launch", launch)
+    salt_runs.make_inputs(tmp_path)
+    found = {kind: [salt_runs.train(tmp_path, kind, "one process")] for kind in (salt_runs.PLAIN, salt_runs.TAUGHT)}
+    plain, taught = (found[kind][0] for kind in found)
+    assert len(plain["seconds"]) == len(taught["seconds"]) == salt_runs.STEPS
+    assert taught["flops"][0] / plain["flops"][0] == pytest.approx(4 / 3)  # the teacher is as large as the student
+    held = [each["ranks"][0]["live tensors"] for each in (plain, taught)]
+    assert held[0] > 3 * 4 * num_parameters(tiny)
+    assert held[1] == pytest.approx(held[0], rel=0.01)

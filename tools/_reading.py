@@ -22,12 +22,13 @@ def add_reading(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share the model")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per forward pass")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model: a minute, then faster")
     parser.add_argument("--skip-source-check", action="store_true", help="even if it does not fit")
 
 
 def reading_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the options of `add_reading` say of how samples are read, for `ScoreSettings` and `CacheSettings`."""
-    names = ("mask_documents", "reset_positions", "batch_size", "skip_source_check")
+    names = ("mask_documents", "reset_positions", "batch_size", "skip_source_check", "compile")
     return {"dtype": DTYPES[options.precision], **{name: getattr(options, name) for name in names}}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.remote import as_path, remote
 from megagrow.checkpoint.shards import DTYPES
-from megagrow.config import ModelConfig, Policy
+from megagrow.config import ModelConfig, Policy, TrainConfig
 from megagrow.config_file import from_dict
 from megagrow.data.dataset import Samples
 from megagrow.errors import CheckpointError, ConfigError, DataError, shown
@@ -105,16 +105,19 @@ def open_source(path: Path | str) -> Source:
     return _open_own(found[0])
 
 
-def load_model(source: Source, mesh: Mesh, dtype: torch.dtype | None = None) -> Transformer:
+def load_model(
+    source: Source, mesh: Mesh, dtype: torch.dtype | None = None, train: TrainConfig | None = None
+) -> Transformer:
     """The whole model on every pipeline and data rank, sharded over the tensor axis only, for inference.
 
     Args:
         source: where the weights come from.
         mesh: its tensor axis shards the model, and its context axis the sequences; each of its groups holds the whole.
         dtype: of the parameters; None: float32.
+        train: how it computes; None: by the defaults.
     """
     with torch.device("meta"):
-        model = Transformer(source.model, mesh)
+        model = Transformer(source.model, mesh, train=train)
     shard_parameters(model, source.model, mesh)
     model.to(dtype or torch.float32).to_empty(device=mesh.device)
     for name, parameter in model.named_parameters():

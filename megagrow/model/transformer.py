@@ -301,9 +301,15 @@ class Transformer(nn.Module):
         with torch.no_grad():
             hidden_BSH = self(ids_BS, documents=documents, positions=positions)
         hidden_TH, labels_T = (x.flatten(0, 1) if chosen_BS is None else x[chosen_BS] for x in (hidden_BSH, labels_BS))
-        where = self.config.vocab_size, self.tp.axis
         return token_scores(
-            hidden_TH, self.head_VH, labels_T, *where, head_bias=self.head_bias_V, ties_by_id=ties_by_id
+            hidden_TH,
+            self.head_VH,
+            labels_T,
+            self.config.vocab_size,
+            self.tp.axis,
+            head_bias=self.head_bias_V,
+            ties_by_id=ties_by_id,
+            compiled=self.train_config.compile,
         )
 
     def _embed(

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 L2_CACHE = 50 * 2**20  # of an H100
+LOGIT_BYTES = 2**28  # that exist at a time at most, unless 256 tokens have more
 NUM_SUMS = 4  # loss, cross-entropy, distillation term, the teacher's entropy
 
 
@@ -93,14 +94,17 @@ def vocab_parallel_loss(
 def tokens_at_once(wanted: int, num_rows: int, width: int, cache: int) -> int:
     """Tokens whose logits exist at a time: as many as wanted, or as half of a cache holds.
 
+    Not more than `LOGIT_BYTES` hold, nor, because of that or the cache, fewer than 256: the products would read the
+    output matrix more often than they compute with it.
+
     Args:
-        wanted: `train.loss_chunk`; 0: what the cache says, in multiples of 128, at least 256, fewer of which would make
-            the products read the output matrix more often than they compute with it.
+        wanted: `train.loss_chunk`; 0: what the cache says.
         num_rows: of the output matrix, on the rank that has most: all go through the same chunks together.
         width: bytes of a logit.
         cache: bytes.
     """
-    return wanted or max(cache // 2 // (max(num_rows, 1) * width) // 128 * 128, 256)
+    most, cached = (max(size // (max(num_rows, 1) * width) // 128 * 128, 256) for size in (LOGIT_BYTES, cache // 2))
+    return min(wanted or cached, most)
 
 
 def cache_size(device: torch.device) -> int:
@@ -118,6 +122,7 @@ def token_scores(
     *,
     head_bias: Tensor | None = None,
     ties_by_id: bool = False,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood and rank of every label, without gradients.
 
@@ -129,18 +134,19 @@ def token_scores(
         chunk_tokens: tokens whose logits exist at a time.
         head_bias: [V] of this rank's rows, or None.
         ties_by_id: equal logits of lower ids count too, so that rank 0 is the token that an argmax takes.
+        compiled: fuse the pass over the logits with torch.compile, where no kernel does it.
 
     Returns:
         nll_T (float32 or wider, never negative), rank_T (int32), the same on every tensor rank.
     """
-    shard = VocabShard(tp, vocab_size)
+    shard = VocabShard(tp, vocab_size, fused=compiled)
     nlls, ranks = [], []
     with torch.no_grad():
         head = head_VH.to(hidden_TH.dtype)
         for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
             logits_CV, local_C = _logits(hidden_CH, head, head_bias), shard.local_labels(labels_C)
             label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
-            nll_C, rank_C = _exact_scores(logits_CV, local_C, label_logit_C, vocab_size, tp)
+            nll_C, rank_C = _exact_scores(logits_CV, local_C, label_logit_C, shard)
             if ties_by_id:
                 rank_C += sum_over(_equal_before(logits_CV, labels_C, label_logit_C, shard.vocab), tp)
             nlls.append(nll_C)
@@ -186,7 +192,7 @@ def _label_logits(logits_CV: Tensor, local_C: Tensor) -> Tensor:
 
 
 def _exact_scores(
-    logits_CV: Tensor, local_C: Tensor, label_logit_C: Tensor, vocab_size: int, tp: Axis
+    logits_CV: Tensor, local_C: Tensor, label_logit_C: Tensor, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
     """lse − label logit, with the exponentials summed in fixed point; the label's rank.
 
@@ -194,14 +200,14 @@ def _exact_scores(
     split. exp(0) is 2^k units with vocab_size·2^k ≤ 2^62: truncation loses less than vocab_size /
     2^k of the sum, 2^-26 at 262,144 tokens.
     """
-    wide = label_logit_C.dtype
-    bits = 62 - (vocab_size - 1).bit_length()
+    wide, tp = label_logit_C.dtype, shard.tp
+    bits = 62 - (shard.vocab_size - 1).bit_length()
     max_C = torch.full_like(label_logit_C, -torch.inf)
     if logits_CV.shape[1] > 0:
         max_C = logits_CV.amax(-1).to(wide)
     # Not every backend's maximum keeps NaN: as infinity it reaches the result of every rank.
     max_C = max_over(max_C.masked_fill(max_C.isnan(), torch.inf), tp)
-    units_C, rank_C = ops.vocab_scores(logits_CV, local_C, label_logit_C, max_C, bits)
+    units_C, rank_C = ops.vocab_scores(logits_CV, local_C, label_logit_C, max_C, bits, fused=shard.fused)
     log_sum_C = sum_over(units_C, tp).double().log() - bits * math.log(2)
     nll_C = (log_sum_C + (max_C.double() - label_logit_C.double())).clamp(min=0).to(wide)
     return nll_C, sum_over(rank_C, tp)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megagrow.checkpoint.source import Source, check_source, load_model
 from megagrow.checks import check_causal, check_model
-from megagrow.config import ParallelConfig, require
+from megagrow.config import ParallelConfig, TrainConfig, require
 from megagrow.data.dataset import PackedDataset
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.collectives import broadcast_from, sum_over, told_by_first
@@ -44,6 +44,7 @@ class ReadSettings:
             matrix products may then sum in another order.
         shard_size: samples that are done again at most after an interruption; rounded up to whole batches.
         skip_source_check: go on although the model does not fit the data.
+        compile: torch.compile the layers and the passes over logits, which may change the last bit of a logit too.
     """
 
     dtype: torch.dtype = torch.float32
@@ -52,6 +53,7 @@ class ReadSettings:
     batch_size: int = 16
     shard_size: int = 256
     skip_source_check: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size"):
@@ -184,7 +186,7 @@ def checked_model(
     source: Source, dataset: PackedDataset, mesh: Mesh, settings: ReadSettings, progress: Progress | None
 ) -> Transformer:
     """The model, sharded over the tensor axis, after a look at its loss on the data (see `check_source`)."""
-    model = load_model(source, mesh.tensor_only(), settings.dtype)
+    model = load_model(source, mesh.tensor_only(), settings.dtype, TrainConfig(compile=settings.compile))
     loss = check_source(model, dataset, mesh, str(source.path), settings.skip_source_check)
     if progress is not None:
         progress.message(f"{source.path}: loss {loss:.3f} nats per token on the first samples")
