@@ -34,6 +34,7 @@ from megagrow.roles import TIED_EMBEDDING, role_of, shape_of
 from megagrow.salt import ScoreSettings, read_scores, score_corpus
 
 SAMPLES, BATCH, TOP_K, ROUNDS = 8, 4, 10, 3
+DTYPE = torch.bfloat16
 LENGTH = MODEL.max_seq_length
 FASTER, SHARES_AGREE = 1.3, 0.01
 REFERENCES = {"SDPA": False, "SDPA, compiled": True}
@@ -44,7 +45,7 @@ Found = dict[str, Any]
 
 def make_inputs(folder: Path) -> None:
     """The folder of weights, and two corpora."""
-    write_hf_folder(folder / "model", MODEL, weight, dtype=torch.bfloat16)
+    write_hf_folder(folder / "model", MODEL, weight, dtype=DTYPE)
     for name, samples in ((WARM_UP, BATCH), (CORPUS, SAMPLES)):
         with IndexedWriter(folder / name, np.uint16) as writer:
             writer.add_document(tokens(samples * LENGTH + 1))
@@ -65,7 +66,8 @@ def tokens(count: int) -> np.ndarray:
 
 def score_ours(folder: Path, arm: str) -> Found:
     """Scores the warm-up, then the corpus."""
-    source, settings = open_source(folder / "model"), ScoreSettings(TOP_K, torch.bfloat16, BATCH, compile=OURS[arm])
+    source = open_source(folder / "model")
+    settings = ScoreSettings(top_k=TOP_K, dtype=DTYPE, batch_size=BATCH, compile=OURS[arm])
     with tempfile.TemporaryDirectory() as output:
         for name in (WARM_UP, CORPUS):
             dataset = PackedDataset(folder / name, LENGTH, MODEL.vocab_size)
@@ -80,7 +82,7 @@ def score_reference(folder: Path, arm: str) -> Found:
     """The same by transformers."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=DTYPE, attn_implementation="sdpa")
     token_scores = partial(reference_scores, model.eval())
     run = torch.compile(token_scores) if REFERENCES[arm] else token_scores
     for name in (WARM_UP, CORPUS):

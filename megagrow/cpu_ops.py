@@ -1,4 +1,4 @@
-"""What a CPU does better than by torch's own way: products, and causal attention.
+"""What a CPU does better than by torch's own way: float32 products, and causal attention.
 
 Both are operations of their own, so that a compiler takes them as they are. `ops` and `attention_ops` say when they
 serve.
@@ -17,25 +17,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-HAS_BFLOAT16 = HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # else torch multiplies one by one
 QUERY_BLOCK = 64  # their scores stay in a core's cache
 PIECE_ROWS = 2048  # of a product that is added to a sum: they stay in the cache until they are
 LONG = 2**14  # rows or columns that only a vocabulary has: more of them are multiplied piece by piece
 
 
 def serves_product(a_MK: Tensor, b_NK: Tensor) -> bool:
-    """Whether `product` is the better way.
+    """Whether `product` is the faster way.
 
     For float32, torch asks MKL, which takes 2.2 times as long as oneDNN on an AMD EPYC 9005 (113 instead of 255 GFLOP/s
-    on a core). For bfloat16, it asks oneDNN anyway where the CPU has AVX-512; elsewhere it reaches a tenth of float32's
-    speed (6.5 instead of 68 GFLOP/s on a core of an AMD EPYC 7003), and `product` computes in float32.
+    on a core). For bfloat16, it asks oneDNN anyway.
     """
-    dtypes = (torch.float32,) if HAS_BFLOAT16 else (torch.float32, torch.bfloat16)
     return (
         HAS_ONEDNN
         and a_MK.device.type == "cpu"
-        and a_MK.dtype == b_NK.dtype
-        and a_MK.dtype in dtypes
+        and a_MK.dtype == b_NK.dtype == torch.float32
         and a_MK.numel() > 0
         and b_NK.numel() > 0
     )
@@ -44,27 +40,27 @@ def serves_product(a_MK: Tensor, b_NK: Tensor) -> bool:
 # Not oneDNN's operation itself, since the compiler wants constant weights for that.
 @torch.library.custom_op("megagrow::product", mutates_args=())
 def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """a·bᵀ [M, N] by oneDNN in float32, rounded to the dtype of a; both may be strided.
+    """a·bᵀ [M, N] by oneDNN; both may be strided.
 
     oneDNN lays the whole of b out anew, and of the sum over a long K the whole of a: of an output matrix that would be
     more than the logits of a chunk.
     """
     num_rows, num_terms = b_NK.shape
     if max(num_rows, num_terms) <= LONG:
-        return _float32_product(a_MK, b_NK).to(a_MK.dtype)
+        return _linear(a_MK, b_NK)
     if num_rows >= num_terms:
         y_MN = a_MK.new_empty(len(a_MK), num_rows)
         for y_MR, b_RK in zip(y_MN.split(PIECE_ROWS, 1), b_NK.split(PIECE_ROWS), strict=True):
-            y_MR.copy_(_float32_product(a_MK, b_RK))
+            y_MR.copy_(_linear(a_MK, b_RK))
         return y_MN
-    total_MN = torch.zeros(len(a_MK), num_rows)
+    total_MN = a_MK.new_zeros(len(a_MK), num_rows)
     for a_MP, b_NP in zip(a_MK.split(PIECE_ROWS, 1), b_NK.split(PIECE_ROWS, 1), strict=True):
-        total_MN += _float32_product(a_MP, b_NP)
-    return total_MN.to(a_MK.dtype)
+        total_MN += _linear(a_MP, b_NP)
+    return total_MN
 
 
-def _float32_product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a_MK.float(), b_NK.float(), None, "none", [], "")
+def _linear(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
 
 
 @product.register_fake
@@ -97,7 +93,6 @@ def causal_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         [B, N, S, D], in memory [B, S, N, D].
     """
     y_BNSD = _like_heads(q_BNSD)
-    q_BNSD, k_BKTD, v_BKTD = (_multiplicable(x) for x in (q_BNSD, k_BKTD, v_BKTD))
     k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
     wide_k_XTD = k_XTD.to(wide_dtype(k_XTD))
     for queries, E in _blocks(q_BNSD.shape[2], k_XTD.shape[1]):
@@ -118,7 +113,6 @@ def causal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, laid out as `causal_attention` lays out its result."""
     dq_BNSD, dk_BKTD, dv_BKTD = _like_heads(q_BNSD), _like_heads(k_BKTD), _like_heads(v_BKTD)
-    dy_BNSD, q_BNSD, k_BKTD, v_BKTD = (_multiplicable(x) for x in (dy_BNSD, q_BNSD, k_BKTD, v_BKTD))
     k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
     wide_k_XTD = k_XTD.to(wide_dtype(k_XTD))
     dk_XTD, dv_XTD = torch.empty_like(wide_k_XTD), torch.empty_like(wide_k_XTD)
@@ -187,11 +181,6 @@ def _probabilities(q_XQD: Tensor, wide_k_XED: Tensor, queries: slice) -> Tensor:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """float32 at least, for sums and exponentials of x."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _multiplicable(x: Tensor) -> Tensor:
-    """x in the dtype that its products are fast in."""
-    return x if HAS_BFLOAT16 else x.to(wide_dtype(x))
 
 
 def _grouped(x_BNQD: Tensor, num_kv_heads: int) -> Tensor:

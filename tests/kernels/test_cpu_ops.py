@@ -51,9 +51,8 @@ def test_product_of_strided_factors(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ops.product(a_MK, b_NK), exact.to(dtype))
 
 
-def test_float32_goes_to_onednn_and_empty_factors_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_goes_to_onednn_and_empty_factors_do_not() -> None:
     assert cpu_ops.HAS_ONEDNN
-    monkeypatch.setattr(cpu_ops, "HAS_BFLOAT16", True)
     assert cpu_ops.serves_product(normal(2, 3), normal(4, 3))
     for a_MK, b_NK in (
         (normal(0, 3), normal(4, 3)),
@@ -66,36 +65,19 @@ def test_float32_goes_to_onednn_and_empty_factors_do_not(monkeypatch: pytest.Mon
         assert ops.product(a_MK, b_NK).shape == ops.linear(a_MK, b_NK).shape == (len(a_MK), len(b_NK))
 
 
-@pytest.mark.parametrize("has_bfloat16", [False, True])
-def test_bfloat16_is_multiplied_in_float32_where_the_cpu_has_none(
-    has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Either way the result has 16 bits, and the sums more."""
-    monkeypatch.setattr(cpu_ops, "HAS_BFLOAT16", has_bfloat16)
-    a_MK, b_NK = normal(4, 512, dtype=torch.bfloat16), normal(3, 512, dtype=torch.bfloat16)
-    assert cpu_ops.serves_product(a_MK, b_NK) is not has_bfloat16
-    y_MN = ops.product(a_MK, b_NK)
-    assert y_MN.dtype == torch.bfloat16
-    torch.testing.assert_close(y_MN.double(), a_MK.double() @ b_NK.double().T, rtol=2**-8, atol=2**-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("M", "N", "K"), [(3, 40, 5), (3, 5, 40), (3, 40, 35)])
-def test_a_vocabulary_is_multiplied_piece_by_piece(
-    M: int, N: int, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vocabulary_is_multiplied_piece_by_piece(M: int, N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_ops, "LONG", 16)
     monkeypatch.setattr(cpu_ops, "PIECE_ROWS", 7)
-    monkeypatch.setattr(cpu_ops, "HAS_BFLOAT16", False)
-    multiply, sizes = cpu_ops._float32_product, list[int]()
+    multiply, sizes = cpu_ops._linear, list[int]()
 
     def noted(a_MK: Tensor, b_NK: Tensor) -> Tensor:
         sizes.append(b_NK.numel())
         return multiply(a_MK, b_NK)
 
-    monkeypatch.setattr(cpu_ops, "_float32_product", noted)
-    a_MK, b_NK = normal(M, K, dtype=dtype), normal(K, N, dtype=dtype).T
-    torch.testing.assert_close(ops.product(a_MK, b_NK), (a_MK.double() @ b_NK.double().T).to(dtype))
+    monkeypatch.setattr(cpu_ops, "_linear", noted)
+    a_MK, b_NK = normal(M, K), normal(K, N).T
+    torch.testing.assert_close(ops.product(a_MK, b_NK), (a_MK.double() @ b_NK.double().T).float())
     assert max(sizes) == 7 * min(N, K) and sum(sizes) == N * K
 
 
@@ -143,13 +125,9 @@ def test_causal_attention(num_kv_heads: int, num_keys: int, block: int, monkeypa
     assert gradcheck(cpu_ops.causal_attention, (q, k, v))
 
 
-@pytest.mark.parametrize("has_bfloat16", [False, True])
 @pytest.mark.parametrize("scale", [1, 4])
-def test_attention_in_bfloat16_is_as_good_as_torchs(
-    scale: int, has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_in_bfloat16_is_as_good_as_torchs(scale: int) -> None:
     """With scores rounded to 16 bits it would be 1.6 to 8 times as far off."""
-    monkeypatch.setattr(cpu_ops, "HAS_BFLOAT16", has_bfloat16)
     q, k, v = (heads(2, 4, 128, 64, torch.bfloat16).detach().mul(s).requires_grad_() for s in (scale, scale, 1))
     k, v = k.flip(2).detach().requires_grad_(), v.flip(3).detach().requires_grad_()
     dy = heads(2, 4, 128, 64, torch.bfloat16).detach().flip(1)
