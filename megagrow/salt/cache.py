@@ -112,7 +112,9 @@ def cache_teacher(
         shards.begin()
         _cache_shards(model, dataset, shards, pending, settings, progress)
 
-    shards.carry_out(lambda: is_complete(output, identity), work, lambda: shards.complete(flops), shards.clean_up)
+    shards.carry_out(
+        lambda: is_complete(output, identity), work, lambda: shards.complete(flops, source.ledger), shards.clean_up
+    )
     return output
 
 

@@ -13,6 +13,7 @@ from megagrow.salt.records import (
     SHA256,
     Cost,
     Reading,
+    Training,
     Wording,
     check_numbers,
     field,
@@ -52,6 +53,7 @@ class Manifest:
     Attributes:
         identity: what the targets depend on.
         cost: what making them took.
+        training: what the teacher had cost before; None: nobody knows.
         shard_size: samples of a shard, the last one may have fewer.
         compression: of each sample's targets.
         shards: sha256 of the index of every shard.
@@ -59,6 +61,7 @@ class Manifest:
 
     identity: CacheIdentity
     cost: Cost
+    training: Training
     shard_size: int
     compression: str
     shards: tuple[str, ...]
@@ -75,7 +78,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         DataError: it is not the manifest of a cache, or of none that this program makes.
     """
-    data, identity, cost = read_header(CacheIdentity, path, WORDS)
+    data, identity, cost, training = read_header(CacheIdentity, path, WORDS)
     sizes = {"shard_size": field(data, "shard_size", int, path, WORDS)}
     compression, shards = (field(data, n, kind, path, WORDS) for n, kind in (("compression", str), ("shards", list)))
     check_numbers(sizes, path, WORDS)
@@ -88,7 +91,7 @@ def read_manifest(path: Path) -> Manifest:
         raise DataError(f"{path}: compression is {shown(compression)}, must be one of {', '.join(COMPRESSIONS)}")
     if not can_compress(compression):
         raise DataError(f"{path}: reading it needs one more package: pip install zstandard")
-    return Manifest(identity, cost, sizes["shard_size"], compression, tuple(shards))
+    return Manifest(identity, cost, training, sizes["shard_size"], compression, tuple(shards))
 
 
 def _check_identity_values(identity: CacheIdentity, path: Path) -> None:

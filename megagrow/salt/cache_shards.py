@@ -24,7 +24,7 @@ from megagrow.salt.cache_files import (
 )
 from megagrow.salt.cache_format import COMPRESSIONS, best_compression, can_compress
 from megagrow.salt.cache_manifest import WORDS, CacheIdentity, Manifest, write_manifest
-from megagrow.salt.records import MANIFEST_FILE, Cost, field, read_object, to_json
+from megagrow.salt.records import MANIFEST_FILE, Cost, Training, field, read_object, to_json
 from megagrow.salt.sharded import Shards
 from megagrow.salt.work_folder import remove_unfinished
 
@@ -77,7 +77,7 @@ class CacheShards(Shards):
         write_atomically(self.folder.file(shard, SECONDS_SUFFIX), to_json({"seconds": seconds}))
         write_atomically(self.folder.file(shard), join_shard(blocks))
 
-    def complete(self, flops: float | None) -> None:
+    def complete(self, flops: float | None, training: Training) -> None:
         """Writes the manifest."""
         digests, seconds = [], 0.0
         for shard in range(self.count):
@@ -87,7 +87,7 @@ class CacheShards(Shards):
             seconds += field(read_object(path, WORDS), "seconds", float | int, path, WORDS)
         cost = Cost(seconds, flops, self.num_samples * self.identity.seq_length)
         compression = self._recorded_compression()
-        write_manifest(self.output, Manifest(self.identity, cost, self.size, compression, tuple(digests)))
+        write_manifest(self.output, Manifest(self.identity, cost, training, self.size, compression, tuple(digests)))
 
     def clean_up(self) -> None:
         """Removes what only unfinished work needs, and what a kill left half written."""

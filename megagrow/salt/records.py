@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 import safetensors.numpy
@@ -19,6 +20,7 @@ from megagrow.parallel.collectives import broadcast_json
 from megagrow.parallel.mesh import Mesh
 
 Arrays = dict[str, NDArray[Any]]
+Training = dict[str, Any] | None  # the ledger of the model that read the corpus, as plain data; None: nobody knows
 MANIFEST_FILE = "manifest.json"  # written last, so that a folder with it is complete
 FORMAT_VERSION = 1
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -145,8 +147,11 @@ def missing(path: Path, is_begun: bool, words: Wording) -> DataError:
     return DataError(f"{path}: no such file; {what}")
 
 
-def read_header(kind: type[R], path: Path, words: Wording) -> tuple[dict[str, Any], R, Cost]:
-    """A manifest, and what all manifests hold of it: the identity, of the dataclass `kind`, and the cost.
+def read_header(kind: type[R], path: Path, words: Wording) -> tuple[dict[str, Any], R, Cost, Training]:
+    """A manifest, and what all manifests hold of it.
+
+    Returns:
+        The whole; the identity, of the dataclass `kind`; what the work took; what the model had cost before.
 
     Raises:
         DataError: it is not the manifest of such a folder, or of none that this program makes.
@@ -163,7 +168,7 @@ def read_header(kind: type[R], path: Path, words: Wording) -> tuple[dict[str, An
         raise DataError(
             f"{path}: tokenizer_sha256 is {shown(tokenizer)}, must be a sha256 in hexadecimal; {words.remedy}"
         )
-    return data, identity, cost
+    return data, identity, cost, field(data, "training", dict | NoneType, path, words)
 
 
 def check_numbers(values: dict[str, Any], path: Path, words: Wording) -> None:

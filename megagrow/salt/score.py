@@ -26,7 +26,7 @@ from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.mesh import Mesh
-from megagrow.salt.records import MANIFEST_FILE, Arrays, Cost, share_fingerprint
+from megagrow.salt.records import MANIFEST_FILE, Arrays, Cost, Training, share_fingerprint
 from megagrow.salt.score_files import (
     DTYPES,
     SCORES_FILE,
@@ -101,7 +101,9 @@ def score_corpus(
         shards.begin()
         _score_shards(model, dataset, shards, pending, source, progress)
 
-    shards.carry_out(lambda: is_complete(output, identity), work, lambda: shards.merge(flops), shards.clean_up)
+    shards.carry_out(
+        lambda: is_complete(output, identity), work, lambda: shards.merge(flops, source.ledger), shards.clean_up
+    )
     return output
 
 
@@ -145,7 +147,7 @@ class _Shards(Shards):
         super().__init__(ShardFolder(output), identity, *sizes, mesh)
         self.output, self.settings = output, settings
 
-    def merge(self, flops: float | None) -> None:
+    def merge(self, flops: float | None, training: Training) -> None:
         """Puts the shards together and writes the manifest."""
         parts, seconds = [], 0.0
         for shard in range(self.count):
@@ -154,7 +156,7 @@ class _Shards(Shards):
             seconds += shard_seconds
         whole = {name: np.concatenate([part[name] for part in parts]) for name in DTYPES}
         cost = Cost(seconds, flops, int(whole["num_tokens"].sum(dtype=np.int64)))
-        write_scores(self.output, whole, self.identity, cost)
+        write_scores(self.output, whole, self.identity, cost, training)
 
     def clean_up(self) -> None:
         """Removes what only unfinished work needs, and what a kill left half written."""

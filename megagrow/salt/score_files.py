@@ -23,6 +23,7 @@ from megagrow.salt.records import (
     Arrays,
     Cost,
     Reading,
+    Training,
     Wording,
     check_identity,
     check_samples,
@@ -63,6 +64,7 @@ class Scores:
         num_tokens: int32 [num_samples], labels that each score rests on.
         identity: what the scores depend on.
         cost: what they took.
+        training: what the model that gave them had cost before; None: nobody knows.
         sha256: of `scores.safetensors`; names these scores.
     """
 
@@ -71,6 +73,7 @@ class Scores:
     num_tokens: NDArray[np.int32]
     identity: Identity
     cost: Cost
+    training: Training
     sha256: str
 
 
@@ -78,6 +81,7 @@ class Scores:
 class _Manifest:
     identity: Identity
     cost: Cost
+    training: Training
     scores_sha256: str
 
 
@@ -116,6 +120,7 @@ def read_scores(folder: Path | str, dataset: PackedDataset | None) -> Scores:
         arrays["num_tokens"],
         manifest.identity,
         manifest.cost,
+        manifest.training,
         manifest.scores_sha256,
     )
 
@@ -135,8 +140,8 @@ def is_complete(folder: Path, identity: Identity) -> bool:
     return True
 
 
-def write_scores(folder: Path, arrays: Arrays, identity: Identity, cost: Cost) -> None:
-    """Writes the scores, then the manifest that makes the folder complete.
+def write_scores(folder: Path, arrays: Arrays, identity: Identity, cost: Cost, training: Training = None) -> None:
+    """Writes the scores, then the manifest that makes the folder complete; see `Scores`.
 
     Raises:
         DataError: values that are not finite (a model that overflowed), or a folder that cannot be written.
@@ -149,6 +154,7 @@ def write_scores(folder: Path, arrays: Arrays, identity: Identity, cost: Cost) -
         "format_version": FORMAT_VERSION,
         "identity": asdict(identity),
         "cost": asdict(cost),
+        "training": training,
         "scores_sha256": hashlib.sha256(content).hexdigest(),
     }
     write_atomically(folder / MANIFEST_FILE, to_json(manifest))
@@ -183,10 +189,10 @@ class ShardFolder(WorkFolder):
 
 
 def _read_manifest(path: Path) -> _Manifest:
-    data, identity, cost = read_header(Identity, path, WORDS)
+    data, identity, cost, training = read_header(Identity, path, WORDS)
     if identity.top_k == 0:
         raise DataError(f"{path}: top_k is 0, must be positive; {WORDS.remedy}")
-    return _Manifest(identity, cost, field(data, "scores_sha256", str, path, WORDS))
+    return _Manifest(identity, cost, training, field(data, "scores_sha256", str, path, WORDS))
 
 
 def _read_arrays(path: Path, manifest: _Manifest) -> Arrays:

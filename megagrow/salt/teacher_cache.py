@@ -31,6 +31,7 @@ class TeacherCache:
         folder: where it lies.
         identity: what the targets depend on.
         cost: what they took.
+        training: what the teacher had cost before.
         sha256: of the manifest, which vouches for all files; names this cache.
         num_cached: samples that it holds.
 
@@ -46,6 +47,7 @@ class TeacherCache:
             raise missing(path, self._files.identity_file.exists(), WORDS)
         self._manifest = read_manifest(path)
         self.identity, self.cost = self._manifest.identity, self._manifest.cost
+        self.training = self._manifest.training
         self.sha256 = hashlib.sha256(read_file(path)).hexdigest()
         self._ids = read_samples(self.folder, self.identity)
         self.num_cached = self.identity.num_samples if self._ids is None else len(self._ids)

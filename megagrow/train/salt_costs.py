@@ -1,5 +1,7 @@
 """What the things that a run builds on have cost: entries of its ledger that are made once and stay."""
 
+from typing import Any
+
 from megagrow.checkpoint.source import Source
 from megagrow.errors import CheckpointError
 from megagrow.ledger import Ledger
@@ -22,11 +24,15 @@ def inherit(ledger: Ledger, label: str, identity: str, cost: Ledger, path: str) 
 
 def ledger_of(source: Source, given_flops: float) -> Ledger:
     """What a source's training cost, as far as anybody knows; `given_flops` is the user's word for it, -1 for none."""
-    if source.ledger is not None:
-        return Ledger.from_dict(source.ledger, f"{source.path}: ledger")
-    return outside(given_flops)
+    return recorded(source.ledger, f"{source.path}: ledger", given_flops)
 
 
-def outside(given_flops: float) -> Ledger:
-    """What a model's training cost that nobody counted, see `ledger_of`."""
+def recorded(ledger: dict[str, Any] | None, where: str, given_flops: float) -> Ledger:
+    """A ledger from the plain data that was found at `where`; None: see `ledger_of`.
+
+    Raises:
+        CheckpointError: it is no ledger.
+    """
+    if ledger is not None:
+        return Ledger.from_dict(ledger, where)
     return Ledger.outside(given_flops if given_flops >= 0 else None)

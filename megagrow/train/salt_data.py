@@ -9,7 +9,7 @@ from megagrow.errors import ConfigError, named
 from megagrow.ledger import Ledger, Phase
 from megagrow.salt.score_files import Scores
 from megagrow.salt.select import Selection, make_selection
-from megagrow.train.salt_costs import inherit, outside
+from megagrow.train.salt_costs import inherit, recorded
 
 
 def selected_stream(config: Config, datasets: Sequence[Samples], ledger: Ledger, tell: Callable[[str], None]) -> Stream:
@@ -45,8 +45,9 @@ def _charge(ledger: Ledger, label: str, scores: Scores, path: str, given_flops: 
     cost = scores.cost
     scoring = Ledger(phases=[Phase("scoring", tokens=cost.tokens, flops=cost.flops, seconds=cost.seconds)])
     inherit(ledger, label, scores.sha256, scoring, path)
-    # Whoever scored was trained; where it is the source or the teacher too, their known ledger counts instead.
-    ledger.inherit("scorer", scores.identity.model, outside(given_flops))
+    # Whoever scored was trained; where it is the source or the teacher too, it is charged once.
+    training = recorded(scores.training, f"{path}: training", given_flops)
+    ledger.inherit("scorer", scores.identity.model, training)
 
 
 def _shares(selection: Selection) -> str:

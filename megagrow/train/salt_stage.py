@@ -29,7 +29,7 @@ from megagrow.timeline import last_source, latest_step, learning_steps, may_grow
 from megagrow.train.grown_teacher import is_kept, teacher_folder
 from megagrow.train.learner import Learner
 from megagrow.train.part import compute_dtype
-from megagrow.train.salt_costs import inherit, ledger_of, outside
+from megagrow.train.salt_costs import inherit, ledger_of, recorded
 from megagrow.train.salt_data import selected_stream
 from megagrow.train.state import RunState
 
@@ -196,8 +196,9 @@ class SaltStage:
             # A blend may get another dataset in mid-run, but the cache of one stays what it was.
             label = f"cache of {cache.identity.corpus_sha256[:12]}"
             inherit(self.state.ledger, label, cache.sha256, caching, str(cache.folder))
-            # Whoever spoke was trained; where it is the source too, its known ledger counts instead.
-            inherit(self.state.ledger, "teacher", cache.identity.model, outside(self._given_flops), str(cache.folder))
+            # Whoever spoke was trained; where it is the source too, it is charged once.
+            training = recorded(cache.training, f"{cache.folder}: training", self._given_flops)
+            inherit(self.state.ledger, "teacher", cache.identity.model, training, str(cache.folder))
             self._tell_of_padding(cache.identity.vocab_size)
         names = " ".join(str(cache.folder) for cache in cached.caches)
         self.tell(f"stage 1: {names} teaches for {self.config.salt.steps} steps, in place of its teacher")

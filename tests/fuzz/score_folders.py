@@ -74,6 +74,7 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
         ("cost", "seconds"): _is_cost,
         ("cost", "flops"): lambda value: value is None or _is_cost(value),
         ("cost", "tokens"): is_count,
+        ("training",): lambda value: value is None or isinstance(value, dict),
         ("scores_sha256",): _equals(record["scores_sha256"]),
     }
     for path, accepts in rules.items():

@@ -60,6 +60,7 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
         ("cost", "seconds"): _is_cost,
         ("cost", "flops"): lambda value: value is None or _is_cost(value),
         ("cost", "tokens"): is_count,
+        ("training",): lambda value: value is None or isinstance(value, dict),
         ("shard_size",): _equals(4),
         ("compression",): _equals("zlib"),
         ("shards",): _equals(record["shards"]),

@@ -40,7 +40,7 @@ def make_folder(folder: Path, ids: np.ndarray | None = IDS, compression: str = "
         content = join_shard(blocks)
         (folder / "shards" / f"{shard:08d}.bin").write_bytes(content)
         digests.append(hashlib.sha256(content[: len(blocks) * INDEX_DTYPE.itemsize]).hexdigest())
-    write_manifest(folder, Manifest(identity, Cost(1.5, 2e9, 20), 4, compression, tuple(digests)))
+    write_manifest(folder, Manifest(identity, Cost(1.5, 2e9, 20), None, 4, compression, tuple(digests)))
     return folder
 
 

@@ -27,7 +27,7 @@ def scores(values: list[float], name: str = "median_zero", model: str = "small")
     arrays[name] = np.array(values, np.float32)
     identity = Identity("", "", 8, size, model, "float32", False, False, 10)
     num_tokens = np.full(size, 8, np.int32)
-    return Scores(Path("folder"), arrays, num_tokens, identity, Cost(0.0, None, 0), "")
+    return Scores(Path("folder"), arrays, num_tokens, identity, Cost(0.0, None, 0), None, "")
 
 
 def kept(values: list[float], domains: Domains | None = None, **settings: Any) -> list[int]:

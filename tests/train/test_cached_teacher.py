@@ -1,6 +1,7 @@
 """Runs that learn from what a teacher left behind: the same as with the teacher, whatever the layout."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megagrow.config import CheckpointConfig, Config, InitConfig, OptimConfig, P
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.loader import epoch_permutation
+from megagrow.ledger import Ledger
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.salt import CacheSettings, TeacherCache, cache_teacher, samples_to_cache
 from megagrow.salt.score_files import DTYPES, Cost, identity_of, write_scores
@@ -63,12 +65,15 @@ def test_all_tokens_teach_as_the_teacher_does(corpus: Path, trained: Path, whole
     assert final_loss(tmp_path / "cached") == pytest.approx(final_loss(tmp_path / "online"), abs=1e-4)
 
 
-def test_the_ledger_inherits_what_the_cache_cost(corpus: Path, few: Path, tmp_path: Path) -> None:
+def test_the_ledger_inherits_what_cache_and_teacher_cost(
+    corpus: Path, trained: Path, few: Path, tmp_path: Path
+) -> None:
     assert run(cached(make_config(corpus, tmp_path), few)) == 0
     found, cost = ledger(tmp_path), TeacherCache(few).cost
     inherited = {item["label"].split()[0]: item["ledger"]["phases"][0] for item in found["inherited"]}
     assert inherited["cache"]["flops"] == 5e9 and inherited["cache"]["seconds"] == cost.seconds > 0
-    assert inherited["teacher"]["flops"] is None, "nobody knows what training it took"
+    assert inherited["teacher"] == ledger(trained)["phases"][0]
+    assert Ledger.load(tmp_path / "ledger.json").totals()["all_in"]["flops"] > 5e9
     (teacher,) = [phase for phase in found["phases"] if phase["phase"] == "teacher"]
     assert (teacher["steps"], teacher["flops"]) == (STEPS, 0.0)
 
@@ -77,10 +82,13 @@ def test_the_ledger_inherits_what_the_cache_cost(corpus: Path, few: Path, tmp_pa
 def test_the_user_may_say_what_the_teacher_cost(
     corpus: Path, trained: Path, few: Path, tmp_path: Path, given: float, init: str, flops: float | None
 ) -> None:
-    """Unless that is said of the model that the run starts from."""
+    """Of one whose ledger nobody kept, and unless that is said of the model that the run starts from."""
+    folder = shutil.copytree(few, tmp_path / "cache")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "training": None}))
     init_config = InitConfig(from_=str(trained) if init else "", source_flops=given)
-    assert run(cached(make_config(corpus, tmp_path, init=init_config), few)) == 0
-    (teacher,) = [item for item in ledger(tmp_path)["inherited"] if item["label"] == "teacher"]
+    assert run(cached(make_config(corpus, tmp_path / "run", init=init_config), folder)) == 0
+    (teacher,) = [item for item in ledger(tmp_path / "run")["inherited"] if item["label"] == "teacher"]
     assert teacher["ledger"]["phases"][0]["flops"] == flops
 
 

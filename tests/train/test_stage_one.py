@@ -14,12 +14,16 @@ import torch
 
 from megagrow import flops
 from megagrow.checkpoint import store
+from megagrow.checkpoint.source import open_source
 from megagrow.config import CheckpointConfig, Config, InitConfig, OptimConfig, SaltConfig
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.domains import Domains, domains_path, write_domains
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.merge import merge_datasets
+from megagrow.ledger import Ledger
+from megagrow.parallel.mesh import Mesh
 from megagrow.roles import num_parameters
+from megagrow.salt.score import ScoreSettings, score_corpus
 from megagrow.salt.score_files import DTYPES, Cost, identity_of, write_scores
 from megagrow.salt.select import make_selection
 from megagrow.salt.teacher import Teacher
@@ -184,6 +188,18 @@ def test_a_scorer_from_outside_may_have_a_known_cost(corpus: Path, tmp_path: Pat
     assert run(config) == 0
     costs = {item["label"]: item["ledger"]["phases"][0]["flops"] for item in ledger(tmp_path / "run")["inherited"]}
     assert costs == {"scores": 1.0, "scorer": 3e9}
+
+
+def test_scores_know_what_their_model_cost(corpus: Path, beginner: Path, tmp_path: Path) -> None:
+    """So that a run on selected data has a known all-in cost, though it never sees the model that selected it."""
+    dataset = PackedDataset(corpus / "train", LENGTH)
+    settings = ScoreSettings(skip_source_check=True)
+    scores = score_corpus(open_source(beginner), dataset, tmp_path / "scores", Mesh.single(), settings, flops=5e9)
+    salt = SaltConfig(steps=2, scores=str(scores))
+    assert run(make_config(corpus, tmp_path / "run", 2, salt=salt)) == 0
+    own, begun = (Ledger.load(folder / "ledger.json") for folder in (tmp_path / "run", beginner))
+    expected = own.own()["flops"] + 5e9 + begun.own()["flops"]
+    assert own.totals()["all_in"]["flops"] == pytest.approx(expected)
 
 
 def test_scores_of_documents_seen_otherwise_are_noted(
