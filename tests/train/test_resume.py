@@ -73,13 +73,14 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 CASES = {
     "dropout and accumulation": ("dropout and accumulation", STOP),
     "bf16": ("bf16", STOP),
-    "within stage 1": ("taught", STOP),
+    "within stage 1": ("taught", STOP - 2),
     "at the stage switch": ("taught", STOP + 2),
+    "across the stage switch": ("taught", STOP),
     "while maps are learned": ("learned", STOP),
     "when learning ends": ("learned", 7),
     "after growth with moments": ("grown", STOP),
     "tensor 2, while maps are learned": ("learned, tensor 2", STOP),
-    "data 2, within stage 1": ("taught, data 2", STOP),
+    "data 2, across the stage switch": ("taught, data 2", STOP),
     "pipeline 2, after growth": ("grown, pipeline 2", STOP),
 }
 
