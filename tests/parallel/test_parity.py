@@ -35,6 +35,7 @@ from tests.ranks import run_ranks
 NUM_UPDATES = 3  # an optimizer that treats a shard differently shows at once; `make parity` makes 20
 SEQUENCE = "tensor 2 (sequence parallel)"
 CHOSEN = [
+    "tensor 2 x replicate 2",
     "tensor 2 x pipeline 2 (InterleavedZeroBubble)",
     "context 2 x replicate 2",
     "pipeline 2 (1F1B) x replicate 2",
@@ -42,6 +43,7 @@ CHOSEN = [
     "pipeline 2 (Interleaved1F1B) x shard 2",
     "pipeline 2 (DualPipeV) x shard 2",
     f"{SEQUENCE} x pipeline 2 (ZBVZeroBubble) x shard 2, tied embeddings",
+    "tensor 2 x pipeline 2 (1F1B) x shard 2, odd vocabulary",
     "tensor 2 x pipeline 2 (1F1B) x shard 2, full recompute",
     f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, dropout",
     "pipeline 3 (1F1B) x shard 2, uneven stages, tied embeddings",
@@ -164,33 +166,31 @@ def facts(config: Config) -> Facts:
     )
 
 
-def facts_of(layout: Layout) -> list[Facts]:
-    return run_ranks(facts, layout.ranks, layout.config)
+def facts_of(name: str) -> list[Facts]:
+    return run_ranks(facts, BY_NAME[name].ranks, BY_NAME[name].config)
 
 
 def test_a_pipeline_runs_its_schedule_on_its_stages() -> None:
     """A layout that fell back to a simpler one would be exact too."""
-    found = facts_of(BY_NAME["pipeline 4 (DualPipeV)"])
+    found = facts_of("pipeline 4 (DualPipeV)")
     assert [f.layers for f in found] == [[[], []], [[0], [5]], [[1], [4]], [[2], [3]]]
     assert {f.schedule for f in found} == {"ScheduleDualPipeV"}
     assert {f.block_runs for f in found[1:]} == {8}
-    found = facts_of(BY_NAME["pipeline 3 (1F1B) x shard 2, uneven stages, tied embeddings"])
+    found = facts_of("pipeline 3 (1F1B) x shard 2, uneven stages, tied embeddings")
     assert [f.layers for f in found[::2]] == [[[0]], [[1, 2]], [[3]]]
 
 
 def test_sequences_and_parameters_are_cut_over_their_axes() -> None:
-    found = facts_of(BY_NAME[f"{SEQUENCE} x context 2 x shard 2, documents"])
+    found = facts_of(f"{SEQUENCE} x context 2 x shard 2, documents")
     assert all(f.lengths == {16 // 2 // 2} and f.stored == 1 / 2 / 4 for f in found)
-    found = facts_of(BY_NAME["tensor 2 x shard 2"])
+    found = facts_of("tensor 2 x replicate 2 x shard 2")
     assert all(f.lengths == {16} and f.stored == 1 / 2 / 2 for f in found)
-    assert all(f.stored == 1 / 2 for f in facts_of(BY_NAME["replicate 2 x shard 2"]))
-    assert all(f.stored == 1 for f in facts_of(BY_NAME["replicate 2"]))
+    assert all(f.stored == 1 for f in facts_of("replicate 2"))
 
 
 def test_full_recompute_runs_every_block_twice() -> None:
-    for recompute, runs in (("none", 4), ("full", 8)):
-        layout = make_layout(2, pipeline=2, train={"recompute": recompute})
-        assert {f.block_runs for f in facts_of(layout)} == {runs}
+    assert {f.block_runs for f in facts_of("tensor 2 x pipeline 2 (1F1B) x shard 2")} == {4}
+    assert {f.block_runs for f in facts_of("tensor 2 x pipeline 2 (1F1B) x shard 2, full recompute")} == {8}
 
 
 @pytest.mark.parametrize("option", ["dropout", "documents"])

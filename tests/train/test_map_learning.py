@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,8 +28,10 @@ from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.train import run
 from megagrow.train.map_learning import MapLearning, learn_maps
 from tests.ranks import run_ranks
-from tests.tools import run_tool
 from tests.train.runs import LARGE, SMALL, make_config
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "grow_checkpoint.py"
 
 
 def learn(
@@ -84,9 +89,11 @@ def test_a_run_leaves_its_maps_for_other_growths(trained: Path, corpus: Path, tm
 def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) -> None:
     target = tmp_path / "target.json"
     target.write_text(dump(make_config(corpus, tmp_path, model=LARGE)))
-    options = ["--target", target, "--method", "ligo", "--data", corpus / "train", "--steps", "10", "--lr", "1e-2"]
+    command = [sys.executable, str(TOOL), str(trained), str(tmp_path / "grown"), "--target", str(target)]
+    options = ["--method", "ligo", "--data", str(corpus / "train"), "--steps", "10", "--lr", "1e-2"]
     options += ["--seq-length", "16", "--batch-size", "8"]
-    assert run_tool("grow_checkpoint", trained, tmp_path / "grown", *options) == 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    subprocess.run([*command, *options], check=True, capture_output=True, env=environment)
     grown = open_source(tmp_path / "grown")
     assert grown.model == LARGE
     held_out = PackedDataset(corpus / "validation", 16)

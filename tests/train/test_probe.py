@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,9 @@ from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch, Engine
 from megagrow.train.probe import Candidate, Outcome, _cursor, caution, probe
 from tests.ranks import run_ranks
-from tests.tools import TOOLS, run_tool
 from tests.train.runs import LARGE, SMALL, make_config
 
+ROOT = Path(__file__).parents[2]
 WIDE = dataclasses.replace(LARGE, num_layers=SMALL.num_layers)
 CANDIDATES = (Candidate("clone", "exact"), Candidate("clone", "reset"))
 
@@ -33,14 +36,19 @@ def probe_on_ranks(source: Path, config: Config) -> list[Outcome]:
     return probe(open_source(source), config, CANDIDATES, 3, make_mesh(config.parallel))
 
 
-def test_candidates_are_ranked_by_the_loss_after_the_lag(
-    trained: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_candidates_are_ranked_by_the_loss_after_the_lag(trained: Path, corpus: Path, tmp_path: Path) -> None:
     config = planned(corpus)
     (tmp_path / "large.json").write_text(dump(config))
-    options = ["--source", trained, "--candidates", "clone", "clone:reset", "--steps", "3", "--train.eval-batches", "1"]
-    assert run_tool("probe_growth", tmp_path / "large.json", *options, "--json", tmp_path / "found.json") == 0
-    output = capsys.readouterr().out
+    command = [sys.executable, str(ROOT / "tools/probe_growth.py"), str(tmp_path / "large.json")]
+    options = ["--source", str(trained), "--candidates", "clone", "clone:reset", "--steps", "3"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    output = subprocess.run(
+        [*command, *options, "--json", str(tmp_path / "found.json"), "--train.eval-batches", "1"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    ).stdout
     assert "clone:exact" in output and "lag: 3 steps, 0.0075 of the run's 400: short." in output
     found = json.loads((tmp_path / "found.json").read_text())
     rows = found["rows"]
@@ -94,8 +102,8 @@ def test_a_candidate_that_diverges_is_the_last_one(
     assert {each.candidate for each in outcomes[:2]} == {"clone:exact", "ligo:reset"}
     assert (outcomes[2].candidate, outcomes[2].loss) == ("clone:reset", None)
     assert first[:3] == first[3:6] == first[8:] and len(first) == 11
-    monkeypatch.syspath_prepend(str(TOOLS))
-    table = runpy.run_path(str(TOOLS / "probe_growth.py"))["table"](outcomes)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    table = runpy.run_path(str(ROOT / "tools/probe_growth.py"))["table"](outcomes)
     assert list(table.columns[2].cells)[2] == "not finite"
 
 

@@ -21,18 +21,17 @@ from tests.train.test_run import cut_back, grown, salted, with_a_new_part
 JOBS = [
     # ranks, tensor, pipeline, method, precision, tolerance of the losses, and what else of the layout
     (8, 2, 2, "ligo", "fp32", 2e-4, {}),
-    (4, 2, 1, "clone", "fp32", 2e-4, {}),  # with the optimizer's moments
-    (4, 2, 1, "ligo", "bf16", 2e-2, {}),
+    (8, 2, 2, "clone", "fp32", 2e-4, {}),  # with the optimizer's moments
+    (8, 2, 2, "ligo", "bf16", 2e-2, {}),
     (4, 2, 2, "ligo", "fp32", 2e-4, {"schedule": "DualPipeV", "sequence_parallel": True}),
     (4, 1, 2, "clone", "fp32", 2e-4, {"schedule": "Interleaved1F1B", "replicate": 2}),
-    (4, 2, 1, "ligo", "fp32", 2e-4, {"context": 2, "sequence_parallel": True}),
+    (8, 2, 1, "ligo", "fp32", 2e-4, {"context": 2, "sequence_parallel": True}),
 ]
 
 
 def whole_job(corpus: Path, trained: Path, directory: Path, method: str) -> Config:
     """The small model, growth with its learning, and a teacher, in six steps."""
     config = grown(make_config(corpus, directory, checkpoint=CheckpointConfig(interval=0)), method)
-    config = dataclasses.replace(config, growth=dataclasses.replace(config.growth, ligo_steps=2))
     return salted(config, trained, steps=2)
 
 
