@@ -30,8 +30,10 @@ $(installed): pyproject.toml setup.py $(filter-out /dev/null,$(CONSTRAINTS))
 quickstart: setup ## the main job on the built-in corpus; results in runs/quickstart
 	PATH="$(bin):$$PATH" launch/quickstart.sh
 
+# The files start in the order of tests/conftest.py, and no process compiles the sources anew (images set the variable).
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup ## all tests, JOBS (2) files at a time
-	$(bin)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(bin)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: setup ## style, types, the order of imports, and no load that could run code
 	$(bin)/ruff check .

@@ -4,8 +4,8 @@
 
 Every call gets a fresh gloo process group on a fresh store, the environment that torchrun would
 set, the caller's working directory, environment variables and warning filters, and fixed seeds.
-Ranks are forked from a server that has imported torch and has a single thread: 10 ms for a rank
-instead of 2 s. Results travel as plain bytes, so that no shared memory and no file descriptor
+Ranks are forked from a server that has imported torch and megagrow and has a single thread: 10 ms
+for a rank instead of 2 s. Results travel as plain bytes, so that no shared memory and no file descriptor
 outlives a call.
 """
 
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ GRACE_SECONDS = 1.0  # what the other ranks get to answer in, once one of them h
 STACK_SECONDS = 0.5  # what ranks that hang get to write their stacks in
 GLOO_SECONDS = 60.0  # how much later than our deadline gloo's own comes, so that ours names the ranks
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-PRELOAD = ["checkpoint", "fsdp", "pipelining", "tensor"]
+# What a rank would import before or within its first step; the last is torch's compiler, which optimizers ask for.
+PRELOAD = ["torch.distributed.checkpoint", "torch.distributed.pipelining", "megagrow.train", "torch._dynamo"]
 
 
 class RankError(RuntimeError):
@@ -145,9 +147,15 @@ def fresh_state() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _grow_pool(world_size: int) -> None:
+def forking() -> ForkServerContext:
+    """The context whose processes are forked from a server that has imported PRELOAD."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"torch.distributed.{name}" for name in PRELOAD])
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _grow_pool(world_size: int) -> None:
+    context = forking()
     while len(_pool) < world_size:
         rank = len(_pool)
         ours, theirs = context.Pipe()

@@ -66,7 +66,7 @@ def count_refusals(field: Field, wanted: int) -> int:
 
     for number in range(ROUNDS):
         limits = settings(
-            max_examples=wanted - len(seen) + 100,  # some are drawn twice
+            max_examples=wanted - len(seen) + min(100, 5 * wanted),  # some are drawn twice
             deadline=None,
             database=None,
             derandomize=False,

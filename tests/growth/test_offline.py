@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -31,13 +30,15 @@ from tests.growth import models
 from tests.growth.models import make, make_ids, tensors_of, widened
 from tests.growth.test_sharded_growth import moments_of
 from tests.ranks import run_ranks
+from tests.tools import run_tool
 
-TOOL = Path(__file__).parents[2] / "tools" / "grow_checkpoint.py"
 SOURCE = dataclasses.replace(models.LLAMA, num_kv_heads=4)
 WIDE = widened(SOURCE, hidden=2, query=2, kv=2, ffn=3)
 GPT2 = dataclasses.replace(models.GPT2, ffn_size=48, head_dim=3)
 STEP = 11
 LEDGER = Ledger(phases=[Phase("train", steps=1, tokens=1, flops=1e6, seconds=2.0)])
+
+grow_command = partial(run_tool, "grow_checkpoint")
 
 
 def save_own(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Source:
@@ -164,15 +165,6 @@ def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()].count("large") == 1
     assert (tmp_path / "large" / "note").read_text() == "mine"
     assert not list(tmp_path.glob("*.tmp-*"))
-
-
-def grow_command(*arguments: object) -> int:
-    """Runs the tool as the command line does; returns the exit code."""
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as ended:
-        monkeypatch.syspath_prepend(str(TOOL.parent))
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return int(ended.value.code or 0)
 
 
 def test_command_takes_own_and_hugging_face_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Trains a layout and one process on the same batches, and says how far apart they are.
 
-What is compared: every rank's piece of the gradient of every parameter in the first step, of every weight after twenty
+What is compared: every rank's piece of the gradient of every parameter in the first step, of every weight after some
 AdamW steps, and losses, gradient norms and the evaluation. Errors are relative to the largest entry of the one process'
 whole tensor. A gradient's scale is at least a thousandth of the largest of all gradients: that of a key bias under
 learned positions is zero but for rounding.
@@ -32,7 +32,7 @@ from tests.ranks import run_ranks
 
 CLIP = 0.05  # well below the gradient norm of every step
 LR = 1e-2
-NUM_UPDATES = 20
+NUM_UPDATES = 20  # of the whole table
 GRADIENT_BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
 WEIGHT_BOUND = 1e-9  # after NUM_UPDATES in float64
 COUNTS_SEED = 3820  # no two ranks, and no two microbatches of a rank, have equally many tokens that count

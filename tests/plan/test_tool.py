@@ -1,15 +1,17 @@
-"""Tests ../../tools/plan.py as a user runs it."""
+"""Tests ../../tools/plan.py: once as a user starts it, else in this process, which has imported torch."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from megagrow.__main__ import main as megagrow_main
+from tests.tools import TOOLS, run_tool
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 model: {vocab_size: 128256, hidden_size: 8192, num_layers: 80, num_heads: 64, num_kv_heads: 8, ffn_size: 28672}
 data: {seq_length: 8192}
@@ -18,9 +20,22 @@ train: {global_batch_size: 1024, microbatch_size: 1, precision: bf16}
 """
 
 
-def plan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/plan.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+@dataclass(frozen=True)
+class Done:
+    """How the tool ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Plan = Callable[..., Done]
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
+    """Runs the tool."""
+    return lambda *arguments: Done(run_tool("plan", *arguments), *capsys.readouterr())
 
 
 @pytest.fixture
@@ -31,7 +46,8 @@ def llama_70b(tmp_path: Path) -> Path:
 
 
 def test_70b_on_1024_ranks(llama_70b: Path, tmp_path: Path) -> None:
-    done = plan(llama_70b, "--world-size", "1024", "--json", tmp_path / "plan.json")
+    command = [sys.executable, TOOLS / "plan.py", llama_70b, "--world-size", "1024", "--json", tmp_path / "plan.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "70,553,706,496 parameters" in done.stdout
     assert "pipeline 4, data 32, context 1, tensor 8" in done.stdout
@@ -44,14 +60,14 @@ def test_70b_on_1024_ranks(llama_70b: Path, tmp_path: Path) -> None:
     assert 0 < written["bubble"] < 0.1
 
 
-def test_a_dry_run_builds_what_the_plan_counts(llama_70b: Path, tmp_path: Path) -> None:
+def test_a_dry_run_builds_what_the_plan_counts(plan: Plan, llama_70b: Path, tmp_path: Path) -> None:
     done = plan(llama_70b, "--world-size", "1024", "--dry-run", "--json", tmp_path / "plan.json")
     assert done.returncode == 0, done.stderr
     for stage in json.loads((tmp_path / "plan.json").read_text())["stages"]:
         assert f"{stage['parameters']:,}" in done.stdout
 
 
-def test_every_broken_rule_is_told_with_its_remedy(llama_70b: Path) -> None:
+def test_every_broken_rule_is_told_with_its_remedy(plan: Plan, llama_70b: Path) -> None:
     done = plan(llama_70b, "--world-size", "1000", "--parallel.tensor", "7", "--train.global_batch_size", "999")
     assert done.returncode == 2
     lines = done.stderr.splitlines()
@@ -65,7 +81,7 @@ def test_every_broken_rule_is_told_with_its_remedy(llama_70b: Path) -> None:
         assert any(rule in line for line in lines), rule
 
 
-def test_presets_grow_and_learn_from_teachers_that_are_not_there_yet() -> None:
+def test_presets_grow_and_learn_from_teachers_that_are_not_there_yet(plan: Plan) -> None:
     done = plan("grow_llama_125m", "--world-size", "8", "--init.from", "runs/none", "--salt.teacher", "runs/none")
     assert done.returncode == 0, done.stderr
     assert "salt: " in done.stdout and "train: " in done.stdout
@@ -73,7 +89,7 @@ def test_presets_grow_and_learn_from_teachers_that_are_not_there_yet() -> None:
     assert "note: salt.teacher=runs/none" in done.stdout
 
 
-def test_suggestions(tmp_path: Path) -> None:
+def test_suggestions(plan: Plan, tmp_path: Path) -> None:
     given = ("llama_125m", "--world-size", "8", "--suggest", "--count", "3", "--json", tmp_path / "found.json")
     done = plan(*given, "--gpu-memory", "80")
     assert done.returncode == 0, done.stderr
@@ -84,7 +100,7 @@ def test_suggestions(tmp_path: Path) -> None:
     assert best["bytes"] < 0.9 * 80 * 2**30
 
 
-def test_no_layout_fits() -> None:
+def test_no_layout_fits(plan: Plan) -> None:
     done = plan("llama_125m", "--world-size", "8", "--suggest", "--gpu-memory", "0.01")
     assert done.returncode == 2
     assert done.stderr.startswith("error: no layout of this model on 8 ranks fits") and done.stderr.count("\n") == 1
@@ -93,7 +109,7 @@ def test_no_layout_fits() -> None:
 @pytest.mark.parametrize(
     "arguments", [["llama_125m"], ["nothing", "--world-size", "8"], ["llama_125m", "--world-size", "0"]]
 )
-def test_wrong_usage_is_one_line(arguments: list[str]) -> None:
+def test_wrong_usage_is_one_line(plan: Plan, arguments: list[str]) -> None:
     done = plan(*arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
 

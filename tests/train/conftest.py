@@ -20,3 +20,11 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trained")
     assert run(make_config(corpus, directory, steps=40)) == 0
     return directory
+
+
+@pytest.fixture(scope="session")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of six plain steps in one go, with the checkpoints of every second one."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert run(make_config(corpus, directory)) == 0
+    return directory

@@ -1,7 +1,6 @@
 """One part of a job in processes of its own, as a preemption leaves it, and which samples it learned from."""
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from megagrow.config import Config
 from megagrow.data.loader import Stream
 from megagrow.salt.online import OnlineStream
 from megagrow.train import run, trainer
-from tests.ranks import PRELOAD, fresh_state, run_ranks, shutdown
+from tests.ranks import forking, fresh_state, run_ranks, shutdown
 
 SECONDS = 120
 
@@ -29,9 +28,7 @@ def in_new_processes(config: Config, num_ranks: int, stop_after: int | None = No
     if num_ranks > 1:
         shutdown()
         return run_ranks(train_on_rank, num_ranks, config, stop_after)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"torch.distributed.{name}" for name in PRELOAD])
-    process = context.Process(target=train_and_exit, args=(config, stop_after))
+    process = forking().Process(target=train_and_exit, args=(config, stop_after))
     process.start()
     process.join(SECONDS)
     assert process.exitcode is not None, "the job hangs"

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from megagrow.train.timing import is_flat
 from tests.ranks import run_ranks
 from tests.train.resumed import samples_noted
 from tests.train.runs import LARGE, SMALL, final_loss, make_config, metrics, run_on_ranks
-from tests.train.test_run import assert_same_run, cut_back, grown, ledger
+from tests.train.test_run import assert_same_run, cut_back, grown, ledger, resumed_at
 
 WIDE = dataclasses.replace(LARGE, num_layers=SMALL.num_layers)
 DEEP = dataclasses.replace(SMALL, num_layers=8)
@@ -60,14 +59,6 @@ def learned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of `learned_then_stacked`."""
     directory = tmp_path_factory.mktemp("learned") / "run"
     assert run(learned_then_stacked(corpus, directory)) == 0
-    return directory
-
-
-def resumed_at(step: int, whole: Path, config: Callable[[Path], Config], directory: Path) -> Path:
-    """What comes of the run when it was killed after its checkpoint of `step`."""
-    shutil.copytree(whole, directory)
-    cut_back(directory, step)
-    assert run(config(directory)) == 0
     return directory
 
 

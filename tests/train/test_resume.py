@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import math
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,42 +59,75 @@ def taught(steps: int) -> dict[str, Any]:
     return {"salt": SaltConfig(steps=steps, weight=0.5, temperature=2.0, keep_fraction=0.3, score="mean_nll")}
 
 
-PLAIN: dict[str, Any] = {}
+# The sections in which runs differ from `job`, and their layouts.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "dropout and accumulation": ({}, {}),
+    "bf16": ({"precision": "bf16"}, {}),
+    "taught": (taught(STOP + 2), {}),
+    "learned": (growing("ligo"), {}),
+    "grown": (growing("clone"), {}),
+    "learned, tensor 2": (growing("ligo"), {"tensor": 2}),
+    "taught, data 2": (taught(STOP + 2), {}),
+    "grown, pipeline 2": (growing("clone"), {"pipeline": 2}),
+}
 CASES = {
-    "dropout and accumulation": (PLAIN, STOP, {}),
-    "bf16": ({"precision": "bf16"}, STOP, {}),
-    "within stage 1": (taught(8), STOP, {}),
-    "at the stage switch": (taught(STOP), STOP, {}),
-    "across the stage switch": (taught(STOP + 2), STOP, {}),
-    "while maps are learned": (growing("ligo"), STOP, {}),
-    "when learning ends": (growing("ligo"), 7, {}),
-    "after growth with moments": (growing("clone"), STOP, {}),
-    "tensor 2, while maps are learned": (growing("ligo"), STOP, {"tensor": 2}),
-    "data 2, across the stage switch": (taught(STOP + 2), STOP, {}),
-    "pipeline 2, after growth": (growing("clone"), STOP, {"pipeline": 2}),
+    "dropout and accumulation": ("dropout and accumulation", STOP),
+    "bf16": ("bf16", STOP),
+    "within stage 1": ("taught", STOP - 2),
+    "at the stage switch": ("taught", STOP + 2),
+    "across the stage switch": ("taught", STOP),
+    "while maps are learned": ("learned", STOP),
+    "when learning ends": ("learned", 7),
+    "after growth with moments": ("grown", STOP),
+    "tensor 2, while maps are learned": ("learned, tensor 2", STOP),
+    "data 2, across the stage switch": ("taught, data 2", STOP),
+    "pipeline 2, after growth": ("grown, pipeline 2", STOP),
 }
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A run in one go, and the same with another directory."""
+
+    directory: Path
+    num_ranks: int
+    config: Callable[[Path], Config]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    corpus: Path, trained: Path, scores: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Whole]:
+    """The run of this name, trained when it is first asked for."""
+
+    @cache
+    def train(name: str) -> Whole:
+        fields, parallel = RUNS[name]
+        sections = {section: value for section, value in fields.items() if section != "precision"}
+        if "salt" in sections:
+            sections["salt"] = dataclasses.replace(sections["salt"], teacher=str(trained), scores=str(scores))
+
+        def config(directory: Path) -> Config:
+            made = job(corpus, directory, parallel=ParallelConfig(**parallel), **sections)
+            precision = fields.get("precision", "fp32")
+            return dataclasses.replace(made, train=dataclasses.replace(made.train, precision=precision))
+
+        found = Whole(tmp_path_factory.mktemp("whole"), 2 if name.endswith(" 2") else 1, config)
+        assert in_new_processes(config(found.directory), found.num_ranks) == [0] * found.num_ranks
+        return found
+
+    return train
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_new_process_goes_on_bit_for_bit(
-    corpus: Path, trained: Path, scores: Path, tmp_path: Path, case: str
-) -> None:
-    fields, stop, parallel = CASES[case]
-    num_ranks = 2 if "2," in case else 1
-    sections = {name: value for name, value in fields.items() if name != "precision"}
-    if "salt" in sections:
-        sections["salt"] = dataclasses.replace(sections["salt"], teacher=str(trained), scores=str(scores))
-
-    def config(name: str) -> Config:
-        made = job(corpus, tmp_path / name, parallel=ParallelConfig(**parallel), **sections)
-        precision = fields.get("precision", "fp32")
-        return dataclasses.replace(made, train=dataclasses.replace(made.train, precision=precision))
-
-    assert in_new_processes(config("whole"), num_ranks) == [0] * num_ranks
-    assert in_new_processes(config("broken"), num_ranks, stop) == [7] * num_ranks
-    assert len(metrics(tmp_path / "broken")) == stop
-    assert in_new_processes(config("broken"), num_ranks) == [0] * num_ranks
-    assert_equal_runs(tmp_path / "broken", tmp_path / "whole", num_ranks)
+def test_a_new_process_goes_on_bit_for_bit(whole: Callable[[str], Whole], tmp_path: Path, case: str) -> None:
+    name, stop = CASES[case]
+    expected = whole(name)
+    config, num_ranks = expected.config(tmp_path), expected.num_ranks
+    assert in_new_processes(config, num_ranks, stop) == [7] * num_ranks
+    assert len(metrics(tmp_path)) == stop
+    assert in_new_processes(config, num_ranks) == [0] * num_ranks
+    assert_equal_runs(tmp_path, expected.directory, num_ranks)
 
 
 def without_times(state: Any) -> Any:
@@ -117,13 +154,22 @@ def assert_equal_runs(
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_comparison_sees_one_bit(corpus: Path, tmp_path: Path) -> None:
+def test_the_comparison_sees_one_bit(whole: Callable[[str], Whole], tmp_path: Path) -> None:
     """Another seed of dropout, one loss in its last bit and one sample more are each seen."""
-    assert in_new_processes(job(corpus, tmp_path / "one"), 1) == [0]
-    other = job(corpus, tmp_path / "two")
-    other = dataclasses.replace(other, train=dataclasses.replace(other.train, seed=4321))
-    assert in_new_processes(other, 1) == [0]
-    with pytest.raises(AssertionError):
-        assert_equal_runs(tmp_path / "two", tmp_path / "one", 1)
-    lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    plain = whole("dropout and accumulation")
+    config = plain.config(tmp_path / "seed")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=4321))
+    assert in_new_processes(config, 1) == [0]
+    for name in ("same", "loss", "sample"):
+        shutil.copytree(plain.directory, tmp_path / name)
+    file = tmp_path / "loss/metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    lines[-1]["loss"] = math.nextafter(lines[-1]["loss"], math.inf)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (tmp_path / "sample/samples-0.jsonl").open("a") as samples:
+        samples.write("[[0], [0]]\n")
+    assert_equal_runs(tmp_path / "same", plain.directory, 1)
+    for name in ("seed", "loss", "sample"):
+        with pytest.raises(AssertionError):
+            assert_equal_runs(tmp_path / name, plain.directory, 1)
