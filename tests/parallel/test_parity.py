@@ -83,6 +83,7 @@ def test_layout_equals_one_process_in_float32(name: str) -> None:
 def test_layouts_are_many_and_different() -> None:
     assert len({(layout.ranks, layout.config) for layout in LAYOUTS}) == len(BY_NAME) == len(LAYOUTS) >= 30
     assert max(layout.ranks for layout in LAYOUTS) == 8
+    assert len(set(CHOSEN)) >= 10
 
 
 AXES = ("tensor", "context", "pipeline", "replicate", "shard")
