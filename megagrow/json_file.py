@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +54,9 @@ def parse_object(raw: bytes, where: Path | str, kind: type[MegagrowError], remed
     return value
 
 
+_INDICES = re.compile(r"(?:\[\d+\])+\Z")  # of a list in a list in a list
+
+
 def _integer(text: str) -> int | float:
     return int(text) if len(text) <= MAX_DIGITS else math.inf
 
@@ -60,7 +64,7 @@ def _integer(text: str) -> int | float:
 def _problems(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
     """(dotted name, what is wrong) of every value that JSON's grammar lets through and that is refused here."""
     if depth > MAX_DEPTH:
-        yield named(name.split("[", 1)[0]), f"is nested more than {MAX_DEPTH} deep"
+        yield named(_INDICES.sub("", name)), f"is nested more than {MAX_DEPTH} deep"
     elif isinstance(value, dict):
         for key, entry in value.items():
             if not is_text(key):

@@ -21,7 +21,10 @@ BAD_JSON = {
     "digits": (b'{"a": ' + b"9" * 5000 + b"}", "a is not a finite number"),
     "half a pair": (b'{"a": ["\\ud800"]}', r"a\[0\] holds half a surrogate pair"),
     "half a pair as a key": (b'{"\\ud800": 1}', "holds half a surrogate pair"),
-    "nested": (b'{"a": ' + b"[" * 250 + b"]" * 250 + b"}", "nested more than 200 deep"),
+    "nested": (
+        b'{"a": {"b": [{"c": ' + b"[" * 250 + b"]" * 250 + b"}]}}",
+        r"a\.b\[0\]\.c is nested more than 200 deep",
+    ),
     "nested beyond the parser": (b'{"a":' * 10_000, "nested more than 200 deep"),
     "a list": (b"[]", "must hold a JSON object, has list"),
     "cut": (b'{"a": 1', "not valid JSON: .*line 1 column"),

@@ -67,6 +67,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
 }
 UPPER_LIMITS = SIZES | {"model.num_kv_heads", "model.head_dim", "model.position_offset", "model.num_token_types"}
 UPPER_LIMITS |= {f"growth.earlier.{name}" for name in GROWN_SIZES}
+WORDS = ("0b_", "0x_")  # numbers of YAML 1.1, but not of 1.2
 NESTED = {"rope_scaling": {"kind": "linear", "factor": 2.0}, "source": to_dict(ModelConfig())}
 
 
@@ -77,9 +78,9 @@ def fields(folder: Path) -> Iterator[Field]:
     def read() -> Any:
         return load_file(file)
 
-    broken = BROKEN_ANYWHERE_IN_YAML + BROKEN_YAML
     for name, accepts in accepts_of("").items():
         path = _path(name)
+        broken = [text for text in BROKEN_ANYWHERE_IN_YAML + BROKEN_YAML if text not in WORDS or not accepts(text)]
         likely = (INTEGERS, st.floats(-2, 2), TEXTS)
         texts = texts_with(_base(path), path, rejecting(accepts, *likely, broken=broken), required=False)
         yield Field("configuration", name, file, texts, read, path[-1])

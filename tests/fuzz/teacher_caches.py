@@ -69,7 +69,7 @@ def _manifest_fields(file: Path, read: Callable[[], Any]) -> Iterator[Field]:
     for path, accepts in rules.items():
         texts = texts_with(record, path, rejecting(accepts))
         says, where = {("identity",): "identity|corpus_", ("cost",): "cost|seconds"}.get(path, path[-1]), file
-        if path[-1] in of_shards or path[-1] == "samples_sha256":
+        if path[-1] in (*of_shards, "samples_sha256", "num_samples"):
             # What the shards or ids contradict is told where they are.
             says, where = f"{says}|what the manifest says|index|ids|zstandard|shards", file.parent
         yield Field("cache manifest", ".".join(path), where, texts, read, says, file.write_bytes)
@@ -129,7 +129,9 @@ def _samples_fields(folder: Path, read: Callable[[], Any]) -> Iterator[Field]:
     wrong = st.lists(st.integers(-3, 9), min_size=5, max_size=5).filter(is_wrong)
     contents = wrong.map(lambda ids: raw[: -8 * len(IDS)] + np.array(ids, "<i8").tobytes())
     yield Field("samples.safetensors", "ids", file, contents, read, "ids", write_signed)
-    cut = st.integers(0, len(raw) - 1).map(lambda end: raw[:end])
+    cut = st.integers(0, len(raw) - 1).map(lambda end: raw[:end]) | st.binary(min_size=1, max_size=40).map(
+        lambda x: raw + x
+    )
     yield Field("samples.safetensors", "(size)", file, cut, read, "safetensors|ids")
     file.write_bytes(raw)
     manifest.write_text(json.dumps(record))

@@ -159,7 +159,7 @@ def loss_of_hidden(given: Heads, of: Tokens, options: LossOptions) -> Tensors:
             hidden, head, of.labels_T, of.weights_T, len(head), Axis(), *teacher, options=options
         )[0][0]
 
-    with mock.patch.object(ops, "_kernels", lambda name, x: megagrow_kernels):
+    with mock.patch.object(ops, "kernels_for", lambda name, x: megagrow_kernels):
         return outputs_and_gradients(loss, given.leaves, {"loss": torch.ones(())})
 
 
