@@ -17,7 +17,7 @@ from megagrow.checkpoint.dcp_io import ItemReader, digest_of, open_sized, read_i
 from megagrow.checkpoint.format import MANIFEST, Manifest, check_json
 from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.shards import DTYPES, Deferred, LocalShard, layout_of, local_shards
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,8 @@ def load(
             otherwise what both have is loaded. Shapes and dtypes must agree in any case.
 
     Raises:
-        CheckpointError: on every rank: the checkpoint is missing, damaged, or does not fit (names
-            the tensors).
+        Damaged: on every rank: any of them has found that the checkpoint is not whole.
+        CheckpointError: on every rank: it cannot be read just now, or does not fit (names the tensors).
     """
     path, ranks = as_path(path), Ranks(group)
     action = f"cannot load {path}"
@@ -186,8 +186,8 @@ def candidates(root: Path) -> list[Path]:
     here.
 
     Raises:
-        CheckpointError: there are checkpoints, and the manifests of all of them are damaged; or a remote folder does
-            not answer, and might hold newer ones.
+        CheckpointError: there are checkpoints, and the manifests of all of them are damaged; or one cannot be read just
+            now, and might be the newest.
     """
     root = as_path(root)
     try:
@@ -199,9 +199,7 @@ def candidates(root: Path) -> list[Path]:
         try:
             directory.read_checked_manifest(path)
             intact.append(path)
-        except CheckpointError as error:
-            if directory.is_unreachable(path, error):
-                raise
+        except Damaged as error:
             problems.append(str(error))
     if problems and not intact:
         raise CheckpointError(f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away")
@@ -251,7 +249,8 @@ def verify(path: Path) -> Manifest:
     """Compares every byte of a checkpoint with its digests, in this process; returns the manifest.
 
     Raises:
-        CheckpointError: names the damaged file.
+        Damaged: names the file.
+        CheckpointError: a file cannot be read just now.
     """
     path = as_path(path)
     manifest = read_manifest(path)
@@ -268,9 +267,7 @@ def _make_room(root: Path, step: int) -> Path:
     if path.exists() and not directory.is_left_over(path):
         try:
             verify(path)
-        except CheckpointError as error:
-            if directory.is_unreachable(path, error):
-                raise
+        except Damaged as error:
             logger.warning("%s; it is kept as %s", error, directory.set_aside(path))
         else:
             raise CheckpointError(f"{path} exists and is intact; move it away to save this step again")
@@ -282,7 +279,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         with open_sized(path / name, entry) as stream:
             if entry.sha256 is not None and digest_of(stream) != entry.sha256:
-                raise CheckpointError(f"{path / name}: differs from its digest: the file is damaged")
+                raise Damaged(f"{path / name}: differs from its digest: the file is damaged")
 
 
 def _check_fit(manifest: Manifest, tensors: Mapping[str, Tensor], unread: list[str], strict: bool) -> None:

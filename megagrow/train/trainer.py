@@ -19,7 +19,7 @@ from megagrow.checks import check_chain, check_model
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
-from megagrow.errors import CheckpointError, NonFiniteError, Preempted
+from megagrow.errors import CheckpointError, Damaged, NonFiniteError, Preempted
 from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
 from megagrow.growth.bootstrap import explain
 from megagrow.metrics import Metrics, Progress
@@ -90,14 +90,18 @@ class Trainer:
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
     def _resume(self) -> tuple[Learner, RunState] | None:
-        """The newest checkpoint of the run that can be read whole; None when the run is new."""
-        problem: CheckpointError | None = None
+        """The newest checkpoint of the run that is whole; None when the run is new.
+
+        One that cannot be read just now, or does not fit the model, is not passed over: an older one would train again
+        what is done, and may hold the model from before a growth.
+        """
+        problem: Damaged | None = None
         for path in saving.saved(self.config, self.mesh):
             state = saving.read_state(path, self.config, self.progress.message)
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
                 saving.load(path, learner, self.mesh)
-            except CheckpointError as error:
+            except Damaged as error:
                 self.progress.message(f"warning: {error}; trying the one before it")
                 self.saver.passed_over.add(path.name)
                 problem = error
