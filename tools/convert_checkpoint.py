@@ -16,6 +16,7 @@ from pathlib import Path
 from _command import Arguments, run
 
 from megagrow.checkpoint import convert
+from megagrow.checkpoint.source import open_source
 
 
 def main() -> None:
@@ -28,16 +29,17 @@ def main() -> None:
         "--verify", action=BooleanOptionalAction, default=True, help="compare the logits of SRC and DST (default)"
     )
     arguments = parser.parse_args()
-    src, dst, dtype = arguments.src, arguments.dst, convert.DTYPES.get(arguments.dtype)
+    dst, dtype = arguments.dst, convert.DTYPES.get(arguments.dtype)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    has_tokenizer = convert.convert(src, dst, arguments.to, dtype, tell=print)
-    print(f"wrote {dst}" + ("" if has_tokenizer else ", without a tokenizer: none found with SRC"))
+    source = open_source(arguments.src)  # once: a run that goes on has another newest checkpoint in a minute
+    has_tokenizer = convert.convert(source, dst, arguments.to, dtype, tell=print)
+    print(f"wrote {dst} from {source.path}" + ("" if has_tokenizer else ", without a tokenizer: none found with SRC"))
     if not arguments.verify:
         return
-    compared = convert.compare(src, dst, dtype)
+    compared = convert.compare(source, dst, dtype)
     print(
         f"largest logit difference {compared.largest_difference:.3g}, "
-        f"largest logit {compared.largest_logit:.3g}: {src} in {compared.libraries[0]} against "
+        f"largest logit {compared.largest_logit:.3g}: {source.path} in {compared.libraries[0]} against "
         f"{dst} in {compared.libraries[1]}, {compared.num_tokens} random tokens, "
         + ("float32" if dtype is None else f"weights rounded to {arguments.dtype}")
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
-from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source
+from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source, share_identity
 from megagrow.checks import check_chain, check_model
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
@@ -143,6 +143,7 @@ class Trainer:
         check_model(source.model, config.parallel, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
         growing.check_recipes(state, config)
+        share_identity(source, self.mesh)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
         part = build_part(source.model, config, self.mesh)
         load_part(part, source.fetch)
