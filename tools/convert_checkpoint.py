@@ -11,9 +11,8 @@ Exit codes: 0 done, 2 usage or a model that DST's format cannot express, 3 token
 
 import os
 from argparse import BooleanOptionalAction
-from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 
 from megagrow.checkpoint import convert
 from megagrow.checkpoint.source import open_source
@@ -21,8 +20,8 @@ from megagrow.checkpoint.source import open_source
 
 def main() -> None:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
-    parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("src", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("dst", type=local_path, help="folder to write; must not exist or be empty")
     parser.add_argument("--to", required=True, choices=["hf", "megagrow"], help="format of DST")
     parser.add_argument("--dtype", choices=[*convert.DTYPES], help="of all tensors of DST (default: as in SRC)")
     parser.add_argument(

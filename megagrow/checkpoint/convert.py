@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.remote import remote
 from megagrow.checkpoint.shards import Deferred
 from megagrow.checkpoint.source import Source, load_model, open_source
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
@@ -119,9 +120,10 @@ def check_equal(comparison: Comparison) -> None:
 
 
 def tokenizer_of(source: Source) -> Path | None:
-    """The tokenizer of a model on disk: what it names, else the one beside it, if there is one."""
-    beside = source.path.parent / TOKENIZER_FOLDER
-    for place in [Path(source.tokenizer), beside] if source.tokenizer else [beside]:
+    """The tokenizer of a model: what it names, else the one beside it, if either is there on this machine."""
+    named = [Path(source.tokenizer)] if source.tokenizer else []
+    beside = [source.path.parent / TOKENIZER_FOLDER] if remote(source.path) is None else []
+    for place in named + beside:
         is_folder_of_one = any((place / name).is_file() for name in TOKENIZER_FILES)
         if str(place) == ByteTokenizer.name or place.is_file() or is_folder_of_one:
             return place

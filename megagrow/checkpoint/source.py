@@ -102,13 +102,13 @@ def open_source(path: Path | str) -> Source:
         raise CheckpointError(f"{path}: no such folder; give a checkpoint, a run directory or a Hugging Face folder")
     if remote(path) is None and hf.is_hf_folder(path):
         return _open_hf(path)
-    found = store.candidates(path) or store.candidates(path / "checkpoints")
-    if not found:
+    found = store.newest(path) or store.newest(path / "checkpoints")
+    if found is None:
         raise CheckpointError(
             f"{path}: neither a checkpoint (manifest.json) nor a Hugging Face folder (config.json with safetensors); "
             "give the folder of one"
         )
-    return _open_own(found[0])
+    return _open_own(found)
 
 
 def load_model(

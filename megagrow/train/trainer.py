@@ -96,7 +96,7 @@ class Trainer:
         what is done, and may hold the model from before a growth.
         """
         problem: Damaged | None = None
-        for path in saving.saved(self.config, self.mesh):
+        while (path := self._newest()) is not None:
             state = saving.read_state(path, self.config, self.progress.message)
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
@@ -114,6 +114,9 @@ class Trainer:
         if problem is not None:
             raise problem
         return None
+
+    def _newest(self) -> Path | None:
+        return saving.newest(self.config, self.mesh, self.saver.passed_over)
 
     def _begin(self) -> tuple[Learner, RunState]:
         config = self.config
@@ -396,7 +399,7 @@ class Trainer:
         self._wait_for_save()
         state = self.state
         what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
-        if state.rolled_back_at >= 0 or not saving.saved(self.config, self.mesh):
+        if state.rolled_back_at >= 0 or self._newest() is None:
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
         del self.learner  # two models need not fit
         gc.collect()

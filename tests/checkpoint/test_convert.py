@@ -11,10 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
 
 from megagrow.checkpoint import convert, hf, source, store
 from megagrow.checkpoint.convert import Comparison
+from megagrow.checkpoint.remote import as_path
 from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
@@ -188,6 +190,19 @@ def test_a_run_that_goes_on_is_compared_with_the_step_that_was_converted(tmp_pat
     code, printed, errors = tool(run, tmp_path / "out", "--to", "hf")
     assert (code, errors) == (0, "")
     assert f"wrote {tmp_path / 'out'} from {run}/checkpoints/step-3" in printed
+
+
+def test_a_run_on_a_store_becomes_a_local_folder(tmp_path, tool) -> None:
+    MemoryFileSystem.store.clear()
+    run = as_path("memory://bucket/run")
+    save_own(run, ModelConfig(vocab_size=61, hidden_size=16, num_heads=4))
+    code, printed, errors = tool(run, tmp_path / "out", "--to", "hf")
+    assert (code, errors) == (0, "")
+    assert f"wrote {tmp_path / 'out'} from memory://bucket/run/checkpoints/step-3" in printed
+    code, _, errors = tool(run, "memory://bucket/out", "--to", "hf")
+    assert code == 2
+    assert errors == "error: argument dst: memory://bucket/out must be local; copy it to or from there; see --help\n"
+    MemoryFileSystem.store.clear()
 
 
 def test_moments_that_are_left_behind_are_named(tmp_path, tool) -> None:
