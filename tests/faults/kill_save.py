@@ -206,8 +206,8 @@ def test_a_run_that_dies_fifty_times_is_the_same_run(doom: Doom, corpus: Path, t
     job = Job("train", "", steps, corpus=str(corpus))
     first, again = (doom.run(replace(job, root=str(whole)))[0] for _ in range(2))
     assert (first.code, again.code) == (0, 0), first.output + again.output
-    # Each life begins where the last one has saved, and takes as long to begin as a run that has nothing left to do: all
-    # of them together train for less than the run takes.
+    # Each life begins where the last one has saved, and takes as long to begin as a run that has nothing left to do:
+    # all of them together train for less than the run takes.
     start, training = again.seconds, max(first.seconds - again.seconds, 1.0)
     newest = []  # checkpoint after each life, 0 for none
     for number in range(NUM_MOMENTS):
