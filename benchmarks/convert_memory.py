@@ -3,13 +3,17 @@
     python benchmarks/convert_memory.py     # a few minutes, 9 GB of TMPDIR; benchmarks/results/convert_memory.json
 
 A random folder in bf16, in several files, is converted by tools/convert_checkpoint.py, without the comparison of
-logits, each way in a process of its own. What is measured is the process' largest resident size, `VmHWM` of
-/proc/self/status when it ends: all of its pages in memory at one time, those of mapped files, libraries and Python
-included, as the kernel counts them. Every tensor that comes back is compared bit by bit with the one that went in.
+logits, each way in a process of its own; then one with the same weights in a single file, as it is and rounded
+(--dtype), which a reader that keeps its file mapped would have in memory as a whole.
+
+What is measured is the process' largest resident size, `VmHWM` of /proc/self/status when it ends: all of its pages in
+memory at one time, those of mapped files, libraries and Python included, as the kernel counts them. Every tensor that
+comes back is compared bit by bit with the one that went in.
 """
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +32,14 @@ from megagrow.roles import num_parameters, parameter_shapes
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
 MIB = 2**20
 SHARE, CONSTANT = 1.5, 2**30  # of the largest tensor, and what comes on top
-SHARD_BYTES = 600 * 10**6
+SHARD_BYTES, ONE_FILE = 600 * 10**6, 10**15
+ROUNDED = "float16"  # of the size of bf16, so that the bound is the same
+WAYS = {
+    "there": "Hugging Face folder to own checkpoint",
+    "back": "own checkpoint to folder",
+    "single": "folder of one file to own checkpoint",
+    "rounded": f"folder of one file to own checkpoint in {ROUNDED}",
+}
 LLAMA_1B = ModelConfig(  # the shape of Llama 3.2 1B, with an output matrix of its own
     vocab_size=128_256,
     hidden_size=2048,
@@ -53,9 +64,10 @@ def make_folder(folder: Path, model: ModelConfig, shard_bytes: int = SHARD_BYTES
     write_hf_folder(folder, model, random, shard_bytes=shard_bytes)
 
 
-def convert(source: Path, target: Path, to: str) -> dict[str, float]:
+def convert(source: Path, target: Path, to: str, *options: str) -> dict[str, float]:
     """Runs the tool in a process of its own; returns its peak in bytes, and seconds."""
-    command = [sys.executable, __file__, "--in-this-process", str(source), str(target), "--to", to, "--no-verify"]
+    arguments = [str(source), str(target), "--to", to, "--no-verify", *options]
+    command = [sys.executable, __file__, "--in-this-process", *arguments]
     began = time.perf_counter()
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {"peak": json.loads(printed.splitlines()[-1]), "seconds": time.perf_counter() - began}
@@ -102,14 +114,21 @@ def largest_tensor(model: ModelConfig) -> int:
 
 
 def measure(model: ModelConfig, folder: Path, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
-    """Converts there and back in `folder`."""
-    before, own, after = (folder / name for name in ("before", "own", "after"))
+    """Converts there and back in `folder`, then from a single file."""
+    before, own, after, single, rounded = (folder / name for name in ("before", "own", "after", "single", "rounded"))
     make_folder(before, model, shard_bytes)
-    return {
+    found = {
         "files": len(list(before.glob("*.safetensors"))),
         "there": convert(before, own, "megagrow"),
         "back": convert(own, after, "hf"),
         "differing": differing_tensors(before, after),
+    }
+    for path in (before, own, after):  # the disk need not hold them beside the others
+        shutil.rmtree(path)
+    make_folder(single, model, ONE_FILE)
+    return found | {
+        "single": convert(single, own, "megagrow"),
+        "rounded": convert(single, rounded, "megagrow", "--dtype", ROUNDED),
     }
 
 
@@ -123,7 +142,7 @@ def rows_of(model: ModelConfig, found: dict[str, Any]) -> list[Row]:
         Row("files of the folder", found["files"], "1"),
         Row("largest tensor", largest / MIB, "MiB"),
     ]
-    for way, name in (("there", "Hugging Face folder to own checkpoint"), ("back", "own checkpoint to folder")):
+    for way, name in WAYS.items():
         peak = found[way]["peak"]
         rows.append(Row(f"{name}: peak resident size", peak / MIB, "MiB", bound, peak <= limit))
         rows.append(Row(f"{name}: time", found[way]["seconds"], "s"))

@@ -32,6 +32,14 @@ class CheckpointError(MegagrowError, ValueError):
     exit_code = 4
 
 
+class Damaged(CheckpointError):
+    """A checkpoint is proven to be no longer what was saved, so that an older one is better.
+
+    A file is missing, has another size or digest, or breaks the format. What could not be read just now, or belongs to
+    another model, is a CheckpointError: nothing follows from it.
+    """
+
+
 class NonFiniteError(MegagrowError):
     """Loss or gradients stayed non-finite for longer than allowed."""
 

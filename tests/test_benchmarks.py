@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megagrow import ops
+from megagrow.checkpoint import store
 from megagrow.config import ModelConfig
 from megagrow.roles import num_parameters
 from megagrow_kernels.launch import ANY
@@ -88,9 +89,26 @@ def test_convert_memory_judges_by_its_bounds(monkeypatch: pytest.MonkeyPatch) ->
         {"peak": 1.5 * largest + 2**30, "seconds": 1.0},
         {"peak": 1.5 * largest + 2**30 + 1, "seconds": 1.0},
     )
-    found = {"files": 5, "there": within, "back": beyond, "differing": ["lm_head.weight"]}
+    found = {
+        "files": 5,
+        "there": within,
+        "back": beyond,
+        "single": within,
+        "rounded": beyond,
+        "differing": ["lm_head.weight"],
+    }
     rows = [row for row in convert_memory.rows_of(convert_memory.LLAMA_1B, found) if row.bound]
-    assert [row.holds for row in rows] == [True, False, False]
+    assert [row.holds for row in rows] == [True, False, True, False, False]
+
+
+def test_convert_memory_converts_each_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    convert_memory = load("convert_memory", monkeypatch)
+    model = ModelConfig(vocab_size=31, hidden_size=8, num_layers=2, num_heads=2, ffn_size=12)
+    found = convert_memory.measure(model, tmp_path, shard_bytes=1000)
+    assert found["files"] > 2 and found["differing"] == []
+    assert [path.name for path in (tmp_path / "single").glob("*.safetensors")] == ["model.safetensors"]
+    assert store.read_manifest(tmp_path / "rounded/step-0").tensors["model.embedding.tokens"].dtype == "float16"
+    assert all(row.holds for row in convert_memory.rows_of(model, found) if row.bound)
 
 
 def test_convert_memory_sees_a_single_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from megagrow.checkpoint.convert import tokenizer_of
+from megagrow.checkpoint.remote import LOCAL, SEPARATOR, as_path
 from megagrow.checkpoint.source import Source
 from megagrow.config import ModelConfig, require
 from megagrow.errors import DataError, MegagrowError
@@ -23,6 +24,14 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
+
+
+def local_path(text: str) -> Path:
+    """The type of an option for what is read or written on this machine's disks: a URL would become a folder's name."""
+    protocol, separator, _ = text.partition(SEPARATOR)
+    if separator and protocol not in LOCAL:
+        raise argparse.ArgumentTypeError(f"{text} must be local; copy it to or from there")
+    return as_path(text)
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:

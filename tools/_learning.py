@@ -1,8 +1,9 @@
 """The options that say how LiGO's maps are learned."""
 
 import argparse
-from pathlib import Path
 from typing import get_args
+
+from _command import local_path
 
 from megagrow.config import GrowthConfig, require
 from megagrow.growth.ligo_maps import Variant
@@ -22,9 +23,11 @@ LIGO = {  # fields of GrowthConfig
 def add_learning(parser: argparse.ArgumentParser) -> None:
     """The options, for `learning_of`."""
     ligo = parser.add_argument_group("ligo")
-    ligo.add_argument("--maps", type=Path, metavar="FILE", help="maps that were learned before")
+    ligo.add_argument("--maps", type=local_path, metavar="FILE", help="maps that were learned before")
     ligo.add_argument("--data", metavar="PREFIX", help="tokens to learn the maps on")
-    ligo.add_argument("--save-maps", type=Path, metavar="FILE", help="where they go; default DST.maps.safetensors")
+    ligo.add_argument(
+        "--save-maps", type=local_path, metavar="FILE", help="where they go; default DST.maps.safetensors"
+    )
     for name, text in LIGO.items():
         default, choices = getattr(GrowthConfig(), f"ligo_{name}"), get_args(Variant) if name == "variant" else None
         option = f"--{name.replace('_', '-')}"

@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 
 from megagrow.cluster import Row, check_cluster, exit_code, first_error, problems, table, to_json
 from megagrow.cluster.watch import LIMIT_SECONDS
@@ -45,7 +45,7 @@ def main() -> None:
 def parser() -> Arguments:
     parser = Arguments(description="Check a cluster in a run's own layout.", allow_abbrev=False)
     parser.add_argument("config", metavar="PRESET_OR_FILE", help="of the run; --section.field VALUE changes it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the same rows for programs")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="the same rows for programs")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, help="seconds until it counts as hanging")
     return parser
 

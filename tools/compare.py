@@ -11,9 +11,8 @@ curves.png; see docs/compare.md. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoi
 
 import signal
 from dataclasses import replace
-from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 
 from megagrow.compare import SIZES, SUITES, Comparison, compare
 
@@ -33,8 +32,10 @@ def parser() -> Arguments:
     sizes = parser.add_mutually_exclusive_group()
     for size in SIZES[1:]:
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size)
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of text; default: the built-in corpus")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of corpora, runs, reports; default runs/compare")
+    parser.add_argument("--data", type=local_path, metavar="FOLDER", help="of text; default: the built-in corpus")
+    parser.add_argument(
+        "--output", type=local_path, metavar="FOLDER", help="of corpora, runs, reports; default runs/compare"
+    )
     parser.add_argument("--jobs", dest="parallel", type=int, help="runs at a time; default 2, with --gpu 1")
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--sweep", dest="sweeps", action="store_true", help="tune, even where rates are recorded")

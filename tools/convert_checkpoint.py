@@ -11,33 +11,34 @@ Exit codes: 0 done, 2 usage or a model that DST's format cannot express, 3 token
 
 import os
 from argparse import BooleanOptionalAction
-from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 
 from megagrow.checkpoint import convert
+from megagrow.checkpoint.source import open_source
 
 
 def main() -> None:
     parser = Arguments(description=__doc__.splitlines()[0])
-    parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
-    parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("src", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("dst", type=local_path, help="folder to write; must not exist or be empty")
     parser.add_argument("--to", required=True, choices=["hf", "megagrow"], help="format of DST")
     parser.add_argument("--dtype", choices=[*convert.DTYPES], help="of all tensors of DST (default: as in SRC)")
     parser.add_argument(
         "--verify", action=BooleanOptionalAction, default=True, help="compare the logits of SRC and DST (default)"
     )
     arguments = parser.parse_args()
-    src, dst, dtype = arguments.src, arguments.dst, convert.DTYPES.get(arguments.dtype)
+    dst, dtype = arguments.dst, convert.DTYPES.get(arguments.dtype)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    has_tokenizer = convert.convert(src, dst, arguments.to, dtype, tell=print)
-    print(f"wrote {dst}" + ("" if has_tokenizer else ", without a tokenizer: none found with SRC"))
+    source = open_source(arguments.src)  # once: a run that goes on has another newest checkpoint in a minute
+    has_tokenizer = convert.convert(source, dst, arguments.to, dtype, tell=print)
+    print(f"wrote {dst} from {source.path}" + ("" if has_tokenizer else ", without a tokenizer: none found with SRC"))
     if not arguments.verify:
         return
-    compared = convert.compare(src, dst, dtype)
+    compared = convert.compare(source, dst, dtype)
     print(
         f"largest logit difference {compared.largest_difference:.3g}, "
-        f"largest logit {compared.largest_logit:.3g}: {src} in {compared.libraries[0]} against "
+        f"largest logit {compared.largest_logit:.3g}: {source.path} in {compared.libraries[0]} against "
         f"{dst} in {compared.libraries[1]}, {compared.num_tokens} random tokens, "
         + ("float32" if dtype is None else f"weights rounded to {arguments.dtype}")
     )

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from _command import Arguments, add_method, recipe_of, run
+from _command import Arguments, add_method, local_path, recipe_of, run
 from _learning import add_learning, check_learning, learning_of
 
 from megagrow.checkpoint.source import Source, open_source
@@ -59,8 +59,8 @@ def show(source: Source, path: Path, recipe: Recipe, policy: Policy) -> None:
 
 def parser() -> Arguments:
     parser = Arguments(description="Grow a small pretrained model into a large one.")
-    parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
-    parser.add_argument("dst", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("src", help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("dst", type=local_path, help="folder to write; must not exist or be empty")
     add_method(parser)
     parser.add_argument("--optimizer", choices=get_args(Policy), help="default: exact where it has a rule, else reset")
     parser.add_argument("--tensor", type=int, default=1, help="ranks that share each matrix")

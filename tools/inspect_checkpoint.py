@@ -16,16 +16,17 @@ from rich.table import Table
 
 from megagrow import checkpoint
 from megagrow.checkpoint import Manifest
+from megagrow.checkpoint.remote import as_path
 from megagrow.errors import CheckpointError
 
 
 def main() -> None:
     parser = Arguments(description="Show what a checkpoint holds.")
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path)
+    parser.add_argument("checkpoint", metavar="CKPT")
     parser.add_argument("--verify", action="store_true", help="compare every byte with its digest")
     options = parser.parse_args()
 
-    path = find(options.checkpoint)
+    path = find(as_path(options.checkpoint))
     read = checkpoint.verify if options.verify else checkpoint.read_manifest
     show(path, read(path))
     if options.verify:
@@ -34,10 +35,10 @@ def main() -> None:
 
 def find(path: Path) -> Path:
     """The checkpoint at `path`, or the newest one in a checkpoint or run directory."""
-    found = checkpoint.candidates(path) or checkpoint.candidates(path / "checkpoints")
-    if not found:
+    found = checkpoint.newest(path) or checkpoint.newest(path / "checkpoints")
+    if found is None:
         raise CheckpointError(f"{path}: no checkpoint; give a step-N or a directory that has some")
-    return found[0]
+    return found
 
 
 def show(path: Path, manifest: Manifest) -> None:

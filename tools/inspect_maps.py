@@ -7,9 +7,8 @@ Exit codes: 0 done, 2 usage, 4 a file that is missing, damaged, or holds no maps
 
 import math
 import sys
-from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +18,7 @@ from megagrow.roles import num_parameters
 
 def main() -> None:
     parser = Arguments(description="Show what LiGO's maps have become.")
-    parser.add_argument("maps", metavar="FILE", type=Path)
+    parser.add_argument("maps", metavar="FILE", type=local_path)
     path = parser.parse_args().maps
     ligo, maps = describe_maps(path)
     small, large = (num_parameters(model) / 1e6 for model in (ligo.start.source, ligo.start.target))

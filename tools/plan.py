@@ -13,9 +13,8 @@ rule is told with its remedy) or none that fits, 4 a source or teacher that cann
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 from rich.console import Console
 
 from megagrow.command_line import parse
@@ -72,7 +71,7 @@ def parser() -> Arguments:
     parser = Arguments(description="Plan a run before it starts.", allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="of the run; --section.field VALUE changes it")
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the same for programs")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="the same for programs")
     parser.add_argument("--dry-run", action="store_true", help="build the model of one rank per pipeline place")
     parser.add_argument("--suggest", action="store_true", help="rank the layouts that fit")
     parser.add_argument("--count", type=int, default=10, help="suggestions that are shown")

@@ -11,9 +11,8 @@ what is printed and, with --json, written. Exit codes: 0 done, 2 usage or config
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 from rich.console import Console
 from rich.table import Table
 
@@ -58,7 +57,7 @@ def parser() -> Arguments:
     parser.add_argument("--source", required=True, metavar="CKPT", help="the model that grows")
     parser.add_argument("--candidates", nargs="+", required=True, metavar="METHOD[:POLICY]")
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="the lag: steps of each candidate")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the same for programs")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="the same for programs")
     return parser
 
 

@@ -6,17 +6,15 @@ RUN is a run directory and an arm of the comparison, by its name; `scratch-*` ar
 Exit codes: 0 done, 2 usage, 3 data, 4 damaged ledger.
 """
 
-from pathlib import Path
-
-from _command import Arguments, run
+from _command import Arguments, local_path, run
 
 from megagrow.report import build_report, to_markdown
 
 
 def main() -> None:
     parser = Arguments(description="Compare finished runs.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path)
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where the three files go")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=local_path)
+    parser.add_argument("--output", metavar="DIR", type=local_path, required=True, help="where the three files go")
     options = parser.parse_args()
 
     print(to_markdown(build_report(options.runs, options.output)))

@@ -8,7 +8,6 @@ models whole in memory, in float64. Exit codes: 0 done, 2 usage, or a target tha
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from _command import Arguments, add_method, recipe_of, run
@@ -78,7 +77,7 @@ def show(recipe: Recipe, figures: dict[str, float | None]) -> None:
 
 def parser() -> Arguments:
     parser = Arguments(description="What a growth does to a model's function, gradients and optimizer step.")
-    parser.add_argument("src", type=Path, help="checkpoint, run directory or Hugging Face folder")
+    parser.add_argument("src", help="checkpoint, run directory or Hugging Face folder")
     add_method(parser)
     parser.add_argument("--data", metavar="PREFIX", help="tokens to compute on; without: random ones")
     parser.add_argument("--seq-length", type=int, default=32)

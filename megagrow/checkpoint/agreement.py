@@ -2,15 +2,29 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 
 T = TypeVar("T")
 
 _NUM_NAMED = 3  # ranks or tensors that an error names before it only counts
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a rank has failed, as it travels to the others."""
+
+    text: str
+    is_damage: bool
+
+    @staticmethod
+    def of(error: BaseException) -> "Cause":
+        """See `cause_of`; of what is damaged each rank keeps the class."""
+        return Cause(cause_of(error), isinstance(error, Damaged))
 
 
 class Ranks:
@@ -43,10 +57,11 @@ class Ranks:
         """Runs `function` on every rank; returns its local result if it succeeded on all of them.
 
         Raises:
-            CheckpointError: on every rank, if it failed on any: `action`, the ranks, the causes.
+            CheckpointError: on every rank, if it failed on any: `action`, the ranks, the causes; Damaged, if that is
+                what any rank has found.
         """
         result, error = _attempt(function)
-        causes = self.gather(cause_of(error) if error else None)
+        causes = self.gather(Cause.of(error) if error else None)
         failures = {rank: cause for rank, cause in enumerate(causes) if cause is not None}
         if failures:
             raise failure(action, failures, self.world_size) from error
@@ -56,10 +71,10 @@ class Ranks:
         """Runs `function` on the first rank and returns its result on every rank.
 
         Raises:
-            CheckpointError: on every rank, if it failed.
+            CheckpointError: on every rank, if it failed; Damaged, if that is what it raised.
         """
         result, error = _attempt(function) if self.is_first else (None, None)
-        outcome = [(result, cause_of(error) if error else None)]
+        outcome = [(result, Cause.of(error) if error else None)]
         if self.is_distributed:
             source = dist.get_global_rank(self.group or dist.group.WORLD, 0)  # type: ignore[arg-type]
             dist.broadcast_object_list(outcome, src=source, group=self.group)
@@ -69,15 +84,16 @@ class Ranks:
         return result  # type: ignore[return-value]
 
 
-def failure(action: str, causes: Mapping[int, str], world_size: int) -> CheckpointError:
+def failure(action: str, causes: Mapping[int, Cause], world_size: int) -> CheckpointError:
     """One line: what could not be done, where, why; ranks with the same cause stand together."""
+    kind = Damaged if any(cause.is_damage for cause in causes.values()) else CheckpointError
     if world_size == 1:
-        return CheckpointError(f"{action}: {causes[0]}")
+        return kind(f"{action}: {causes[0].text}")
     ranks_of = defaultdict(list)
     for rank, cause in sorted(causes.items()):
-        ranks_of[cause].append(str(rank))
-    lines = [f"rank {some(ranks)}: {cause}" for cause, ranks in ranks_of.items()]
-    return CheckpointError(f"{action}: {some(lines, '; ')}")
+        ranks_of[cause.text].append(str(rank))
+    lines = [f"rank {some(ranks)}: {text}" for text, ranks in ranks_of.items()]
+    return kind(f"{action}: {some(lines, '; ')}")
 
 
 def some(names: list[str], separator: str = ", ") -> str:

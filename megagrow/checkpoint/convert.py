@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.remote import remote
 from megagrow.checkpoint.shards import Deferred
 from megagrow.checkpoint.source import Source, load_model, open_source
 from megagrow.checkpoint.staged import StagedFolder, cannot_be_written, check_free
@@ -25,6 +26,7 @@ Format = Literal["hf", "megagrow"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+PIECE = 1 << 22  # numbers that are looked at together
 COMPARED_TOKENS = (2, 512)  # samples, tokens per sample
 ALLOWED_SHARE = 1e-3  # of the largest logit: far above rounding in float32, far below a lost tensor
 
@@ -40,7 +42,7 @@ class Comparison:
 
 
 def convert(
-    source: Path,
+    source: Source | Path,
     target: Path,
     to: Format,
     dtype: torch.dtype | None = None,
@@ -49,11 +51,12 @@ def convert(
     """Writes the model at `source` to the new folder `target`, one tensor after the other.
 
     Args:
-        source: own checkpoint (saved in any layout), run directory or Hugging Face folder.
+        source: own checkpoint (saved in any layout), run directory or Hugging Face folder; already opened where more is
+            to be done with it: the newest checkpoint of a run may be another one in a minute.
         target: must not exist or be empty. An own checkpoint becomes `target/step-0`, with the
             tokenizer beside it in `target/tokenizer`.
         dtype: of all tensors; None: each keeps that in which it is stored.
-        tell: takes what the user has to know: tensors of the source that are left out.
+        tell: takes what the user has to know: tensors and moments of the source that are left out.
 
     Returns:
         Whether the model's tokenizer was found and came along.
@@ -63,9 +66,11 @@ def convert(
         ConfigError: the model cannot be expressed in the target's format.
     """
     check_free(target)
-    opened = open_source(source)
+    opened = _opened(source)
     if opened.note:
         tell(opened.note)
+    if to == "megagrow" and opened.optimizer is not None:
+        tell(f"{opened.path}: the moments of Adam are left behind; training starts with fresh ones")
     tokenizer = tokenizer_of(opened)
     fetch = opened.fetch if dtype is None else _rounding(opened.fetch, dtype)
     if to == "hf":
@@ -75,8 +80,8 @@ def convert(
     return tokenizer is not None
 
 
-def compare(first: Path, second: Path, dtype: torch.dtype | None = None) -> Comparison:
-    """Runs both folders on the same random tokens.
+def compare(first: Source | Path, second: Source | Path, dtype: torch.dtype | None = None) -> Comparison:
+    """Runs both models on the same random tokens.
 
     transformers computes a Hugging Face folder where it is installed (one of the two, so that
     megagrow is always part of the comparison); megagrow computes the rest.
@@ -84,16 +89,17 @@ def compare(first: Path, second: Path, dtype: torch.dtype | None = None) -> Comp
     Args:
         dtype: to which the weights of both are rounded before they are used; None: as stored.
     """
-    model = open_source(first).model
+    sources = _opened(first), _opened(second)
+    model = sources[0].model
     shape = (COMPARED_TOKENS[0], min(COMPARED_TOKENS[1], model.max_seq_length))
     ids_BS, types_BS = _random_tokens(model, shape), _random_types(model, shape)
     libraries = ["megagrow", "megagrow"]
-    foreign = [index for index, path in enumerate((first, second)) if hf.is_hf_folder(path)]
+    foreign = [index for index, source in enumerate(sources) if hf.is_hf_folder(source.path)]
     if foreign and importlib.util.find_spec("transformers") is not None:
         libraries[foreign[-1]] = "transformers"
     logits = [
-        _LOGITS[library](path, ids_BS, types_BS, dtype or torch.float32)
-        for library, path in zip(libraries, (first, second), strict=True)
+        _LOGITS[library](source, ids_BS, types_BS, dtype or torch.float32)
+        for library, source in zip(libraries, sources, strict=True)
     ]
     return Comparison(
         (logits[0] - logits[1]).abs().max().item(),
@@ -114,9 +120,10 @@ def check_equal(comparison: Comparison) -> None:
 
 
 def tokenizer_of(source: Source) -> Path | None:
-    """The tokenizer of a model on disk: what it names, else the one beside it, if there is one."""
-    beside = source.path.parent / TOKENIZER_FOLDER
-    for place in [Path(source.tokenizer), beside] if source.tokenizer else [beside]:
+    """The tokenizer of a model: what it names, else the one beside it, if either is there on this machine."""
+    named = [Path(source.tokenizer)] if source.tokenizer else []
+    beside = [source.path.parent / TOKENIZER_FOLDER] if remote(source.path) is None else []
+    for place in named + beside:
         is_folder_of_one = any((place / name).is_file() for name in TOKENIZER_FILES)
         if str(place) == ByteTokenizer.name or place.is_file() or is_folder_of_one:
             return place
@@ -128,8 +135,8 @@ def _rounding(fetch: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[s
 
     def fetch_rounded(name: str) -> Tensor:
         stored = fetch(name)
-        largest = stored.abs().max()
-        if torch.finfo(dtype).max < largest < torch.inf:
+        largest = _largest_finite(stored)
+        if largest > torch.finfo(dtype).max:
             raise CheckpointError(
                 f"{name} holds {largest:.4g}, more than {str(dtype).removeprefix('torch.')} can: "
                 "use --dtype bfloat16 or float32"
@@ -137,6 +144,16 @@ def _rounding(fetch: Callable[[str], Tensor], dtype: torch.dtype) -> Callable[[s
         return stored.to(dtype)
 
     return fetch_rounded
+
+
+def _largest_finite(tensor: Tensor) -> float:
+    """The largest magnitude, some numbers at a time; those that are not finite stay what they are in any dtype."""
+    pieces = tensor.flatten().split(PIECE)
+    return max((piece[piece.isfinite()].abs().max().item() for piece in pieces if piece.isfinite().any()), default=0.0)
+
+
+def _opened(source: Source | Path) -> Source:
+    return source if isinstance(source, Source) else open_source(source)
 
 
 def _write_own(
@@ -199,19 +216,18 @@ def _random_types(model: ModelConfig, shape: tuple[int, int]) -> Tensor | None:
     return torch.randint(model.num_token_types, shape, generator=torch.Generator().manual_seed(1))
 
 
-def _own_logits(path: Path, ids_BS: Tensor, types_BS: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _own_logits(source: Source, ids_BS: Tensor, types_BS: Tensor | None, dtype: torch.dtype) -> Tensor:
     with torch.no_grad():
-        return load_model(open_source(path), Mesh.single(), dtype).float().logits(ids_BS, types_BS)
+        return load_model(source, Mesh.single(), dtype).float().logits(ids_BS, types_BS)
 
 
-def _transformers_logits(path: Path, ids_BS: Tensor, types_BS: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _transformers_logits(source: Source, ids_BS: Tensor, types_BS: Tensor | None, dtype: torch.dtype) -> Tensor:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    is_causal = hf.model_config_from_hf(path).is_causal
-    auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
-    model = auto.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    auto = transformers.AutoModelForCausalLM if source.model.is_causal else transformers.AutoModelForMaskedLM
+    model = auto.from_pretrained(source.path, dtype=dtype, local_files_only=True, use_safetensors=True)
     with torch.no_grad():
         types = {} if types_BS is None else {"token_type_ids": types_BS}
         logits: Tensor = model.float().eval()(ids_BS, **types).logits

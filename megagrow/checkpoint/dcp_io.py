@@ -45,12 +45,12 @@ from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megagrow.checkpoint.agreement import Ranks, cause_of, failure
+from megagrow.checkpoint.agreement import Cause, Ranks, cause_of, failure
 from megagrow.checkpoint.format import FileEntry, Item, Manifest, TensorEntry
-from megagrow.checkpoint.remote import num_bytes, remote
+from megagrow.checkpoint.remote import num_bytes, remote, unreadable
 from megagrow.checkpoint.shards import DTYPES, LocalShard
 from megagrow.data.files import os_errors_name
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 from megagrow.parallel import heartbeat
 
 _BLOCK_BYTES = 1 << 20
@@ -189,10 +189,12 @@ class ItemReader(dcp.FileSystemReader):
             self.verify(item)
             try:
                 super().read_data(dataclasses.replace(plan, items=of_item), planner)
+            except OSError as error:
+                raise unreadable(self.folder / item.file, error) from error
             except Exception as error:
                 file = self.folder / item.file
-                reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-                raise CheckpointError(f"{file}: tensor {item.tensor!r} cannot be read: {reason}") from error
+                text = f"{file}: tensor {item.tensor!r} cannot be read: {type(error).__name__}"
+                raise CheckpointError(text) from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -201,19 +203,20 @@ class ItemReader(dcp.FileSystemReader):
         """Compares the item's bytes with their digest; refuses what would unpack to more bytes.
 
         Raises:
-            CheckpointError: names file and tensor.
+            Damaged: names file and tensor.
+            CheckpointError: the file cannot be read just now.
         """
         file = self.folder / item.file
         with open_sized(file, self.manifest.files[item.file]) as stream:
             view = self._slice_file(stream, _StorageInfo(item.file, item.start, item.num_bytes))
             if digest_of(view) != item.sha256:
                 end = item.start + item.num_bytes
-                raise CheckpointError(
+                raise Damaged(
                     f"{file}: bytes {item.start} to {end} (tensor {item.tensor!r}) differ from "
                     "their digest: the file is damaged"
                 )
             if not _is_plain_archive(view, item.num_bytes):
-                raise CheckpointError(f"{file}: tensor {item.tensor!r} is no plain torch archive")
+                raise Damaged(f"{file}: tensor {item.tensor!r} is no plain torch archive")
 
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
         return cast(IO[bytes], _Slice(file, sinfo.offset, sinfo.length))
@@ -232,16 +235,17 @@ def open_sized(path: Path, entry: FileEntry) -> Generator[IO[bytes], None, None]
     """Opens a file that must have the size that the manifest says.
 
     Raises:
-        CheckpointError: the file is missing, shorter or longer, or cannot be read.
+        Damaged: the file is missing, shorter or longer.
+        CheckpointError: it cannot be read just now.
     """
     try:
         size = num_bytes(path)
         if size != entry.num_bytes:
-            raise CheckpointError(f"{path}: has {size} bytes, not {entry.num_bytes}: the file is damaged")
+            raise Damaged(f"{path}: has {size} bytes, not {entry.num_bytes}: the file is damaged")
         with path.open("rb") as stream:
             yield stream
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or cause_of(error)}") from error
+        raise unreadable(path, error) from error
 
 
 def digest_of(stream: IO[bytes]) -> str:
@@ -446,5 +450,5 @@ def _run(function: Callable[[], None], ranks: Ranks, action: str) -> None:
     try:
         function()
     except CheckpointException as error:
-        causes = {rank: cause_of(cause) for rank, (cause, _) in error.failures.items()}
+        causes = {rank: Cause.of(cause) for rank, (cause, _) in error.failures.items()}
         raise failure(action, causes, ranks.world_size) from error

@@ -23,9 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from megagrow.checkpoint.format import DIGEST, MANIFEST, Manifest
-from megagrow.checkpoint.remote import MISSING, RemotePath, remote
+from megagrow.checkpoint.remote import RemotePath, remote, unreadable
 from megagrow.data.files import fsync_path, os_errors_name
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 from megagrow.json_file import parse_object
 from megagrow.parallel import heartbeat
 
@@ -137,27 +137,22 @@ def is_left_over(path: Path) -> bool:
     return bool(is_uncommitted or _LEFTOVER.fullmatch(path.name))
 
 
-def is_unreachable(path: Path, error: CheckpointError) -> bool:
-    """Whether a store has not answered, rather than that `path` is damaged: nothing may follow from it."""
-    cause = error.__cause__
-    return remote(path) is not None and isinstance(cause, OSError) and not isinstance(cause, MISSING)
-
-
 def read_checked_manifest(path: Path) -> bytes:
     """The bytes of a manifest, compared with the digest beside it and the one in `latest`.
 
     Raises:
-        CheckpointError: a file is missing or cannot be read, or a digest differs.
+        Damaged: a file is missing, or a digest differs.
+        CheckpointError: a file cannot be read just now.
     """
     if not _is_file(path / MANIFEST):
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}")
+        raise Damaged(f"{path} is no complete checkpoint: it has no {MANIFEST}")
     raw, noted = _read(path / MANIFEST), _read(path / DIGEST)
     digest = hashlib.sha256(raw).hexdigest()
     if noted != f"{digest}  {MANIFEST}\n".encode():
-        raise CheckpointError(f"{path / MANIFEST}: damaged, its digest is not the one in {DIGEST}")
+        raise Damaged(f"{path / MANIFEST}: damaged, its digest is not the one in {DIGEST}")
     pointer = path.absolute().parent / LATEST
     if _is_file(pointer) and digest != _latest_digest(pointer).get(path.name, digest):
-        raise CheckpointError(f"{path / MANIFEST}: replaced, its digest is not the one in {pointer}")
+        raise Damaged(f"{path / MANIFEST}: replaced, its digest is not the one in {pointer}")
     return raw
 
 
@@ -194,9 +189,9 @@ def _latest_digest(pointer: Path) -> dict[str, str]:
     it unreadable.
     """
     try:
-        record = parse_object(_read(pointer), pointer, CheckpointError, "checkpoints are found without it")
+        record = parse_object(_read(pointer), pointer, Damaged, "checkpoints are found without it")
         return {str(record["step"]): str(record["manifest_sha256"])}
-    except (CheckpointError, KeyError) as error:
+    except (Damaged, KeyError) as error:
         logger.warning("%s is damaged (%s); checkpoints are found without it", pointer, error)
         return {}
 
@@ -205,14 +200,14 @@ def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or type(error).__name__}") from error
+        raise unreadable(path, error) from error
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or type(error).__name__}") from error
+        raise unreadable(path, error) from error
 
 
 def _write(path: Path, raw: bytes) -> None:

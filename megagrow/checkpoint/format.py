@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megagrow.checkpoint.shards import DTYPES
-from megagrow.errors import CheckpointError, shown
+from megagrow.errors import CheckpointError, Damaged, shown
 from megagrow.json_file import is_text, parse_object
 
 FORMAT_VERSION = 2  # 1: model.bias in place of attention_bias and mlp_bias
@@ -109,9 +109,10 @@ class Manifest:
         """Reads the text of `manifest.json`.
 
         Raises:
-            CheckpointError: names the file `where` and the field that breaks a rule.
+            Damaged: names the file `where` and the field that breaks a rule.
+            CheckpointError: another version of megagrow wrote it.
         """
-        record = _Record(parse_object(raw, where, CheckpointError, "use an older checkpoint"), str(where))
+        record = _Record(parse_object(raw, where, Damaged, "use an older checkpoint"), str(where))
         version = record.integer("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{where}: format_version is {version}{_other_version(version)}")
@@ -176,7 +177,7 @@ class _Record:
         self.where = where
 
     def refuse(self, key: str, problem: str) -> NoReturn:
-        raise CheckpointError(f"{self.where}: {key} {problem}; use an older checkpoint")
+        raise Damaged(f"{self.where}: {key} {problem}; use an older checkpoint")
 
     def value(self, key: str, kind: type) -> Any:
         if key not in self.fields:
@@ -241,7 +242,7 @@ def _tensor_entry(record: _Record) -> TensorEntry:
 
 def _file_entry(name: str, record: _Record) -> FileEntry:
     if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
-        raise CheckpointError(
+        raise Damaged(
             f"{record.where}: a file name has letters, digits and . _ - only and stays in its "
             "directory; this checkpoint did not come from megagrow"
         )

@@ -32,6 +32,7 @@ from megagrow.checkpoint.hf_tensors import (
     unexpected_tensors,
 )
 from megagrow.checkpoint.hf_windows import check_windows
+from megagrow.checkpoint.remote import as_path, remote
 from megagrow.checkpoint.safetensors_file import DTYPE_NAMES
 from megagrow.config import ModelConfig
 from megagrow.errors import CheckpointError, named, shown
@@ -39,6 +40,7 @@ from megagrow.roles import role_of
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 DTYPES_OF_NAMES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COMPARED_ROWS = 4096  # of a tied head at a time
 
@@ -61,6 +63,7 @@ class HFReader:
         model: its configuration.
         token_ids: the special token ids that config.json states.
         window: tokens that some layer's attention is bounded to, no less than the stated context; None: all are seen.
+        files: those that hold its tensors.
         dropped: tensors that the model has no place for, and that its logits do not depend on.
 
     Raises:
@@ -70,13 +73,16 @@ class HFReader:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        _check_no_adapter(self.folder)
         entries = read_json(self.folder / CONFIG_FILE)
         self.model = model_config_from_hf(self.folder)
         self.token_ids = special_token_ids(entries)
         self._family = FAMILIES[self.model.family]
         sizes = self.model.num_layers, self.model.max_seq_length
         self.window = check_windows(entries, self._family, *sizes, str(self.folder / CONFIG_FILE))
-        self._stored = _with_body(_renamed(_catalog(self.folder), self._family), self._family)
+        catalog = _catalog(self.folder)
+        self.files = sorted({stored.file for stored in catalog.values()})
+        self._stored = _with_body(_renamed(catalog, self._family), self._family)
         self.dropped = self._take_extras() + self._take_copies()
         self._tied_head = self._take_tied_head()
         _check_tensors(self._stored, self._family, self.model, self.folder)
@@ -179,15 +185,26 @@ def is_hf_folder(path: Path | str) -> bool:
     """Whether a folder looks like a Hugging Face model: its config.json states a model type.
 
     A folder with unreadable config.json counts when Hugging Face's weight files are there, so that
-    reading it can say what is wrong.
+    reading it can say what is wrong. Remote folders are read as own checkpoints only.
     """
-    path = Path(path)
+    path = as_path(path)
+    if remote(path) is not None:
+        return False
     if not (path / CONFIG_FILE).is_file():
         return False
     try:
         return "model_type" in read_json(path / CONFIG_FILE)
     except CheckpointError:
         return any((path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """transformers adds an adapter that lies beside the weights to them, where peft is installed."""
+    if (folder / ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE}: an adapter, which would be left out; merge it into the weights "
+            "(peft's merge_and_unload, then save_pretrained), or remove the file to read the weights without it"
+        )
 
 
 def _are_equal(one: Stored, other: Stored) -> bool:

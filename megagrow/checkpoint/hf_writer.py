@@ -60,10 +60,10 @@ def write_hf_folder(
         DataError: the tokenizer cannot be read.
     """
     check_exportable(model)
-    output = _Folder(Path(folder), model, dtype, shard_bytes)
+    output = _Folder(Path(folder), model, dtype, shard_bytes, overwrite)
     attempt = _Attempt(is_writer)
     try:
-        attempt(output.start, tokenizer_source, token_ids, overwrite)
+        attempt(output.start, tokenizer_source, token_ids)
         for name in parameter_names(model):
             attempt(output.add, name, fetch(name))
         attempt(output.publish)
@@ -103,8 +103,10 @@ class _Attempt:
 class _Folder:
     """A Hugging Face folder being written."""
 
-    def __init__(self, path: Path, model: ModelConfig, dtype: torch.dtype | None, shard_bytes: int) -> None:
-        self._folder, self._model, self._dtype = StagedFolder(path), model, dtype
+    def __init__(
+        self, path: Path, model: ModelConfig, dtype: torch.dtype | None, shard_bytes: int, overwrite: bool
+    ) -> None:
+        self._folder, self._model, self._dtype = StagedFolder(path, overwrite), model, dtype
         self._tensors = FamilyTensors(FAMILIES[model.family], model)
         item_bytes = dtype.itemsize if dtype else _ASSUMED_ITEM_BYTES
         self._files = _plan_files(model, shard_bytes // item_bytes)
@@ -114,13 +116,8 @@ class _Folder:
         self._num_bytes = 0
         self._token_ids: dict[str, Any] = {}
 
-    def start(
-        self,
-        tokenizer_source: Path | str | None,
-        token_ids: Mapping[str, Any] | None,
-        overwrite: bool,
-    ) -> None:
-        check_target(self._folder.path, overwrite)
+    def start(self, tokenizer_source: Path | str | None, token_ids: Mapping[str, Any] | None) -> None:
+        check_target(self._folder.path, self._folder.overwrite)
         tokenizer = load_tokenizer(tokenizer_source) if tokenizer_source else None
         _check_tokenizer(tokenizer, self._model)
         check_positions(self._model, tokenizer)

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 import fsspec
 
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 
 SEPARATOR = "://"
 LOCAL = ("file", "local")
@@ -171,3 +171,11 @@ def num_bytes(path: Path) -> int:
     """Size of a file."""
     place = remote(path)
     return path.stat().st_size if place is None else place.num_bytes()
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What an OSError in reading a checkpoint's file is: damage where the file is missing, else nothing is proven."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MISSING):
+        return Damaged(f"{path}: {reason}")
+    return CheckpointError(f"{path}: {reason}; start again, or move this checkpoint away to use an older one")

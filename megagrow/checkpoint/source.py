@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast, get_args
 
@@ -23,7 +24,7 @@ from megagrow.errors import CheckpointError, ConfigError, DataError, shown
 from megagrow.model import Transformer
 from megagrow.optim import Multipliers
 from megagrow.parallel import heartbeat
-from megagrow.parallel.collectives import sum_over
+from megagrow.parallel.collectives import broadcast_json, sum_over
 from megagrow.parallel.context import cut
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import fill, shard_parameters
@@ -45,7 +46,7 @@ class Source:
         model: its configuration.
         fetch: reads one whole parameter by its megagrow name, in the stored dtype.
         dtype_of: the stored dtype of a parameter, by its megagrow name.
-        identity: hash that names these weights.
+        identify: computes `identity`.
         ledger: what its training cost, or None when unknown.
         tokenizer: the tokenizer that it was trained with ("" when unknown).
         read: reads any stored tensor by its name in the checkpoint (own checkpoints; Adam's moments are there).
@@ -58,13 +59,18 @@ class Source:
     model: ModelConfig
     fetch: Callable[[str], Tensor]
     dtype_of: Callable[[str], torch.dtype]
-    identity: str
+    identify: Callable[[], str]
     ledger: dict[str, Any] | None
     tokenizer: str
     read: Callable[[str], Tensor]
     optimizer: dict[str, Any] | None = None
     dropped: tuple[str, ...] = ()
     window: int | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash that names these weights: of a Hugging Face folder all is read once, and only where it is asked for."""
+        return self.identify()
 
     @property
     def note(self) -> str:
@@ -96,13 +102,13 @@ def open_source(path: Path | str) -> Source:
         raise CheckpointError(f"{path}: no such folder; give a checkpoint, a run directory or a Hugging Face folder")
     if remote(path) is None and hf.is_hf_folder(path):
         return _open_hf(path)
-    found = store.candidates(path) or store.candidates(path / "checkpoints")
-    if not found:
+    found = store.newest(path) or store.newest(path / "checkpoints")
+    if found is None:
         raise CheckpointError(
             f"{path}: neither a checkpoint (manifest.json) nor a Hugging Face folder (config.json with safetensors); "
             "give the folder of one"
         )
-    return _open_own(found[0])
+    return _open_own(found)
 
 
 def load_model(
@@ -124,6 +130,12 @@ def load_model(
         fill(parameter, source.fetch(name))
         heartbeat.progress()
     return model.requires_grad_(False).eval()
+
+
+def share_identity(source: Source, mesh: Mesh) -> None:
+    """The first rank hashes the files for all, who would each read the whole model; a collective."""
+    own = source.identity if mesh.is_main else ""
+    source.__dict__["identity"] = broadcast_json(own, mesh.world, mesh.device)
 
 
 def check_source(model: Transformer, dataset: Samples, mesh: Mesh, name: str, skip: bool = False) -> float:
@@ -180,13 +192,13 @@ def check_fits(source: Source, dataset: Samples, mesh: Mesh, skip: bool = False)
 
 def _open_hf(path: Path) -> Source:
     reader = hf.HFReader(path)
-    identity, dropped = _folder_identity(path), tuple(reader.dropped)
+    dropped = tuple(reader.dropped)
     return Source(
         path,
         reader.model,
         reader.fetch,
         reader.dtype_of,
-        identity,
+        lambda: _identity_of([*reader.files, path / "config.json"]),
         None,
         str(path),
         reader.fetch,
@@ -209,13 +221,13 @@ def _open_own(path: Path) -> Source:
     def dtype_of(name: str) -> torch.dtype:
         return DTYPES[manifest.tensors[f"model.{name}"].dtype]
 
-    identity = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
     data = manifest.config.get("data")
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else ""
     tokenizer = tokenizer if isinstance(tokenizer, str) else ""
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
     optimizer = stored_optimizer(manifest.state.get("optimizer"), where) if has_moments else None
-    return Source(path, model, fetch, dtype_of, identity, manifest.state.get("ledger"), tokenizer, read, optimizer)
+    ledger = manifest.state.get("ledger")
+    return Source(path, model, fetch, dtype_of, lambda: manifest.sha256, ledger, tokenizer, read, optimizer)
 
 
 def stored_model(data: Any, where: str) -> ModelConfig:
@@ -280,11 +292,15 @@ def _check_new_part(data: Any, step: int, where: str) -> None:
     _stored_model(data["source"], where, "state.optimizer.new_part.source")
 
 
-def _folder_identity(path: Path) -> str:
+def _identity_of(files: list[Path]) -> str:
+    """Hash of the files' hashes; CheckpointError where one cannot be read."""
     digest = hashlib.sha256()
-    for file in [*sorted(path.glob("*.safetensors")), path / "config.json"]:
-        with file.open("rb") as stream:
-            digest.update(_file_digest(stream))
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digest.update(_file_digest(stream))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror or type(error).__name__}") from error
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from megagrow.checkpoint.dcp_io import ItemReader, digest_of, open_sized, read_i
 from megagrow.checkpoint.format import MANIFEST, Manifest, check_json
 from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.shards import DTYPES, Deferred, LocalShard, layout_of, local_shards
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,8 @@ def load(
             otherwise what both have is loaded. Shapes and dtypes must agree in any case.
 
     Raises:
-        CheckpointError: on every rank: the checkpoint is missing, damaged, or does not fit (names
-            the tensors).
+        Damaged: on every rank: any of them has found that the checkpoint is not whole.
+        CheckpointError: on every rank: it cannot be read just now, or does not fit (names the tensors).
     """
     path, ranks = as_path(path), Ranks(group)
     action = f"cannot load {path}"
@@ -179,36 +179,53 @@ def load(
     return manifest.state
 
 
-def candidates(root: Path) -> list[Path]:
-    """The checkpoints in `root` (or `root` itself) whose manifest is intact, highest step first.
+def newest(root: Path, passed_over: Collection[str] = ()) -> Path | None:
+    """The checkpoint of the highest step in `root` (or `root` itself) whose manifest is intact; None: nothing is there.
 
-    The others are named in a warning of the first rank. An empty list means that nothing was saved
-    here.
+    Manifests below it are not read. Those above are named in a warning of the first rank.
+
+    Args:
+        root: a folder of checkpoints, or one of them.
+        passed_over: names of those that are known to be damaged.
 
     Raises:
-        CheckpointError: there are checkpoints, and the manifests of all of them are damaged; or a remote folder does
-            not answer, and might hold newer ones.
+        CheckpointError: there are checkpoints, and the manifests of all of them are damaged; or one cannot be read just
+            now, and might be the newest.
     """
-    root = as_path(root)
+    return next(_intact(as_path(root), passed_over), None)
+
+
+def candidates(root: Path) -> list[Path]:
+    """What `newest` would find, and all after it, the highest step first."""
+    return list(_intact(as_path(root), ()))
+
+
+def _intact(root: Path, passed_over: Collection[str]) -> Iterator[Path]:
     try:
         paths = [root] if (root / MANIFEST).is_file() else directory.step_directories(root)
     except OSError as error:
         raise CheckpointError(f"cannot look for checkpoints in {root}: {cause_of(error)}") from error
-    intact, problems = [], []
-    for path in paths:
+    problems, are_all_bad = [], True
+    for path in (path for path in paths if path.name not in passed_over):
         try:
             directory.read_checked_manifest(path)
-            intact.append(path)
-        except CheckpointError as error:
-            if directory.is_unreachable(path, error):
-                raise
+        except Damaged as error:
             problems.append(str(error))
-    if problems and not intact:
+            if not are_all_bad:
+                _warn_of(problems[-1:])
+            continue
+        if are_all_bad:
+            _warn_of(problems)
+        are_all_bad = False
+        yield path
+    if problems and are_all_bad:
         raise CheckpointError(f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away")
-    for problem in problems:
-        if not is_initialized() or torch.distributed.get_rank() == 0:
+
+
+def _warn_of(problems: list[str]) -> None:
+    if not is_initialized() or torch.distributed.get_rank() == 0:
+        for problem in problems:
             logger.warning("%s; it is passed over", problem)
-    return intact
 
 
 def clear(root: Path) -> None:
@@ -251,7 +268,8 @@ def verify(path: Path) -> Manifest:
     """Compares every byte of a checkpoint with its digests, in this process; returns the manifest.
 
     Raises:
-        CheckpointError: names the damaged file.
+        Damaged: names the file.
+        CheckpointError: a file cannot be read just now.
     """
     path = as_path(path)
     manifest = read_manifest(path)
@@ -268,9 +286,7 @@ def _make_room(root: Path, step: int) -> Path:
     if path.exists() and not directory.is_left_over(path):
         try:
             verify(path)
-        except CheckpointError as error:
-            if directory.is_unreachable(path, error):
-                raise
+        except Damaged as error:
             logger.warning("%s; it is kept as %s", error, directory.set_aside(path))
         else:
             raise CheckpointError(f"{path} exists and is intact; move it away to save this step again")
@@ -278,11 +294,15 @@ def _make_room(root: Path, step: int) -> Path:
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
-    """Every file has the size in the manifest, and the digest if it does not consist of items."""
+    """Every file has the size in the manifest, and the digest if it does not consist of items.
+
+    That takes in `.metadata`, which megagrow does not read: torch's own tools do, and unpickle it. A changed byte
+    anywhere means that something has written here, or that the disk is failing: an older checkpoint is the safer one.
+    """
     for name, entry in manifest.files.items():
         with open_sized(path / name, entry) as stream:
             if entry.sha256 is not None and digest_of(stream) != entry.sha256:
-                raise CheckpointError(f"{path / name}: differs from its digest: the file is damaged")
+                raise Damaged(f"{path / name}: differs from its digest: the file is damaged")
 
 
 def _check_fit(manifest: Manifest, tensors: Mapping[str, Tensor], unread: list[str], strict: bool) -> None:

@@ -21,6 +21,8 @@ from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import sum_over
 from megagrow.parallel.mesh import Mesh
 
+FAILED = -1  # in place of a length
+
 
 class SharedModel:
     """Scores windows and continues prompts; all ranks make the same calls and get the same results.
@@ -73,14 +75,21 @@ class SharedModel:
             DataError: a token is not in the model's vocabulary, or a logit is not finite.
         """
         self._check_tokens(prompts)
-        results_NT = torch.zeros(len(prompts), 1 + max_new_tokens, dtype=torch.long)  # length, tokens
+        results_NT = torch.zeros(len(prompts), 1 + max_new_tokens, dtype=torch.long)  # length or FAILED, tokens
         for places in self._share([len(prompt) for prompt in prompts]):
             batch, own_seeds = [prompts[i] for i in places], [seeds[i] for i in places]
-            added = continuations(self.model, batch, max_new_tokens, own_seeds, sampling, is_done)
+            try:
+                added = continuations(self.model, batch, max_new_tokens, own_seeds, sampling, is_done)
+            except DataError:  # the other groups do not know of it, and would wait for this one's results
+                results_NT[places, 0] = FAILED
+                break
             for i, ids in zip(places, added, strict=True):
                 results_NT[i, : 1 + len(ids)] = torch.tensor([len(ids), *ids])
             heartbeat.progress()
-        return [ids[: ids.pop(0)] for ids in self._collect(results_NT).tolist()]
+        results = self._collect(results_NT).tolist()
+        if any(ids[0] == FAILED for ids in results):
+            raise DataError(f"the model's logits are {NOT_FINITE}")
+        return [ids[: ids.pop(0)] for ids in results]
 
     def _check_tokens(self, texts: Sequence[Sequence[int] | NDArray[np.int64]]) -> None:
         """Before the work is shared, so that every rank ends."""

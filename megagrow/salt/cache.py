@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagrow.checkpoint.source import Source
+from megagrow.checkpoint.source import Source, share_identity
 from megagrow.config import require
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
@@ -104,6 +104,7 @@ def cache_teacher(
         f"top_k={settings.top_k} exceeds vocab_size={source.model.vocab_size} of {source.path}; use at most as many",
     )
     share_fingerprint(dataset, mesh)
+    share_identity(source, mesh)
     identity = identity_of(source, dataset, settings, samples)
     shards = CacheShards(output, identity, samples, settings.batch_size, settings.shard_size, mesh)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.source import Source
+from megagrow.checkpoint.source import Source, share_identity
 from megagrow.config import require
 from megagrow.data.dataset import PackedDataset
 from megagrow.errors import DataError
@@ -93,6 +93,7 @@ def score_corpus(
     output = Path(output)
     check_reader(source, dataset, mesh, "score")
     share_fingerprint(dataset, mesh)
+    share_identity(source, mesh)
     identity = identity_of(dataset, source.identity, settings.top_k, **settings.identity)
     shards = _Shards(output, identity, settings, mesh)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from megagrow import flops
-from megagrow.checkpoint.source import Source, check_source, open_source
+from megagrow.checkpoint.source import Source, check_source, open_source, share_identity
 from megagrow.config import Config
 from megagrow.data.dataset import PackedDataset, Samples
 from megagrow.data.loader import Drawn, Stream
@@ -241,6 +241,7 @@ class SaltStage:
         # The run's own model is made for this data, however little it has learned of it.
         name, skip = str(source.path), config.init.skip_source_check or config.salt.grown_teaches
         losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]
+        share_identity(source, self.mesh)
         inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, self._given_flops), name)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
         maps = f"{config.growth.ligo_steps} steps that learn maps, and " if self.teaches_maps else ""

@@ -1,6 +1,6 @@
 """Checkpoints of a run, and resuming from the newest good one with the unchanged command."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,23 @@ def provenance(state: RunState, config: Config) -> dict[str, Any]:
     }
 
 
-def saved(config: Config, mesh: Mesh) -> list[Path]:
-    """The run's checkpoints, newest first, as the first rank sees them; a collective.
+def newest(config: Config, mesh: Mesh, passed_over: Collection[str] = ()) -> Path | None:
+    """The run's newest checkpoint, as the first rank sees it; None when there is none; a collective.
+
+    Args:
+        passed_over: names of those that are known to be damaged.
 
     Raises:
         CheckpointError: on every rank: there are none but damaged ones, or their folder cannot be read.
     """
     root = root_of(config)
-    return Ranks(mesh.checkpoint_group).first(f"cannot resume from {root}", lambda: store.candidates(root))
+    return Ranks(mesh.checkpoint_group).first(f"cannot resume from {root}", lambda: store.newest(root, passed_over))
 
 
 def saved_at_step(config: Config, mesh: Mesh) -> int | None:
     """`growth.at_step` of the run as its newest checkpoint has it; None when the run is new; a collective."""
-    growth = next((store.read_manifest(path).config.get("growth") for path in saved(config, mesh)), None)
+    path = newest(config, mesh)
+    growth = None if path is None else store.read_manifest(path).config.get("growth")
     at_step = growth.get("at_step") if isinstance(growth, dict) else None
     return at_step if type(at_step) is int and at_step > 0 else None
 

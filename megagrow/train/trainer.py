@@ -14,12 +14,12 @@ from torch import Tensor
 from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
-from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source
+from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source, share_identity
 from megagrow.checks import check_chain, check_model
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
-from megagrow.errors import CheckpointError, NonFiniteError, Preempted
+from megagrow.errors import CheckpointError, Damaged, NonFiniteError, Preempted
 from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
 from megagrow.growth.bootstrap import explain
 from megagrow.metrics import Metrics, Progress
@@ -90,14 +90,18 @@ class Trainer:
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
     def _resume(self) -> tuple[Learner, RunState] | None:
-        """The newest checkpoint of the run that can be read whole; None when the run is new."""
-        problem: CheckpointError | None = None
-        for path in saving.saved(self.config, self.mesh):
+        """The newest checkpoint of the run that is whole; None when the run is new.
+
+        One that cannot be read just now, or does not fit the model, is not passed over: an older one would train again
+        what is done, and may hold the model from before a growth.
+        """
+        problem: Damaged | None = None
+        while (path := self._newest()) is not None:
             state = saving.read_state(path, self.config, self.progress.message)
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
                 saving.load(path, learner, self.mesh)
-            except CheckpointError as error:
+            except Damaged as error:
                 self.progress.message(f"warning: {error}; trying the one before it")
                 self.saver.passed_over.add(path.name)
                 problem = error
@@ -110,6 +114,9 @@ class Trainer:
         if problem is not None:
             raise problem
         return None
+
+    def _newest(self) -> Path | None:
+        return saving.newest(self.config, self.mesh, self.saver.passed_over)
 
     def _begin(self) -> tuple[Learner, RunState]:
         config = self.config
@@ -139,6 +146,7 @@ class Trainer:
         check_model(source.model, config.parallel, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
         growing.check_recipes(state, config)
+        share_identity(source, self.mesh)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
         part = build_part(source.model, config, self.mesh)
         load_part(part, source.fetch)
@@ -391,7 +399,7 @@ class Trainer:
         self._wait_for_save()
         state = self.state
         what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
-        if state.rolled_back_at >= 0 or not saving.saved(self.config, self.mesh):
+        if state.rolled_back_at >= 0 or self._newest() is None:
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
         del self.learner  # two models need not fit
         gc.collect()

@@ -9,16 +9,19 @@ import resource
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from megagrow import checkpoint
 from megagrow.checkpoint import dcp_io, directory
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 from tests.checkpoint.samples import (
     assert_holds_step,
     empty_tensors,
@@ -26,6 +29,7 @@ from tests.checkpoint.samples import (
     save_step,
     tensors_at,
 )
+from tests.ranks import run_ranks
 
 FILES = [".metadata", "__0_0.distcp", "manifest.json", "manifest.sha256"]
 FLIPS_PER_FILE = 60
@@ -112,6 +116,31 @@ def test_files_of_another_checkpoint_are_refused(root: Path) -> None:
     assert (one / "__0_0.distcp").stat().st_size == (two / "__0_0.distcp").stat().st_size
     shutil.copy(one / "__0_0.distcp", two)
     assert_refused(two, "__0_0.distcp")
+
+
+PROBLEMS = {
+    "flipped": (Damaged("__0_0.distcp: differs from its digest"), "Damaged"),
+    "missing": (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), "Damaged"),
+    "no answer": (OSError(errno.EIO, os.strerror(errno.EIO)), "CheckpointError"),
+}
+
+
+def kind_of_error(path: str, problem: str) -> str:
+    """How loading fails on this rank, where only the second of two sees the problem."""
+    with ExitStack() as stack:
+        if dist.get_rank() == 1:
+            seen = mock.Mock(side_effect=PROBLEMS[problem][0])
+            stack.enter_context(mock.patch.object(dcp_io.ItemReader, "_slice_file", seen))
+        try:
+            checkpoint.load(Path(path), empty_tensors())
+        except CheckpointError as error:
+            return type(error).__name__
+    return "loaded"
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_ranks_agree_whether_it_is_damage(saved: Path, problem: str) -> None:
+    assert run_ranks(kind_of_error, 2, str(saved / "step-2"), problem) == [PROBLEMS[problem][1]] * 2
 
 
 def test_a_replaced_manifest_is_refused_by_latest(root: Path) -> None:

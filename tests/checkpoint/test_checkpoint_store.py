@@ -248,6 +248,21 @@ def test_candidates_are_newest_first_and_complete(tmp_path: Path) -> None:
     assert checkpoint.candidates(found[1]) == [found[1]]
 
 
+def test_only_the_manifests_down_to_the_newest_good_one_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large job each is tens of megabytes."""
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path, step)
+    flip_last_byte(tmp_path / "step-4" / "manifest.json")
+    seen, read = [], directory.read_checked_manifest
+    monkeypatch.setattr(directory, "read_checked_manifest", lambda path: seen.append(path.name) or read(path))
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-3"
+    assert checkpoint.newest(tmp_path, {"step-3"}) == tmp_path / "step-2"
+    assert seen == ["step-4", "step-3", "step-4", "step-2"]
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
 def test_a_bad_manifest_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2, 3):
         save_step(tmp_path, step)

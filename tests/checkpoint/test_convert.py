@@ -7,13 +7,16 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
 
-from megagrow.checkpoint import convert, hf, store
+from megagrow.checkpoint import convert, hf, source, store
 from megagrow.checkpoint.convert import Comparison
+from megagrow.checkpoint.remote import as_path
 from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
@@ -47,11 +50,12 @@ def tool(monkeypatch, capsys):
     return run
 
 
-def save_own(folder: Path, model: ModelConfig) -> Path:
-    weights = {f"model.{n}": torch.randn(shape) for n, shape in parameter_shapes(model).items()}
-    state = {"model": to_dict(model)}
-    config = to_dict(Config(model=model))
-    store.save(folder / "checkpoints", 3, weights, state, config=config, provenance={})
+def save_own(folder: Path, model: ModelConfig, step: int = 3, moments: bool = False) -> Path:
+    shapes = parameter_shapes(model)
+    kinds = ["model", "optim.exp_avg", "optim.exp_avg_sq"] if moments else ["model"]
+    tensors = {f"{kind}.{n}": torch.randn(shape) for kind in kinds for n, shape in shapes.items()}
+    state = {"model": to_dict(model), **({"optimizer": {"step": 3, "multipliers": {}}} if moments else {})}
+    store.save(folder / "checkpoints", step, tensors, state, config=to_dict(Config(model=model)), provenance={})
     return folder
 
 
@@ -77,7 +81,7 @@ def test_there_and_back_is_equal(tmp_path, tool, family, dtype) -> None:
     assert f"{before} in transformers against {own} in megagrow" in printed
     code, printed, _ = tool(own, after, "--to", "hf")
     assert code == 0
-    assert f"{own} in megagrow against {after} in transformers" in printed
+    assert f"{own}/step-0 in megagrow against {after} in transformers" in printed
     old, new = tensors_of(before), tensors_of(after)
     assert old.keys() == new.keys()
     for name, tensor in old.items():
@@ -106,24 +110,26 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path) -> None:
 
 @pytest.mark.parametrize(("to", "family"), [("megagrow", "qwen2"), ("hf", "llama")])
 def test_weights_are_rounded_as_asked(tmp_path, tool, to, family) -> None:
-    source = save_folder(tmp_path / "source", family)
-    code, printed, _ = tool(source, tmp_path / "out", "--to", to, "--dtype", "bfloat16")
+    folder = save_folder(tmp_path / "source", family)
+    code, printed, _ = tool(folder, tmp_path / "out", "--to", to, "--dtype", "bfloat16")
     assert code == 0
     assert "weights rounded to bfloat16" in printed
     back = tmp_path / "out" if to == "hf" else tmp_path / "back"
     if to == "megagrow":
         convert.convert(tmp_path / "out", back, "hf")
-    for name, tensor in tensors_of(source).items():
+    for name, tensor in tensors_of(folder).items():
         assert torch.equal(tensors_of(back)[name], tensor.bfloat16()), name
 
 
 def test_numbers_too_large_for_the_dtype_are_refused(tmp_path, tool) -> None:
-    source = save_folder(tmp_path / "source", "gpt2")
-    tensors = tensors_of(source)
+    folder = save_folder(tmp_path / "source", "gpt2")
+    tensors = tensors_of(folder)
     tensors["transformer.h.1.mlp.c_proj.bias"][7] = 7e4
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    tensors["transformer.h.1.mlp.c_proj.bias"][8] = torch.nan  # which is no reason to see nothing else
+    tensors["transformer.h.1.mlp.c_proj.bias"][9] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for to in ("megagrow", "hf"):
-        code, _, errors = tool(source, tmp_path / "out", "--to", to, "--dtype", "float16")
+        code, _, errors = tool(folder, tmp_path / "out", "--to", to, "--dtype", "float16")
         assert code == 4
         assert "layers.1.mlp.down.bias holds 7e+04, more than float16 can: use --dtype bfloat16" in errors
         assert errors.count("\n") == 1
@@ -132,10 +138,9 @@ def test_numbers_too_large_for_the_dtype_are_refused(tmp_path, tool) -> None:
 
 def test_the_comparison_can_be_left_out(tmp_path, tool, monkeypatch) -> None:
     monkeypatch.setattr(convert, "compare", None)
-    code, printed, _ = tool(
-        save_folder(tmp_path / "before", "llama"), tmp_path / "own", "--to", "megagrow", "--no-verify"
-    )
-    assert (code, printed) == (0, f"wrote {tmp_path / 'own'}, without a tokenizer: none found with SRC\n")
+    before, own = save_folder(tmp_path / "before", "llama"), tmp_path / "own"
+    code, printed, _ = tool(before, own, "--to", "megagrow", "--no-verify")
+    assert (code, printed) == (0, f"wrote {own} from {before}, without a tokenizer: none found with SRC\n")
 
 
 def save_sharded(root: str, model: ModelConfig) -> None:
@@ -171,6 +176,64 @@ def test_a_run_directory_becomes_a_folder(tmp_path, tool) -> None:
     assert code == 0
     assert "without a tokenizer" in printed
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_run_that_goes_on_is_compared_with_the_step_that_was_converted(tmp_path, tool, monkeypatch) -> None:
+    model = ModelConfig(vocab_size=61, hidden_size=16, num_heads=4)
+    run, write = save_own(tmp_path / "run", model), hf.write_hf_folder
+
+    def write_and_train_on(*arguments: object, **options: object) -> None:
+        write(*arguments, **options)
+        save_own(run, model, step=4)
+
+    monkeypatch.setattr(hf, "write_hf_folder", write_and_train_on)
+    code, printed, errors = tool(run, tmp_path / "out", "--to", "hf")
+    assert (code, errors) == (0, "")
+    assert f"wrote {tmp_path / 'out'} from {run}/checkpoints/step-3" in printed
+
+
+def test_a_run_on_a_store_becomes_a_local_folder(tmp_path, tool) -> None:
+    MemoryFileSystem.store.clear()
+    run = as_path("memory://bucket/run")
+    save_own(run, ModelConfig(vocab_size=61, hidden_size=16, num_heads=4))
+    code, printed, errors = tool(run, tmp_path / "out", "--to", "hf")
+    assert (code, errors) == (0, "")
+    assert f"wrote {tmp_path / 'out'} from memory://bucket/run/checkpoints/step-3" in printed
+    code, _, errors = tool(run, "memory://bucket/out", "--to", "hf")
+    assert code == 2
+    assert errors == "error: argument dst: memory://bucket/out must be local; copy it to or from there; see --help\n"
+    MemoryFileSystem.store.clear()
+
+
+def test_moments_that_are_left_behind_are_named(tmp_path, tool) -> None:
+    model = ModelConfig(vocab_size=61, hidden_size=16, num_heads=4)
+    for moments in (True, False):
+        run = save_own(tmp_path / f"run {moments}", model, moments=moments)
+        code, printed, _ = tool(run, tmp_path / f"own {moments}", "--to", "megagrow", "--no-verify")
+        assert code == 0
+        assert ("step-3: the moments of Adam are left behind" in printed) == moments
+
+
+@pytest.mark.parametrize("to", ["megagrow", "hf"])
+def test_a_folder_is_hashed_once_at_most(tmp_path, tool, monkeypatch, to) -> None:
+    before, read, hashed = save_folder(tmp_path / "before", "llama"), source._file_digest, []
+    (before / "optimizer.safetensors").write_bytes(b"of something else")
+    monkeypatch.setattr(source, "_file_digest", lambda stream: hashed.append(Path(stream.name).name) or read(stream))
+    assert tool(before, tmp_path / "out", "--to", to)[0] == 0
+    assert hashed == (["model.safetensors", "config.json"] if to == "megagrow" else [])
+
+
+def hashed_on_this_rank(folder: str) -> tuple[int, str]:
+    opened, mesh, hashed, read = source.open_source(folder), make_mesh(ParallelConfig()), [], source._file_digest
+    with mock.patch.object(source, "_file_digest", lambda stream: hashed.append(stream) or read(stream)):
+        source.share_identity(opened, mesh)
+        return len(hashed), opened.identity
+
+
+def test_the_first_rank_hashes_a_folder_for_all(tmp_path) -> None:
+    folder = save_folder(tmp_path / "folder", "llama")
+    identity = source.open_source(folder).identity
+    assert run_ranks(hashed_on_this_rank, 2, str(folder)) == [(2, identity), (0, identity)]
 
 
 def test_a_difference_is_measured_and_refused(tmp_path) -> None:

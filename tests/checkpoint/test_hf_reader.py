@@ -170,6 +170,12 @@ def test_a_damaged_file_is_named(llama) -> None:
         assert f"{path}: damaged or not a safetensors file" in refusal(llama)
 
 
+def test_an_adapter_beside_the_weights_is_refused(llama) -> None:
+    """transformers would add it to them, where peft is installed."""
+    (llama / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json" in refusal(llama) and "merge" in refusal(llama)
+
+
 def test_more_layers_than_tensors_are_refused_at_once(llama) -> None:
     edit(llama / "config.json", num_hidden_layers=2**30)
     assert "num_hidden_layers=1073741824, but the folder holds only" in refusal(llama)

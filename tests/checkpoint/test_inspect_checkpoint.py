@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from megagrow.checkpoint.remote import as_path
 from tests.checkpoint.samples import save_step
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
@@ -37,6 +39,16 @@ def test_it_shows_the_newest_checkpoint_of_a_run(tmp_path: Path, capsys: pytest.
         assert "│ norm │ bfloat16 │ [5] │ 10 │" in shown
         assert "│ 3 tensors │ │ │ 150 │" in shown
         assert "every byte agrees" in shown
+
+
+def test_a_run_on_a_store_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    MemoryFileSystem.store.clear()
+    save_step(as_path("memory://bucket/run/checkpoints"), 7)
+    assert inspect("memory://bucket/run", "--verify") == 0
+    assert "memory://bucket/run/checkpoints/step-7" in capsys.readouterr().out
+    assert inspect("nosuch://bucket/run") == 4
+    assert "nosuch://bucket/run: " in capsys.readouterr().err
+    MemoryFileSystem.store.clear()
 
 
 def test_damage_is_one_line_and_exit_code_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

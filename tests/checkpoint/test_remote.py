@@ -306,6 +306,30 @@ def test_a_run_resumes_from_a_url_and_another_begins_from_it(root: Path, tmp_pat
         open_source("memory://bucket/nothing")
 
 
+def test_a_store_that_is_busy_for_a_moment_costs_a_run_no_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The second read of an item of the newest checkpoint has no answer: the run ends with 4, and loses no step."""
+    config = make_config(make_corpus(tmp_path), tmp_path / "run", checkpoint=CheckpointConfig(interval=2, dir=ROOT))
+    assert run(config) == 0
+    before, open_file, reads = names_in(root), MemoryFileSystem._open, [0]
+
+    def busy_once(self: MemoryFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+        reads[0] += path.endswith("step-6/__0_0.distcp")
+        if reads[0] == 2:
+            reads[0] += 1
+            raise BUSY
+        return open_file(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", busy_once)
+    assert run(config) == 4
+    told = capfd.readouterr().err
+    assert "step-6/__0_0.distcp" in told and "503 SlowDown" in told and "trying the one before" not in told
+    assert names_in(root) == before
+    assert run(config) == 0
+    assert f"resuming from {ROOT}/step-6" in capfd.readouterr().err
+
+
 def test_the_run_itself_stays_local() -> None:
     with pytest.raises(ConfigError, match=r"run\.dir=s3://x must be a local folder.*checkpoint\.dir"):
         RunConfig(dir="s3://x")

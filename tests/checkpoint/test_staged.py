@@ -1,9 +1,11 @@
 """A staged folder is there whole or not at all, and only its own leftovers are removed."""
 
+import errno
 import os
 
 import pytest
 
+from megagrow.checkpoint import staged
 from megagrow.checkpoint.staged import StagedFolder, check_free
 from megagrow.errors import CheckpointError
 
@@ -26,7 +28,7 @@ def test_nothing_is_there_before_publishing(tmp_path) -> None:
 def test_what_was_there_is_replaced_whole(tmp_path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "old").touch()
-    folder = StagedFolder(tmp_path / "b")
+    folder = StagedFolder(tmp_path / "b", overwrite=True)
     fill(folder, "new")
     assert os.listdir(tmp_path / "b") == ["old"]
     folder.publish()
@@ -56,6 +58,72 @@ def test_only_leftovers_of_the_same_folder_are_removed(tmp_path) -> None:
     fill(folder, "new")
     folder.publish()
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "b"])
+
+
+def test_two_that_fill_one_folder_do_not_disturb_each_other(tmp_path) -> None:
+    first, second = StagedFolder(tmp_path / "b"), StagedFolder(tmp_path / "b")
+    fill(first, "first")
+    fill(second, "second")
+    second.publish()
+    with pytest.raises(CheckpointError, match="b: something was put there meanwhile"):
+        first.publish()
+    first.discard()
+    assert (tmp_path / "b/sub/file").read_text() == "second"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_what_is_put_there_meanwhile_stays(tmp_path) -> None:
+    folder = StagedFolder(tmp_path / "b")
+    fill(folder, "new")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/thesis.tex").touch()
+    with pytest.raises(CheckpointError, match="b: something was put there meanwhile"):
+        folder.publish()
+    assert os.listdir(tmp_path / "b") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_death_while_it_is_replaced_costs_nothing(tmp_path, monkeypatch, overwrite: bool) -> None:
+    class Died(BaseException):
+        pass
+
+    def die_at_the_third(source, target) -> None:
+        renames.append(target)
+        if len(renames) == 3:
+            raise Died
+        rename(source, target)
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/old").touch()
+    renames, rename, folder = [], os.rename, StagedFolder(tmp_path / "b", overwrite=True)
+    fill(folder, "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", die_at_the_third)  # the first is refused, the second moves the old one away
+        with pytest.raises(Died):
+            folder.publish()
+    assert not (tmp_path / "b").exists()
+    folder._unlock()  # as the end of a process does
+    after = StagedFolder(tmp_path / "b", overwrite)
+    if overwrite:
+        fill(after, "newer")
+    else:
+        with pytest.raises(CheckpointError, match="b: is not empty"):
+            after.start()
+    assert os.listdir(tmp_path / "b") == ["old"]
+    after.discard()
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_file_system_without_locks_loses_nothing(tmp_path, monkeypatch) -> None:
+    def unknown(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "as NFS says of folders")
+
+    monkeypatch.setattr(staged.fcntl, "flock", unknown)
+    first, second = StagedFolder(tmp_path / "b"), StagedFolder(tmp_path / "b")
+    fill(first, "first")
+    fill(second, "second")
+    first.publish()
+    assert (tmp_path / "b/sub/file").read_text() == "first"
 
 
 def test_syncing_comes_before_the_rename(tmp_path, monkeypatch) -> None:

@@ -103,6 +103,22 @@ def test_the_others_end_when_the_first_rank_fails() -> None:
     assert run_ranks(fail_on_the_first_rank, 3, timeout=60) == ["no such task", "served", "served"]
 
 
+def generate_beside_a_damaged_token() -> str:
+    """Each of two ranks continues one prompt; in one of them stands a token whose embedding is not a number."""
+    shared = shared_model(BYTES, batch_size=1)
+    shared.model.embedding.tokens[200] = torch.nan
+    try:
+        shared.generate([[1, 2, 3], [200]], 2, [0, 0], Sampling(), lambda ids: False)
+    except DataError as error:
+        return str(error)
+    return "generated"
+
+
+def test_logits_that_are_not_finite_end_the_ranks_that_have_not_seen_them_too() -> None:
+    first, second = run_ranks(generate_beside_a_damaged_token, 2, timeout=60)
+    assert first == second and "logits are not finite" in first
+
+
 def fail_in_the_middle() -> None:
     """The others are then inside the model, where nothing can be told to them."""
     with Service(shared_model(BYTES, tensor=2), Characters()) as service:

@@ -75,7 +75,7 @@ class Outcome:
         code: as waitpid has it, negative for a signal.
         error: of the save, if there was one.
         calls: writes, fsyncs and names changed by this rank.
-        seconds: that the job took.
+        seconds: that the job took since the rank was ready, which is when the `delay` of a death begins.
         found: steps of the checkpoints that resuming could load.
         problems: why it could not load the others.
         output: what the rank printed.
@@ -207,12 +207,15 @@ def live(job: Job, rank: int, port: int, folder: Path, library: ctypes.CDLL) -> 
     who = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(address | who)
 
+    began = time.monotonic()
+
     def ready() -> None:
+        nonlocal began
         if rank == job.rank and job.action != "moment":
             library.faults_arm(os.fsencode(job.root), job.call, ACTIONS[job.action])
         (folder / f"ready-{rank}").touch()
+        began = time.monotonic()
 
-    began = time.monotonic()
     told: dict[str, Any] = {}
     code = JOBS[job.what](job, ready, told)
     told["seconds"] = time.monotonic() - began

@@ -41,9 +41,8 @@ def make_source(model: ModelConfig, seed: int = 0) -> Source:
 
 
 def source_of(state: dict[str, Tensor], model: ModelConfig, identity: str) -> Source:
-    return Source(
-        Path("small"), model, state.__getitem__, lambda name: state[name].dtype, identity, None, "", state.__getitem__
-    )
+    fetch = state.__getitem__
+    return Source(Path("small"), model, fetch, lambda name: state[name].dtype, lambda: identity, None, "", fetch)
 
 
 def write_corpus(prefix: Path, tokens: Iterable[int]) -> Path:

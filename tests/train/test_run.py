@@ -1,6 +1,7 @@
 """Whole runs: resuming is exact, bad steps never reach the weights, stops are saved."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -10,14 +11,15 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megagrow import flops, ops, serving
-from megagrow.checkpoint import store
+from megagrow.checkpoint import dcp_io, store
 from megagrow.checkpoint.source import open_source
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, OptimConfig, SaltConfig
 from megagrow.errors import DataError
@@ -332,6 +334,28 @@ def test_a_damaged_checkpoint_is_no_reason_to_delete_the_good_one(corpus: Path, 
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert run(make_config(corpus, directory, steps=5, checkpoint=kept)) == 0
     assert {"step-2", "step-5"} <= {path.name for path in (directory / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("problem", ["an error of the disk", "another model"])
+def test_only_damage_is_a_reason_to_fall_back(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], problem: str
+) -> None:
+    """Else a run would train again, maybe with the small model that it grew from, and meet its own step at the end."""
+    config = make_config(corpus, tmp_path / "run")
+    assert run(config) == 0
+    before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    if problem == "another model":
+        shapes = {"model.embedding.weight": torch.zeros(1)}
+        monkeypatch.setattr(ModelLearner, "tensors", lambda self: shapes)
+    else:
+        stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        monkeypatch.setattr(dcp_io.ItemReader, "_slice_file", mock.Mock(side_effect=stale))
+    capfd.readouterr()
+    assert run(config) == 4
+    told = capfd.readouterr().err
+    assert "step-6" in told and ("do not fit" in told or "Stale file handle" in told)
+    assert "trying the one before" not in told
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == before
 
 
 def test_a_growth_whose_losses_are_not_finite_can_be_saved(
