@@ -15,7 +15,7 @@ from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source
-from megagrow.checks import check_chain, check_model
+from megagrow.checks import check_chain, check_models_from
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
@@ -136,7 +136,7 @@ class Trainer:
                 f"{source.path} holds another model ({first_difference(source.model, config.model)}); "
                 "make the models equal, or set growth.method to grow it"
             )
-        check_model(source.model, config.parallel, str(source.path))
+        check_models_from(source.model, config, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
         growing.check_recipes(state, config)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
