@@ -73,6 +73,7 @@ class Trainer:
         self.saver = saving.make_saver(config, mesh)
         self.validation_loss: float | None = None  # the latest, of a step
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
+        self._owes_save = False  # because bad steps have held it up
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
         self.learner, self.state = self._resume() or self._begin()
@@ -83,6 +84,7 @@ class Trainer:
             config.data.change_blend,
         )
         if self.state.blend.start == self.state.cursors["all"] > 0:
+            self.state.forget_losses()
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
         data = self.datasets, self.stream, self.evaluator
@@ -320,11 +322,16 @@ class Trainer:
         self._log(phase, result, seconds, validation)
         if state.guard.bad_steps >= config.optim.max_bad_steps:
             self._roll_back(result)
-        elif self._is_due(config.checkpoint.interval) and not state.is_done(config):
+        elif self._save_is_due():
             self._save()
 
     def _is_due(self, interval: int) -> bool:
         return self.state.is_done(self.config) or (interval > 0 and self.state.step % interval == 0)
+
+    def _save_is_due(self) -> bool:
+        """Bad steps hold a save up: a roll-back would lead to what it has saved, back among them."""
+        self._owes_save |= self._is_due(self.config.checkpoint.interval)
+        return self._owes_save and self.state.guard.bad_steps == 0 and not self.state.is_done(self.config)
 
     def _validate(self, learner: Learner) -> float | None:
         if self.evaluator is None:
@@ -387,11 +394,15 @@ class Trainer:
         return None if peak is None else tokens_per_second * per_token / (peak * self.mesh.world.size)
 
     def _roll_back(self, result: StepResult) -> None:
-        """Returns to the last checkpoint and goes on with the data after the bad stretch; the second time it stops."""
+        """Returns to the last checkpoint and goes on with the data after the bad stretch.
+
+        Raises:
+            NonFiniteError: there is none, or that has been tried here before.
+        """
         self._wait_for_save()
         state = self.state
         what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
-        if state.rolled_back_at >= 0 or not saving.saved(self.config, self.mesh):
+        if not self._may_roll_back() or not saving.saved(self.config, self.mesh):
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
         del self.learner  # two models need not fit
         gc.collect()
@@ -400,11 +411,20 @@ class Trainer:
         self.learner, restored = found
         self._check_spare_samples(restored, what)
         restored.cursors, restored.blend, restored.rolled_back_at = dict(state.cursors), state.blend, state.step
+        restored.guard.bad_steps, self._owes_save = 0, False
         restored.tokens, restored.ledger.phases = state.tokens, state.ledger.phases  # thrown away, but spent
         self.state = restored
         self.salt.rejoin(restored)
         self.metrics.rewind(restored.step)
         self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
+
+    def _may_roll_back(self) -> bool:
+        """Once, and again where the run has come so far beyond the last time that another place is to blame."""
+        state, config = self.state, self.config
+        if state.rolled_back_at < 0:
+            return True
+        came_to, interval = state.step - state.guard.bad_steps, config.checkpoint.interval
+        return interval > 0 and came_to >= state.rolled_back_at + max(interval, config.optim.max_bad_steps)
 
     def _check_spare_samples(self, restored: RunState, what: str) -> None:
         """Megatron's order has an end, and steps that are done again take samples that nobody counted on."""
@@ -420,7 +440,7 @@ class Trainer:
             )
 
     def _save(self) -> None:
-        began = time.perf_counter()
+        began, self._owes_save = time.perf_counter(), False
         heartbeat.enter("checkpoint", self.state.step)
         if self.state.step != self.saved_step:
             saving.save(self.saver, self.learner, self.state, self.config)
