@@ -158,11 +158,13 @@ def check_stages(config: Config, world_size: int) -> None:
         f"parallel.layers_per_stage={list(split)} has {sum(split)} layers, the model {config.model.num_layers}; "
         "make the sum equal",
     )
-    require(
-        all(split[1:-1]) or parallel.local_stages > 1,
-        f"parallel.layers_per_stage={list(split)} leaves a pipeline rank without any layer, embedding or head; "
-        "give each stage between the first and the last at least one layer",
-    )
+    holders = {parallel.rank_of_stage(i) for i, layers in enumerate(split) if layers or i in (0, len(split) - 1)}
+    for rank in range(parallel.pipeline):
+        require(
+            rank in holders,
+            f"parallel.layers_per_stage={list(split)} leaves pipeline rank {rank} without any layer, embedding or "
+            "head; give one of its stages at least one layer",
+        )
 
 
 def check_schedule(config: Config, world_size: int) -> None:

@@ -10,7 +10,7 @@ from megagrow.model import transformer
 from megagrow.parallel import heartbeat
 from megagrow.parallel.mesh import Mesh
 from megagrow.roles import parameter_shapes
-from megagrow.train.part import build_part, initialize_part, load_part
+from megagrow.train.part import build_part, load_part
 
 MODEL = ModelConfig(vocab_size=61, hidden_size=16, num_layers=3, num_heads=4, ffn_size=24)
 
@@ -35,9 +35,8 @@ def test_initial_values_are_marked_one_by_one_and_cut_before_they_travel(monkeyp
     """So that minutes of drawing are no hang, and a GPU (here: the meta device) never holds more than its own piece."""
     part, sources = build_part(MODEL, Config(model=MODEL), Mesh.single()), list[str]()
     monkeypatch.setattr(transformer, "fill", lambda _, whole: sources.append(whole.device.type))
-    for parameter in part.parameters.values():
-        parameter.data = parameter.data.to("meta")
+    elsewhere = {name: torch.nn.Parameter(p.to("meta")) for name, p in part.parameters.items()}
     before = heartbeat.here.count
-    initialize_part(part, seed=1)
+    transformer.initialize(elsewhere, MODEL, seed=1)
     assert sources == ["cpu"] * len(part.parameters)
     assert heartbeat.here.count - before == len(part.parameters)
