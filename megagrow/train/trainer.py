@@ -32,6 +32,7 @@ from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing
+from megagrow.train.clock import Clock
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
 from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
@@ -73,6 +74,7 @@ class Trainer:
         self.saver = saving.make_saver(config, mesh)
         self.validation_loss: float | None = None  # the latest, of a step
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
+        self.clock = Clock()
         self._owes_save = False  # because bad steps have held it up
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
@@ -178,6 +180,7 @@ class Trainer:
                 self._save()
                 self._wait_for_save()
             self.metrics.close()
+            self._write_ledger()
 
     @contextmanager
     def _no_save_left_behind(self) -> Iterator[None]:
@@ -198,6 +201,7 @@ class Trainer:
         if self.state.step > 0:
             self._save()
             self._wait_for_save()
+            self._write_ledger()
         what = "saved" if self.state.step > 0 else "there was nothing to save"
         raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; {what}")
 
@@ -252,8 +256,9 @@ class Trainer:
         self.progress.message(f"grown to {facts['model']} by {own.method}: loss {losses or 'not measured'}")
 
     def _step(self) -> None:
-        began = time.perf_counter()
         state, config = self.state, self.config
+        self.clock.charge(state.ledger)
+        began = time.perf_counter()
         heartbeat.enter("data", state.step)
         salt_on = self.salt.is_on
         self.salt.switch(self.learner)
@@ -305,6 +310,7 @@ class Trainer:
         else:
             spent = flops.training_flops(model, tokens, length, frozen_layers=timing.frozen_layers(state, config))
         state.ledger.add(phase, flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))
+        self.clock.enter(phase, describe_model(model))
         state.tokens += tokens
         state.step += 1
         if phase == "ligo":
@@ -440,12 +446,17 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        self.clock.charge(self.state.ledger)
         began, self._owes_save = time.perf_counter(), False
         heartbeat.enter("checkpoint", self.state.step)
         if self.state.step != self.saved_step:
             saving.save(self.saver, self.learner, self.state, self.config)
             self.saved_step = self.state.step
         self._checkpoint_seconds += time.perf_counter() - began
+        self._write_ledger()
+
+    def _write_ledger(self) -> None:
+        self.clock.charge(self.state.ledger)
         if self.mesh.is_main:
             self.state.ledger.save(self.dir / "ledger.json")
 

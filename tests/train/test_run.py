@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megagrow import flops, ops, serving
 from megagrow.checkpoint import store
+from megagrow.checkpoint.saver import Saver
 from megagrow.checkpoint.source import open_source
 from megagrow.config import (
     CheckpointConfig,
@@ -643,3 +644,36 @@ def test_kernels_that_cannot_serve_are_refused(corpus: Path, tmp_path: Path) -> 
     config = make_config(corpus, tmp_path)
     assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, kernels="all"))) == 2
     assert "train.kernels=all runs on GPUs, not on the cpu" in (tmp_path / "exit.json").read_text()
+
+
+def test_the_ledger_has_all_seconds_from_the_first_step_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics, saves, agreeing on stops and rolling back are of the phase in which they come; slow ones show it."""
+    times: list[float] = []
+    step, train, save, log = trainer.Trainer._step, trainer.Trainer.run, Saver.save, Metrics.log
+    roll_back = trainer.Trainer._roll_back
+
+    def slowly(function: Any, seconds: float, note: bool = False) -> Any:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            times.extend([time.perf_counter()] if note and not times else [])
+            time.sleep(seconds)
+            return function(*args, **kwargs)
+
+        return slow
+
+    def timed(*args: Any) -> None:
+        train(*args)
+        times.append(time.perf_counter())
+
+    monkeypatch.setattr(trainer.Trainer, "_step", slowly(step, 0.0, note=True))
+    monkeypatch.setattr(trainer.Trainer, "_roll_back", slowly(roll_back, 0.3))
+    monkeypatch.setattr(trainer.Trainer, "run", timed)
+    monkeypatch.setattr(Saver, "save", slowly(save, 0.2))
+    monkeypatch.setattr(Metrics, "log", slowly(log, 0.1))
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    poison(monkeypatch, {3, 4})
+    assert run(make_config(corpus, tmp_path, optim=optim, checkpoint=CheckpointConfig(interval=3))) == 0
+    began, ended = times
+    counted = sum(phase["seconds"] for phase in ledger(tmp_path)["phases"])
+    assert counted == pytest.approx(ended - began, rel=0.03)
