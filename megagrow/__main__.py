@@ -3,7 +3,9 @@
 With `--dry-run` it prints the plan instead, and builds the model of one rank per place of the pipeline without memory.
 """
 
+import math
 import os
+import signal
 import sys
 
 from rich.console import Console
@@ -13,6 +15,7 @@ from megagrow.config import Config, require
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.plan import Plan, dry_run, make_plan, show
 from megagrow.train import run
+from megagrow.train.run import END_SECONDS, end_within_limit
 
 
 def main(arguments: list[str]) -> int:
@@ -49,4 +52,7 @@ def show_plan(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    end_within_limit(code)
+    signal.alarm(math.ceil(END_SECONDS) + 1)  # the system's own, for when the interpreter runs no threads any more
+    sys.exit(code)

@@ -89,12 +89,27 @@ def check_mesh(config: Config, world_size: int) -> None:
 def check_models(config: Config, world_size: int) -> None:
     """Raises ConfigError when a model of the run does not fit the mesh or the sequences."""
     for name, model in models(config):
-        check_model(model, config.parallel, name)
-        require(
-            model.positions != "learned" or config.data.seq_length <= model.max_seq_length,
-            f"data.seq_length={config.data.seq_length} exceeds max_seq_length={model.max_seq_length} of {name}, "
-            "the rows of its position table; use shorter sequences or a longer table",
-        )
+        _check_fits(model, config, name)
+
+
+def check_models_from(source: ModelConfig, config: Config, name: str, first: int = 0) -> None:
+    """The same of a model that only its files know, and of those that growth number `first` and later ones make of it.
+
+    Raises:
+        ConfigError: one of them does not fit; `name` says which the first is.
+    """
+    _check_fits(source, config, name)
+    for number, growing in enumerate(growth_configs(config, source, first), first):
+        _check_fits(growing.model, config, growth_name(config.growth, number))
+
+
+def _check_fits(model: ModelConfig, config: Config, name: str) -> None:
+    check_model(model, config.parallel, name)
+    require(
+        model.positions != "learned" or config.data.seq_length <= model.max_seq_length,
+        f"data.seq_length={config.data.seq_length} exceeds max_seq_length={model.max_seq_length} of {name}, "
+        "the rows of its position table; use shorter sequences or a longer table",
+    )
 
 
 def check_model(model: ModelConfig, parallel: ParallelConfig, name: str) -> None:
@@ -143,11 +158,13 @@ def check_stages(config: Config, world_size: int) -> None:
         f"parallel.layers_per_stage={list(split)} has {sum(split)} layers, the model {config.model.num_layers}; "
         "make the sum equal",
     )
-    require(
-        all(split[1:-1]) or parallel.local_stages > 1,
-        f"parallel.layers_per_stage={list(split)} leaves a pipeline rank without any layer, embedding or head; "
-        "give each stage between the first and the last at least one layer",
-    )
+    holders = {parallel.rank_of_stage(i) for i, layers in enumerate(split) if layers or i in (0, len(split) - 1)}
+    for rank in range(parallel.pipeline):
+        require(
+            rank in holders,
+            f"parallel.layers_per_stage={list(split)} leaves pipeline rank {rank} without any layer, embedding or "
+            "head; give one of its stages at least one layer",
+        )
 
 
 def check_schedule(config: Config, world_size: int) -> None:

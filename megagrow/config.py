@@ -245,6 +245,11 @@ class ParallelConfig:
         """Ranks that share one sequence: what is left of the world is divided among data ranks."""
         return self.tensor * self.context * self.pipeline
 
+    def rank_of_stage(self, index: int) -> int:
+        """The pipeline rank that runs a stage: s mod pipeline, or back over the ranks in the second half of a V."""
+        turn, place = divmod(index, self.pipeline)
+        return self.pipeline - 1 - place if self.schedule in V_SCHEDULES and turn % 2 == 1 else place
+
     @property
     def splits_backward(self) -> bool:
         """Whether the schedule computes gradients of inputs and of weights at different times."""
@@ -284,6 +289,9 @@ class TrainConfig:
         )
 
 
+MIN_EPS = 1e-30  # of AdamW: stays above zero in float32, and where growth makes it smaller
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW, its schedule, clipping, and what happens to bad steps."""
@@ -307,6 +315,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_not_negative(self, "optim", "lr", "eps", "weight_decay", "clip_norm", "warmup_steps", "spike_sigma")
         require_not_negative(self, "optim", "min_lr_ratio")
+        require(
+            self.eps >= MIN_EPS,
+            f"optim.eps={self.eps} must be at least {MIN_EPS:g}: entries without a gradient would be divided by zero",
+        )
         require_size(self, "optim", "max_bad_steps", "spike_window")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}={getattr(self, name)} must be in [0, 1)")
@@ -418,8 +430,7 @@ class RunConfig:
             f"run.dir={self.dir} must be a local folder, metrics are appended to files in it; "
             "a URL may be given as checkpoint.dir",
         )
-        for name in ("log_interval", "timeout"):
-            require(getattr(self, name) > 0, f"run.{name}={getattr(self, name)} must be positive")
+        require_size(self, "run", "log_interval", "timeout")
         for name in ("profile_at", "memory_snapshot_at"):
             require(getattr(self, name) >= -1, f"run.{name}={getattr(self, name)} must be a step, or -1 for never")
 

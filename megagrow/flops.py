@@ -50,7 +50,7 @@ _PEAK_BF16 = (
     ("A800", 312e12),
     ("L40S", 362e12),
     ("MI300X", 1307e12),
-    ("MI250X", 383e12),
+    ("MI250X", 191.5e12),  # of one die: torch shows each of the two as a device
 )
 
 

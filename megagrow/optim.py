@@ -111,8 +111,11 @@ class Optimizer:
         self.step_count, self.new_part = 0, None
 
     def _correct_new_part(self, skip: Tensor | None) -> None:
-        part, step, betas = self.new_part, self.step_count, (self.config.beta1, self.config.beta2)
-        if part is None or part.schedule.is_over(step, *betas):
+        part, betas = self.new_part, (self.config.beta1, self.config.beta2)
+        if part is None:
+            return
+        step = self.step_count  # which may be on the device
+        if part.schedule.is_over(step, *betas):
             return
         group_of = {id(tensor): group for group in self.adamw.groups for tensor in group["params"]}
         for name, tensor in self.weights.tensors.items():

@@ -13,6 +13,7 @@ one FFN neuron, stand together, so that a contiguous slice of rows is a whole nu
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from megagrow.config import ModelConfig
@@ -219,6 +220,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape_of(role_of(name), model) for name in parameter_names(model)}
 
 
+@lru_cache(maxsize=64)  # each step names its model by it
 def num_parameters(model: ModelConfig) -> int:
     """Number of parameters; a tied embedding counts once."""
     total = 0

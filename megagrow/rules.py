@@ -16,9 +16,11 @@ def require(holds: bool, message: str) -> None:
 
 
 def require_not_negative(section: Any, title: str, *names: str) -> None:
-    """Raises ConfigError when one of these fields of a section is negative (or not a number)."""
+    """Raises ConfigError when one of these fields of a section is negative, endless, or not a number."""
     for name in names:
-        require(getattr(section, name) >= 0, f"{title}.{name}={getattr(section, name)} must not be negative")
+        value = getattr(section, name)
+        require(value >= 0, f"{title}.{name}={value} must not be negative")
+        require(value < math.inf, f"{title}.{name}={value} must be finite")
 
 
 def require_size(section: Any, title: str, *names: str) -> None:

@@ -20,6 +20,7 @@ from megagrow.config import (
     OptimConfig,
     ParallelConfig,
     RopeScaling,
+    RunConfig,
     SaltConfig,
     TrainConfig,
     microbatch_size,
@@ -177,7 +178,16 @@ BAD_COMBINATIONS = [
     (
         config_with(parallel=ParallelConfig(pipeline=3, layers_per_stage=(4, 0, 4))),
         3,
-        ["[4, 0, 4] leaves a pipeline rank without any layer"],
+        ["[4, 0, 4] leaves pipeline rank 1 without any layer"],
+    ),
+    (
+        config_with(
+            parallel=ParallelConfig(
+                pipeline=4, schedule="Interleaved1F1B", layers_per_stage=(1, 0, 2, 2, 1, 0, 1, 1), stages_per_rank=2
+            )
+        ),
+        4,
+        ["leaves pipeline rank 1 without any layer", "one of its stages"],
     ),
     (
         config_with(parallel=ParallelConfig(pipeline=2, layers_per_stage=(4, 3))),
@@ -491,6 +501,7 @@ def test_the_default_microbatch_divides_the_share(share: int, pipeline: int, siz
     assert microbatch_size(config, pipeline) == size
 
 
+FINITE = ("lr", "eps", "weight_decay", "clip_norm", "spike_sigma", "min_lr_ratio")
 YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 8}
 
 
@@ -509,6 +520,24 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 8}
 def test_a_scaling_that_cannot_be_computed_is_refused(changes: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         RopeScaling(**(YARN | changes))
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "words"),
+    [
+        (OptimConfig, {"eps": 0.0}, "optim.eps=0.0 must be at least 1e-30"),
+        (OptimConfig, {"eps": math.nan}, "optim.eps=nan"),
+        *((OptimConfig, {name: math.inf}, f"optim.{name}=inf must be finite") for name in FINITE),
+        (TrainConfig, {"z_loss": math.inf}, "train.z_loss=inf must be finite"),
+        (RunConfig, {"timeout": math.inf}, "run.timeout=inf must be at most"),
+        (RunConfig, {"timeout": math.nan}, "run.timeout=nan must be positive"),
+        (RunConfig, {"timeout": 0.0}, "run.timeout=0.0 must be positive"),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_run_can_use_are_refused(section: Any, fields: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        section(**fields)
 
 
 def test_yarn_needs_periods_that_differ() -> None:

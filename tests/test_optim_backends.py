@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagrow.adamw import check_optimizer_backend
+from megagrow.adamw import TorchAdamW, check_optimizer_backend
 from megagrow.checkpoint import store
 from megagrow.config import OptimConfig
 from megagrow.errors import ConfigError
@@ -131,6 +131,17 @@ def copies_per_step(sharded: bool) -> list[int]:
 def test_offload_sends_to_the_host_what_was_written_elsewhere(sharded: bool) -> None:
     n = len(SHAPES)
     assert run_ranks(copies_per_step, 1, sharded) == [[3 * n, 2 * n, 2 * n, 2 * n + 1, 2 * n]]
+
+
+def test_a_step_without_a_new_part_does_not_wait_for_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is on the device: reading it would stop the host in every step."""
+    optimizer, reads = Optimizer(make_parameters(), TORCH), list[int]()
+    count = TorchAdamW.step_count.fget
+    assert count is not None
+    watched = property(lambda self: reads.append(1) or count(self), TorchAdamW.step_count.fset)
+    monkeypatch.setattr(TorchAdamW, "step_count", watched)
+    train(optimizer, range(2))
+    assert not reads and optimizer.step_count == 2
 
 
 def test_moments_are_the_ones_in_use() -> None:

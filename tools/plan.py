@@ -50,7 +50,7 @@ def suggestions(config: Config, options: argparse.Namespace, console: Console) -
     )
     console.print(show.suggestion_table(found, options.world_size, options.count))
     console.print(show.assumptions(machine(options)))
-    print(f"the first: {show.options(found[0])}")
+    print(f"the first: {show.options(found[0], config)}")
     if options.json:
         options.json.write_text(json.dumps([suggest.to_dict(each) for each in found], indent=1) + "\n")
 

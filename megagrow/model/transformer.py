@@ -26,6 +26,7 @@ from megagrow.model.norm import Norm
 from megagrow.model.recompute import recompute
 from megagrow.model.rotary import rotary_table
 from megagrow.model.tokens import Tokens
+from megagrow.parallel import heartbeat
 from megagrow.parallel.cached_loss import CachedTargets
 from megagrow.parallel.context import document_masks, local_positions
 from megagrow.parallel.layers import Embedding, Head, TensorParallel
@@ -393,7 +394,8 @@ class _NoGradient(torch.autograd.Function):
 def initialize(parameters: Mapping[str, nn.Parameter], model: ModelConfig, seed: int) -> None:
     """Fills parameters with initial values that depend on (seed, parameter name) only, never on the layout."""
     for name, parameter in parameters.items():
-        fill(parameter, initial_value(name, tuple(parameter.shape), model, seed).to(parameter.device))
+        fill(parameter, initial_value(name, tuple(parameter.shape), model, seed))
+        heartbeat.progress()
 
 
 def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:

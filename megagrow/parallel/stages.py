@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megagrow.config import V_SCHEDULES, ParallelConfig
+from megagrow.config import ParallelConfig
 from megagrow.parallel.mesh import Mesh
 
 
@@ -45,18 +45,12 @@ def pipeline_stages(num_layers: int, parallel: ParallelConfig) -> list[Stage]:
     if len(counts) != count or sum(counts) != num_layers:
         counts = _even_split(num_layers, count)
     starts = [sum(counts[:i]) for i in range(count)]
-    return [Stage(i, count, _rank(i, parallel), range(starts[i], starts[i] + counts[i])) for i in range(count)]
+    return [Stage(i, count, parallel.rank_of_stage(i), range(starts[i], starts[i] + counts[i])) for i in range(count)]
 
 
 def own_stages(num_layers: int, mesh: Mesh) -> list[Stage]:
     """The stages of this rank, in order."""
     return [stage for stage in pipeline_stages(num_layers, mesh.parallel) if stage.rank == mesh.pp.rank]
-
-
-def _rank(index: int, parallel: ParallelConfig) -> int:
-    turn, place = divmod(index, parallel.pipeline)
-    comes_back = parallel.schedule in V_SCHEDULES and turn % 2 == 1
-    return parallel.pipeline - 1 - place if comes_back else place
 
 
 def _even_split(num_layers: int, num_stages: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megagrow import flops
 from megagrow.checkpoint.source import open_source
-from megagrow.checks import check_chain, check_model
+from megagrow.checks import check_chain, check_model, check_models_from
 from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.flops import Convention
 from megagrow.growth.grow import ROWS
@@ -106,7 +106,7 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
         source = growth.source or _model_at(config.init.from_, "the source, init.from", notes)
         if source:
             check_chain(config, source)
-            check_model(source, config.parallel, "the source")
+            check_models_from(source, config, "the source")
             found += _growths(layout, source, device)
             frozen = Frozen(last_source(config, source).num_layers, growth.freeze_steps)
             teacher = _teacher(config, notes) if salt.map_weight else None

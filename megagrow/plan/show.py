@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from rich.table import Table
 
+from megagrow.config import Config
 from megagrow.parallel.stages import Stage
 from megagrow.plan.layout import AxisName, Layout
 from megagrow.plan.memory import RankMemory
@@ -58,8 +59,8 @@ def suggestion_table(found: list[Suggestion], world_size: int, count: int) -> Ta
     return table
 
 
-def options(suggestion: Suggestion) -> str:
-    """The command-line options that give a suggestion's layout."""
+def options(suggestion: Suggestion, config: Config) -> str:
+    """The command-line options that turn the layout of the run's configuration into a suggestion's."""
     parallel, train = suggestion.config.parallel, suggestion.config.train
     given = {
         "parallel.tensor": parallel.tensor,
@@ -72,6 +73,8 @@ def options(suggestion: Suggestion) -> str:
         "train.microbatch_size": train.microbatch_size,
         "train.recompute": train.recompute,
     }
+    if config.parallel.layers_per_stage:  # a split of other stages
+        given["parallel.layers_per_stage"] = '"[]"'
     return " ".join(f"--{name} {value}" for name, value in given.items())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megagrow.checkpoint.source import Source
+from megagrow.checks import check_models_from
 from megagrow.config import Config, GrowthConfig, ModelConfig, require
 from megagrow.errors import ConfigError, MegagrowError
 from megagrow.growth.exchange import Exchange
@@ -64,7 +65,12 @@ def new_learner(part: Part, config: Config, source: Source | None = None) -> Mod
 
 
 def learner_for(state: RunState, config: Config, mesh: Mesh) -> Learner:
-    """The learner of a saved state, with tensors that wait to be loaded."""
+    """The learner of a saved state, with tensors that wait to be loaded.
+
+    Raises:
+        ConfigError: its model, or one that it still grows into, does not fit the mesh, which may be another now.
+    """
+    check_models_from(state.model, config, "the saved model", state.growths)
     part = build_part(state.model, config, mesh)
     if state.phase == "ligo":
         return map_learner(part, state.growing(config))

@@ -67,7 +67,8 @@ class ModelLearner:
         """Forward, backward, clip, update; a step that the guard refuses leaves everything as it was."""
         sums_4 = self.part.engine.train_step(batch)
         heartbeat.enter("optimizer")
-        norm = gradient_norm(self.part.parameters, self.part.mesh)
+        parameters = self.part.parameters
+        norm = gradient_norm(parameters, self.part.mesh)
         numbers, optim, optimizer = torch.cat((sums_4.double(), norm.view(1))), self.config.optim, self.optimizer
         if optimizer.decides_on_device:  # the host waits afterwards
             optimizer.step(lr, clip_scale(norm, optim.clip_norm), guard.refuses(sums_4[0], norm, optim))
@@ -76,7 +77,7 @@ class ModelLearner:
         if optimizer.decides_on_device:
             optimizer.step_count -= not accepted
         elif accepted:
-            scale_gradients(self.part.parameters, grad_norm, optim.clip_norm)
+            scale_gradients(parameters, grad_norm, optim.clip_norm)
             optimizer.step(lr)
         optimizer.drop_gradients()
         return StepResult(loss, ce, kd, entropy, grad_norm, lr, accepted)

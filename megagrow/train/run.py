@@ -176,14 +176,20 @@ def _leave(end: End, error: Exception | None, config: Config, watchdog: Watchdog
         if directory.is_dir() and not (end.foreign and (directory / EXIT_FILE).exists()):
             where = (heartbeat.here.step, watchdog.rank, socket.gethostname())
             write_exit(directory, end.code, end.reason, *where)
-    limit = Timer(END_SECONDS, os._exit, [end.code])  # a hang from here on must not hold the machines
-    limit.daemon = True
-    limit.start()
+    limit = end_within_limit(end.code)
     # After anything else ranks may still wait for each other, and leaving in order could hang.
     if dist.is_initialized() and end.agreed:
         dist.destroy_process_group()
     watchdog.stop()
     limit.cancel()
+
+
+def end_within_limit(code: int) -> Timer:
+    """Ends this process with `code` in `END_SECONDS`, whatever still hangs then: it must not hold the machines."""
+    limit = Timer(END_SECONDS, os._exit, [code])
+    limit.daemon = True
+    limit.start()
+    return limit
 
 
 def _show(error: Exception, end: End, debug: bool) -> None:

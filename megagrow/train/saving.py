@@ -20,6 +20,8 @@ from megagrow.train.state import RunState
 CHECKPOINTS = "checkpoints"
 # What may not change under a run: another model, other data, another way of growing is another run.
 FIXED_SECTIONS = ("model", "data", "growth")
+# With the section `salt`: what the training loss is made of, and may change.
+OBJECTIVE_FIELDS = ("train.label_smoothing", "train.z_loss", "train.dropout")
 
 
 def make_saver(config: Config, mesh: Mesh) -> Saver:
@@ -80,13 +82,19 @@ def saved_at_step(config: Config, mesh: Mesh) -> int | None:
 def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunState:
     """The state in a checkpoint, after making sure that it is of the same run; `tell` gets what else has changed.
 
+    Where that is what training minimises, the state has no losses to compare with.
+
     Raises:
         CheckpointError: damaged, or a fixed part of the configuration has changed.
     """
     manifest = store.read_manifest(path)
-    for name, before, now in allowed_changes(manifest.config, config, path):
+    changes = allowed_changes(manifest.config, config, path)
+    for name, before, now in changes:
         tell(f"{name} was {before} when {path.name} was saved and is {now} now")
-    return RunState.from_dict(manifest.state, f"{path}/manifest.json")
+    state = RunState.from_dict(manifest.state, f"{path}/manifest.json")
+    if any(name in OBJECTIVE_FIELDS or name.startswith("salt.") for name, _, _ in changes):
+        state.forget_losses()
+    return state
 
 
 def load(path: Path, learner: Learner, mesh: Mesh) -> None:

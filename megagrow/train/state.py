@@ -37,7 +37,7 @@ class RunState:
         blend: where the draws from `all` data began; None before the data are opened.
         guard: recent losses and refused steps.
         ledger: what everything cost.
-        rolled_back_at: step of the last roll-back, -1 when there was none.
+        rolled_back_at: step from which the run last rolled back, -1 when there was none.
         optimizer: Adam's step and per-tensor multipliers.
         pending_event: why and at which losses growing began, until it is complete.
         losses: those that the next growth waits to see flat.
@@ -68,6 +68,11 @@ class RunState:
     def is_done(self, config: Config) -> bool:
         """Whether the schedule is at its end."""
         return self.phase == "main" and self.train_step >= config.train.steps
+
+    def forget_losses(self) -> None:
+        """Empties what is compared with the losses that come: those will be of something else."""
+        self.guard.forget()
+        self.losses = []
 
     def growing(self, config: Config) -> Config:
         """The configuration of the growth that comes next, or is under way, of a run with this configuration."""

@@ -15,7 +15,7 @@ from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source, share_identity
-from megagrow.checks import check_chain, check_model
+from megagrow.checks import check_chain, check_models_from
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
@@ -32,6 +32,7 @@ from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing
+from megagrow.train.clock import Clock
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
 from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
@@ -73,6 +74,8 @@ class Trainer:
         self.saver = saving.make_saver(config, mesh)
         self.validation_loss: float | None = None  # the latest, of a step
         self.saved_step: int | None = None  # of the checkpoint that holds the present state
+        self.clock = Clock()
+        self._owes_save = False  # because bad steps have held it up
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
         self.learner, self.state = self._resume() or self._begin()
@@ -83,6 +86,7 @@ class Trainer:
             config.data.change_blend,
         )
         if self.state.blend.start == self.state.cursors["all"] > 0:
+            self.state.forget_losses()
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
         data = self.datasets, self.stream, self.evaluator
@@ -143,7 +147,7 @@ class Trainer:
                 f"{source.path} holds another model ({first_difference(source.model, config.model)}); "
                 "make the models equal, or set growth.method to grow it"
             )
-        check_model(source.model, config.parallel, str(source.path))
+        check_models_from(source.model, config, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
         growing.check_recipes(state, config)
         share_identity(source, self.mesh)
@@ -184,6 +188,7 @@ class Trainer:
                 self._save()
                 self._wait_for_save()
             self.metrics.close()
+            self._write_ledger()
 
     @contextmanager
     def _no_save_left_behind(self) -> Iterator[None]:
@@ -204,6 +209,7 @@ class Trainer:
         if self.state.step > 0:
             self._save()
             self._wait_for_save()
+            self._write_ledger()
         what = "saved" if self.state.step > 0 else "there was nothing to save"
         raise Preempted(f"stopped by {stop.name or 'another rank'} after step {self.state.step}; {what}")
 
@@ -258,8 +264,9 @@ class Trainer:
         self.progress.message(f"grown to {facts['model']} by {own.method}: loss {losses or 'not measured'}")
 
     def _step(self) -> None:
-        began = time.perf_counter()
         state, config = self.state, self.config
+        self.clock.charge(state.ledger)
+        began = time.perf_counter()
         heartbeat.enter("data", state.step)
         salt_on = self.salt.is_on
         self.salt.switch(self.learner)
@@ -311,6 +318,7 @@ class Trainer:
         else:
             spent = flops.training_flops(model, tokens, length, frozen_layers=timing.frozen_layers(state, config))
         state.ledger.add(phase, flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))
+        self.clock.enter(phase, describe_model(model))
         state.tokens += tokens
         state.step += 1
         if phase == "ligo":
@@ -328,11 +336,16 @@ class Trainer:
         self._log(phase, result, seconds, validation)
         if state.guard.bad_steps >= config.optim.max_bad_steps:
             self._roll_back(result)
-        elif self._is_due(config.checkpoint.interval) and not state.is_done(config):
+        elif self._save_is_due():
             self._save()
 
     def _is_due(self, interval: int) -> bool:
         return self.state.is_done(self.config) or (interval > 0 and self.state.step % interval == 0)
+
+    def _save_is_due(self) -> bool:
+        """Bad steps hold a save up: a roll-back would lead to what it has saved, back among them."""
+        self._owes_save |= self._is_due(self.config.checkpoint.interval)
+        return self._owes_save and self.state.guard.bad_steps == 0 and not self.state.is_done(self.config)
 
     def _validate(self, learner: Learner) -> float | None:
         if self.evaluator is None:
@@ -395,11 +408,15 @@ class Trainer:
         return None if peak is None else tokens_per_second * per_token / (peak * self.mesh.world.size)
 
     def _roll_back(self, result: StepResult) -> None:
-        """Returns to the last checkpoint and goes on with the data after the bad stretch; the second time it stops."""
+        """Returns to the last checkpoint and goes on with the data after the bad stretch.
+
+        Raises:
+            NonFiniteError: there is none, or that has been tried here before.
+        """
         self._wait_for_save()
         state = self.state
         what = f"{state.guard.bad_steps} steps in a row were refused, last at step {state.step} (loss {result.loss})"
-        if state.rolled_back_at >= 0 or self._newest() is None:
+        if not self._may_roll_back() or self._newest() is None:
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
         del self.learner  # two models need not fit
         gc.collect()
@@ -408,11 +425,20 @@ class Trainer:
         self.learner, restored = found
         self._check_spare_samples(restored, what)
         restored.cursors, restored.blend, restored.rolled_back_at = dict(state.cursors), state.blend, state.step
+        restored.guard.bad_steps, self._owes_save = 0, False
         restored.tokens, restored.ledger.phases = state.tokens, state.ledger.phases  # thrown away, but spent
         self.state = restored
         self.salt.rejoin(restored)
         self.metrics.rewind(restored.step)
         self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
+
+    def _may_roll_back(self) -> bool:
+        """Once, and again where the run has come so far beyond the last time that another place is to blame."""
+        state, config = self.state, self.config
+        if state.rolled_back_at < 0:
+            return True
+        came_to, interval = state.step - state.guard.bad_steps, config.checkpoint.interval
+        return interval > 0 and came_to >= state.rolled_back_at + max(interval, config.optim.max_bad_steps)
 
     def _check_spare_samples(self, restored: RunState, what: str) -> None:
         """Megatron's order has an end, and steps that are done again take samples that nobody counted on."""
@@ -428,12 +454,17 @@ class Trainer:
             )
 
     def _save(self) -> None:
-        began = time.perf_counter()
+        self.clock.charge(self.state.ledger)
+        began, self._owes_save = time.perf_counter(), False
         heartbeat.enter("checkpoint", self.state.step)
         if self.state.step != self.saved_step:
             saving.save(self.saver, self.learner, self.state, self.config)
             self.saved_step = self.state.step
         self._checkpoint_seconds += time.perf_counter() - began
+        self._write_ledger()
+
+    def _write_ledger(self) -> None:
+        self.clock.charge(self.state.ledger)
         if self.mesh.is_main:
             self.state.ledger.save(self.dir / "ledger.json")
 

@@ -205,6 +205,8 @@ OTHERS = [
     ),
     make_layout(8, "selective recompute, dropout", **SP, replicate=2, train={"recompute": "selective", "dropout": 0.2}),
     make_layout(8, "biases (GPT-2)", context=2, pipeline=2, model=GPT2),
+    make_layout(8, "documents", context=2, pipeline=2, schedule="ZBVZeroBubble", documents=True),
+    make_layout(8, "label smoothing, z-loss", **TP_PP, train={"label_smoothing": 0.1, "z_loss": 1e-2}),
 ]
 
 # Parallel residual, partial rotation and biases everywhere; biases of queries, keys and values alone; scaled rotation.

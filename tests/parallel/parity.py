@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megagrow.checks import check
 from megagrow.config import Config
@@ -121,7 +121,7 @@ def train(config: Config, mesh: Mesh, dtype: torch.dtype, num_updates: int) -> T
                 evaluated.append(part.engine.evaluate(local_batch(config, mesh, dtype, update))[0])
             losses.append(part.engine.train_step(local_batch(config, mesh, dtype, update))[0])
             if update == 0:
-                gradients = {name: _piece(p.grad) for name, p in part.parameters.items() if p.grad is not None}
+                gradients = {name: _gradient(p) for name, p in part.parameters.items()}
             norms.append(clip_gradients(part.parameters, CLIP, mesh))
             optimizer.step(LR)
         evaluated.append(part.engine.evaluate(local_batch(config, mesh, dtype, num_updates))[0])
@@ -130,6 +130,11 @@ def train(config: Config, mesh: Mesh, dtype: torch.dtype, num_updates: int) -> T
         return Trace(gradients, weights, *scalars)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def _gradient(parameter: nn.Parameter) -> Piece:
+    """NaN where there is none: other ranks' copies of the parameter must not stand in for it."""
+    return _piece(torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad)
 
 
 def _piece(tensor: Tensor) -> Piece:

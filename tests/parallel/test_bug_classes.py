@@ -161,6 +161,18 @@ def no_sums_into_sharded_regions() -> AbstractContextManager[Any]:
     return mock.patch.object(layers, "start_sum_over", lambda x, _: mock.Mock(wait=lambda: x))
 
 
+def rank_without_a_gradient() -> AbstractContextManager[Any]:
+    """One of the ranks that hold a copy of the last norm's gain has no gradient of it."""
+    original = pipeline.Engine._complete_gradients
+
+    def drop(engine: pipeline.Engine) -> None:
+        original(engine)
+        if engine.mesh.tp.rank == 1:
+            engine.parameters["final_norm.weight"].grad = None
+
+    return mock.patch.object(pipeline.Engine, "_complete_gradients", drop)
+
+
 def every_microbatch_reduced() -> AbstractContextManager[Any]:
     original = FSDPModule.set_requires_gradient_sync
     return mock.patch.object(
@@ -219,6 +231,7 @@ SOME_WRONG = [
     (untied_copies_of_one_rank, TIED_V, {"embedding.tokens", "norm"}),
     (tied_copy_counted, make_layout(2, pipeline=2, model=TIED), {"norm"}),
     (copies_counted, TENSOR, {"norm"}),
+    (rank_without_a_gradient, TENSOR, {"final_norm.weight"}),
     (copies_counted, make_layout(2, tensor=2, model=ONE_KV_HEAD), {"norm"}),
     (copies_counted, make_layout(2, replicate=2), {"norm"}),
 ]

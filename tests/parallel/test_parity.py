@@ -48,6 +48,8 @@ CHOSEN = [
     f"{SEQUENCE} x pipeline 2 (1F1B) x shard 2, dropout",
     "pipeline 3 (1F1B) x shard 2, uneven stages, tied embeddings",
     f"{SEQUENCE} x context 2 x shard 2, documents",
+    "context 2 x pipeline 2 (ZBVZeroBubble) x shard 2, documents",
+    "tensor 2 x pipeline 2 (1F1B) x shard 2, label smoothing, z-loss",
     "tensor 4 (sequence parallel) x replicate 2, replicated key/value heads with norms",
     "tensor 4, ranks without vocabulary, tied",
     "context 2 x pipeline 2 (1F1B) x shard 2, biases (GPT-2)",

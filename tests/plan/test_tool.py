@@ -1,6 +1,7 @@
 """Tests ../../tools/plan.py: once as a user starts it, else in this process, which has imported torch."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,9 +96,19 @@ def test_suggestions(plan: Plan, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--parallel.tensor " in done.stdout and "assumptions" in done.stdout
     best = json.loads((tmp_path / "found.json").read_text())[0]
-    options = done.stdout.split("the first: ")[1].split()
+    options = shlex.split(done.stdout.split("the first: ")[1])
+    assert "--parallel.layers_per_stage" not in options
     assert plan("llama_125m", "--world-size", "8", *options).returncode == 0
     assert best["bytes"] < 0.9 * 80 * 2**30
+
+
+def test_the_options_of_a_suggestion_take_back_a_split_into_stages(plan: Plan, tmp_path: Path) -> None:
+    split = ("llama_125m", "--parallel.pipeline", "2", "--parallel.layers_per_stage", "[5, 7]")
+    done = plan(*split, "--world-size", "8", "--suggest")
+    assert done.returncode == 0, done.stderr
+    options = shlex.split(done.stdout.split("the first: ")[1])
+    done = plan(*split, "--world-size", "8", *options, "--json", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_layout_fits(plan: Plan) -> None:

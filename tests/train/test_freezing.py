@@ -44,6 +44,7 @@ from tests.train.test_run import assert_same_run, cut_back, ledger
 
 FROZEN = 2
 MODEL = dataclasses.replace(LARGE, num_layers=5, num_kv_heads=1)
+FOUR_LAYERS = dataclasses.replace(MODEL, num_layers=4)
 TIED = as_gpt2(dataclasses.replace(LARGE, num_layers=5))
 
 
@@ -81,6 +82,7 @@ LAYOUTS: list[tuple[int, Any, dict[str, Any]]] = [
     (4, MODEL, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
     (4, TIED, {"pipeline": 2}),
     (4, MODEL, {"pipeline": 4, "layers_per_stage": (1, 2, 1, 1)}),  # one stage of frozen layers alone, one mixed
+    (4, FOUR_LAYERS, {"pipeline": 4, "layers_per_stage": (0, 2, 2, 0)}),  # the first stage is the embedding alone
     (2, MODEL, {"pipeline": 2, "schedule": "Interleaved1F1B"}),
 ]
 

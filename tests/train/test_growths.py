@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,20 @@ from torch import Tensor
 
 from megagrow import flops
 from megagrow.checkpoint import store
-from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, ModelConfig, OptimConfig
+from megagrow.config import (
+    CheckpointConfig,
+    Config,
+    GrowthConfig,
+    InitConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
 from megagrow.earlier_growth import EarlierGrowth
+from megagrow.errors import ConfigError
 from megagrow.optim import Optimizer, StepGuard
 from megagrow.parallel.mesh import make_mesh
+from megagrow.plan import make_plan
 from megagrow.train import growing, run, saving, timing
 from megagrow.train.learner import Learner, MapLearner, ModelLearner
 from megagrow.train.state import RunState
@@ -163,6 +174,27 @@ def test_a_growth_waits_for_the_new_entries_of_the_one_before(
     refused = [step not in (5, 6) for step in range(1, 15)]
     assert run(grown_apart(corpus, tmp_path, "zero_pad")) == 0
     assert [event["step"] for event in ledger(tmp_path)["events"]] == [3, 10]
+
+
+@pytest.mark.parametrize("case", ["from a checkpoint", "resumed", "planned"])
+def test_every_model_of_the_chain_must_fit_the_mesh(case: str, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """Two heads, then three, then four: tensor=2 does not divide those in between, whoever says what the first are."""
+    earlier, target = EarlierGrowth(num_heads=3, at_step=3), dataclasses.replace(SMALL, num_heads=4, num_kv_heads=4)
+    growth = GrowthConfig("fpi", optimizer="reset", at_step=6, earlier=(earlier,))
+    init = InitConfig(from_=str(trained))
+    config = make_config(corpus, tmp_path / "run", STEPS, model=target, growth=growth, init=init)
+    expected = "tensor=2 does not divide num_heads=3 of growth.earlier[0]"
+    halves = dataclasses.replace(config, parallel=ParallelConfig(tensor=2))
+    if case == "planned":
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            make_plan(halves, 2)
+        return
+    if case == "resumed":
+        shorter = dataclasses.replace(config.train, steps=7)
+        assert run(dataclasses.replace(config, train=shorter)) == 0
+        cut_back(tmp_path / "run", 2)
+    assert run_ranks(run_on_ranks, 2, config, 2) == [2, 2]
+    assert expected in json.loads((tmp_path / "run" / "exit.json").read_text())["reason"]
 
 
 def test_a_source_that_grew_lately_is_refused(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -354,3 +356,29 @@ def test_a_run_that_is_stopped_while_it_loads_is_to_be_started_again(
     ended = json.loads((tmp_path / "exit.json").read_text())
     assert (ended["code"], ended["step"]) == (7, 0)
     assert not (tmp_path / "checkpoints").exists()
+
+
+ENDLESS = """
+import atexit, runpy, sys, time
+from importlib import import_module
+import_module("megagrow.train.run").END_SECONDS = 0.5
+{hang}
+sys.argv = ["megagrow", "no such preset"]
+runpy.run_module("megagrow", run_name="__main__")
+"""
+HANGS = {
+    "at exit": "atexit.register(time.sleep, 300)",
+    "in the last destructor": """
+class Last:
+    def __del__(self, sleep=time.sleep):
+        sleep(300)
+sys.last = Last()
+""",
+}
+
+
+@pytest.mark.parametrize("hang", HANGS)
+def test_a_process_that_cannot_end_is_ended(hang: str) -> None:
+    script = ENDLESS.format(hang=HANGS[hang])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in ((2,) if hang == "at exit" else (2, -signal.SIGALRM))

@@ -2,9 +2,12 @@
 
 import weakref
 
+import pytest
 import torch
 
 from megagrow.config import Config, ModelConfig
+from megagrow.model import transformer
+from megagrow.parallel import heartbeat
 from megagrow.parallel.mesh import Mesh
 from megagrow.roles import parameter_shapes
 from megagrow.train.part import build_part, load_part
@@ -26,3 +29,14 @@ def test_a_source_is_read_tensor_by_tensor() -> None:
     load_part(part, fetch)
     assert list(read) == list(part.parameters)
     assert all(torch.all(parameter == i) for i, parameter in enumerate(part.parameters.values()))
+
+
+def test_initial_values_are_marked_one_by_one_and_cut_before_they_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that minutes of drawing are no hang, and a GPU (here: the meta device) never holds more than its own piece."""
+    part, sources = build_part(MODEL, Config(model=MODEL), Mesh.single()), list[str]()
+    monkeypatch.setattr(transformer, "fill", lambda _, whole: sources.append(whole.device.type))
+    elsewhere = {name: torch.nn.Parameter(p.to("meta")) for name, p in part.parameters.items()}
+    before = heartbeat.here.count
+    transformer.initialize(elsewhere, MODEL, seed=1)
+    assert sources == ["cpu"] * len(part.parameters)
+    assert heartbeat.here.count - before == len(part.parameters)

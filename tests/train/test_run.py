@@ -20,9 +20,11 @@ import torch.distributed as dist
 
 from megagrow import flops, ops, serving
 from megagrow.checkpoint import dcp_io, store
+from megagrow.checkpoint.saver import Saver
 from megagrow.checkpoint.source import open_source
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, OptimConfig, SaltConfig
 from megagrow.errors import DataError
+from megagrow.metrics import Metrics
 from megagrow.optim import StepGuard
 from megagrow.roles import parameter_names
 from megagrow.salt.teacher import Teacher
@@ -466,6 +468,61 @@ def test_bad_steps_roll_back_once_and_skip_the_data(
     assert train["steps"] == 8, "what was thrown away was spent all the same"
 
 
+@pytest.mark.parametrize(("interval", "target"), [(1, 5), (2, 4)])
+def test_a_roll_back_leads_out_of_the_bad_stretch(
+    interval: int,
+    target: int,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Steps 6 to 8 are refused, and the first one after the roll-back, which begins a count of its own."""
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=3)
+    poison(monkeypatch, {5, 6, 7, 8})
+    checkpoint = CheckpointConfig(interval=interval, keep_last=0)
+    assert run(make_config(corpus, tmp_path, 10, optim=optim, checkpoint=checkpoint)) == 0
+    assert f"rolled back to step {target}," in capfd.readouterr().err
+    paths = store.candidates(tmp_path / "checkpoints")
+    assert all(store.read_manifest(path).state["guard"]["bad_steps"] == 0 for path in paths)
+
+
+def test_a_save_that_a_bad_step_holds_up_follows_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {3, 4})
+    assert run(make_config(corpus, tmp_path, 7, checkpoint=CheckpointConfig(interval=4, keep_last=0))) == 0
+    assert {path.name for path in store.candidates(tmp_path / "checkpoints")} == {"step-6", "step-7"}
+
+
+def test_a_stop_among_bad_steps_saves_all_the_same(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {3, 4, 5})
+    note = Metrics.log
+
+    def stopped(self: Metrics, **values: Any) -> None:
+        note(self, **values)
+        if values["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "log", stopped)
+    assert run(make_config(corpus, tmp_path, 8, checkpoint=CheckpointConfig(interval=2, keep_last=0))) == 7
+    newest = store.candidates(tmp_path / "checkpoints")[0]
+    assert newest.name == "step-5" and store.read_manifest(newest).state["guard"]["bad_steps"] == 2
+
+
+@pytest.mark.parametrize(("bad", "code"), [({3, 4, 10, 11}, 0), ({3, 4, 9, 10}, 5)])
+def test_a_run_rolls_back_again_once_it_has_come_further(
+    bad: set[int], code: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rolled back from step 5 to step 3: call 5 is step 4, call 9 is step 8, up to which it has to come."""
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    poison(monkeypatch, bad)
+    checkpoint = CheckpointConfig(interval=3, keep_last=0)
+    assert run(make_config(corpus, tmp_path, 12, optim=optim, checkpoint=checkpoint)) == code
+
+
 @pytest.mark.parametrize("num_samples", [0, 8 * 4])
 def test_a_roll_back_in_megatrons_order_needs_spare_samples(
     num_samples: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -487,6 +544,30 @@ def test_steps_that_stay_bad_stop_the_run_with_5(
     assert run(make_config(corpus, tmp_path, optim=optim)) == 5
     assert "steps in a row were refused" in capfd.readouterr().err
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "kept"),
+    [
+        ("train", {"label_smoothing": 0.1}, 2),
+        ("train", {"z_loss": 1e-4}, 2),
+        ("train", {"dropout": 0.1}, 2),
+        ("data", {"train": "validation", "change_blend": True}, 2),
+        ("train", {"eval_interval": 5}, 6),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_what_is_minimised_changes_on_resume_and_the_watch_for_spikes_begins_anew(
+    section: str, fields: dict[str, Any], kept: int, corpus: Path, tmp_path: Path
+) -> None:
+    config = make_config(corpus, tmp_path, 4, optim=OptimConfig(lr=1e-2, warmup_steps=2, spike_sigma=1e9))
+    assert run(config) == 0
+    fields = {name: str(corpus / value) if name == "train" else value for name, value in fields.items()}
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6))
+    changed = dataclasses.replace(getattr(longer, section), **fields)
+    assert run(dataclasses.replace(longer, **{section: changed})) == 0
+    state = store.read_manifest(store.candidates(tmp_path / "checkpoints")[0]).state
+    assert len(state["guard"]["losses"]) == kept
 
 
 def test_a_loss_spike_is_skipped_when_watched_for() -> None:
@@ -525,3 +606,36 @@ def test_kernels_that_cannot_serve_are_refused(corpus: Path, tmp_path: Path) -> 
     config = make_config(corpus, tmp_path)
     assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, kernels="all"))) == 2
     assert "train.kernels=all runs on GPUs, not on the cpu" in (tmp_path / "exit.json").read_text()
+
+
+def test_the_ledger_has_all_seconds_from_the_first_step_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics, saves, agreeing on stops and rolling back are of the phase in which they come; slow ones show it."""
+    times: list[float] = []
+    step, train, save, log = trainer.Trainer._step, trainer.Trainer.run, Saver.save, Metrics.log
+    roll_back = trainer.Trainer._roll_back
+
+    def slowly(function: Any, seconds: float, note: bool = False) -> Any:
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            times.extend([time.perf_counter()] if note and not times else [])
+            time.sleep(seconds)
+            return function(*args, **kwargs)
+
+        return slow
+
+    def timed(*args: Any) -> None:
+        train(*args)
+        times.append(time.perf_counter())
+
+    monkeypatch.setattr(trainer.Trainer, "_step", slowly(step, 0.0, note=True))
+    monkeypatch.setattr(trainer.Trainer, "_roll_back", slowly(roll_back, 0.3))
+    monkeypatch.setattr(trainer.Trainer, "run", timed)
+    monkeypatch.setattr(Saver, "save", slowly(save, 0.2))
+    monkeypatch.setattr(Metrics, "log", slowly(log, 0.1))
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    poison(monkeypatch, {3, 4})
+    assert run(make_config(corpus, tmp_path, optim=optim, checkpoint=CheckpointConfig(interval=3))) == 0
+    began, ended = times
+    counted = sum(phase["seconds"] for phase in ledger(tmp_path)["phases"])
+    assert counted == pytest.approx(ended - began, rel=0.03)
