@@ -21,7 +21,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from megagrow.data.description import Description
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.data.indexed import IndexedWriter, tokens_path
+from megagrow.data.indexed import IndexedWriter
+from megagrow.data.output import temporary, tokens_path
 from megagrow.data.records import Batch
 from megagrow.errors import DataError, named
 from megagrow.json_file import parse_object
@@ -84,7 +85,7 @@ class JournaledWriter:
         self.problem, self.batches, lengths = "", read(), b""
         self.writer = IndexedWriter(prefix, dtype, keep=True)  # first of all: nobody else writes what is read now
         try:
-            lengths = self._take_up(settings, tokens_path(prefix).with_name(tokens_path(prefix).name + ".tmp"))
+            lengths = self._take_up(settings, temporary(tokens_path(prefix)))
         except _Unusable as problem:
             self.problem, self.batches = str(problem), read()
             self._begin(settings)
@@ -120,10 +121,10 @@ class JournaledWriter:
             self._enter()
             self._last = time.monotonic()
 
-    def close(self, description: Description) -> None:
+    def close(self, description: Description, domains: bytes | None = None) -> None:
         """Commits the dataset, and forgets how it was made; after an error all of it is still there to go on with."""
         self._enter()
-        self.writer.close(description, keep=True)
+        self.writer.close(description, keep=True, domains=domains)
         self._forget()
 
     def __enter__(self) -> Self:
