@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megagrow.data.description import Description, describe, description_path, encode_description
-from megagrow.data.files import fsync_path, os_errors_as_data_errors
-from megagrow.data.output import MAGIC, check_output, files_of, index_path, temporary, tokens_path
+from megagrow.data.files import fsync_path, os_errors_as_data_errors, sweep_leftovers
+from megagrow.data.output import MAGIC, check_output, domains_path, files_of, index_path, temporary, tokens_path
 from megagrow.errors import DataError
 
 _VERSION = 1
@@ -253,7 +253,8 @@ class IndexedWriter:
     prefix the second is refused. Raises DataError when the folder cannot be written, a file of
     another kind would be replaced (see `output`), or a token id does not fit `dtype`.
 
-    With `keep` the temporary file that `suspend` left stays as it is until `resume` is called.
+    With `keep` the temporary file that `suspend` left stays as it is until `resume` is called, and
+    that of a commit which ended half-way gets its temporary name back.
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike, keep: bool = False) -> None:
@@ -264,9 +265,13 @@ class IndexedWriter:
         self._final = files_of(prefix)
         self._temporary = [temporary(path) for path in self._final]
         self._lengths, self._document_indices, self.num_tokens = array("i"), array("q", [0]), 0
+        self._is_committing = False
         with os_errors_as_data_errors(self._final[0]):
             self._final[0].parent.mkdir(parents=True, exist_ok=True)
+            if keep:
+                self._take_back()
             self._tokens_file = _open_alone(self._temporary[0], keep)
+        sweep_leftovers(domains_path(prefix))
 
     @property
     def num_documents(self) -> int:
@@ -320,7 +325,8 @@ class IndexedWriter:
     def close(self, description: Description | None = None, keep: bool = False, domains: bytes | None = None) -> None:
         """Commit: the files appear under their final names and replace an earlier dataset there.
 
-        After an error nothing is left, or, with `keep`, what another writer can `resume`.
+        After an error nothing is left, or, with `keep`, what another writer can `resume`; all is left
+        once the old index is gone, since nothing else holds the dataset then.
 
         Args:
             description: for PREFIX.json; None removes that of an earlier dataset.
@@ -340,7 +346,7 @@ class IndexedWriter:
                 os.fsync(self._tokens_file.fileno())
                 self._commit([True, described is not None, domains is not None])
         except BaseException:
-            (self.suspend if keep and self._temporary[0].exists() else self.discard)()
+            (self.suspend if keep else self.discard)()
             raise
         self._tokens_file.close()
 
@@ -353,15 +359,15 @@ class IndexedWriter:
 
     def suspend(self) -> None:
         """Stop and leave the temporary file; another writer can `resume` what was synced."""
-        for path in self._temporary[1:]:
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            self._tokens_file.close()
+        self._remove(self._temporary[1:])
 
     def discard(self) -> None:
         """Remove what was written; an earlier dataset of that name stays."""
+        self._remove(self._temporary)
+
+    def _remove(self, paths: Sequence[Path]) -> None:
         try:
-            for path in self._temporary:
+            for path in () if self._is_committing else paths:
                 path.unlink(missing_ok=True)
         finally:
             with suppress(OSError):  # flushing what is thrown away may fail on a full disk
@@ -414,6 +420,7 @@ class IndexedWriter:
             are_new: which of the other files this dataset has; an earlier one's are removed.
         """
         folder, (*others, index) = self._final[0].parent, zip(self._temporary, self._final, strict=True)
+        self._is_committing = True
         index[1].unlink(missing_ok=True)
         fsync_path(folder)
         for (written, final), is_new in zip(others, are_new, strict=True):
@@ -424,7 +431,22 @@ class IndexedWriter:
                 final.unlink(missing_ok=True)
         fsync_path(folder)
         os.replace(*index)
+        self._is_committing = False
         fsync_path(folder)
+
+    def _take_back(self) -> None:
+        """The tokens of a commit that ended before the index was renamed: under their temporary name they are resumed,
+        and the commit is done again."""
+        tokens, index = self._final[0], self._final[-1]
+        if self._temporary[0].exists() or not tokens.exists() or not self._is_unfinished(index):
+            return
+        with _open_alone(tokens, keep=True):  # whoever commits at this moment holds the file
+            if self._is_unfinished(index):
+                os.replace(tokens, self._temporary[0])
+
+    @staticmethod
+    def _is_unfinished(index: Path) -> bool:
+        return temporary(index).exists() and not index.exists()
 
 
 def _open_alone(path: Path, keep: bool) -> IO[bytes]:

@@ -140,7 +140,8 @@ def preprocess_files(
             encoded = (encoder.batch(batch) for batch in journal.batches)
         else:
             encoded = _encode_in_processes(journal.batches, workers, (tokenizer_path, json_key, append_eod))
-        with closing(encoded), corpus_progress("tokenizing", size) as report:
+        start = journal.position, journal.writer.num_documents, journal.writer.num_tokens
+        with closing(encoded), corpus_progress("tokenizing", size, start=start) as report:
             for part in encoded:
                 if part.bad and on_bad_line == "stop":
                     raise DataError(f"{part.bad[0]}; mend the line or use --on-bad-line skip")
@@ -162,7 +163,8 @@ def _settings(inputs: Sequence[str | Path], tokenizer: Tokenizer, tokenizer_path
     """A hash of what decides the output beside the content of the inputs."""
     is_file = tokenizer.name != ByteTokenizer.name
     content = tokenizer_file(tokenizer_path).read_bytes() if is_file else b""
-    given = [[str(path) for path in inputs], tokenizer.fingerprint, hashlib.sha256(content).hexdigest(), *options]
+    said = tokenizer.fingerprint, hashlib.sha256(content).hexdigest(), tokenizer.eod_id  # files beside it say the last
+    given = [[str(path) for path in inputs], *said, *options]
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()
 
 
