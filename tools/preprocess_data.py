@@ -3,7 +3,7 @@
     python tools/preprocess_data.py --input a.jsonl.gz --tokenizer t.model --output data/train
 
 Inputs by name: .jsonl (one JSON object per line), anything else is one document; .gz and .zst are
-decompressed. Exit codes: 0 done, 2 usage, 3 data.
+decompressed. Nothing but an earlier dataset PREFIX is replaced. Exit codes: 0 done, 2 usage, 3 data.
 """
 
 from _command import Arguments, run

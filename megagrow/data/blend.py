@@ -5,14 +5,16 @@ Shape legend: B = draws, D = datasets
 
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megagrow.errors import ConfigError
+
+T = TypeVar("T")
 
 MAX_DATASETS = 32767  # as in Megatron, which numbers them in 16 bits
 
@@ -26,6 +28,19 @@ class Blend:
 
 
 @dataclass(frozen=True)
+class DatasetIdentity:
+    """What tells a dataset from one that has been put in its place.
+
+    Attributes:
+        num_samples: of the run's length, in the run's order.
+        sketch: see `IndexedDataset.sketch`.
+    """
+
+    num_samples: int
+    sketch: str
+
+
+@dataclass(frozen=True)
 class BlendStart:
     """Where a run began to draw from a blend. With the number of samples consumed it gives every dataset's cursor.
 
@@ -33,11 +48,13 @@ class BlendStart:
         weights: by prefix, in the blend's order.
         start: samples that the run had consumed.
         firsts: how many of each dataset, also of those that the blend has no more.
+        datasets: what each of all these was: their cursors mean nothing in others.
     """
 
     weights: dict[str, float]
     start: int = 0
     firsts: dict[str, int] = field(default_factory=dict)
+    datasets: dict[str, DatasetIdentity] = field(default_factory=dict)
 
     def consumed(self, cursor: int) -> dict[str, int]:
         """Every dataset's cursor, its samples consumed, when the run has consumed `cursor` samples."""
@@ -48,13 +65,15 @@ class BlendStart:
     def renamed(self, prefixes: Iterable[str]) -> "BlendStart":
         """The same with each dataset under the one of `prefixes` that leads to the same file."""
         new = {os.path.realpath(prefix): prefix for prefix in prefixes}
-        weights = {new.get(os.path.realpath(prefix), prefix): weight for prefix, weight in self.weights.items()}
-        firsts = {new.get(os.path.realpath(prefix), prefix): count for prefix, count in self.firsts.items()}
-        return BlendStart(weights, self.start, firsts)
 
-    def changed(self, weights: dict[str, float], cursor: int) -> "BlendStart":
+        def renamed(by_prefix: Mapping[str, T]) -> dict[str, T]:
+            return {new.get(os.path.realpath(prefix), prefix): value for prefix, value in by_prefix.items()}
+
+        return BlendStart(renamed(self.weights), self.start, renamed(self.firsts), renamed(self.datasets))
+
+    def changed(self, weights: dict[str, float], cursor: int, datasets: Mapping[str, DatasetIdentity]) -> "BlendStart":
         """Another blend from here on: nothing is lost or repeated, each dataset goes on at its cursor."""
-        return BlendStart(weights, cursor, self.consumed(cursor))
+        return BlendStart(weights, cursor, self.consumed(cursor), self.datasets | dict(datasets))
 
 
 class Draws(Protocol):

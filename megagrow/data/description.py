@@ -12,7 +12,10 @@ from megagrow.json_file import parse_object
 
 TOKENIZERS = ("sentencepiece", "huggingface", "byte")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_REMEDY = "remove it or preprocess the corpus again"
+BEGINNING = b'{\n  "eod_id": '  # the keys are sorted, see `encode_description`
+MAX_BYTES = 16 << 20  # a larger file is a corpus or so, and is not read
+_MAX_SOURCE = 1 << 20  # characters, so that a merged dataset of thousands of files stays below
+_REMEDY = "move it away or preprocess the corpus again"
 
 
 class Description(TypedDict):
@@ -59,6 +62,8 @@ def describe(prefix: str | Path) -> Description | None:
     if not path.exists():
         return None
     with os_errors_as_data_errors(path):
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise DataError(f"{path}: {size} bytes, more than a description has ({MAX_BYTES}); {_REMEDY}")
         content = path.read_bytes()
     fields = parse_object(content, path, DataError, _REMEDY)
     for name, (holds, kind) in _RULES.items():
@@ -73,5 +78,7 @@ def describe(prefix: str | Path) -> Description | None:
 
 
 def encode_description(description: Description) -> bytes:
-    """The bytes of PREFIX.json."""
+    """The bytes of PREFIX.json; of a very long source the beginning."""
+    if len(description["source"]) > _MAX_SOURCE:
+        description = {**description, "source": description["source"][:_MAX_SOURCE] + "…"}
     return (json.dumps(description, indent=2, sort_keys=True) + "\n").encode()

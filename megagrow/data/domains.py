@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
 from megagrow.data.indexed import IndexedDataset
+from megagrow.data.output import DOMAINS, domains_path
 from megagrow.data.progress import corpus_progress
 from megagrow.data.records import BadRecord, read_batches, text_and_fields, total_bytes
 from megagrow.errors import DataError, named, shown
@@ -27,7 +28,7 @@ from megagrow.json_file import parse_object
 
 MAX_DOMAINS = 10_000  # more are no domains, but something that names each document
 NO_DOMAIN = "(none)"  # of documents that do not say
-_TENSOR = _METADATA = "domains"
+_TENSOR = _METADATA = DOMAINS
 _REMEDY = "make it with tools/preprocess_data.py --domain-key, see docs/selection.md"
 
 
@@ -70,15 +71,15 @@ class Domains:
         return dict(zip(self.names, np.bincount(self.ids, minlength=len(self.names)).tolist(), strict=True))
 
 
-def domains_path(prefix: str | Path) -> Path:
-    """PREFIX.domains.safetensors"""
-    return Path(f"{prefix}.domains.safetensors")
+def encode_domains(domains: Domains) -> bytes:
+    """The bytes of PREFIX.domains.safetensors."""
+    metadata = {_METADATA: json.dumps({"names": domains.names})}
+    return safetensors.numpy.save({_TENSOR: domains.ids}, metadata)
 
 
 def write_domains(prefix: str | Path, domains: Domains) -> None:
-    """Writes the domains of the documents of PREFIX.bin/.idx."""
-    metadata = {_METADATA: json.dumps({"names": domains.names})}
-    write_atomically(domains_path(prefix), safetensors.numpy.save({_TENSOR: domains.ids}, metadata))
+    """Writes the domains of the documents of PREFIX.bin/.idx, which is there."""
+    write_atomically(domains_path(prefix), encode_domains(domains))
 
 
 def read_domains(path: Path | str, dataset: IndexedDataset) -> Domains:

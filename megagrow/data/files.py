@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,19 @@ def check_folder(path: str | Path) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def sweep_leftovers(path: str | Path) -> None:
+    """Removes what killed processes left of `write_atomically`; only for whom nobody else writes `path` meanwhile.
+
+    Raises DataError when the folder cannot be read or written.
+    """
+    path = Path(path)
+    pattern = re.compile(re.escape(path.name) + r"\.tmp-[0-9a-f]{8}")
+    with os_errors_as_data_errors(path), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

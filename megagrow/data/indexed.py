@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from megagrow.data.description import Description, describe, description_path, encode_description
-from megagrow.data.files import fsync_path, os_errors_as_data_errors
+from megagrow.data.files import fsync_path, os_errors_as_data_errors, sweep_leftovers
+from megagrow.data.output import MAGIC, check_output, domains_path, files_of, index_path, temporary, tokens_path
 from megagrow.errors import DataError
 
-_MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -40,22 +40,13 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _FLOAT_CODES = {6: "float64", 7: "float32"}
+_PIECE, _NUM_PIECES = 1 << 16, 64  # of a file, for `sketch`
 _BLOCK = 1 << 16  # sequences checked at a time: in the cache, and little memory
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The dtype in which Megatron stores tokens: uint16 below 65,500 ids, int32 from there on."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
-
-
-def index_path(prefix: str | Path) -> Path:
-    """PREFIX.idx"""
-    return Path(f"{prefix}.idx")
-
-
-def tokens_path(prefix: str | Path) -> Path:
-    """PREFIX.bin"""
-    return Path(f"{prefix}.bin")
 
 
 class IndexedDataset:
@@ -128,6 +119,18 @@ class IndexedDataset:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
+    def sketch(self) -> str:
+        """sha256 over the sizes of .idx and .bin and 4 MiB of each, spread evenly: a quick look at a large dataset."""
+        digest = hashlib.sha256()
+        for path in (self._index_path, self._tokens_path):
+            with os_errors_as_data_errors(path), open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{size},".encode())
+                for start in np.linspace(0, max(0, size - _PIECE), _NUM_PIECES).astype(np.int64).tolist():
+                    file.seek(start)
+                    digest.update(file.read(_PIECE))
+        return digest.hexdigest()
+
     def take_fingerprint(self, fingerprint: str) -> None:
         """Another process has read the files, and says what the fingerprint is."""
         self._fingerprint = fingerprint
@@ -144,8 +147,8 @@ class IndexedDataset:
         if size < _HEADER.size:
             raise DataError(f"{path}: {size} bytes, shorter than the {_HEADER.size}-byte header")
         magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(index_bytes[: _HEADER.size].tobytes())
-        if magic != _MAGIC:
-            raise DataError(f"{path}: magic is {magic!r}, must be {_MAGIC!r}; not a Megatron index")
+        if magic != MAGIC:
+            raise DataError(f"{path}: magic is {magic!r}, must be {MAGIC!r}; not a Megatron index")
         if version != _VERSION:
             raise DataError(f"{path}: version is {version}, must be {_VERSION}")
         if code not in _DTYPES:
@@ -216,7 +219,7 @@ class IndexedDataset:
             if described != actual:
                 raise DataError(
                     f"{description_path(self.prefix)}: {name} is {described}, the dataset has "
-                    f"{actual}; it belongs to another dataset: remove it"
+                    f"{actual}; it belongs to another dataset: move it away"
                 )
         return description
 
@@ -243,26 +246,32 @@ def _index_arrays(
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin/.idx (and .json) under temporary names; `close` renames them, .idx last.
+    """Writes PREFIX.bin/.idx (and what stands beside it) under temporary names; `close` renames them, .idx last.
 
     Leaving the `with` block by an exception removes what was written. A killed process leaves only
     `*.tmp` files, which the next writer of the same prefix takes over; of two live writers of one
-    prefix the second is refused. Raises DataError when the folder cannot be written or a token id
-    does not fit `dtype`.
+    prefix the second is refused. Raises DataError when the folder cannot be written, a file of
+    another kind would be replaced (see `output`), or a token id does not fit `dtype`.
 
-    With `keep` the temporary file that `suspend` left stays as it is until `resume` is called.
+    With `keep` the temporary file that `suspend` left stays as it is until `resume` is called, and
+    that of a commit which ended half-way gets its temporary name back.
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike, keep: bool = False) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         assert self.dtype in _CODES, f"{self.dtype} cannot hold tokens"
-        self._final = [tokens_path(prefix), description_path(prefix), index_path(prefix)]
-        self._temporary = [path.with_name(path.name + ".tmp") for path in self._final]
+        check_output(prefix)
+        self._final = files_of(prefix)
+        self._temporary = [temporary(path) for path in self._final]
         self._lengths, self._document_indices, self.num_tokens = array("i"), array("q", [0]), 0
+        self._is_committing = False
         with os_errors_as_data_errors(self._final[0]):
             self._final[0].parent.mkdir(parents=True, exist_ok=True)
+            if keep:
+                self._take_back()
             self._tokens_file = _open_alone(self._temporary[0], keep)
+        sweep_leftovers(domains_path(prefix))
 
     @property
     def num_documents(self) -> int:
@@ -313,22 +322,31 @@ class IndexedWriter:
         self._document_indices.frombytes((dataset.document_indices[1:] + first).tobytes())
         self.num_tokens += dataset.num_tokens
 
-    def close(self, description: Description | None = None, keep: bool = False) -> None:
+    def close(self, description: Description | None = None, keep: bool = False, domains: bytes | None = None) -> None:
         """Commit: the files appear under their final names and replace an earlier dataset there.
 
-        After an error nothing is left, or, with `keep`, what another writer can `resume`.
+        After an error nothing is left, or, with `keep`, what another writer can `resume`; all is left
+        once the old index is gone, since nothing else holds the dataset then.
+
+        Args:
+            description: for PREFIX.json; None removes that of an earlier dataset.
+            keep: see above.
+            domains: content of PREFIX.domains.safetensors, likewise.
         """
         assert self._document_indices[-1] == len(self._lengths), "the last document was not ended"
+        described = None if description is None else encode_description(description)
         try:
+            check_output(self.prefix)  # once more: hours may have gone by
             with os_errors_as_data_errors(self._final[0]):
-                _write_durably(self._temporary[2], self._index())
-                if description is not None:
-                    _write_durably(self._temporary[1], encode_description(description))
+                contents = (described, domains, self._index())
+                for path, content in zip(self._temporary[1:], contents, strict=True):
+                    if content is not None:
+                        _write_durably(path, content)
                 self._tokens_file.flush()
                 os.fsync(self._tokens_file.fileno())
-                self._commit(description is not None)
+                self._commit([True, described is not None, domains is not None])
         except BaseException:
-            (self.suspend if keep and self._temporary[0].exists() else self.discard)()
+            (self.suspend if keep else self.discard)()
             raise
         self._tokens_file.close()
 
@@ -341,15 +359,15 @@ class IndexedWriter:
 
     def suspend(self) -> None:
         """Stop and leave the temporary file; another writer can `resume` what was synced."""
-        for path in self._temporary[1:]:
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            self._tokens_file.close()
+        self._remove(self._temporary[1:])
 
     def discard(self) -> None:
         """Remove what was written; an earlier dataset of that name stays."""
+        self._remove(self._temporary)
+
+    def _remove(self, paths: Sequence[Path]) -> None:
         try:
-            for path in self._temporary:
+            for path in () if self._is_committing else paths:
                 path.unlink(missing_ok=True)
         finally:
             with suppress(OSError):  # flushing what is thrown away may fail on a full disk
@@ -391,22 +409,44 @@ class IndexedWriter:
         lengths = np.asarray(self._lengths, "<i4")
         sizes = lengths.astype("<i8") * self.dtype.itemsize
         documents = np.asarray(self._document_indices, "<i8")
-        header = _HEADER.pack(_MAGIC, _VERSION, _CODES[self.dtype], len(lengths), len(documents))
+        header = _HEADER.pack(MAGIC, _VERSION, _CODES[self.dtype], len(lengths), len(documents))
         pointers = np.cumsum(sizes) - sizes
         return header + lengths.tobytes() + pointers.tobytes() + documents.tobytes()
 
-    def _commit(self, described: bool) -> None:
-        """Rename; the old index goes first, so that no index ever stands by another's tokens."""
-        folder = self._final[0].parent
-        self._final[2].unlink(missing_ok=True)
+    def _commit(self, are_new: Sequence[bool]) -> None:
+        """Rename; the old index goes first and the new one comes last, so that none stands by what is another's.
+
+        Args:
+            are_new: which of the other files this dataset has; an earlier one's are removed.
+        """
+        folder, (*others, index) = self._final[0].parent, zip(self._temporary, self._final, strict=True)
+        self._is_committing = True
+        index[1].unlink(missing_ok=True)
         fsync_path(folder)
-        os.replace(self._temporary[0], self._final[0])
-        if described:
-            os.replace(self._temporary[1], self._final[1])
-        else:
-            self._final[1].unlink(missing_ok=True)
-        os.replace(self._temporary[2], self._final[2])
+        for (written, final), is_new in zip(others, are_new, strict=True):
+            if is_new:
+                os.replace(written, final)
+            else:
+                written.unlink(missing_ok=True)  # of a writer that was killed
+                final.unlink(missing_ok=True)
         fsync_path(folder)
+        os.replace(*index)
+        self._is_committing = False
+        fsync_path(folder)
+
+    def _take_back(self) -> None:
+        """The tokens of a commit that ended before the index was renamed: under their temporary name they are resumed,
+        and the commit is done again."""
+        tokens, index = self._final[0], self._final[-1]
+        if self._temporary[0].exists() or not tokens.exists() or not self._is_unfinished(index):
+            return
+        with _open_alone(tokens, keep=True):  # whoever commits at this moment holds the file
+            if self._is_unfinished(index):
+                os.replace(tokens, self._temporary[0])
+
+    @staticmethod
+    def _is_unfinished(index: Path) -> bool:
+        return temporary(index).exists() and not index.exists()
 
 
 def _open_alone(path: Path, keep: bool) -> IO[bytes]:

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megagrow.data.description import Description
-from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.data.indexed import IndexedWriter, tokens_path
+from megagrow.data.files import os_errors_as_data_errors, sweep_leftovers, write_atomically
+from megagrow.data.indexed import IndexedWriter
+from megagrow.data.output import temporary, tokens_path
 from megagrow.data.records import Batch
 from megagrow.errors import DataError, named
 from megagrow.json_file import parse_object
@@ -71,6 +72,7 @@ class JournaledWriter:
     Attributes:
         done: what an earlier process has done.
         batches: of the input, that are still to be added.
+        position: bytes of the input, as stored, that were read for what an earlier process has done.
         problem: why an earlier process' work is not used; empty if it is, or there is none.
 
     Raises:
@@ -81,12 +83,13 @@ class JournaledWriter:
         self, prefix: str | Path, dtype: DTypeLike, settings: str, read: Callable[[], Iterator[Batch]]
     ) -> None:
         self._lengths_path, self._journal_path = Path(f"{prefix}.lengths.tmp"), Path(f"{prefix}.journal.tmp")
-        self.problem, self.batches, lengths = "", read(), b""
+        self.problem, self.batches, self.position, lengths = "", read(), 0, b""
         self.writer = IndexedWriter(prefix, dtype, keep=True)  # first of all: nobody else writes what is read now
         try:
-            lengths = self._take_up(settings, tokens_path(prefix).with_name(tokens_path(prefix).name + ".tmp"))
+            sweep_leftovers(self._journal_path)
+            lengths = self._take_up(settings, temporary(tokens_path(prefix)))
         except _Unusable as problem:
-            self.problem, self.batches = str(problem), read()
+            self.problem, self.batches, self.position = str(problem), read(), 0
             self._begin(settings)
         except BaseException:
             self.writer.suspend()
@@ -120,10 +123,10 @@ class JournaledWriter:
             self._enter()
             self._last = time.monotonic()
 
-    def close(self, description: Description) -> None:
+    def close(self, description: Description, domains: bytes | None = None) -> None:
         """Commits the dataset, and forgets how it was made; after an error all of it is still there to go on with."""
         self._enter()
-        self.writer.close(description, keep=True)
+        self.writer.close(description, keep=True, domains=domains)
         self._forget()
 
     def __enter__(self) -> Self:
@@ -166,6 +169,7 @@ class JournaledWriter:
             if batch is None:
                 raise _Unusable("the input has changed since")
             self._input.update(digest_of(batch))
+            self.position = batch.position
         lengths = _read(self._lengths_path, 4 * done.num_documents, self._lengths, keep=True)
         _read(tokens, done.num_token_bytes, self._tokens)
         for what, expected, found in (

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagrow.data.description import Description
-from megagrow.data.domains import joined_domains, write_domains
+from megagrow.data.domains import encode_domains, joined_domains
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
+from megagrow.data.output import check_output, files_of
 from megagrow.errors import DataError
 
 
@@ -19,17 +20,19 @@ def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) ->
         The merged dataset.
 
     Raises:
-        DataError: a malformed input, the output among the inputs, or inputs of different dtypes or tokenizers.
+        DataError: a malformed input, the output among the inputs, inputs of different dtypes or tokenizers, or a file
+            that the output would replace although it is of another kind (see `output`).
+        ConfigError: the output would replace a file of an input.
     """
     if str(Path(output_prefix).resolve()) in {str(Path(prefix).resolve()) for prefix in prefixes}:
         raise DataError(f"{output_prefix} is an input too; write the merged dataset under another name")
+    check_output(output_prefix, [path for prefix in prefixes for path in files_of(prefix)])
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     description, domains = _merged_description(datasets), joined_domains(datasets)
     with IndexedWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
             writer.add_dataset(dataset)
-        writer.close(description)
-    write_domains(output_prefix, domains)
+        writer.close(description, domains=encode_domains(domains))
     return IndexedDataset(output_prefix)
 
 

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagrow.data.description import Description
-from megagrow.data.domains import Domains, collect_domains, write_domains
+from megagrow.data.domains import Domains, collect_domains, encode_domains
 from megagrow.data.indexed import IndexedWriter, token_dtype
 from megagrow.data.journal import MAX_EXAMPLES, Counts, JournaledWriter, digest_of
+from megagrow.data.output import check_output
 from megagrow.data.progress import corpus_progress
 from megagrow.data.records import BadRecord, Batch, parse_record, read_batches, total_bytes
 from megagrow.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_file
@@ -118,11 +119,13 @@ def preprocess_files(
     again (see `journal`), with any number of workers; with another input, tokenizer or option it
     starts anew. With a `domain_key`, OUTPUT_PREFIX.domains.safetensors says which domain each
     document is of (see `domains`), which takes a pass over the input of its own. Raises DataError
-    for an unreadable input, a bad line (unless skipped), or a corpus without text; ConfigError for
-    bad arguments.
+    for an unreadable input, a bad line (unless skipped), a corpus without text, or an output that
+    would replace a file of another kind; ConfigError for bad arguments, an input that the output
+    would replace among them.
     """
     if workers < 1:
         raise ConfigError(f"workers={workers} must be at least 1")
+    check_output(output_prefix, [*inputs, tokenizer_path])
     size, started = total_bytes(inputs), time.monotonic()
     tokenizer = load_tokenizer(tokenizer_path)
     encoder = _Encoder(tokenizer, json_key, append_eod)
@@ -137,16 +140,16 @@ def preprocess_files(
             encoded = (encoder.batch(batch) for batch in journal.batches)
         else:
             encoded = _encode_in_processes(journal.batches, workers, (tokenizer_path, json_key, append_eod))
-        with closing(encoded), corpus_progress("tokenizing", size) as report:
+        start = journal.position, journal.writer.num_documents, journal.writer.num_tokens
+        with closing(encoded), corpus_progress("tokenizing", size, start=start) as report:
             for part in encoded:
                 if part.bad and on_bad_line == "stop":
                     raise DataError(f"{part.bad[0]}; mend the line or use --on-bad-line skip")
                 journal.add(part.digest, part.tokens, part.lengths, _counted(journal.counts, part))
                 report(part.position, journal.writer.num_documents, journal.writer.num_tokens)
         names = ", ".join(Path(path).name for path in inputs)
-        journal.close(_described(journal.writer, tokenizer, append_eod, split=split, source=names))
-    if domains is not None:
-        _write_domains(output_prefix, domains, journal.writer.num_documents)
+        description = _described(journal.writer, tokenizer, append_eod, split=split, source=names)
+        journal.close(description, _encoded_domains(output_prefix, domains, journal.writer.num_documents))
     return Summary(
         num_documents=journal.writer.num_documents,
         num_tokens=journal.writer.num_tokens,
@@ -160,17 +163,20 @@ def _settings(inputs: Sequence[str | Path], tokenizer: Tokenizer, tokenizer_path
     """A hash of what decides the output beside the content of the inputs."""
     is_file = tokenizer.name != ByteTokenizer.name
     content = tokenizer_file(tokenizer_path).read_bytes() if is_file else b""
-    given = [[str(path) for path in inputs], tokenizer.fingerprint, hashlib.sha256(content).hexdigest(), *options]
+    said = tokenizer.fingerprint, hashlib.sha256(content).hexdigest(), tokenizer.eod_id  # files beside it say the last
+    given = [[str(path) for path in inputs], *said, *options]
     return hashlib.sha256(json.dumps(given).encode()).hexdigest()
 
 
-def _write_domains(prefix: str | Path, domains: Domains, num_documents: int) -> None:
+def _encoded_domains(prefix: str | Path, domains: Domains | None, num_documents: int) -> bytes | None:
+    if domains is None:
+        return None
     if len(domains.ids) != num_documents:
         raise DataError(
             f"{prefix}: {num_documents} documents were written, {len(domains.ids)} have a domain: a text without "
             "tokens is among them, or the input has changed meanwhile; preprocess it again"
         )
-    write_domains(prefix, domains)
+    return encode_domains(domains)
 
 
 def _counted(counts: Counts, part: _Encoded) -> Counts:

@@ -26,8 +26,18 @@ class Report(Protocol):
 
 
 @contextmanager
-def corpus_progress(label: str, total_bytes: int, console: Console | None = None) -> Iterator[Report]:
-    """Yields the function to call as the pass goes on; everything is written to stderr."""
+def corpus_progress(
+    label: str, total_bytes: int, console: Console | None = None, start: tuple[int, int, int] = (0, 0, 0)
+) -> Iterator[Report]:
+    """Yields the function to call as the pass goes on; everything is written to stderr.
+
+    Args:
+        label: what is done.
+        total_bytes: stored size of all input files.
+        console: where to; by default stderr.
+        start: bytes, documents and tokens that an earlier process has done: they took this one no time.
+    """
+    first_byte, *before = start
     console = console or Console(stderr=True)
     started = time.monotonic()
     if console.is_terminal:
@@ -40,10 +50,10 @@ def corpus_progress(label: str, total_bytes: int, console: Console | None = None
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(label, total=total_bytes, rate="")
+            task = bar.add_task(label, total=total_bytes, completed=first_byte, rate="")
 
             def move(num_bytes: int, num_documents: int, num_tokens: int) -> None:
-                rate = _rate(started, num_documents, num_tokens)
+                rate = _rate(started, num_documents - before[0], num_tokens - before[1])
                 bar.update(task, completed=num_bytes, rate=rate)
 
             yield move
@@ -55,8 +65,8 @@ def corpus_progress(label: str, total_bytes: int, console: Console | None = None
         if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             share = 100 * num_bytes / max(1, total_bytes)
-            left = (last - started) * (total_bytes - num_bytes) / max(1, num_bytes)
-            rate = _rate(started, num_documents, num_tokens)
+            left = (last - started) * (total_bytes - num_bytes) / max(1, num_bytes - first_byte)
+            rate = _rate(started, num_documents - before[0], num_tokens - before[1])
             print(f"{label}: {share:.1f} %, {rate}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     yield line

@@ -22,6 +22,11 @@ _COMPRESSED = (".gz", ".zst")
 _JSON = (".jsonl", ".ndjson", ".json")
 _BATCH_BYTES = 256 << 10
 _MAX_RECORD_BYTES = 256 << 20  # a larger one is a decompression bomb or not a text corpus
+_SKIPPED_BYTES = 1 << 20  # at a time, of the rest of a record above that
+
+
+class TooLong(bytes):
+    """In the place of a record above the limit: says so, see `text_and_fields`."""
 
 
 class BadRecord(Exception):
@@ -40,22 +45,27 @@ class Batch:
 
 
 def total_bytes(paths: Sequence[str | Path]) -> int:
-    """Stored size of all input files. Raises DataError naming a path that is not a file."""
+    """Stored size of all input files.
+
+    Raises DataError naming a path that is not a file, or whose name is that of a part of a JSON lines file.
+    """
     for path in paths:
         if not Path(path).is_file():
             raise DataError(f"{path}: no such input file")
+        _check_name(Path(path))
     return sum(Path(path).stat().st_size for path in paths)
 
 
-def read_batches(paths: Sequence[str | Path], max_record_bytes: int = _MAX_RECORD_BYTES) -> Iterator[Batch]:
-    """The records of `paths` in order. Names decide: `.jsonl`, `.ndjson`, `.json` hold one JSON
-    object per line, anything else is one document; `.gz` and `.zst` are decompressed.
+def read_batches(paths: Sequence[str | Path], max_record_bytes: int | None = None) -> Iterator[Batch]:
+    """The records of `paths` in order. Names decide, in any case: `.jsonl`, `.ndjson`, `.json` hold
+    one JSON object per line, anything else is one document; `.gz` and `.zst` are decompressed.
 
-    Raises DataError for a file that cannot be read or decompressed, or a record above the limit.
+    In the place of a record above the limit stands a bad one (`TooLong`), and its batch ends there.
+    Raises DataError for a file that cannot be read or decompressed.
     """
-    before = 0
+    before, limit = 0, _MAX_RECORD_BYTES if max_record_bytes is None else max_record_bytes
     for path in map(Path, paths):
-        yield from _read_file(path, before, max_record_bytes)
+        yield from _read_file(path, before, limit)
         before += path.stat().st_size
 
 
@@ -66,6 +76,8 @@ def parse_record(record: bytes, is_json: bool, json_key: str) -> str:
 
 def text_and_fields(record: bytes, is_json: bool, json_key: str) -> tuple[str, dict[str, Any]]:
     """The text of a record and, where it is a JSON object, its fields. Raises BadRecord when it has no text."""
+    if isinstance(record, TooLong):
+        raise BadRecord(record.decode())
     if not is_json:
         return _decoded(record), {}
     fields = _parsed(record)
@@ -129,16 +141,16 @@ def _read_file(path: Path, before: int, max_record_bytes: int) -> Iterator[Batch
         for record in _records(path, stored, is_json, max_record_bytes):
             records.append(record)
             size += len(record)
-            if size >= _BATCH_BYTES:
+            if size >= _BATCH_BYTES or isinstance(record, TooLong):
                 yield Batch(str(path), line, records, is_json, before + stored.tell())
                 records, size, line = [], 0, line + len(records)
         yield Batch(str(path), line, records, is_json, before + stored.tell())
 
 
 def _records(path: Path, stored: IO[bytes], is_json: bool, limit: int) -> Iterator[bytes]:
-    """Lines with their ends, or the whole file, without a byte order mark."""
+    """Lines with their ends, or the whole file, without a byte order mark; of one above the limit that it is."""
     damage: list[type[Exception]] = [EOFError, zlib.error, gzip.BadGzipFile]
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         damage.append(_zstandard(path).ZstdError)
     try:
         stream = _decompressed(path, stored)
@@ -146,7 +158,12 @@ def _records(path: Path, stored: IO[bytes], is_json: bool, limit: int) -> Iterat
         for line in count(1):
             record = read(limit + 1)
             if len(record) > limit:
-                raise DataError(f"{path}:{line}: record larger than {limit} bytes")
+                yield _too_long(limit, is_json)
+                if not is_json:
+                    return
+                while not record.endswith(b"\n") and (record := stream.readline(_SKIPPED_BYTES)):
+                    pass
+                continue
             if not record:
                 return
             yield record.removeprefix(codecs.BOM_UTF8) if line == 1 else record
@@ -154,15 +171,29 @@ def _records(path: Path, stored: IO[bytes], is_json: bool, limit: int) -> Iterat
         raise DataError(f"{path}: compressed file is damaged or truncated ({error})") from error
 
 
+def _too_long(limit: int, is_json: bool) -> TooLong:
+    remedy = "" if is_json else "; a text file is one document: split it, or make JSON lines of it, one document each"
+    return TooLong(f"larger than {limit} bytes{remedy}".encode())
+
+
 def _kind(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in _COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
 
+def _check_name(path: Path) -> None:
+    """A part of a JSON lines file is JSON lines too, but its name does not end as theirs do."""
+    if _kind(path) not in _JSON and {".jsonl", ".ndjson"} & {*map(str.lower, path.suffixes)}:
+        raise DataError(
+            f"{path}: JSON lines by its name, which does not end as theirs do, so that it would be read as one text; "
+            "rename it to end in .jsonl, .jsonl.gz or .jsonl.zst"
+        )
+
+
 def _decompressed(path: Path, stored: IO[bytes]) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(stored))
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         return io.BufferedReader(_ZstandardReader(stored, _zstandard(path)), _BATCH_BYTES)
     return stored
 

@@ -1,6 +1,7 @@
 """Text to token ids and back: sentencepiece models, Hugging Face `tokenizer.json`, bytes."""
 
 import hashlib
+import heapq
 import io
 import json
 import random
@@ -285,16 +286,25 @@ def train_sentencepiece(
 
 
 def _sample(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Chunks of whole lines, a uniform sample of at most `max_bytes` (Vitter 1985, algorithm R)."""
-    kept: list[str] = []
-    chooser = random.Random(0)
-    limit = max(1, max_bytes // _CHUNK_CHARACTERS)
-    for count, chunk in enumerate(chunk for text in texts for chunk in _chunks(text)):
-        if count < limit:
-            kept.append(chunk)
-        elif (place := chooser.randrange(count + 1)) < limit:
-            kept[place] = chunk
-    return kept
+    """Chunks of whole lines in their order, a uniform sample of at most `max_bytes`, but of one at least.
+
+    Each chunk draws a number, and those with the lowest stay, as many as have room: its size does not count.
+    """
+    kept: list[tuple[float, int, str]] = []  # the highest number first (negated), and its place in the corpus
+    chooser, limit, size = random.Random(0), 1.0, 0
+    for place, chunk in enumerate(chunk for text in texts for chunk in _chunks(text)):
+        if (number := chooser.random()) >= limit:
+            continue
+        heapq.heappush(kept, (-number, place, chunk))
+        size += _num_bytes(chunk)
+        while size > max_bytes and len(kept) > 1:
+            highest, _, dropped = heapq.heappop(kept)
+            limit, size = -highest, size - _num_bytes(dropped)
+    return [chunk for _, _, chunk in sorted(kept, key=lambda entry: entry[1])]
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _chunks(text: str) -> Iterator[str]:

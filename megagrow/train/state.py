@@ -1,5 +1,6 @@
 """What a run knows beside its tensors: plain data that goes into every checkpoint's manifest."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -8,13 +9,14 @@ from typing import Any, Literal, get_args
 from megagrow.checkpoint.source import stored_model, stored_optimizer
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
-from megagrow.data.blend import BlendStart
+from megagrow.data.blend import BlendStart, DatasetIdentity
 from megagrow.errors import CheckpointError, named, shown
 from megagrow.ledger import Ledger
 from megagrow.optim import StepGuard
 from megagrow.timeline import growth_config
 
 Phase = Literal["small", "ligo", "main"]
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 REASONS = ("start", "step", "tokens", "plateau")  # for which a model grows
 
 
@@ -118,16 +120,24 @@ class RunState:
 
 def _blend(data: Any, cursor: int, where: str) -> BlendStart:
     """The blend of a saved state, checked: it decides which samples come next."""
-    if not isinstance(data, dict) or set(data) != {"weights", "start", "firsts"}:
-        raise CheckpointError(f"{where}: state.blend must hold weights, start and firsts")
-    weights, start, firsts = data["weights"], data["start"], data["firsts"]
+    if not isinstance(data, dict) or set(data) != {"weights", "start", "firsts", "datasets"}:
+        raise CheckpointError(
+            f"{where}: state.blend must hold weights, start, firsts and datasets; it is from another version, which "
+            "can go on with it, or begin a new run from it with --init.from"
+        )
+    weights, start, firsts, datasets = (data[name] for name in ("weights", "start", "firsts", "datasets"))
     if not isinstance(weights, dict) or not weights or not all(_is_size(w) and w > 0 for w in weights.values()):
         raise CheckpointError(f"{where}: state.blend.weights must be positive numbers by dataset, below 1e30")
     if not isinstance(firsts, dict) or not all(_is_count(n) for n in (start, *firsts.values())):
         raise CheckpointError(f"{where}: state.blend.start and .firsts must be numbers of samples")
     if start > cursor:
         raise CheckpointError(f"{where}: state.blend.start is {start}, beyond state.cursors.all, which is {cursor}")
-    return BlendStart({prefix: float(weight) for prefix, weight in weights.items()}, start, firsts)
+    if not isinstance(datasets, dict) or datasets.keys() != weights.keys() | firsts.keys():
+        raise CheckpointError(f"{where}: state.blend.datasets must name those of weights and firsts, no others")
+    if not all(map(_is_identity, datasets.values())):
+        raise CheckpointError(f"{where}: state.blend.datasets must hold num_samples and sketch, a sha256, of each")
+    known = {prefix: DatasetIdentity(**identity) for prefix, identity in datasets.items()}
+    return BlendStart({prefix: float(weight) for prefix, weight in weights.items()}, start, firsts, known)
 
 
 def _is_number(value: Any) -> bool:
@@ -142,6 +152,16 @@ def _is_size(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+def _is_identity(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == set(DatasetIdentity.__dataclass_fields__)
+        and _is_count(value["num_samples"])
+        and isinstance(value["sketch"], str)
+        and bool(_SHA256.fullmatch(value["sketch"]))
+    )
 
 
 def _is_guard(value: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from megagrow.checkpoint.source import CHECK_SAMPLES
 from megagrow.config import Config, DataConfig, ModelConfig
-from megagrow.data.blend import Blend, BlendStart, EvenDraws, parse_blend
+from megagrow.data.blend import Blend, BlendStart, DatasetIdentity, EvenDraws, parse_blend
 from megagrow.data.dataset import JoinedDatasets, PackedDataset, Samples
 from megagrow.data.description import describe
 from megagrow.data.loader import FileOrder, Ordered, Stream, shuffled
@@ -13,6 +13,7 @@ from megagrow.data.megatron_blend import MegatronDraws, blend_sizes, with_surplu
 from megagrow.data.mlm import Masking
 from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.evaluate import Evaluator
+from megagrow.parallel import heartbeat
 from megagrow.timeline import models, order_size
 
 WHOLE = (0.0, 1.0)
@@ -58,15 +59,39 @@ def blend_weights(config: Config, datasets: Sequence[Samples]) -> dict[str, floa
     return dict(zip(blend.prefixes, weights, strict=True))
 
 
-def continue_blend(saved: BlendStart | None, weights: dict[str, float], cursor: int, may_change: bool) -> BlendStart:
+def identities(datasets: Sequence[Samples]) -> dict[str, DatasetIdentity]:
+    """What tells each dataset from another in its place, by prefix; reads a few MiB of each."""
+    found = {}
+    for dataset in datasets:
+        assert isinstance(dataset, PackedDataset | MegatronDataset)
+        found[dataset.prefix] = DatasetIdentity(dataset.num_samples, dataset.indexed.sketch())
+        heartbeat.progress()
+    return found
+
+
+def continue_blend(
+    saved: BlendStart | None,
+    weights: dict[str, float],
+    datasets: Mapping[str, DatasetIdentity],
+    cursor: int,
+    may_change: bool,
+) -> BlendStart:
     """Where the run's draws begin: as saved, or here if the blend has changed.
 
+    Args:
+        saved: in the checkpoint; None: the run is new.
+        weights: of the blend now.
+        datasets: what those of the blend are now.
+        cursor: samples that the run has consumed.
+        may_change: whether the blend may be another than the saved one.
+
     Raises:
-        CheckpointError: it has changed, and nobody said that it may.
+        CheckpointError: it has changed, and nobody said that it may; or a dataset of it is not what it was.
     """
     if saved is None:
-        return BlendStart(weights)
+        return BlendStart(weights, datasets=dict(datasets))
     saved = saved.renamed(weights)
+    _check_unchanged(saved.datasets, datasets)
     if list(saved.weights.items()) == list(weights.items()):
         return saved
     if not may_change:
@@ -74,7 +99,18 @@ def continue_blend(saved: BlendStart | None, weights: dict[str, float], cursor: 
             f"data.train was {describe_blend(saved.weights)} when the run was saved and is {describe_blend(weights)} "
             "now; restore it, or set --data.change-blend to go on with other data (data.order=megagrow only)"
         )
-    return saved.changed(weights, cursor)
+    return saved.changed(weights, cursor, datasets)
+
+
+def _check_unchanged(saved: Mapping[str, DatasetIdentity], datasets: Mapping[str, DatasetIdentity]) -> None:
+    for prefix, now in datasets.items():
+        before = saved.get(prefix, now)
+        if before != now:
+            raise CheckpointError(
+                f"{prefix}: is not the dataset that the run was saved with, which had {before.num_samples} samples and "
+                f"has {now.num_samples} now: its cursor means nothing in another; put it back, or give the new one a "
+                "name of its own and set --data.change-blend (data.order=megagrow only)"
+            )
 
 
 def describe_blend(weights: Mapping[str, float]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
+from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source, share_identity
 from megagrow.checks import check_chain, check_models_from
 from megagrow.config import Config, ModelConfig
@@ -44,6 +45,7 @@ from megagrow.train.streams import (
     blend_weights,
     continue_blend,
     describe_cursors,
+    identities,
     make_evaluator,
     open_stream,
     open_training_data,
@@ -82,6 +84,7 @@ class Trainer:
         self.state.blend = continue_blend(
             self.state.blend,
             blend_weights(config, self.datasets),
+            Ranks(mesh.checkpoint_group).first("cannot read the data", lambda: identities(self.datasets)),
             self.state.cursors["all"],
             config.data.change_blend,
         )

@@ -73,7 +73,7 @@ def test_a_changed_blend_loses_and_repeats_nothing(changes: list[tuple[int, list
     """Datasets are added, left out and taken up again: each gives its samples in order, without a gap."""
     begun, cursor, seen = BlendStart({"d0": 1.0}), 0, dict[str, list[int]]()
     for count, weights in changes:
-        begun = begun.changed({f"d{i}": weight for i, weight in enumerate(weights)}, cursor)
+        begun = begun.changed({f"d{i}": weight for i, weight in enumerate(weights)}, cursor, {})
         which, nth = EvenDraws(list(begun.weights.values())).at(cursor - begun.start, count)
         for dataset, number in zip(which.tolist(), nth.tolist(), strict=True):
             name = list(begun.weights)[dataset]

@@ -271,7 +271,7 @@ def test_leftovers_of_a_killed_writer_are_taken_over(make_dataset: MakeDataset, 
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"corpus{suffix}.tmp").write_bytes(b"left over" * 100)
     assert IndexedDataset(make_dataset(DOCUMENTS)).num_tokens == 8
-    assert sorted(os.listdir(tmp_path)) == ["corpus.bin", "corpus.idx", "corpus.json.tmp"]
+    assert sorted(os.listdir(tmp_path)) == ["corpus.bin", "corpus.idx"]
 
 
 def test_two_live_writers_of_one_prefix_are_refused(tmp_path: Path) -> None:

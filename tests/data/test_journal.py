@@ -14,6 +14,8 @@ import pytest
 from megagrow.data import indexed, journal, preprocess, records
 from megagrow.data.indexed import IndexedDataset
 from megagrow.data.preprocess import preprocess_files
+from megagrow.data.progress import corpus_progress
+from megagrow.data.tokenizer import ByteTokenizer
 from megagrow.errors import DataError
 
 SUFFIXES = (".bin", ".idx", ".json")
@@ -181,6 +183,91 @@ def test_other_options_begin_anew(corpus: Path, tmp_path: Path, monkeypatch: pyt
     stop_after(5, corpus, monkeypatch, append_eod=False)
     process(corpus)
     assert_same(tmp_path)
+
+
+def test_another_end_of_document_begins_anew(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The files beside a tokenizer say it, and may change while the tokenizer stays."""
+    stop_after(5, corpus, monkeypatch)
+    monkeypatch.setattr(ByteTokenizer, "eod_id", 7)
+    process(corpus)
+    assert "starts anew, tokenizer, options" in capfd.readouterr().err
+    assert 256 not in IndexedDataset(tmp_path / "out").tokens
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", ["out.json", "out.idx"])
+def test_a_commit_that_fails_is_done_again(
+    failing: str,
+    error: BaseException,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The tokens have their name already, the index has not."""
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(target).name == failing:
+            raise error
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            process(corpus)
+    left = set(os.listdir(tmp_path))
+    assert left >= {"out.bin", "out.idx.tmp", "out.journal.tmp", "out.lengths.tmp"} and "out.idx" not in left
+    assert process(corpus).num_documents == 101
+    assert "goes on after 101 documents" in capfd.readouterr().err
+    assert_same(tmp_path)
+
+
+def test_a_commit_that_is_under_way_is_left_alone(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process must not take back the tokens whose index is about to appear."""
+    replace, refusals = os.replace, list[str]()
+
+    def meanwhile(source: Path, target: Path) -> None:
+        if Path(target).name == "out.idx":
+            with pytest.raises(DataError) as refused:
+                process(corpus)
+            refusals.append(str(refused.value))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", meanwhile)
+        process(corpus)
+    assert len(refusals) == 1 and "another process is writing this dataset" in refusals[0]
+    assert_same(tmp_path)
+
+
+def test_what_a_kill_left_of_other_files_is_swept(corpus: Path, tmp_path: Path) -> None:
+    ours = ["out.journal.tmp.tmp-0123abcd", "out.domains.safetensors.tmp-89abcdef"]
+    others = ["out.journal.tmp.tmp-x", "other.journal.tmp.tmp-0123abcd"]
+    for name in (*ours, *others):
+        (tmp_path / name).write_text("left")
+    process(corpus)
+    assert {name for name in os.listdir(tmp_path) if "tmp" in name} == set(others)
+
+
+def test_the_rate_is_that_of_this_process(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(9, corpus, monkeypatch)
+    seen: list[tuple[int, int, int]] = []
+
+    def progress(label: str, total: int, console: Any = None, start: tuple[int, int, int] = (0, 0, 0)) -> Any:
+        seen.append(start)
+        return corpus_progress(label, total, console, start)
+
+    monkeypatch.setattr(preprocess, "corpus_progress", progress)
+    done = json.loads((tmp_path / "out.journal.tmp").read_text())
+    process(corpus)
+    position, num_documents, num_tokens = seen[0]
+    assert (num_documents, num_tokens) == (done["num_documents"], done["num_token_bytes"] // 2)
+    assert 2000 < position <= corpus.stat().st_size
 
 
 def test_a_mended_line_goes_on_and_a_skipped_one_stops(

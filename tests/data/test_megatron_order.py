@@ -38,7 +38,7 @@ def test_samples_come_in_megatrons_order(case: dict[str, Any], tmp_path: Path) -
     train = TrainConfig(steps=case["size"] // 2, global_batch_size=2)
     config = Config(model=ModelConfig(vocab_size=VOCAB_SIZE), data=data, train=train)
     datasets = open_training_data(config)
-    stream = open_stream(datasets, continue_blend(None, blend_weights(config, datasets), 0, False), config)
+    stream = open_stream(datasets, continue_blend(None, blend_weights(config, datasets), {}, 0, False), config)
     drawn = stream.batch(0, len(case["sums"]))
     assert checksums(drawn.tokens.numpy()) == case["sums"]
     if "which" in case:

@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,21 @@ def test_bad_line_stops_and_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_record_that_is_too_long_is_a_bad_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr("megagrow.data.records._MAX_RECORD_BYTES", 100)
+    lines = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" * 5000}, {"text": "c"}])
+    (tmp_path / "b.txt").write_text("x" * 101)
+    inputs = [lines, tmp_path / "b.txt"]
+    summary = preprocess_files(inputs, "byte", tmp_path / "out", on_bad_line="skip", workers=workers)
+    assert stored(tmp_path / "out") == [[97, END], [99, END]]
+    assert summary.bad_examples[0] == f"{lines}:2: larger than 100 bytes"
+    assert summary.bad_examples[1].startswith(f"{tmp_path}/b.txt:1: larger than 100 bytes; ")
+    assert "JSON lines" in summary.bad_examples[1]
+    with pytest.raises(DataError, match=r"a.jsonl:2: larger than 100 bytes; mend the line or use --on-bad-line skip"):
+        preprocess_files(inputs, "byte", tmp_path / "other", workers=workers)
+
+
 @pytest.mark.parametrize("records", [[], [{"text": ""}], [{"text": "\n "}], [{"other": "x"}]])
 def test_input_without_text_is_refused_and_leaves_nothing(tmp_path: Path, records: list[Any]) -> None:
     lines = write_lines(tmp_path / "a.jsonl", records)
@@ -190,6 +206,18 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
         report(1_000_000, 10, 1000)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("tokenizing: 50.0 %, ") and "\x1b" not in lines[0]
+
+
+def test_time_left_of_a_resumed_pass_follows_from_its_own_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megagrow.data.progress._SECONDS_BETWEEN_LINES", 0.0)
+    clock = iter([0.0, *[10.0] * 9])
+    monkeypatch.setattr("megagrow.data.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    start = (900_000, 9_000, 90_000)
+    with corpus_progress("tokenizing", 1_000_000, Console(file=io.StringIO()), start) as report:
+        report(910_000, 9_100, 91_000)
+    assert capsys.readouterr().err == "tokenizing: 91.0 %, 10 documents/s, 100 tokens/s, 90 s left\n"
 
 
 def run_tool(name: str, arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int | str | None:

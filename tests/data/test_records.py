@@ -24,6 +24,8 @@ LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
     [
         ("a.jsonl", LINES),
         ("a.ndjson", LINES.rstrip(b"\n")),
+        ("Y.JSONL", LINES),
+        ("Y.JsonL.GZ", gzip.compress(LINES)),
         ("a.JSONL.gz.jsonl", b"\xef\xbb\xbf" + LINES),
         ("a.jsonl.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
     ],
@@ -88,13 +90,44 @@ def test_damaged_gzip_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_record_size_is_bounded(tmp_path: Path) -> None:
-    """A small compressed file can hold an endless line."""
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' + bytes(10**6)))
-    with pytest.raises(DataError, match=r"a.jsonl.gz:2: record larger than 1000 bytes"):
-        list(read_batches([tmp_path / "a.jsonl.gz"], max_record_bytes=1000))
-    (tmp_path / "b.txt").write_bytes(bytes(2000))
-    with pytest.raises(DataError, match=r"b.txt:1: record larger"):
-        list(read_batches([tmp_path / "b.txt"], max_record_bytes=1000))
+    """A small compressed file can hold an endless line; what comes after it is read."""
+    path = tmp_path / "a.jsonl.gz"
+    for end in (b"", b"\n", b"\n" + LINES):
+        path.write_bytes(gzip.compress(LINES + bytes(10**6) + end))
+        records = [r for batch in read_batches([path], max_record_bytes=1000) for r in batch.records]
+        assert len(records) == 5 + (4 if end.endswith(LINES) else 0)
+        assert all(len(record) < 1000 for record in records) and b"".join(records[5:]) == end[1:]
+        with pytest.raises(BadRecord, match="larger than 1000 bytes"):
+            parse_record(records[4], True, "text")
+
+
+def test_a_record_of_just_the_limit_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"x" * 999 + b"\n" + b"y" * 1000)
+    (tmp_path / "b.txt").write_bytes(b"z" * 1000)
+    batches = list(read_batches([tmp_path / "a.jsonl", tmp_path / "b.txt"], max_record_bytes=1000))
+    assert [len(record) for batch in batches for record in batch.records] == [1000, 1000, 1000]
+
+
+def test_a_line_too_long_is_told_before_its_end_is_read(tmp_path: Path) -> None:
+    """Whoever stops at bad lines need not wait for gigabytes."""
+    (tmp_path / "a.jsonl").write_bytes(LINES + bytes(10**6) + b"\n" + LINES)
+    first = next(read_batches([tmp_path / "a.jsonl"], max_record_bytes=1000))
+    assert len(first.records) == 5 and first.position < 10**5
+
+
+def test_a_text_that_is_too_long_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(bytes(5000))
+    records = [r for batch in read_batches([tmp_path / "b.txt"], max_record_bytes=1000) for r in batch.records]
+    assert len(records) == 1
+    with pytest.raises(BadRecord, match=r"larger than 1000 bytes; .*JSON lines"):
+        parse_record(records[0], False, "text")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.part1", "a.jsonl.bz2", "A.JSONL.bak", "a.ndjson.1", "a.jsonl.txt"])
+def test_a_name_that_looks_like_json_lines_is_not_read_as_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(LINES)
+    with pytest.raises(DataError, match=rf"{name}: .*would be read as one text; .*\.jsonl\.gz"):
+        list(read_texts([tmp_path / name]))
 
 
 def test_missing_inputs_are_named_before_anything_is_read(tmp_path: Path) -> None:

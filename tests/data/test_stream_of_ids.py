@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from megagrow.config import Config, DataConfig, ModelConfig, TrainConfig
-from megagrow.data.blend import BlendStart
-from megagrow.train.streams import blend_weights, continue_blend, open_stream, open_training_data
+from megagrow.data.blend import BlendStart, DatasetIdentity
+from megagrow.errors import CheckpointError
+from megagrow.train.streams import blend_weights, continue_blend, identities, open_stream, open_training_data
 
 MakeDataset = Callable[..., Path]
 BATCH, STEPS = 12, 40
@@ -43,7 +44,9 @@ def take(config: Config, begun: BlendStart | None, steps: range, world: int) -> 
     """What the ranks of a process group that was started anew read in some steps, in the global order."""
     datasets = open_training_data(config)
     cursor = steps.start * BATCH
-    begun = continue_blend(begun, blend_weights(config, datasets), cursor, config.data.change_blend)
+    begun = continue_blend(
+        begun, blend_weights(config, datasets), identities(datasets), cursor, config.data.change_blend
+    )
     stream, taken = open_stream(datasets, begun, config), list[Sample]()
     for _ in steps:
         for rank in range(world):
@@ -122,6 +125,10 @@ def test_a_dataset_is_the_same_under_another_spelling(
             [(0, make_config("1 a 1 b", "megagrow")), (9, make_config(f"1 {spelling} 1 b", "megagrow"))], [], 0
         )
         assert [sample[1:] for sample in respelled] == [sample[1:] for sample in plain]
-    begun = BlendStart({"a": 1.0}, 3, {"a": 7, "b": 2})
-    changed = continue_blend(begun, {"./b": 1.0, prefixes["a"]: 2.0}, 13, True)
-    assert changed.firsts == {prefixes["a"]: 17, "./b": 2}
+    known = {name: DatasetIdentity(9, name * 64) for name in "ab"}
+    begun = BlendStart({"a": 1.0}, 3, {"a": 7, "b": 2}, known)
+    respelled = {prefixes["a"]: known["a"], "./b": known["b"]}
+    changed = continue_blend(begun, {"./b": 1.0, prefixes["a"]: 2.0}, respelled, 13, True)
+    assert changed.firsts == {prefixes["a"]: 17, "./b": 2} and changed.datasets == respelled
+    with pytest.raises(CheckpointError, match=r"^\./b: is not the dataset that the run was saved with"):
+        continue_blend(begun, {"./b": 1.0}, {"./b": known["a"]}, 13, True)

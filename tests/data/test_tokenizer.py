@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -92,10 +93,21 @@ def test_training_is_deterministic_also_when_it_samples(library: list[Document],
         train_sentencepiece(iter(texts), 400, tmp_path / name, max_bytes=100_000)
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
     chunks = _sample(texts, 100_000)
-    assert 0 < len(chunks) <= 100_000 // 2048
+    assert 80_000 < sum(len(chunk.encode()) for chunk in chunks) <= 100_000
     last_half = "".join(texts)[sum(map(len, texts)) // 2 :]
     assert sum(chunk in last_half for chunk in chunks) > len(chunks) / 4  # not just the beginning
     assert "".join(_sample(["a" * 5000 + "\n" + "b" * 9], 10**6)) == "a" * 5000 + "\n" + "b" * 9
+
+
+def test_a_sample_of_short_texts_is_as_large_as_allowed_and_even() -> None:
+    texts = [f"{i:05}" + "x" * (i % 200) for i in range(20_000)]
+    chunks = _sample(texts, 200_000)
+    assert 199_000 < sum(map(len, chunks)) <= 200_000
+    tenths = np.bincount([int(chunk[:5]) // 2000 for chunk in chunks], minlength=10)
+    assert tenths.min() > 150 and tenths.max() < 240, "about 190 of each tenth"
+    lengths = np.array([len(chunk) for chunk in chunks])
+    assert abs(lengths.mean() - np.mean([len(text) for text in texts])) < 5, "long ones are kept as often as short ones"
+    assert _sample(["ü" * 100] * 9, 500) == ["ü" * 100] * 2 and _sample(["too long"], 3) == ["too long"]
 
 
 def test_training_errors_are_one_line(tmp_path: Path) -> None:

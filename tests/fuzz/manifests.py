@@ -14,7 +14,7 @@ from megagrow import checkpoint
 from megagrow.checkpoint.source import open_source
 from megagrow.config import Config, ModelConfig, RopeScaling
 from megagrow.config_file import to_dict
-from megagrow.data.blend import BlendStart
+from megagrow.data.blend import BlendStart, DatasetIdentity
 from megagrow.ledger import Inherited, Ledger, Phase
 from megagrow.optim import StepGuard
 from megagrow.train.saving import read_state
@@ -121,7 +121,7 @@ def _state_fields(folder: Path) -> Iterator[Field]:
         "main",
         grown_at=2,
         cursors={"all": 7, "selected": 0},
-        blend=BlendStart({"a": 1.0, "b": 3.0}, 5, {"a": 2, "b": 3}),
+        blend=BlendStart({"a": 1.0, "b": 3.0}, 5, {"a": 2, "b": 3}, dict.fromkeys("ab", DatasetIdentity(9, "0" * 64))),
         guard=StepGuard([1.5], 1),
         pending_event={"reason": "step", "loss_before": 2.0, "loss_initial": None},
         losses=[1.5],
@@ -135,7 +135,7 @@ def _state_fields(folder: Path) -> Iterator[Field]:
     config = Config(model=SCALED)
     read_state(path, config, print)
     for place, accepts in {**_state_rules(), **_ledger_rules(("ledger",))}.items():
-        of_one = place[0] == "blend" and len(place) > 2  # of its datasets
+        of_one = place[:2] in (("blend", "weights"), ("blend", "firsts")) and len(place) > 2  # of its datasets
         texts = texts_with(record, ("state", *place), rejecting(accepts), required=not of_one)
         name = ".".join("N" if isinstance(key, int) else key for key in ("state", *place))
         says = str(place[-1] if isinstance(place[-1], str) else place[-2])
@@ -179,12 +179,21 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
         ("optimizer", "multipliers"): lambda value: is_object(value) and all(m == {} for m in value.values()),
         ("blend",): lambda value: value is None,
         ("blend", "weights"): lambda value: (
-            is_object(value) and value != {} and all(is_size(x) and x > 0 for x in value.values())
+            is_object(value)
+            and value != {}
+            and {*value} <= {"a", "b"}
+            and all(is_size(x) and x > 0 for x in value.values())
         ),
         ("blend", "weights", "a"): lambda value: is_size(value) and value > 0,
         ("blend", "start"): lambda value: is_count(value) and value <= 7,
-        ("blend", "firsts"): lambda value: is_object(value) and all(map(is_count, value.values())),
+        ("blend", "firsts"): lambda value: (
+            is_object(value) and {*value} <= {"a", "b"} and all(map(is_count, value.values()))
+        ),
         ("blend", "firsts", "a"): is_count,
+        ("blend", "datasets"): lambda value: False,
+        ("blend", "datasets", "a"): lambda value: False,
+        ("blend", "datasets", "a", "num_samples"): is_count,
+        ("blend", "datasets", "a", "sketch"): is_digest,
         ("pending_event",): lambda value: value is None,
         ("pending_event", "reason"): lambda value: value in ("start", "step", "tokens", "plateau"),
         ("pending_event", "loss_before"): lambda value: value is None or is_number(value),

@@ -130,7 +130,7 @@ def run_config(train: str, seq_length: int, seed: int, steps: int, split: str) -
 
 def stream_of(config: Config) -> Any:
     datasets = open_training_data(config)
-    return open_stream(datasets, continue_blend(None, blend_weights(config, datasets), 0, False), config)
+    return open_stream(datasets, continue_blend(None, blend_weights(config, datasets), {}, 0, False), config)
 
 
 BLENDS = ((0.7, 0.3), (1.0, 1.0), (5.0, 2.0, 2.0), (0.98, 0.01, 0.01), None)

@@ -73,6 +73,64 @@ def test_a_run_in_megatrons_order_resumes_and_keeps_its_size(
     assert "was made for 24 samples there, for 36 now" in capfd.readouterr().err
 
 
+def rewrite(prefix: Path, documents: list[np.ndarray[Any, Any]]) -> None:
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+
+
+@pytest.mark.parametrize("change", ["longer", "as_long"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"train": "{}/x"},
+        {"train": "{0}/x {0}/part1"},
+        {"train": "0.5 {0}/x 0.5 {0}/part1"},
+        {"train": "0.5 {0}/x 0.5 {0}/part1", "order": "megatron"},
+    ],
+    ids=["single", "by_size", "by_weight", "megatron"],
+)
+def test_a_dataset_that_has_changed_is_noticed(
+    corpus: Path, blend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], data: dict[str, Any], change: str
+) -> None:
+    whole = IndexedDataset(corpus / "part0")
+    documents = [np.asarray(whole.document(i)) for i in range(whole.num_documents)]
+    for name in ("x", "part1"):
+        rewrite(tmp_path / name, documents)
+    fields = {**data, "train": data["train"].format(tmp_path)}
+    config = with_data(make_config(corpus, tmp_path / "run", steps=2), **fields, num_samples=16 * ("order" in data))
+    assert run(config) == 0
+    rewrite(tmp_path / "x", documents * 2 if change == "longer" else [*documents[:-1], documents[-1] ^ 1])
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
+    tries = [longer]
+    if "order" not in data:
+        tries.append(with_data(longer, change_blend=True))
+        tries.append(with_data(longer, train=f"1 {tmp_path}/x 2 {tmp_path}/part1", change_blend=True))
+    for again in tries:
+        capfd.readouterr()
+        assert run(again) == 4
+        shown = capfd.readouterr().err
+        assert f"{tmp_path}/x: is not the dataset that the run was saved with" in shown
+        assert "put it back" in shown and "part1:" not in shown
+    rewrite(tmp_path / "x", documents)
+    assert run(longer) == 0
+
+
+def test_a_dataset_that_has_left_the_blend_may_not_come_back_as_another(
+    corpus: Path, blend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    part = np.asarray(IndexedDataset(corpus / "part0").tokens)
+    for name in ("x", "y"):
+        rewrite(tmp_path / name, [part])
+    config = with_data(make_config(corpus, tmp_path / "run", steps=2), train=f"1 {tmp_path}/x 1 {tmp_path}/y")
+    assert run(config) == 0
+    for steps, train, code in ((4, f"{tmp_path}/y", 0), (6, f"1 {tmp_path}/x 1 {tmp_path}/y", 4)):
+        rewrite(tmp_path / "x", [part[::-1]])
+        longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+        assert run(with_data(longer, train=train, change_blend=True)) == code
+    assert f"{tmp_path}/x: is not the dataset" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "message"),
     [

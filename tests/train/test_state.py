@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megagrow.config import ModelConfig, OptimConfig
-from megagrow.data.blend import BlendStart
+from megagrow.data.blend import BlendStart, DatasetIdentity
 from megagrow.errors import CheckpointError
 from megagrow.train.state import RunState
 
@@ -15,7 +15,7 @@ STATE = RunState(
     ModelConfig(),
     "main",
     cursors={"all": 7, "selected": 0},
-    blend=BlendStart({"a": 1.0}, 5, {"a": 2}),
+    blend=BlendStart({"a": 1.0}, 5, {"a": 2}, {"a": DatasetIdentity(9, "0" * 64)}),
     optimizer={"step": 1, "multipliers": {}},
     pending_event={"reason": "plateau", "loss_before": 2.0, "loss_initial": None},
     teacher_loss=2.5,
@@ -38,11 +38,18 @@ def optimizer_with(**fields: Any) -> dict[str, Any]:
     return {"step": 1, "multipliers": {}, "new_part": {**NEW_PART, **fields}}
 
 
+BLEND = {"weights": {"a": 1}, "start": 0, "firsts": {}, "datasets": {"a": {"num_samples": 9, "sketch": "0" * 64}}}
 REFUSED: list[tuple[str, Any]] = [
-    ("blend", {"weights": {"a": HUGE}, "start": 0, "firsts": {}}),
-    ("blend", {"weights": {"a": 1e300, "b": 1e300}, "start": 0, "firsts": {}}),
-    ("blend", {"weights": {"a": True}, "start": 0, "firsts": {}}),
-    ("blend.start", {"weights": {"a": 1}, "start": 8, "firsts": {}}),
+    ("blend.weights", {**BLEND, "weights": {"a": HUGE}}),
+    ("blend.weights", {**BLEND, "weights": {"a": 1e300, "b": 1e300}}),
+    ("blend.weights", {**BLEND, "weights": {"a": True}}),
+    ("blend.start", {**BLEND, "start": 8}),
+    ("blend must hold", {name: value for name, value in BLEND.items() if name != "datasets"}),
+    ("blend.datasets", {**BLEND, "datasets": {}}),
+    ("blend.datasets", {**BLEND, "firsts": {"b": 1}}),
+    ("blend.datasets", {**BLEND, "datasets": {"a": {"num_samples": -1, "sketch": "0" * 64}}}),
+    ("blend.datasets", {**BLEND, "datasets": {"a": {"num_samples": 1, "sketch": "0" * 63}}}),
+    ("blend.datasets", {**BLEND, "datasets": {"a": {"num_samples": 1}}}),
     ("guard", {"losses": [HUGE, 1.0], "bad_steps": 0}),
     ("guard", {"losses": [1e308, 1e308], "bad_steps": 0}),
     ("optimizer.new_part", {"step": 1, "multipliers": {}, "new_part": {}}),
@@ -84,4 +91,4 @@ def test_a_new_part_is_part_of_the_state() -> None:
 @pytest.mark.parametrize(("name", "value"), REFUSED)
 def test_what_a_run_could_not_go_on_with_is_refused(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=rf"^m: state\.{name}"):
-        RunState.from_dict({**STATE.to_dict(), name.split(".")[0]: value}, "m")
+        RunState.from_dict({**STATE.to_dict(), name.split(".")[0].split()[0]: value}, "m")
