@@ -1,5 +1,6 @@
 """Valid layouts of a model on a number of ranks, the fastest that fit first."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -77,12 +78,17 @@ def _all_memory(layout: Layout) -> list[RankMemory]:
 
 
 def _meshes(config: Config, world_size: int, machine: Machine) -> Iterator[ParallelConfig]:
-    for tensor in _powers(min(machine.ranks_per_node, world_size)):
-        for context in _powers(max(config.data.seq_length // LEAST_TOKENS, 1)):
-            for pipeline in _powers(min(world_size // (tensor * context), config.model.num_layers)):
-                mesh = ParallelConfig(tensor=tensor, context=context, pipeline=pipeline, sequence_parallel=tensor > 1)
-                if world_size % mesh.model_ranks == 0:
-                    yield mesh
+    """Meshes whose tensor ranks share a node, and whose pipelines split the layers evenly, or are powers of two.
+
+    Even is a split of the layers alone, or with embedding and head as one layer each.
+    """
+    layers, longest = config.model.num_layers, max(config.data.seq_length // LEAST_TOKENS, 1)
+    for tensor in _divisors(math.gcd(min(machine.ranks_per_node, world_size), world_size)):
+        for context in _divisors(world_size // tensor, longest):
+            for pipeline in _divisors(world_size // (tensor * context), layers):
+                if _is_power(pipeline) or layers % pipeline == 0 or (layers + 2) % pipeline == 0:
+                    mesh = tensor, pipeline, context
+                    yield ParallelConfig(*mesh, sequence_parallel=tensor > 1)
 
 
 def _growing_variants(
@@ -95,7 +101,10 @@ def _growing_variants(
         for recompute in RECOMPUTE:
             for replicate in _copies(mesh, num_data, machine):
                 parallel = replace(mesh, schedule=schedule, stages_per_rank=stages, replicate=replicate)
-                trains = [replace(config.train, microbatch_size=m, recompute=recompute) for m in _powers(share)]
+                trains = [
+                    replace(config.train, microbatch_size=m, recompute=recompute)
+                    for m in filter(_is_power, _divisors(share))
+                ]
                 variants = (replace(config, parallel=parallel, train=train) for train in trains)
                 yield (v for v in variants if _is_candidate(v, world_size))
 
@@ -114,9 +123,14 @@ def _is_candidate(config: Config, world_size: int) -> bool:
     return layout.pipeline == 1 or layout.num_microbatches * len(layout.stages) <= MOST_PASSES
 
 
-def _powers(limit: int) -> list[int]:
-    """1, 2, 4, … up to the limit."""
-    return [2**i for i in range(limit.bit_length()) if 2**i <= limit]
+def _divisors(n: int, limit: int | None = None) -> list[int]:
+    """The divisors of n, up to the limit."""
+    return [d for d in range(1, min(n, limit or n) + 1) if n % d == 0]
+
+
+def _is_power(n: int) -> bool:
+    """Whether it is 1, 2, 4, …"""
+    return n & (n - 1) == 0
 
 
 def to_dict(found: Suggestion) -> dict[str, Any]:

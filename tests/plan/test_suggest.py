@@ -121,3 +121,14 @@ def test_seventy_billion_parameters_are_planned_at_once() -> None:
     # 1F1B: the first rank waits for four microbatches, the last one for one.
     assert [each.in_flight for each in held] == [(4,), (3,), (2,), (1,)]
     assert all(10 * 2**30 < each.total < 40 * 2**30 for each in held)
+
+
+def test_ranks_that_are_no_power_of_two_get_all_their_layouts() -> None:
+    """Nodes of six, 24 layers, 12 heads: three or six tensor ranks, twelve stages."""
+    model = replace(LLAMA_8B, num_layers=24, num_heads=12, num_kv_heads=12, hidden_size=1536, ffn_size=6144)
+    train, data = replace(CONFIG.train, global_batch_size=24), DataConfig(seq_length=3072)
+    config = replace(CONFIG, model=model, train=train, data=data)
+    found = suggest(config, 12, Machine(memory=80 * 2**30, ranks_per_node=6))
+    meshes = {(f.config.parallel.tensor, f.config.parallel.pipeline) for f in found}
+    assert {(1, 1), (3, 1), (6, 2), (3, 4), (1, 12)} <= meshes
+    assert all(not problems(f.config, 12) for f in found)
