@@ -42,7 +42,7 @@ BOUNDS = {
     ("llama3", "low_freq_factor"): (5e-324, 4 - 1e-9),
     ("llama3", "high_freq_factor"): (1 + 1e-9, 2**53),
     ("yarn", "factor"): (1, 2**53),
-    ("yarn", "beta_fast"): (1.0, 1e6),
+    ("yarn", "beta_fast"): (0.5, 1e6),
     ("yarn", "beta_slow"): (1e-6, 8.0),
     ("yarn", "rope_theta"): (1 + 1e-9, 2**53),
 }

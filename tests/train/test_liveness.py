@@ -233,9 +233,10 @@ def test_long_healthy_work_makes_marks(corpus: Path, tmp_path: Path, monkeypatch
     train = TrainConfig(steps=1, global_batch_size=4, microbatch_size=1, eval_interval=0)
     assert run(make_config(corpus, tmp_path / "run", train=train)) == 0
     assert marks == [8], "after forward and backward of four microbatches"
-    (tmp_path / "model.safetensors").write_bytes(bytes(5000))
-    (tmp_path / "config.json").write_bytes(bytes(10))
-    assert marks_of(source._folder_identity, tmp_path) == 6
+    files = [tmp_path / "model.safetensors", tmp_path / "config.json"]
+    for file, size in zip(files, (5000, 10), strict=True):
+        file.write_bytes(bytes(size))
+    assert marks_of(source._identity_of, files) == 6
     assert marks_of(directory.prune, tmp_path / "run/checkpoints/step-2", 1) > 3
     assert not (tmp_path / "run/checkpoints/step-1").exists()
 
