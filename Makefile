@@ -41,7 +41,7 @@ check: setup ## style, types, the order of imports, and no load that could run c
 	$(bin)/mypy
 	$(bin)/python -m pytest --quiet tests/test_layers.py tests/test_safe_loading.py
 
-parity: setup ## every layout against one process; a table, also in benchmarks/results (ten minutes)
+parity: setup ## every layout against one process; a table, also in benchmarks/results (a quarter of an hour)
 	$(bin)/python -m tests.parallel.parity_table
 
 growth: setup ## every growth method on every layout against growing offline, and LiGO learning on each (an hour and more)
@@ -51,7 +51,7 @@ growth: setup ## every growth method on every layout against growing offline, an
 faults: setup ## kill saves at every call and runs at random moments, stop nodes and launchers (half an hour)
 	$(bin)/python -m pytest --timeout 3600 -s tests/faults/kill_save.py tests/faults/liveness.py tests/faults/kill_quickstart.py
 
-fuzz: setup ## 500 malformed files per field to every reader; a table (ten minutes)
+fuzz: setup ## 500 malformed files per field to every reader; a table (an hour)
 	$(bin)/python -m tests.fuzz.campaign
 	$(bin)/python -O -m tests.fuzz.campaign --per-field 20
 
