@@ -201,7 +201,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "numbers of samples of the streams all and selected",
     ),
     "guard": (_is_guard, "losses, a list of numbers below 1e30, and bad_steps, a whole number"),
-    "rolled_back_at": (lambda v: v == -1 or _is_count(v), "a step, or -1"),
+    "rolled_back_at": (lambda v: type(v) is int and -1 <= v < 2**63, "a step, or -1"),
     "pending_event": (
         lambda v: v is None or _is_event(v),
         "reason, loss_before and loss_initial; or null",
