@@ -89,16 +89,19 @@ def test_convert_memory_judges_by_its_bounds(monkeypatch: pytest.MonkeyPatch) ->
         {"peak": 1.5 * largest + 2**30, "seconds": 1.0},
         {"peak": 1.5 * largest + 2**30 + 1, "seconds": 1.0},
     )
+    rounded = {"peak": 2.5 * largest + 2**30 + 1, "seconds": 1.0}
     found = {
         "files": 5,
         "there": within,
         "back": beyond,
         "single": within,
-        "rounded": beyond,
+        "rounded": rounded,
         "differing": ["lm_head.weight"],
     }
     rows = [row for row in convert_memory.rows_of(convert_memory.LLAMA_1B, found) if row.bound]
     assert [row.holds for row in rows] == [True, False, True, False, False]
+    found["rounded"] = {"peak": 2.5 * largest + 2**30, "seconds": 1.0}
+    assert [row.holds for row in convert_memory.rows_of(convert_memory.LLAMA_1B, found) if row.bound][3]
 
 
 def test_convert_memory_converts_each_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
