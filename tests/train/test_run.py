@@ -629,13 +629,13 @@ def test_the_ledger_has_all_seconds_from_the_first_step_on(
         times.append(time.perf_counter())
 
     monkeypatch.setattr(trainer.Trainer, "_step", slowly(step, 0.0, note=True))
-    monkeypatch.setattr(trainer.Trainer, "_roll_back", slowly(roll_back, 0.3))
+    monkeypatch.setattr(trainer.Trainer, "_roll_back", slowly(roll_back, 0.6))
     monkeypatch.setattr(trainer.Trainer, "run", timed)
-    monkeypatch.setattr(Saver, "save", slowly(save, 0.2))
-    monkeypatch.setattr(Metrics, "log", slowly(log, 0.1))
+    monkeypatch.setattr(Saver, "save", slowly(save, 0.4))
+    monkeypatch.setattr(Metrics, "log", slowly(log, 0.2))
     optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
     poison(monkeypatch, {3, 4})
     assert run(make_config(corpus, tmp_path, optim=optim, checkpoint=CheckpointConfig(interval=3))) == 0
     began, ended = times
     counted = sum(phase["seconds"] for phase in ledger(tmp_path)["phases"])
-    assert counted == pytest.approx(ended - began, rel=0.03)
+    assert -0.01 < ended - began - counted < 0.19, "less than one of the delays is missing"
