@@ -67,7 +67,8 @@ def tokens(count: int) -> np.ndarray:
 def score_ours(folder: Path, arm: str) -> Found:
     """Scores the warm-up, then the corpus."""
     source = open_source(folder / "model")
-    settings = ScoreSettings(DTYPE, top_k=TOP_K, batch_size=BATCH, skip_source_check=True, compile=OURS[arm])
+    how: dict[str, Any] = {"dtype": DTYPE, "batch_size": BATCH, "compile": OURS[arm]}
+    settings = ScoreSettings(top_k=TOP_K, skip_source_check=True, **how)
     with tempfile.TemporaryDirectory() as output:
         for name in (WARM_UP, CORPUS):
             dataset = PackedDataset(folder / name, LENGTH, MODEL.vocab_size)
