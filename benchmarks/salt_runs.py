@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from processes import MIB, launch, settle, tell
@@ -154,8 +155,8 @@ def memory_rows(layout: str, runs: Runs) -> list[Row]:
 
 def work(folder: str, kind: str, layout: str, directory: str) -> int:
     """One rank of a run."""
-    importlib.import_module("megagrow.train.run").Trainer = Watched  # type: ignore[attr-defined]
-    return run(config_of(Path(folder), kind, layout, directory))
+    with mock.patch.object(importlib.import_module("megagrow.train.run"), "Trainer", Watched):
+        return run(config_of(Path(folder), kind, layout, directory))
 
 
 if __name__ == "__main__":

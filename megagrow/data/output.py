@@ -104,6 +104,6 @@ def _is_description(path: Path) -> bool:
 def _is_domains(path: Path) -> bool:
     try:
         with safe_open(str(path), framework="numpy") as file:
-            return DOMAINS in file.keys()  # noqa: SIM118 (not a dict)
+            return DOMAINS in set(file.keys())
     except (SafetensorError, OSError):
         return False

@@ -1,6 +1,5 @@
 """Tests megagrow/data/indexed.py: the format to the byte, malformed files, and commits."""
 
-import contextlib
 import os
 import struct
 import tracemalloc
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from megagrow.data import indexed
 from megagrow.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from megagrow.errors import DataError
+from tests.data.kills import killed_after
 
 DOCUMENTS = [[5, 6, 7], [65_000], [1, 2, 3, 4]]
 MakeDataset = Callable[..., Path]
@@ -213,10 +213,6 @@ def test_exception_leaves_nothing_and_keeps_the_earlier_dataset(make_dataset: Ma
     assert sorted(os.listdir(tmp_path)) == ["corpus.bin", "corpus.idx"]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours runs afterwards."""
-
-
 def test_death_at_any_system_call_leaves_old_or_new_or_nothing(
     make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,29 +221,14 @@ def test_death_at_any_system_call_leaves_old_or_new_or_nothing(
     outcomes = []
     for fatal in range(100):
         prefix = make_dataset(DOCUMENTS)
-        calls = 0
-
-        def dying(original: Callable[..., Any], fatal: int = fatal) -> Callable[..., Any]:
-            def call(*arguments: Any, **options: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls > fatal:
-                    raise Killed
-                return original(*arguments, **options)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink")):
-                patch.setattr(owner, name, dying(getattr(owner, name)))
-            with contextlib.suppress(Killed):
-                make_dataset(new)
+        with killed_after(fatal, monkeypatch) as num_calls:
+            make_dataset(new)
         try:
             outcomes.append(IndexedDataset(prefix).tokens.tolist())
         except DataError as error:
             assert "corpus.idx: no such file" in str(error)
             outcomes.append(None)
-        if calls <= fatal:
+        if num_calls() <= fatal:
             break
     old_tokens, new_tokens = sum(DOCUMENTS, []), sum(new, [])
     assert outcomes[0] == old_tokens and outcomes[-1] == new_tokens and None in outcomes

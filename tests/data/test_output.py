@@ -1,6 +1,5 @@
 """Tests megagrow/data/output.py: writing a dataset replaces nothing but an earlier one of that name."""
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from megagrow.data.merge import merge_datasets
 from megagrow.data.preprocess import preprocess_files, write_texts
 from megagrow.data.tokenizer import ByteTokenizer
 from megagrow.errors import ConfigError, DataError
+from tests.data.kills import killed_after
 from tests.data.test_preprocess import run_tool
 
 MakeDataset = Callable[..., Path]
@@ -113,10 +113,6 @@ def test_domains_go_with_the_dataset_that_they_are_of(tmp_path: Path) -> None:
     assert not domains_path(tmp_path / "out").exists()
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 def test_no_kill_leaves_old_domains_beside_a_new_dataset(
     make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,28 +120,13 @@ def test_no_kill_leaves_old_domains_beside_a_new_dataset(
     right, seen = {1: ["old", "old"], 3: ["new", "new"]}, set()
     for fatal in range(60):
         merge_datasets([old], tmp_path / "out")
-        calls = 0
-
-        def dying(original: Callable[..., object], fatal: int = fatal) -> Callable[..., object]:
-            def call(*arguments: object, **options: object) -> object:
-                nonlocal calls
-                calls += 1
-                if calls > fatal:
-                    raise Killed
-                return original(*arguments, **options)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink")):
-                patch.setattr(owner, name, dying(getattr(owner, name)))
-            with contextlib.suppress(Killed):
-                merge_datasets([new], tmp_path / "out")
+        with killed_after(fatal, monkeypatch) as num_calls:
+            merge_datasets([new], tmp_path / "out")
         if (tmp_path / "out.idx").exists():
             first = int(IndexedDataset(tmp_path / "out").tokens[0])
             assert domains_of(tmp_path / "out") == right[first]
             seen.add(first)
-        if calls <= fatal:
+        if num_calls() <= fatal:
             break
     assert seen == right.keys()
 
