@@ -10,6 +10,7 @@ E = keys that they see, and pairs of letters are dimensions joined.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,14 +50,18 @@ def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     if max(num_rows, num_terms) <= LONG:
         return _linear(a_MK, b_NK)
     if num_rows >= num_terms:
-        y_MN = a_MK.new_empty(len(a_MK), num_rows)
-        for y_MR, b_RK in zip(y_MN.split(PIECE_ROWS, 1), b_NK.split(PIECE_ROWS), strict=True):
-            y_MR.copy_(_linear(a_MK, b_RK))
-        return y_MN
+        return write_product(a_MK.new_empty(len(a_MK), num_rows), a_MK, b_NK)
     total_MN = a_MK.new_zeros(len(a_MK), num_rows)
     for a_MP, b_NP in zip(a_MK.split(PIECE_ROWS, 1), b_NK.split(PIECE_ROWS, 1), strict=True):
         total_MN += _linear(a_MP, b_NP)
     return total_MN
+
+
+def write_product(y_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """y = a·bᵀ, columns after columns."""
+    for y_MR, b_RK in zip(y_MN.split(PIECE_ROWS, 1), b_NK.split(PIECE_ROWS), strict=True):
+        y_MR.copy_(_linear(a_MK, b_RK))
+    return y_MN
 
 
 def _linear(a_MK: Tensor, b_NK: Tensor) -> Tensor:
@@ -94,10 +99,9 @@ def causal_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
     """
     y_BNSD = _like_heads(q_BNSD)
     k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
-    wide_k_XTD = k_XTD.to(wide_dtype(k_XTD))
     for queries, E in _blocks(q_BNSD.shape[2], k_XTD.shape[1]):
         q_XQD = _grouped(q_BNSD[:, :, queries], k_BKTD.shape[1])
-        p_XQE = _probabilities(q_XQD, wide_k_XTD[:, :E], queries)
+        p_XQE = _probabilities(q_XQD, k_XTD[:, :E], queries)
         y_BNSD[:, :, queries] = torch.bmm(p_XQE, v_XTD[:, :E]).view(y_BNSD[:, :, queries].shape)
     return y_BNSD
 
@@ -114,13 +118,12 @@ def causal_attention_backward(
     """The gradients of q, k and v, laid out as `causal_attention` lays out its result."""
     dq_BNSD, dk_BKTD, dv_BKTD = _like_heads(q_BNSD), _like_heads(k_BKTD), _like_heads(v_BKTD)
     k_XTD, v_XTD = k_BKTD.flatten(0, 1), v_BKTD.flatten(0, 1)
-    wide_k_XTD = k_XTD.to(wide_dtype(k_XTD))
-    dk_XTD, dv_XTD = torch.empty_like(wide_k_XTD), torch.empty_like(wide_k_XTD)
+    dk_XTD, dv_XTD = (torch.empty_like(k_XTD, dtype=wide_dtype(k_XTD)) for _ in range(2))
     scale, num_kv_heads = q_BNSD.shape[3] ** -0.5, k_BKTD.shape[1]
     add: Callable[[Tensor, Tensor], Tensor] = Tensor.copy_  # the last queries come first: they see all keys
     for queries, E in reversed(list(_blocks(q_BNSD.shape[2], k_XTD.shape[1]))):
         q_XQD, dy_XQD = (_grouped(x_BNSD[:, :, queries], num_kv_heads) for x_BNSD in (q_BNSD, dy_BNSD))
-        p_XQE = _probabilities(q_XQD, wide_k_XTD[:, :E], queries)
+        p_XQE = _probabilities(q_XQD, k_XTD[:, :E], queries)
         dp_XQE = torch.bmm(dy_XQD, v_XTD[:, :E].transpose(1, 2))
         ds_XQE = torch._softmax_backward_data(dp_XQE, p_XQE, -1, p_XQE.dtype)
         add(dv_XTD[:, :E], torch.bmm(p_XQE.transpose(1, 2), dy_XQD))
@@ -167,15 +170,31 @@ def _blocks(S: int, T: int) -> Iterator[tuple[slice, int]]:
         yield slice(start, stop), T - S + stop
 
 
-def _probabilities(q_XQD: Tensor, wide_k_XED: Tensor, queries: slice) -> Tensor:
+def _probabilities(q_XQD: Tensor, k_XED: Tensor, queries: slice) -> Tensor:
     """The softmax of a block's scores, which have float32 at least: 16 bits of a score of 20 make it 8 % off."""
     num_queries = queries.stop - queries.start
-    wide_q_XQD = q_XQD.to(wide_k_XED.dtype)
+    wide_q_XQD, wide_k_XED = (x.to(wide_dtype(x)) for x in (q_XQD, k_XED))
     unread = wide_q_XQD.new_empty(())
-    scores_XQE = torch.baddbmm(unread, wide_q_XQD, wide_k_XED.transpose(1, 2), beta=0, alpha=q_XQD.shape[2] ** -0.5)
+    with _products_of(q_XQD.dtype):
+        scores_XQE = torch.baddbmm(unread, wide_q_XQD, wide_k_XED.transpose(1, 2), beta=0, alpha=q_XQD.shape[2] ** -0.5)
     own = scores_XQE.unflatten(1, (-1, num_queries))[..., -num_queries:]
     own += torch.full((num_queries, num_queries), -torch.inf, dtype=own.dtype).triu(1)
     return scores_XQE.softmax(-1).to(q_XQD.dtype)
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Where all factors are bfloat16 kept in float32: oneDNN may read them as such. The same bits in half the time,
+    since torch has no product of bfloat16 on a CPU that comes out in float32."""
+    mkldnn: Any = torch.backends.mkldnn  # whose types lack what is set here
+    matmul = mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype is torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

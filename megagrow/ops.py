@@ -365,9 +365,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """a·bᵀ [M, N]."""
-    return cpu_ops.product(a_MK, b_NK) if cpu_ops.serves_product(a_MK, b_NK) else torch.mm(a_MK, b_NK.T)
+def product(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+    """a·bᵀ [M, N]; without gradients also where `out_MN` is."""
+    if not cpu_ops.serves_product(a_MK, b_NK):
+        return torch.mm(a_MK, b_NK.T, out=out_MN)
+    return cpu_ops.product(a_MK, b_NK) if out_MN is None else cpu_ops.write_product(out_MN, a_MK, b_NK)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from megagrow.parallel.shards import chunk
 from megagrow.parallel.vocab_shard import VocabShard
 
 __all__ = [
-    "L2_CACHE",
+    "CACHES",
     "NUM_SUMS",
     "LossOptions",
     "cache_size",
@@ -32,7 +32,7 @@ __all__ = [
     "whole_logits",
 ]
 
-L2_CACHE = 50 * 2**20  # of an H100
+CACHES = {"cuda": 50 * 2**20, "cpu": 32 * 2**20}  # bytes: an H100's L2, and what some cores of a server share
 LOGIT_BYTES = 2**28  # that exist at a time at most, unless 256 tokens have more
 NUM_SUMS = 4  # loss, cross-entropy, distillation term, the teacher's entropy
 
@@ -108,8 +108,8 @@ def tokens_at_once(wanted: int, num_rows: int, width: int, cache: int) -> int:
 
 
 def cache_size(device: torch.device) -> int:
-    """Bytes of a GPU's L2 cache; that of an H100 for anything else."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_CACHE
+    """Bytes of a GPU's L2 cache, or of what a CPU has in its place."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CACHES["cpu"]
 
 
 def token_scores(
@@ -118,7 +118,7 @@ def token_scores(
     labels_T: Tensor,
     vocab_size: int,
     tp: Axis,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 0,
     *,
     head_bias: Tensor | None = None,
     ties_by_id: bool = False,
@@ -131,7 +131,7 @@ def token_scores(
 
     Args:
         hidden_TH, head_VH, labels_T, vocab_size, tp: as in `vocab_parallel_loss`.
-        chunk_tokens: tokens whose logits exist at a time.
+        chunk_tokens: tokens whose logits exist at a time; 0: as many as `tokens_at_once` says.
         head_bias: [V] of this rank's rows, or None.
         ties_by_id: equal logits of lower ids count too, so that rank 0 is the token that an argmax takes.
         compiled: fuse the pass over the logits with torch.compile, where no kernel does it.
@@ -140,24 +140,31 @@ def token_scores(
         nll_T (float32 or wider, never negative), rank_T (int32), the same on every tensor rank.
     """
     shard = VocabShard(tp, vocab_size, fused=compiled)
+    most, width = shard.most_rows, hidden_TH.element_size()
+    chunk_tokens = chunk_tokens or tokens_at_once(0, most, width, cache_size(hidden_TH.device))
     nlls, ranks = [], []
     with torch.no_grad():
         head = head_VH.to(hidden_TH.dtype)
+        buffer_CV = _buffer(hidden_TH, head, chunk_tokens)
         for hidden_CH, labels_C in zip(hidden_TH.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
-            logits_CV, local_C = _logits(hidden_CH, head, head_bias), shard.local_labels(labels_C)
+            logits_CV, local_C = _logits(hidden_CH, head, head_bias, buffer_CV), shard.local_labels(labels_C)
             label_logit_C = sum_over(_label_logits(logits_CV, local_C), tp)
             nll_C, rank_C = _exact_scores(logits_CV, local_C, label_logit_C, shard)
             if ties_by_id:
                 rank_C += sum_over(_equal_before(logits_CV, labels_C, label_logit_C, shard.vocab), tp)
             nlls.append(nll_C)
             ranks.append(rank_C)
-            del logits_CV  # before the next chunk's exist
     return torch.cat(nlls), torch.cat(ranks)
 
 
-def _logits(hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Of this rank's rows, in the dtype of the states."""
-    logits_CV = ops.product(hidden_CH, head_VH)
+def _buffer(hidden_TH: Tensor, head_VH: Tensor, chunk_tokens: int) -> Tensor:
+    """For the logits of a chunk. One for all chunks: a CPU takes half as long again to write into new memory."""
+    return hidden_TH.new_empty(min(chunk_tokens, len(hidden_TH)), len(head_VH))
+
+
+def _logits(hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None, buffer_CV: Tensor) -> Tensor:
+    """Of this rank's rows, in the dtype of the states, in the buffer's first rows."""
+    logits_CV = ops.product(hidden_CH, head_VH, buffer_CV[: len(hidden_CH)])
     return logits_CV if bias_V is None else logits_CV.add_(bias_V)
 
 
@@ -237,10 +244,11 @@ class _Loss(torch.autograd.Function):
         make_head = torch.empty_like if len(hidden_TH) else torch.zeros_like  # the first chunk writes it
         grad_head = make_head(head_VH, dtype=wide) if needs_gradient and ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs_gradient and bias_V is not None else None
+        buffer_CV = _buffer(hidden_TH, head, options.chunk_tokens)
         for start in range(0, hidden_TH.shape[0], options.chunk_tokens):
             part = slice(start, start + options.chunk_tokens)
             hidden_CH, local_C = hidden_TH[part], shard.local_labels(labels_T[part])
-            logits_CV = _logits(hidden_CH, head, bias_V)
+            logits_CV = _logits(hidden_CH, head, bias_V, buffer_CV)
             if targets is not None:
                 given = targets.rows(part), local_C, weights_T[part], shard, options
                 sums += cached_distillation(logits_CV, *given, needs_gradient)
@@ -263,7 +271,6 @@ class _Loss(torch.autograd.Function):
                 ops.add_product_(grad_head, logits_CV.T, hidden_CH.T, is_first=start == 0)
             if grad_bias is not None:
                 grad_bias += logits_CV.sum(0, dtype=wide)
-            del logits_CV  # before the next chunk's exist
         ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
         ctx.factor = None
         ctx.mark_non_differentiable(sums)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megagrow import ops, torch_ops
 from megagrow.config import ModelConfig
-from megagrow.parallel.loss import L2_CACHE, tokens_at_once
+from megagrow.parallel.loss import CACHES, tokens_at_once
 from megagrow.parallel.loss_terms import teacher_tokens
 from megagrow.parallel.stages import Stage
 from megagrow.plan.layout import Layout
@@ -18,7 +18,6 @@ from megagrow.roles import role_of
 
 DeviceType = Literal["cuda", "cpu"]
 ENTRY = 40  # bytes of an entry of a cache while the loss works on it
-SCORED_TOKENS = 1024  # whose logits exist at a time where they are scored
 SCORED_LOGIT = 16  # bytes of a logit that the twin of the scoring kernel works on
 
 
@@ -324,7 +323,7 @@ def loss(
     rows = -(-model.vocab_size // layout.tensor)
     matrix = rows * model.hidden_size
     summed = matrix if head_learns else 0
-    chunk = min(tokens_at_once(layout.config.train.loss_chunk, rows, width, L2_CACHE), layout.tokens)
+    chunk = min(tokens_at_once(layout.config.train.loss_chunk, rows, width, CACHES[device]), layout.tokens)
     logits = chunk * rows
     taught = min(logits, teacher_tokens(rows, width) * rows) if teacher is not None else 0
     kept = size.whole + 4 * summed + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
@@ -351,7 +350,8 @@ def scoring(layout: Layout, device: DeviceType) -> int:
     mlp = (wide if model.is_gated else 2) * size.ffn
     if device == "cpu" and model.is_gated:
         mlp += layout.width * _gate_up_elements(layout)
-    logits = min(SCORED_TOKENS, layout.tokens) * -(-model.vocab_size // layout.tensor)
+    rows = -(-model.vocab_size // layout.tensor)
+    logits = min(tokens_at_once(0, rows, layout.width, CACHES[device]), layout.tokens) * rows
     most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
     twin = 0 if "vocab_loss" in kernels else SCORED_LOGIT * min(logits, most)
     block = 2 * size.cut + size.whole + max(2 * size.query + 3 * size.key, mlp)

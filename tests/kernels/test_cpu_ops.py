@@ -1,5 +1,7 @@
 """The CPU's own operations against their definitions, in every direction, and as a compiler sees them."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,16 @@ def test_float32_goes_to_onednn_and_empty_factors_do_not() -> None:
     ):
         assert not cpu_ops.serves_product(a_MK, b_NK)
         assert ops.product(a_MK, b_NK).shape == ops.linear(a_MK, b_NK).shape == (len(a_MK), len(b_NK))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_a_product_is_written_where_it_is_wanted(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_ops, "PIECE_ROWS", 7)
+    a_MK, b_NK, whole_MN = normal(3, 4, dtype=dtype), normal(40, 4, dtype=dtype), torch.full((5, 40), 9.0, dtype=dtype)
+    y_MN = ops.product(a_MK, b_NK, whole_MN[:3])
+    assert y_MN.data_ptr() == whole_MN.data_ptr()
+    torch.testing.assert_close(y_MN, (a_MK.double() @ b_NK.double().T).to(dtype))
+    assert torch.equal(whole_MN[3:], torch.full((2, 40), 9.0, dtype=dtype))
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(3, 40, 5), (3, 5, 40), (3, 40, 35)])
@@ -140,6 +152,28 @@ def test_attention_in_bfloat16_is_as_good_as_torchs(scale: int) -> None:
         pairs = zip((y, *gradients), (exact, *exact_gradients), strict=True)
         errors.append(max(difference(x.detach(), e.detach()) for x, e in pairs))
     assert errors[0] < 1.2 * errors[1]
+
+
+def test_scores_of_bfloat16_have_every_bit_and_leave_float32_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, seen = torch.baddbmm, list[str]()
+
+    def noted(*given: Tensor, **options: float) -> Tensor:
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return multiply(*given, **options)
+
+    monkeypatch.setattr(torch, "baddbmm", noted)
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    q, k, v = (heads(2, 4, 96, 64, torch.bfloat16).detach() for _ in range(3))
+    y = cpu_ops.causal_attention(q, k, v)
+    monkeypatch.setattr(cpu_ops, "_products_of", lambda dtype: nullcontext())
+    torch.testing.assert_close(y, cpu_ops.causal_attention(q, k, v), rtol=0, atol=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "baddbmm", noted)
+    cpu_ops.causal_attention(*(x.float() for x in (q, k, v)))
+    assert seen == ["bf16"] * 2 + [before] * 4
+    with pytest.raises(RuntimeError, match="size"):
+        cpu_ops._probabilities(q[0], k[0, :, :, :8], slice(0, 96))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

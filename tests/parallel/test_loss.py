@@ -13,8 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagrow import ops
 from megagrow.config import ParallelConfig
 from megagrow.model import transformer
+from megagrow.parallel import loss as loss_module
 from megagrow.parallel.collectives import copy_to, reduce_from
 from megagrow.parallel.loss import LossOptions, token_scores, tokens_at_once, vocab_parallel_loss, whole_logits
 from megagrow.parallel.mesh import Axis, Mesh, make_mesh
@@ -483,3 +485,32 @@ def test_a_bias_of_the_head_is_exact(dtype: torch.dtype, with_teacher: bool, ran
         torch.testing.assert_close(grad_bias_V, expected.grad_head[rows, -1], **close)
         torch.testing.assert_close(nll_T, nlls_T, **close)
         assert torch.equal(rank_T.long(), ranks_T)
+
+
+def test_the_logits_of_all_chunks_share_a_buffer() -> None:
+    p, places = problem(torch.float32), list[int]()
+
+    def noted(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        if out_MN is not None:
+            places.append(out_MN.data_ptr())
+        return torch.mm(a_MK, b_NK.T, out=out_MN)
+
+    given = p.hidden_TH, p.head_VH, p.labels_T.clamp(min=0)
+    with mock.patch.object(ops, "product", noted):
+        token_scores(*given, VOCAB, Axis(), chunk_tokens=4)
+        assert len(places) == 4 and len(set(places)) == 1
+        places.clear()
+        vocab_parallel_loss(*given, p.weights_T, VOCAB, Axis(), options=LossOptions(chunk_tokens=4))
+        assert len(places) == 4 and len(set(places)) == 1
+
+
+def test_scores_take_as_many_tokens_at_a_time_as_a_cache_holds() -> None:
+    p, sizes = problem(torch.float32), list[int]()
+
+    def noted(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
+        sizes.append(len(a_MK))
+        return torch.mm(a_MK, b_NK.T, out=out_MN)
+
+    with mock.patch.object(ops, "product", noted), mock.patch.object(loss_module, "tokens_at_once", lambda *_: 5):
+        token_scores(p.hidden_TH, p.head_VH, p.labels_T.clamp(min=0), VOCAB, Axis())
+    assert sizes == [5, 5, 3]
