@@ -50,18 +50,24 @@ def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     if max(num_rows, num_terms) <= LONG:
         return _linear(a_MK, b_NK)
     if num_rows >= num_terms:
-        return write_product(a_MK.new_empty(len(a_MK), num_rows), a_MK, b_NK)
+        y_MN = a_MK.new_empty(len(a_MK), num_rows)
+        _write_pieces(y_MN, a_MK, b_NK)
+        return y_MN
     total_MN = a_MK.new_zeros(len(a_MK), num_rows)
     for a_MP, b_NP in zip(a_MK.split(PIECE_ROWS, 1), b_NK.split(PIECE_ROWS, 1), strict=True):
         total_MN += _linear(a_MP, b_NP)
     return total_MN
 
 
-def write_product(y_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> Tensor:
+@torch.library.custom_op("megagrow::write_product", mutates_args=("y_MN",))
+def write_product(y_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
     """y = a·bᵀ, columns after columns."""
+    _write_pieces(y_MN, a_MK, b_NK)
+
+
+def _write_pieces(y_MN: Tensor, a_MK: Tensor, b_NK: Tensor) -> None:
     for y_MR, b_RK in zip(y_MN.split(PIECE_ROWS, 1), b_NK.split(PIECE_ROWS), strict=True):
         y_MR.copy_(_linear(a_MK, b_RK))
-    return y_MN
 
 
 def _linear(a_MK: Tensor, b_NK: Tensor) -> Tensor:
@@ -151,6 +157,11 @@ causal_attention.register_autograd(_attention_backward, setup_context=_keep_inpu
 @register_flop_formula(torch.ops.megagrow.product)
 def _product_flops(a_shape: list[int], b_shape: list[int], *args: Any, **kwargs: Any) -> int:
     return 2 * math.prod(a_shape) * b_shape[0]
+
+
+@register_flop_formula(torch.ops.megagrow.write_product)
+def _written_product_flops(y_shape: list[int], *shapes: list[int], **kwargs: Any) -> int:
+    return _product_flops(*shapes)
 
 
 @register_flop_formula(torch.ops.megagrow.causal_attention)

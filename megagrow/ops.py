@@ -369,7 +369,10 @@ def product(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
     """a·bᵀ [M, N]; without gradients also where `out_MN` is."""
     if not cpu_ops.serves_product(a_MK, b_NK):
         return torch.mm(a_MK, b_NK.T, out=out_MN)
-    return cpu_ops.product(a_MK, b_NK) if out_MN is None else cpu_ops.write_product(out_MN, a_MK, b_NK)
+    if out_MN is None:
+        return cpu_ops.product(a_MK, b_NK)
+    cpu_ops.write_product(out_MN, a_MK, b_NK)
+    return out_MN
 
 
 @torch.no_grad()
