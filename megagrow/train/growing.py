@@ -41,27 +41,48 @@ from megagrow.train.state import RunState
 def new_learner(part: Part, config: Config, source: Source | None = None) -> ModelLearner:
     """Trains a model from its first step, or from the optimizer state that its source brings along.
 
-    A source's moments are kept only where they are about to grow with it; a run that starts from the weights of a
-    finished one has its own optimizer.
-
     Raises:
         ConfigError: entries that the source got when it was grown itself still have updates of their own when the model
             grows.
     """
-    keeps_moments = num_growths(config.growth) > 0 and growth_settings(config.growth, 0).optimizer != "reset"
-    if source is None or source.optimizer is None or not keeps_moments:
+    if source is None or source.optimizer is None or not keeps_moments(source, config):
         return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
-    optimizer, latest = _restored_optimizer(part, config, source.optimizer), latest_step(config, 0)
-    require(
-        not optimizer.treats_new_part(latest),
-        f"growth comes before step {latest}, but {source.path} grew lately, and the moments or the rate of its new "
-        "entries are not yet those of the others, which the next growth would lose; grow later, or use "
-        "growth.optimizer=reset",
-    )
+    optimizer = _restored_optimizer(part, config, source.optimizer)
+    if _grows_moments(config):
+        latest = latest_step(config, 0)
+        require(
+            not optimizer.treats_new_part(latest),
+            f"growth comes before step {latest}, but {source.path} grew lately, and the moments or the rate of its new "
+            "entries are not yet those of the others, which the next growth would lose; grow later, or use "
+            "growth.optimizer=reset",
+        )
     for moment, tensors in optimizer.moments().items():
         for name, tensor in tensors.items():
             fill(tensor, source.read(f"optim.{moment}.{name}").to(tensor.device))
     return ModelLearner(part, optimizer, config)
+
+
+def keeps_moments(source: Source, config: Config) -> bool:
+    """Whether a run goes on with its source's moments: those of a model that grew and was not trained since, and those
+    that are about to grow with it. A run that starts from the weights of a finished one has its own optimizer.
+    """
+    if source.optimizer is None:
+        return False
+    grows_at_once = num_growths(config.growth) > 0 and latest_step(config, 0) == 0
+    return _grows_moments(config) or (source.has_just_grown and not grows_at_once)
+
+
+def moments_note(source: Source, config: Config) -> str:
+    """What becomes of a source's moments, in one line; "" where it has none."""
+    if source.optimizer is None:
+        return ""
+    if keeps_moments(source, config):
+        return f"{source.path}: its moments of Adam, {source.optimizer['step']} updates old, go on in this run"
+    return f"{source.path}: its moments of Adam are left behind, this run has an optimizer of its own"
+
+
+def _grows_moments(config: Config) -> bool:
+    return num_growths(config.growth) > 0 and growth_settings(config.growth, 0).optimizer != "reset"
 
 
 def learner_for(state: RunState, config: Config, mesh: Mesh) -> Learner:

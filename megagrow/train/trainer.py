@@ -158,6 +158,8 @@ class Trainer:
         part = build_part(source.model, config, self.mesh)
         load_part(part, source.fetch)
         self._check_source(part, source)
+        if told := growing.moments_note(source, config):
+            self.progress.message(told)
         return growing.new_learner(part, config, source), state
 
     def _check_source(self, part: Part, source: Source) -> None:
