@@ -26,7 +26,15 @@ from megagrow.growth.ligo_file import save_maps
 from megagrow.growth.ligo_maps import start_recipe
 from megagrow.growth.maps import LayerMap
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.moments import QUANTITIES, grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
+from megagrow.growth.moments import (
+    QUANTITIES,
+    copies_warning,
+    grow_multipliers,
+    grow_new_part,
+    grow_optimizer,
+    lasting_copies,
+    restored_new_part,
+)
 from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
@@ -176,6 +184,20 @@ def check_recipes(state: RunState, config: Config) -> None:
             where = f"{growth_name(config.growth, number)}: " if config.growth.earlier else ""
             raise ConfigError(f"{where}{error}") from None
         source = growing.model
+
+
+def warning(learner: ModelLearner, state: RunState, config: Config) -> str:
+    """About the first growth to come that makes copies which nothing ever tells apart; "" where none does."""
+    source, has_moments, dropout = state.model, learner.optimizer.step_count > 0, config.train.dropout
+    coming = growth_configs(config, source, state.growths) if state.phase == "small" else []
+    for number, growing in enumerate(coming, state.growths):
+        recipe, growth = _recipe(source, growing), growing.growth
+        has_moments = has_moments or latest_step(config, number) > 0
+        axes = lasting_copies(recipe, policy_of(growth), has_moments, growth.rewarmup_part == "new", dropout)
+        if axes and not growth.learns_maps:
+            return copies_warning(recipe, axes)
+        source = growing.model
+    return ""
 
 
 def _check_recipe(recipe: Recipe, growth: GrowthConfig) -> None:

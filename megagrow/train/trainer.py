@@ -80,7 +80,7 @@ class Trainer:
         self._owes_save = False  # because bad steps have held it up
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
-        self.learner, self.state = self._resume() or self._begin()
+        self.learner, self.state = self._resume() or self._begin_anew()
         self.state.blend = continue_blend(
             self.state.blend,
             blend_weights(config, self.datasets),
@@ -125,7 +125,13 @@ class Trainer:
     def _newest(self) -> Path | None:
         return saving.newest(self.config, self.mesh, self.saver.passed_over)
 
-    def _begin(self) -> tuple[Learner, RunState]:
+    def _begin_anew(self) -> tuple[Learner, RunState]:
+        learner, state = self._begin()
+        if told := growing.warning(learner, state, self.config):
+            self.progress.message(told)
+        return learner, state
+
+    def _begin(self) -> tuple[ModelLearner, RunState]:
         config = self.config
         if config.init.from_:
             return self._begin_from(open_source(config.init.from_))
@@ -138,7 +144,7 @@ class Trainer:
         initialize_part(part, config.train.seed)
         return growing.new_learner(part, config), state
 
-    def _begin_from(self, source: Source) -> tuple[Learner, RunState]:
+    def _begin_from(self, source: Source) -> tuple[ModelLearner, RunState]:
         config = self.config
         if source.note:
             self.progress.message(source.note)
