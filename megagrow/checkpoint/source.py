@@ -175,6 +175,16 @@ def check_tokens(dataset: Samples, vocab_size: int, name: str) -> Tensor:
     return tokens_BS
 
 
+def known_samples(dataset: Samples, vocab_size: int, grows: bool, name: str) -> Tensor:
+    """Those of the samples [N, S + 1] that a source is tried on; where its vocabulary `grows`, without those that hold
+    tokens which only the grown model knows, so that there may be none; otherwise such tokens are a DataError.
+    """
+    if not grows:
+        return check_tokens(dataset, vocab_size, name)
+    tokens_BS = torch.as_tensor(dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples))))
+    return tokens_BS[(tokens_BS < vocab_size).all(1)]
+
+
 def judge_fit(loss: float, vocab_size: int, name: str, skip: bool) -> float:
     """The loss, or DataError when it is that of a model which never saw such data."""
     limit = UNFIT_SHARE * math.log(vocab_size)
