@@ -317,7 +317,8 @@ class Trainer:
             visits = state.cursors[name] + mesh.dp.rank * share + torch.arange(share)
             batch = make_masked_batch(drawn.tokens, visits, masking, mesh, *how)
         state.cursors[name] += size
-        batch = replace(batch, dropout_keys=dropout_keys(config, state.step, mesh))
+        if state.phase != "ligo":  # maps learn what the target computes, not noise around it
+            batch = replace(batch, dropout_keys=dropout_keys(config, state.step, mesh))
         if salt_on or self.salt.teaches_maps:
             batch = self.salt.teach(batch, drawn, self.learner.part.engine.num_microbatches)
         heartbeat.enter("forward/backward", state.step)
