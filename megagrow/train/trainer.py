@@ -234,6 +234,7 @@ class Trainer:
 
     def _grow_if_due(self) -> None:
         state, config = self.state, self.config
+        after: float | None = None
         ready = growing.is_ready(self.learner, state, config)
         reason = timing.due(state, config, self.mesh) if ready else None
         if reason is not None:
@@ -243,13 +244,14 @@ class Trainer:
                 grown_teacher.keep(self.learner.part, state, config, self.mesh)
             with self._growing(generates=state.growing(config).growth.learns_maps):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
-            initial = self._loss_for_event()
-            state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": initial}
+            after = self._loss_for_event()  # where no maps have to learn
+            state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": after}
         if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
             with self._growing(generates=False):  # the last step has
                 self.learner = growing.finish(self.learner, state, config, self.progress.message)
+            after = self._loss_for_event()
         if state.phase != "ligo" and state.pending_event is not None:
-            self._record_growth()
+            self._record_growth(after)
 
     @contextmanager
     def _growing(self, generates: bool) -> Iterator[None]:
@@ -269,10 +271,10 @@ class Trainer:
         state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(growth.model))
         state.guard.forget()
 
-    def _record_growth(self) -> None:
+    def _record_growth(self, after: float | None) -> None:
         state = self.state
         assert state.pending_event is not None
-        number, after = state.growths - 1, self._loss_for_event()
+        number = state.growths - 1
         own = growth_settings(self.config.growth, number)
         facts = {"number": number, "model": describe_model(state.model), "train_step": state.train_step}
         event = {"method": own.method, "optimizer": own.optimizer, **facts, **state.pending_event, "loss_after": after}

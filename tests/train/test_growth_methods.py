@@ -29,7 +29,9 @@ def test_exact_methods_go_on_in_a_run(corpus: Path, tmp_path: Path, model: Model
     assert run(growing(corpus, tmp_path / "whole", model, growth)) == 0
     (event,) = ledger(tmp_path / "whole")["events"]
     assert (event["event"], event["method"]) == ("growth", growth.method)
-    assert event["loss_after"] == pytest.approx(event["loss_before"], rel=1e-5)
+    assert event["loss_after"] == event["loss_initial"] == pytest.approx(event["loss_before"], rel=1e-5)
+    evaluations = [phase["steps"] for phase in ledger(tmp_path / "whole")["phases"] if phase["phase"] == "evaluation"]
+    assert evaluations == [2, 2], "before growth and at step 3, after growth and at step 6"
     for step in (2, 4):
         shutil.copytree(tmp_path / "whole", tmp_path / "broken")
         cut_back(tmp_path / "broken", step)
