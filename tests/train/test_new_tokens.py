@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megagrow.checkpoint.source import open_source
 from megagrow.config import Config, GrowthConfig, InitConfig
 from megagrow.data.blend import BlendStart
 from megagrow.data.indexed import IndexedWriter
+from megagrow.data.mlm import Masking
+from megagrow.errors import ConfigError
 from megagrow.parallel.mesh import Mesh
 from megagrow.train import run
 from megagrow.train.map_learning import MapLearning, learn_maps
 from megagrow.train.streams import blend_weights, open_stream, open_training_data
+from megagrow.train.vocabulary import masking_for
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, make_config, metrics, run_on_ranks
 
@@ -99,3 +103,14 @@ def test_maps_learn_on_data_with_new_tokens(trained: Path, tmp_path: Path) -> No
         how = MapLearning(str(corpus / "train"), GrowthConfig(ligo_steps=2), seq_length=16, batch_size=4)
         learn_maps(open_source(trained), WIDER, how, Mesh.single(), lambda _, loss, losses=losses: losses.append(loss))
         assert len(losses) == 2 and max(losses) < 6
+
+
+def test_random_and_mask_tokens_are_those_that_the_model_knows() -> None:
+    masking = Masking(mask_id=200, special_ids=(200,), vocab_size=NEW + 1, seed=1)
+    assert masking_for(masking, WIDER) == masking
+    limited = masking_for(masking, SMALL)
+    assert limited is not None
+    seen, _ = limited(torch.zeros(64, 512, dtype=torch.long), torch.arange(64))
+    assert seen.max() < SMALL.vocab_size and seen.unique().numel() > 200
+    with pytest.raises(ConfigError, match=f"mask token {NEW} is beyond the vocabulary of 256.*data.mask_token"):
+        masking_for(dataclasses.replace(masking, mask_id=NEW), SMALL)
