@@ -6,7 +6,7 @@ single fields. A field's own rules are checked here; what has to fit together is
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -329,6 +329,7 @@ class OptimConfig:
 
 
 Policy = Literal["exact", "asymmetric", "zero_pad", "reset"]
+Breaker = Literal["none", "noise", "split"]
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,7 @@ class GrowthConfig:
     # A width or a depth method, or both joined by "+", as in clone+insert_identity (docs/growth.md); none: no growth
     method: str = "none"
     # What tells replicas apart without changing the function: noise that cancels between two, or unequal shares
-    breaker: Literal["none", "noise", "split"] = "none"
+    breaker: Breaker = "none"
     breaker_scale: float = 0.3  # noise: std relative to the weights; split: largest difference of a share from 1/n
     source: ModelConfig | None = None  # the small model that this run trains first; None: it comes from init.from
     at_step: int = 0  # grow before this step; 0: at start-up
@@ -366,6 +367,8 @@ class GrowthConfig:
     bootstrap: bool = False  # derive what is left open of source and at_step by G_stack's timing rule
 
     def __post_init__(self) -> None:
+        breakers = get_args(Breaker)
+        require(self.breaker in breakers, f"growth.breaker={self.breaker} must be one of {', '.join(breakers)}")
         require_not_negative(self, "growth", "at_step", "rewarmup_steps", "ligo_steps", "ligo_lr", "ligo_noise")
         require_not_negative(self, "growth", "rewarmup_factor", "breaker_scale")
         require_not_negative(self, "growth", "at_tokens", "freeze_steps")

@@ -549,3 +549,10 @@ def test_yarn_needs_periods_that_differ() -> None:
         model = ModelConfig(rope_theta=theta, rope_scaling=RopeScaling(**YARN, beta_slow=beta, beta_fast=1e6))
         frequencies, scale = rotary_frequencies(model)
         assert frequencies.isfinite().all() and math.isfinite(scale)
+
+
+@pytest.mark.parametrize("breaker", ["nois", "", SMALL])
+def test_a_breaker_that_does_not_exist_is_refused(breaker: Any) -> None:
+    """A small model in its place too: the fields of a growth are many, and this is the second one."""
+    with pytest.raises(ConfigError, match=r"growth.breaker=.* must be one of none, noise, split"):
+        GrowthConfig("clone", breaker)

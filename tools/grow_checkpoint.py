@@ -24,6 +24,7 @@ from megagrow.checks import check_model
 from megagrow.config import ModelConfig, ParallelConfig, Policy, require
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_maps import start_recipe
+from megagrow.growth.moments import copies_warning, lasting_copies
 from megagrow.growth.offline import check_destination, grow_folder, moments_note, moments_policy, target_model
 from megagrow.growth.recipe import Recipe
 from megagrow.ledger import Ledger
@@ -54,7 +55,9 @@ def show(source: Source, path: Path, recipe: Recipe, policy: Policy) -> None:
     small, large = (num_parameters(model) / 1e6 for model in (recipe.source, recipe.target))
     kept = "keeps the function" if recipe.keeps_function else "does not keep the function"
     wrote = f"wrote {path}: {small:.2f}M -> {large:.2f}M parameters; {recipe.method} {kept}"
-    print(*filter(None, (source.note, wrote, moments_note(source, recipe, policy))), sep="\n")
+    equal = lasting_copies(recipe, policy, has_moments=source.optimizer is not None)
+    warning = copies_warning(recipe, equal, "--breaker noise, or --optimizer asymmetric")
+    print(*filter(None, (source.note, wrote, moments_note(source, recipe, policy), warning)), sep="\n")
 
 
 def parser() -> Arguments:

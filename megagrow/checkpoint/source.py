@@ -51,6 +51,7 @@ class Source:
         tokenizer: the tokenizer that it was trained with ("" when unknown).
         read: reads any stored tensor by its name in the checkpoint (own checkpoints; Adam's moments are there).
         optimizer: Adam's step and multipliers, when the moments are stored too.
+        has_just_grown: whether a tool grew it and nothing has trained it since, so that its moments wait to go on.
         dropped: parameters on disk that the model does without.
         window: tokens that its attention is bounded to where it comes from, and not here; None: nowhere.
     """
@@ -64,6 +65,7 @@ class Source:
     tokenizer: str
     read: Callable[[str], Tensor]
     optimizer: dict[str, Any] | None = None
+    has_just_grown: bool = False
     dropped: tuple[str, ...] = ()
     window: int | None = None
 
@@ -173,6 +175,16 @@ def check_tokens(dataset: Samples, vocab_size: int, name: str) -> Tensor:
     return tokens_BS
 
 
+def known_samples(dataset: Samples, vocab_size: int, grows: bool, name: str) -> Tensor:
+    """Those of the samples [N, S + 1] that a source is tried on; where its vocabulary `grows`, without those that hold
+    tokens which only the grown model knows, so that there may be none; otherwise such tokens are a DataError.
+    """
+    if not grows:
+        return check_tokens(dataset, vocab_size, name)
+    tokens_BS = torch.as_tensor(dataset.batch(range(min(CHECK_SAMPLES, dataset.num_samples))))
+    return tokens_BS[(tokens_BS < vocab_size).all(1)]
+
+
 def judge_fit(loss: float, vocab_size: int, name: str, skip: bool) -> float:
     """The loss, or DataError when it is that of a model which never saw such data."""
     limit = UNFIT_SHARE * math.log(vocab_size)
@@ -227,7 +239,10 @@ def _open_own(path: Path) -> Source:
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
     optimizer = stored_optimizer(manifest.state.get("optimizer"), where) if has_moments else None
     ledger = manifest.state.get("ledger")
-    return Source(path, model, fetch, dtype_of, lambda: manifest.sha256, ledger, tokenizer, read, optimizer)
+    has_just_grown = bool(manifest.provenance.get("grew_from")) and "train_step" not in manifest.state
+    return Source(
+        path, model, fetch, dtype_of, lambda: manifest.sha256, ledger, tokenizer, read, optimizer, has_just_grown
+    )
 
 
 def stored_model(data: Any, where: str) -> ModelConfig:

@@ -3,6 +3,7 @@
 # Shape suffix legend: B = this data rank's samples, S = this context rank's tokens, T = tokens of a sample.
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +55,12 @@ class Evaluator:
         documents = torch.from_numpy(self.dataset.documents(ids)) if given else None
         tokens, how = torch.from_numpy(self.dataset.batch(ids)), (self.mask_documents, self.reset_positions)
         return mean_loss(engine, tokens, self.batch_size, mesh, documents, *how, masking=self.masking)
+
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest token that a model sees in one call of `loss`."""
+        hidden = -1 if self.masking is None else max(self.masking.mask_id, self.masking.vocab_size - 1)
+        return max(int(self.dataset.batch(self._ids()).max()), hidden)
 
     @property
     def num_tokens(self) -> int:

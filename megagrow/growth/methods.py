@@ -11,12 +11,11 @@ the method, their rows of embedding and output matrix begin as the mean of the o
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 from megagrow.checks import check_growable
-from megagrow.config import ModelConfig, require
+from megagrow.config import Breaker, ModelConfig, require
 from megagrow.errors import ConfigError
 from megagrow.growth.depth import DEPTHS
 from megagrow.growth.maps import NEW, AxisMap, SparseMap
@@ -24,8 +23,6 @@ from megagrow.growth.recipe import Recipe
 from megagrow.growth.width import REPLICATING, WIDTH_METHODS, WIDTHS, Width, split_unequally
 
 METHODS = (*WIDTH_METHODS, *DEPTHS)
-
-Breaker = Literal["none", "noise", "split"]
 
 
 def make_recipe(

@@ -175,6 +175,47 @@ def kept_entries(recipe: Recipe, policy: Policy, tensors: Mapping[str, Tensor]) 
     return found
 
 
+def lasting_copies(
+    recipe: Recipe, policy: Policy, has_moments: bool, warms_new_part: bool = False, dropout: float = 0.0
+) -> list[str]:
+    """The axes whose units are copied and stay copies for ever, as their gradients, moments and rates are equal.
+
+    Args:
+        recipe: how the model grows.
+        policy: what becomes of the moments.
+        has_moments: whether there are any: before the first update all are 0, kept or not.
+        warms_new_part: whether the new entries' rate is warmed up by itself.
+        dropout: of hidden units, which parts their copies, but not those of neurons and heads.
+    """
+    parts = policy == "asymmetric" and has_moments or policy != "zero_pad" and warms_new_part
+    if parts or recipe.noise or recipe.next_rows is not None or not recipe.copies:
+        return []
+    axes = ["ffn", "heads"] if dropout else ["hidden", "ffn", "heads"]
+    return [name for name in axes if _has_equal_copies(recipe.axes.get(name))]
+
+
+def copies_warning(
+    recipe: Recipe, axes: list[str], settings: str = "growth.breaker=noise, or growth.optimizer=asymmetric"
+) -> str:
+    """What to set where `lasting_copies` has found some axes, in one line; "" where it has found none."""
+    if not axes:
+        return ""
+    return (
+        f"warning: {recipe.method} copies units of {' and '.join(axes)}, and nothing tells copies apart: they learn "
+        f"the same and stay equal for ever; set {settings} where the small model has moments of Adam"
+    )
+
+
+def _has_equal_copies(axis: AxisMap | None) -> bool:
+    """Whether elements with one source weigh the same for what reads them."""
+    if not isinstance(axis, SparseMap):
+        return False
+    index = axis.index.double()
+    weight = torch.as_tensor(axis.in_scale, dtype=torch.double, device=index.device).expand_as(index)
+    old = torch.stack((index, weight))[:, ~axis.is_new]
+    return old.unique(dim=1).shape[1] < old.shape[1]
+
+
 def check_policy(recipe: Recipe, policy: Policy) -> None:
     """Raises ConfigError when there is no rule for what becomes of the moments."""
     problem = rule_problem(recipe, policy)

@@ -26,7 +26,15 @@ from megagrow.growth.ligo_file import save_maps
 from megagrow.growth.ligo_maps import start_recipe
 from megagrow.growth.maps import LayerMap
 from megagrow.growth.methods import make_recipe
-from megagrow.growth.moments import QUANTITIES, grow_multipliers, grow_new_part, grow_optimizer, restored_new_part
+from megagrow.growth.moments import (
+    QUANTITIES,
+    copies_warning,
+    grow_multipliers,
+    grow_new_part,
+    grow_optimizer,
+    lasting_copies,
+    restored_new_part,
+)
 from megagrow.growth.recipe import Recipe
 from megagrow.optim import Multipliers, Optimizer
 from megagrow.parallel.mesh import Mesh
@@ -41,27 +49,48 @@ from megagrow.train.state import RunState
 def new_learner(part: Part, config: Config, source: Source | None = None) -> ModelLearner:
     """Trains a model from its first step, or from the optimizer state that its source brings along.
 
-    A source's moments are kept only where they are about to grow with it; a run that starts from the weights of a
-    finished one has its own optimizer.
-
     Raises:
         ConfigError: entries that the source got when it was grown itself still have updates of their own when the model
             grows.
     """
-    keeps_moments = num_growths(config.growth) > 0 and growth_settings(config.growth, 0).optimizer != "reset"
-    if source is None or source.optimizer is None or not keeps_moments:
+    if source is None or source.optimizer is None or not keeps_moments(source, config):
         return ModelLearner(part, Optimizer(part.parameters, config.optim), config)
-    optimizer, latest = _restored_optimizer(part, config, source.optimizer), latest_step(config, 0)
-    require(
-        not optimizer.treats_new_part(latest),
-        f"growth comes before step {latest}, but {source.path} grew lately, and the moments or the rate of its new "
-        "entries are not yet those of the others, which the next growth would lose; grow later, or use "
-        "growth.optimizer=reset",
-    )
+    optimizer = _restored_optimizer(part, config, source.optimizer)
+    if _grows_moments(config):
+        latest = latest_step(config, 0)
+        require(
+            not optimizer.treats_new_part(latest),
+            f"growth comes before step {latest}, but {source.path} grew lately, and the moments or the rate of its new "
+            "entries are not yet those of the others, which the next growth would lose; grow later, or use "
+            "growth.optimizer=reset",
+        )
     for moment, tensors in optimizer.moments().items():
         for name, tensor in tensors.items():
             fill(tensor, source.read(f"optim.{moment}.{name}").to(tensor.device))
     return ModelLearner(part, optimizer, config)
+
+
+def keeps_moments(source: Source, config: Config) -> bool:
+    """Whether a run goes on with its source's moments: those of a model that grew and was not trained since, and those
+    that are about to grow with it. A run that starts from the weights of a finished one has its own optimizer.
+    """
+    if source.optimizer is None:
+        return False
+    grows_at_once = num_growths(config.growth) > 0 and latest_step(config, 0) == 0
+    return _grows_moments(config) or (source.has_just_grown and not grows_at_once)
+
+
+def moments_note(source: Source, config: Config) -> str:
+    """What becomes of a source's moments, in one line; "" where it has none."""
+    if source.optimizer is None:
+        return ""
+    if keeps_moments(source, config):
+        return f"{source.path}: its moments of Adam, {source.optimizer['step']} updates old, go on in this run"
+    return f"{source.path}: its moments of Adam are left behind, this run has an optimizer of its own"
+
+
+def _grows_moments(config: Config) -> bool:
+    return num_growths(config.growth) > 0 and growth_settings(config.growth, 0).optimizer != "reset"
 
 
 def learner_for(state: RunState, config: Config, mesh: Mesh) -> Learner:
@@ -155,6 +184,20 @@ def check_recipes(state: RunState, config: Config) -> None:
             where = f"{growth_name(config.growth, number)}: " if config.growth.earlier else ""
             raise ConfigError(f"{where}{error}") from None
         source = growing.model
+
+
+def warning(learner: ModelLearner, state: RunState, config: Config) -> str:
+    """About the first growth to come that makes copies which nothing ever tells apart; "" where none does."""
+    source, has_moments, dropout = state.model, learner.optimizer.step_count > 0, config.train.dropout
+    coming = growth_configs(config, source, state.growths) if state.phase == "small" else []
+    for number, growing in enumerate(coming, state.growths):
+        recipe, growth = _recipe(source, growing), growing.growth
+        has_moments = has_moments or latest_step(config, number) > 0
+        axes = lasting_copies(recipe, policy_of(growth), has_moments, growth.rewarmup_part == "new", dropout)
+        if axes and not growth.learns_maps:
+            return copies_warning(recipe, axes)
+        source = growing.model
+    return ""
 
 
 def _check_recipe(recipe: Recipe, growth: GrowthConfig) -> None:

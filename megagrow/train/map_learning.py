@@ -11,7 +11,7 @@ import torch
 from megagrow import flops
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.convert import tokenizer_of
-from megagrow.checkpoint.source import Source, check_tokens, judge_fit
+from megagrow.checkpoint.source import Source, judge_fit, known_samples
 from megagrow.checks import check
 from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, require
 from megagrow.data.dataset import Samples
@@ -31,6 +31,7 @@ from megagrow.train.learner import map_lr
 from megagrow.train.part import Part, build_part, load_part
 from megagrow.train.streams import open_dataset
 from megagrow.train.trainer import describe_model
+from megagrow.train.vocabulary import masking_for
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def learn_maps(
     config = _config(source, target, how, mesh)
     check(config, mesh.world.size)
     start_recipe(config.growth.ligo_init, source.model, target)  # refuses before anything is read
-    dataset = open_dataset(how.data, source.model, config)
+    dataset = open_dataset(how.data, target, config)
     masking = None if target.is_causal else make_masking(config.data, target)
     small = build_part(source.model, config, mesh)
     load_part(small, source.fetch)
@@ -108,7 +109,10 @@ def learn_maps(
 def _check_fits(source: Source, small: Part, dataset: Samples, masking: Masking | None, how: MapLearning) -> None:
     """Raises DataError when the source's loss on a few samples is that of a model which never saw such data."""
     name, vocab_size = str(source.path), source.model.vocab_size
-    tokens = check_tokens(dataset, vocab_size, name)
+    tokens = known_samples(dataset, vocab_size, dataset.vocab_size != vocab_size, name)
+    if not len(tokens):
+        return  # all hold tokens that only the target knows
+    masking = masking_for(masking, source.model)
     loss = mean_loss(small.engine, tokens, how.batch_size, small.mesh, masking=masking)
     judge_fit(loss, vocab_size, name, how.skip_source_check)
 

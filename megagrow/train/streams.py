@@ -14,7 +14,7 @@ from megagrow.data.mlm import Masking
 from megagrow.errors import CheckpointError, ConfigError, DataError
 from megagrow.evaluate import Evaluator
 from megagrow.parallel import heartbeat
-from megagrow.timeline import models, order_size
+from megagrow.timeline import order_size
 
 WHOLE = (0.0, 1.0)
 
@@ -34,22 +34,19 @@ def open_dataset(prefix: str, model: ModelConfig, config: Config) -> PackedDatas
 def open_training_data(config: Config) -> list[Samples]:
     """The datasets of `data.train`, in the order that the configuration asks for.
 
+    They hold tokens of the model that the run ends with (see vocabulary.py for those before it).
+
     Raises:
         ConfigError, DataError: no dataset, or one that cannot be used (see `open_dataset`).
     """
     blend = parse_blend(config.data.train)
     if config.data.order == "megagrow":
-        return [open_dataset(prefix, first_model(config), config) for prefix in blend.prefixes]
+        return [open_dataset(prefix, config.model, config) for prefix in blend.prefixes]
     share = _shares(config.data).get("train")
     if share is None:
         raise ConfigError(f'data.split="{config.data.split}" leaves nothing for training; give it a weight')
     sizes = _megatron_sizes(blend, config)
     return [_open_megatron(p, n, share, config) for p, n in zip(blend.prefixes, sizes, strict=True)]
-
-
-def first_model(config: Config) -> ModelConfig:
-    """The model that reads the data first, which knows the fewest tokens."""
-    return models(config)[0][1]
 
 
 def blend_weights(config: Config, datasets: Sequence[Samples]) -> dict[str, float]:
@@ -148,7 +145,7 @@ def make_evaluator(config: Config, masking: Masking | None = None) -> Evaluator 
     if held_out:
         datasets = [_open_megatron(prefix, None, held_out, config) for prefix in blend.prefixes]
     elif blend.weights is None:
-        datasets = [open_dataset(prefix, first_model(config), config) for prefix in blend.prefixes]
+        datasets = [open_dataset(prefix, config.model, config) for prefix in blend.prefixes]
     else:
         raise ConfigError(f"data.validation={data.validation} has weights; held-out datasets weigh by their size")
     dataset = datasets[0] if len(datasets) == 1 else JoinedDatasets(datasets)
@@ -189,7 +186,7 @@ def _shares(data: DataConfig) -> dict[str, tuple[float, float]]:
 
 
 def _open_megatron(prefix: str, num_samples: int | None, share: tuple[float, float], config: Config) -> Samples:
-    data, vocab_size = config.data, first_model(config).vocab_size
+    data, vocab_size = config.data, config.model.vocab_size
     _check_vocabulary(prefix, vocab_size)
     dataset = MegatronDataset(prefix, data.seq_length, num_samples, data.seed, share, vocab_size)
     _try(dataset)

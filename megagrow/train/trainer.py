@@ -15,7 +15,7 @@ from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.agreement import Ranks
-from megagrow.checkpoint.source import Source, check_tokens, judge_fit, open_source, share_identity
+from megagrow.checkpoint.source import Source, judge_fit, known_samples, open_source, share_identity
 from megagrow.checks import check_chain, check_models_from
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
@@ -32,7 +32,7 @@ from megagrow.parallel.mesh import Mesh
 from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
-from megagrow.train import growing, grown_teacher, saving, timing
+from megagrow.train import growing, grown_teacher, saving, timing, vocabulary
 from megagrow.train.clock import Clock
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
@@ -80,7 +80,7 @@ class Trainer:
         self._owes_save = False  # because bad steps have held it up
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
-        self.learner, self.state = self._resume() or self._begin()
+        self.learner, self.state = self._resume() or self._begin_anew()
         self.state.blend = continue_blend(
             self.state.blend,
             blend_weights(config, self.datasets),
@@ -92,6 +92,7 @@ class Trainer:
             self.state.forget_losses()
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
+        vocabulary.check_before_growth(self.stream, self.datasets, self.state, config, mesh)
         data = self.datasets, self.stream, self.evaluator
         self.salt = SaltStage(config, mesh, *data, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
@@ -125,7 +126,13 @@ class Trainer:
     def _newest(self) -> Path | None:
         return saving.newest(self.config, self.mesh, self.saver.passed_over)
 
-    def _begin(self) -> tuple[Learner, RunState]:
+    def _begin_anew(self) -> tuple[Learner, RunState]:
+        learner, state = self._begin()
+        if told := growing.warning(learner, state, self.config):
+            self.progress.message(told)
+        return learner, state
+
+    def _begin(self) -> tuple[ModelLearner, RunState]:
         config = self.config
         if config.init.from_:
             return self._begin_from(open_source(config.init.from_))
@@ -138,7 +145,7 @@ class Trainer:
         initialize_part(part, config.train.seed)
         return growing.new_learner(part, config), state
 
-    def _begin_from(self, source: Source) -> tuple[Learner, RunState]:
+    def _begin_from(self, source: Source) -> tuple[ModelLearner, RunState]:
         config = self.config
         if source.note:
             self.progress.message(source.note)
@@ -158,15 +165,24 @@ class Trainer:
         part = build_part(source.model, config, self.mesh)
         load_part(part, source.fetch)
         self._check_source(part, source)
+        if told := growing.moments_note(source, config):
+            self.progress.message(told)
         return growing.new_learner(part, config, source), state
 
     def _check_source(self, part: Part, source: Source) -> None:
         name, vocab_size = str(source.path), source.model.vocab_size
+        grows, batch_size = self.config.model.vocab_size > vocab_size, self.config.train.global_batch_size
         for dataset in self.datasets:
-            tokens = check_tokens(dataset, vocab_size, name)
-            loss = mean_loss(part.engine, tokens, self.config.train.global_batch_size, self.mesh, masking=self.masking)
-            judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
             where = "the data" if len(self.datasets) == 1 else dataset.prefix
+            tokens = known_samples(dataset, vocab_size, grows, name)
+            if not len(tokens):
+                new = f"the first samples all hold tokens beyond its vocabulary of {vocab_size}"
+                self.progress.message(f"source {source.path}: not tried on {where}, {new}")
+                continue
+            loss = mean_loss(
+                part.engine, tokens, batch_size, self.mesh, masking=vocabulary.masking_for(self.masking, source.model)
+            )
+            judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
             self.progress.message(f"source {source.path}: loss {loss:.3f} on {where}")
 
     def run(self, stop: StopRequest) -> None:
@@ -218,6 +234,7 @@ class Trainer:
 
     def _grow_if_due(self) -> None:
         state, config = self.state, self.config
+        after: float | None = None
         ready = growing.is_ready(self.learner, state, config)
         reason = timing.due(state, config, self.mesh) if ready else None
         if reason is not None:
@@ -227,13 +244,14 @@ class Trainer:
                 grown_teacher.keep(self.learner.part, state, config, self.mesh)
             with self._growing(generates=state.growing(config).growth.learns_maps):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
-            initial = self._loss_for_event()
-            state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": initial}
+            after = self._loss_for_event()  # where no maps have to learn
+            state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": after}
         if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
             with self._growing(generates=False):  # the last step has
                 self.learner = growing.finish(self.learner, state, config, self.progress.message)
+            after = self._loss_for_event()
         if state.phase != "ligo" and state.pending_event is not None:
-            self._record_growth()
+            self._record_growth(after)
 
     @contextmanager
     def _growing(self, generates: bool) -> Iterator[None]:
@@ -253,10 +271,10 @@ class Trainer:
         state.ledger.add("growth", flops=spent, tokens=0, seconds=seconds, model=describe_model(growth.model))
         state.guard.forget()
 
-    def _record_growth(self) -> None:
+    def _record_growth(self, after: float | None) -> None:
         state = self.state
         assert state.pending_event is not None
-        number, after = state.growths - 1, self._loss_for_event()
+        number = state.growths - 1
         own = growth_settings(self.config.growth, number)
         facts = {"number": number, "model": describe_model(state.model), "train_step": state.train_step}
         event = {"method": own.method, "optimizer": own.optimizer, **facts, **state.pending_event, "loss_after": after}
@@ -271,6 +289,7 @@ class Trainer:
         self.clock.charge(state.ledger)
         began = time.perf_counter()
         heartbeat.enter("data", state.step)
+        vocabulary.limit(self.datasets, self.learner.part.config)
         salt_on = self.salt.is_on
         self.salt.switch(self.learner)
         if self.salt.has_just_ended:
@@ -292,14 +311,16 @@ class Trainer:
         size = config.train.global_batch_size
         drawn = stream.batch(state.cursors[name], size, mesh.dp.rank, mesh.dp.size)
         how = drawn.documents, config.data.mask_documents, config.data.reset_positions
-        if self.masking is None:
+        masking = vocabulary.masking_for(self.masking, self.learner.part.config)
+        if masking is None:
             batch = make_batch(drawn.tokens, size, mesh, *how)
         else:
             share = len(drawn.tokens)
             visits = state.cursors[name] + mesh.dp.rank * share + torch.arange(share)
-            batch = make_masked_batch(drawn.tokens, visits, self.masking, mesh, *how)
+            batch = make_masked_batch(drawn.tokens, visits, masking, mesh, *how)
         state.cursors[name] += size
-        batch = replace(batch, dropout_keys=dropout_keys(config, state.step, mesh))
+        if state.phase != "ligo":  # maps learn what the target computes, not noise around it
+            batch = replace(batch, dropout_keys=dropout_keys(config, state.step, mesh))
         if salt_on or self.salt.teaches_maps:
             batch = self.salt.teach(batch, drawn, self.learner.part.engine.num_microbatches)
         heartbeat.enter("forward/backward", state.step)
@@ -351,7 +372,7 @@ class Trainer:
         return self._owes_save and self.state.guard.bad_steps == 0 and not self.state.is_done(self.config)
 
     def _validate(self, learner: Learner) -> float | None:
-        if self.evaluator is None:
+        if self.evaluator is None or self._is_beyond(learner.part.config):
             return None
         began = time.perf_counter()
         heartbeat.enter("evaluate", self.state.step)
@@ -361,6 +382,11 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.state.ledger.add("evaluation", flops=spent, tokens=tokens, seconds=seconds, model=describe_model(model))
         return loss
+
+    def _is_beyond(self, model: ModelConfig) -> bool:
+        """Whether the held-out data hold tokens that a model will only know when it has grown."""
+        known, full = model.vocab_size, self.config.model.vocab_size
+        return known < full and self.evaluator is not None and self.evaluator.largest_token >= known
 
     def _loss_for_event(self) -> float | None:
         """The validation loss now; None where there is none, or none that a checkpoint can hold."""

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 
-from megagrow.config import ModelConfig
-from megagrow.growth.methods import Breaker, make_recipe
+from megagrow.config import Breaker, ModelConfig
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.recipe import Recipe
 
 Grown = Callable[[ModelConfig], ModelConfig]

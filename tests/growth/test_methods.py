@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from megagrow.config import ModelConfig, RopeScaling
+from megagrow.config import Breaker, ModelConfig, RopeScaling
 from megagrow.errors import ConfigError
 from megagrow.growth.depth import DEPTHS
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.maps import SparseMap
-from megagrow.growth.methods import Breaker, make_recipe
+from megagrow.growth.methods import make_recipe
 from megagrow.growth.verify import (
     VERIFY_STEP,
     function_change,

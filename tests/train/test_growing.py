@@ -28,7 +28,7 @@ CONFIG = Config(
     train=TrainConfig(steps=9, global_batch_size=4, precision="bf16"),
     data=dataclasses.replace(Config().data, seq_length=16),
     optim=OptimConfig(lr=1e-2),
-    growth=GrowthConfig("clone", SMALL, at_step=2),
+    growth=GrowthConfig("clone", source=SMALL, at_step=2),
 )
 
 
