@@ -58,6 +58,7 @@ SPARSE = {
     "bert2BERT's FPI": ("fpi", models.BERT, dataclasses.replace(widened(models.BERT, query=2, kv=2), hidden_size=20)),
     "clone and identities": ("clone+insert_identity", models.EVERYTHING, widened(models.EVERYTHING, **WIDE, layers=5)),
     "middle": ("middle", DEEP, widened(DEEP, layers=7)),
+    "key/value heads alone": ("ligo", models.MQA, widened(models.MQA, kv=2)),
     "new tokens": ("clone", models.TIED, dataclasses.replace(widened(models.TIED, **WIDE, layers=3), vocab_size=40)),
     "new tokens of a BERT": ("stack", models.BERT, dataclasses.replace(models.BERT, vocab_size=40)),
 }
