@@ -38,7 +38,8 @@ def main() -> None:
     source, target = open_source(options.src), target_model(options.target)
     check_learning(options)
     is_learned, pair = options.method == "ligo", (source.model, target)
-    recipe = start_recipe(options.init, *pair, options.seed) if is_learned else recipe_of(options, *pair)
+    init = learning_of(options).growth.maps_start
+    recipe = start_recipe(init, *pair, options.seed) if is_learned else recipe_of(options, *pair)
     policy, ledger = moments_policy(recipe, options.optimizer, is_learned), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)

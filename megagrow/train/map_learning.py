@@ -82,7 +82,7 @@ def learn_maps(
     """
     config = _config(source, target, how, mesh)
     check(config, mesh.world.size)
-    start_recipe(config.growth.ligo_init, source.model, target)  # refuses before anything is read
+    start_recipe(config.growth.maps_start, source.model, target)  # refuses before anything is read
     dataset = open_dataset(how.data, source.model, config)
     masking = None if target.is_causal else make_masking(config.data, target)
     small = build_part(source.model, config, mesh)
