@@ -22,7 +22,8 @@ whose units are the first copies of their source units on both dims, in the firs
 
 Under `asymmetric` and `zero_pad` the entries without moments count their own updates (`new_part`), as if they had an
 Adam of their own. Refused: whatever needs a source entry per target entry where there is none, or one rate per tensor
-where units are copied unequally often.
+where units are copied unequally often, or equal gradients where copies of a key/value head share out its queries (there
+g = 1/n_out is what the first copy gets on average).
 
 Source: SPARKLING (2026, arXiv 2602.02472) for [S, 0]; MSG (Yao et al., 2024, arXiv 2305.02869) for padding by zeros.
 """
@@ -199,6 +200,11 @@ def rule_problem(recipe: Recipe, policy: Policy) -> str | None:
         return (
             f"has no rule for {method} here: it copies units of {uneven} unequally often, so that no one learning "
             "rate fits the whole tensor; use growth.optimizer=asymmetric or reset"
+        )
+    if policy == "exact" and recipe.splits_groups:
+        return (
+            f"has no rule for {method} here: copies of a key/value head share out its query heads, so that each gets "
+            "gradients of its own; use growth.optimizer=asymmetric or reset"
         )
     return None
 
