@@ -111,18 +111,21 @@ def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "va
         dtypes.append(source.dtype)
         return source
 
-    whole = tuple(slice(0, size) for size in shape_of(role_of(name), recipe.target))
+    shape = shape_of(role_of(name), recipe.target)
+    whole = tuple(slice(0, size) for size in shape)
     boxes, (layer, leaf) = {name: whole}, split_name(name)
     with torch.no_grad():
         if layer is None:
-            grown = grow_box(recipe, name, noting_dtype(name), whole, quantity)
+            source = noting_dtype(name)
         elif isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
             found = _widened_then_mixed(recipe, recipe.layers, leaf, noting_dtype, boxes, torch.device("cpu"))
             ((_, grown),) = found
+            return grown.to(dtypes[0])
         else:
             ((_, source),) = _layer_sources(recipe, leaf, noting_dtype, boxes, {layer})
-            grown = grow_box(recipe, name, source, whole, quantity)
-        return grown.to(dtypes[0])
+        grown = torch.empty(shape, dtype=dtypes[0], device=source.device)
+        write_box(recipe, name, source, whole, grown, quantity)
+        return grown
 
 
 def grown_boxes(

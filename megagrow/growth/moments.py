@@ -39,7 +39,7 @@ from megagrow.config import GrowthConfig, ModelConfig, Policy, require
 from megagrow.config_file import from_dict, to_dict
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.dims import Quantity
-from megagrow.growth.grow import Fetch, grow_into
+from megagrow.growth.grow import Fetch, grow_into, grow_whole
 from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap, first_copies
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.operator import uniform_scale
@@ -91,6 +91,22 @@ def grow_optimizer(
         if policy != "exact":
             _clear_new_entries(kept_entries(recipe, policy, targets[moment]), targets[moment])
     return step
+
+
+def grow_whole_moment(recipe: Recipe, policy: Policy, fetch: Fetch, moment: str, name: str) -> Tensor:
+    """One whole moment of a target parameter, read on demand; what `grow_optimizer` fills a tensor with.
+
+    Args:
+        recipe: how the model grew.
+        policy: one that has a rule for it, not `reset`.
+        fetch: reads this moment of the source by parameter name.
+        moment: `exp_avg` or `exp_avg_sq`.
+        name: of the target parameter.
+    """
+    grown = {name: grow_whole(recipe, fetch, name, QUANTITIES[moment])}
+    if policy != "exact":
+        _clear_new_entries(kept_entries(recipe, policy, grown), grown)
+    return grown[name]
 
 
 def grow_multipliers(
