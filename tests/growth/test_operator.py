@@ -1,6 +1,7 @@
 """Boxes of grown parameters: any box of the whole is what the operator computes for it."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megagrow.growth.dims import Quantity
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.maps import SparseMap
 from megagrow.growth.methods import make_recipe
+from megagrow.growth.noise import joined_root_mean_square, largest, root_mean_square, sum_of_squares
 from megagrow.growth.operator import copied_box, grow_box, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.roles import parameter_names, parameter_shapes
@@ -91,8 +93,25 @@ def test_box_by_any_method_is_the_box_of_the_whole_bit_for_bit(
             assert torch.equal(grow_box(recipe, name, needed, box, quantity), whole[box]), name
             part = (slice(None),) * needed.ndim if recipe.reads_next(name) else copied_box(recipe, name, box, quantity)
             found = torch.full_like(whole[box], torch.nan)
-            write_box(recipe, name, needed[part], box, found, quantity, [each.start or 0 for each in part])
+            origin, rms = [each.start or 0 for each in part], root_mean_square(needed)
+            write_box(recipe, name, needed[part], box, found, quantity, origin, rms)
             assert torch.equal(found, whole[box]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_root_mean_squares_are_the_same_bits_in_any_pieces(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(91, 33, generator=generator, dtype=torch.double).exp() * 1e-3).to(dtype)
+    before, found = x.clone(), root_mean_square(x)
+    assert found == pytest.approx(x.double().square().mean().sqrt().item(), rel=1e-9)
+    for rows in (1, 13, 90):
+        pieces = [*x[:rows].split(7, 1), *x[rows:].split(20, 1)]
+        bound = max(map(largest, pieces))
+        total = sum(sum_of_squares(piece, bound, x.numel()) for piece in pieces)
+        assert joined_root_mean_square(total, bound, x.numel()) == found
+    assert torch.equal(x, before)
+    assert root_mean_square(torch.zeros(3, 2)) == 0
+    assert math.isnan(root_mean_square(torch.tensor([1.0, torch.nan])))
 
 
 def test_means_of_means_do_not_depend_on_the_box() -> None:
