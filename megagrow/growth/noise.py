@@ -1,6 +1,6 @@
 """Random entries that depend on (seed, parameter name, global index) only: any box of them can be made alone."""
 
-# Shape suffix legend: R, C = rows and columns of a box.
+# Shape suffix legend: R, C = rows and columns of a box, or of a matrix.
 
 import math
 
@@ -12,7 +12,7 @@ from megagrow.torch_ops import mix, mix_
 
 FIELD = 1 << 16
 FIELDS = (1 << 32) * (FIELD - 1) + FIELD - 1  # the first and third of a hash
-CHUNK = 1 << 20  # entries that are squared at a time
+CHUNK = 1 << 20  # entries that are in float64 at a time
 STD = math.sqrt(4 * (FIELD**2 - 1) / 12)  # of a sum of four uniform numbers 0 … FIELD - 1
 
 
@@ -35,8 +35,16 @@ def normal(seed: int, name: str, rows_R: Tensor, columns_C: Tensor, num_columns:
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
-    """The mean over a dim, kept with size 1, in x's dtype; the order of additions depends on that dim's size alone."""
-    terms, size = x.movedim(dim, 0).to(torch.double, copy=True), x.shape[dim]
+    """The mean over a dim of [R, C] or [R], kept with size 1; the order of additions depends on its size alone."""
+    moved = x.movedim(dim, 0)
+    columns = moved if x.ndim == 2 else moved[:, None]
+    means = [_mean_of_rows(part) for part in columns.split(max(1, CHUNK // len(moved)), dim=1)]
+    return torch.cat(means).view(1, *moved.shape[1:]).movedim(0, dim)
+
+
+def _mean_of_rows(x_RC: Tensor) -> Tensor:
+    """[C] in x's dtype, by way of a copy in float64."""
+    terms, size = x_RC.to(torch.double, copy=True), len(x_RC)
     left = size
     while left > 1:
         half = left // 2
@@ -44,7 +52,7 @@ def mean(x: Tensor, dim: int) -> Tensor:
         if left % 2:
             terms[half] = terms[left - 1]
         left = half + left % 2
-    return (terms[:1] / size).to(x.dtype).movedim(0, dim)
+    return (terms[0] / size).to(x_RC.dtype)
 
 
 def root_mean_square(x: Tensor) -> float:
