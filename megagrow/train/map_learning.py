@@ -62,6 +62,7 @@ def learn_maps(
     mesh: Mesh,
     tell: Callable[..., None],
     ledger: Ledger | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Ligo:
     """Learns the maps that grow `source` into `target` on the ordinary loss; a collective over the mesh.
 
@@ -72,6 +73,7 @@ def learn_maps(
         mesh: data and tensor axes; both models are sharded over them.
         tell: called after each step as `tell(number, loss=loss)`.
         ledger: takes what the learning costs; None: nobody asks.
+        say: takes a line that says how well the source fits the data.
 
     Returns:
         The learned maps: of all layers, since no pipeline axis shares them out; the same on every rank.
@@ -87,7 +89,8 @@ def learn_maps(
     masking = None if target.is_causal else make_masking(config.data, target)
     small = build_part(source.model, config, mesh)
     load_part(small, source.fetch)
-    _check_fits(source, small, dataset, masking, how)
+    loss = _check_fits(source, small, dataset, masking, how)
+    say(f"source {source.path}: loss {loss:.3f} on the data")
     learner = map_learner(small, config)
     learner.generate()
     stream, guard = Stream([shuffled(dataset, how.seed)]), StepGuard()
@@ -105,12 +108,12 @@ def learn_maps(
     return learner.ligo
 
 
-def _check_fits(source: Source, small: Part, dataset: Samples, masking: Masking | None, how: MapLearning) -> None:
-    """Raises DataError when the source's loss on a few samples is that of a model which never saw such data."""
+def _check_fits(source: Source, small: Part, dataset: Samples, masking: Masking | None, how: MapLearning) -> float:
+    """The source's loss on a few samples; DataError when it is that of a model which never saw such data."""
     name, vocab_size = str(source.path), source.model.vocab_size
     tokens = check_tokens(dataset, vocab_size, name)
     loss = mean_loss(small.engine, tokens, how.batch_size, small.mesh, masking=masking)
-    judge_fit(loss, vocab_size, name, how.skip_source_check)
+    return judge_fit(loss, vocab_size, name, how.skip_source_check)
 
 
 def _batch(stream: Stream, first: int, masking: Masking | None, how: MapLearning, mesh: Mesh) -> Batch:
