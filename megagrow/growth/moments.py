@@ -225,6 +225,12 @@ def rule_problem(recipe: Recipe, policy: Policy) -> str | None:
     return None
 
 
+def fitting_policy(recipe: Recipe, wanted: Policy) -> Policy:
+    """The policy that is wanted if it has a rule for the recipe, else the first that has one; `reset` always has."""
+    policies: tuple[Policy, ...] = (wanted, "zero_pad", "asymmetric", "reset")
+    return next(policy for policy in policies if rule_problem(recipe, policy) is None)
+
+
 def value_scale(recipe: Recipe, name: str) -> float:
     """v: what a target parameter's entries are multiplied by when they are copied, 1/n_in."""
     return _uniform(recipe, name, "value")

@@ -1,16 +1,13 @@
 """Tests megagrow/train/map_learning.py and the tool that uses it: LiGO from folder to folder."""
 
 import dataclasses
-import gc
 import json
 import os
 import re
 import subprocess
 import sys
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,19 +19,16 @@ from megagrow.config import GrowthConfig, InitConfig, ParallelConfig
 from megagrow.config_file import dump
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.indexed import IndexedWriter
-from megagrow.errors import CheckpointError, ConfigError, DataError
+from megagrow.errors import ConfigError, DataError
 from megagrow.flops import ligo_generation_flops, ligo_step_flops
-from megagrow.growth import offline
 from megagrow.growth.grow import Fetch, grow_whole
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.ligo_file import load_maps
 from megagrow.ledger import Ledger
 from megagrow.parallel.mesh import Mesh, make_mesh
-from megagrow.train import growing, map_learning, run
+from megagrow.train import run
 from megagrow.train.map_learning import MapLearning, learn_maps
-from megagrow.train.part import Part, build_part
 from tests.ranks import run_ranks
-from tests.tools import run_tool
 from tests.train.runs import LARGE, SMALL, make_config
 
 ROOT = Path(__file__).parents[2]
@@ -117,33 +111,6 @@ def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) 
     by_maps = grow_whole(load_maps(tmp_path / "grown.maps.safetensors").recipe(), open_source(trained).fetch, name)
     torch.testing.assert_close(grown.fetch(name), by_maps)
     assert json.loads(target.read_text())["model"]["hidden_size"] == 32
-
-
-def test_the_models_that_learned_are_gone_before_the_grown_one_is_made(
-    trained: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, alive = list[weakref.ref[Part]](), list[bool]()
-
-    def watched(*arguments: Any) -> Part:
-        part = build_part(*arguments)
-        made.append(weakref.ref(part))
-        return part
-
-    def grow(*_: Any) -> None:
-        alive.extend(part() is not None for part in made)
-        raise CheckpointError("seen")
-
-    monkeypatch.setattr(map_learning, "build_part", watched)
-    monkeypatch.setattr(growing, "build_part", watched)
-    monkeypatch.setattr(offline, "grow_folder", grow)
-    (tmp_path / "large.yaml").write_text(dump(make_config(corpus, tmp_path, model=LARGE)))
-    options = ["--target", tmp_path / "large.yaml", "--method", "ligo", "--data", corpus / "train", "--steps", 1]
-    gc.disable()  # nothing else shall collect
-    try:
-        code = run_tool("grow_checkpoint", trained, tmp_path / "grown", *options, "--seq-length", 16, "--batch-size", 8)
-    finally:
-        gc.enable()
-    assert (code, alive) == (4, [False, False])
 
 
 def test_a_source_that_does_not_fit_is_refused_unless_told(trained: Path, corpus: Path, tmp_path: Path) -> None:
