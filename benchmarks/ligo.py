@@ -154,7 +154,7 @@ class Bench:
     def measure(self, chosen: Try, seed: int) -> dict[str, Any]:
         """One run of the large model."""
         (small, large), growth = self.models, chosen.growth
-        if growth and "zero_pad" in (growth.ligo_init if growth.method == "ligo" else growth.method):
+        if growth and "zero_pad" in (growth.maps_start if growth.method == "ligo" else growth.method):
             large = replace(large, norm_eps=small.norm_eps * small.hidden_size / large.hidden_size)
         ligo_lr = growth.ligo_lr if growth and growth.method == "ligo" else None
         name = f"{chosen.arm}-{chosen.lr:.2g}-{ligo_lr}".replace(" ", "-")

@@ -349,7 +349,9 @@ class GrowthConfig:
     rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
     rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)
     ligo_variant: Literal["tied", "source_layer", "target_layer", "full_rank"] = "tied"  # docs/ligo.md
-    ligo_init: str = "clone"  # where the maps start: a sparse method, or authors (the initial maps of LiGO's authors)
+    # Where the maps start: a sparse method, or authors (the initial maps of LiGO's authors); empty: rms_random for
+    # full_rank, which needs units without a source, else clone
+    ligo_init: str = ""
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
     ligo_steps: int = 100  # steps that learn the maps
     ligo_lr: float = 3e-3  # of the maps' AdamW; falls linearly to zero over ligo_steps
@@ -382,6 +384,11 @@ class GrowthConfig:
     def learns_maps(self) -> bool:
         """Whether the operator of this growth is learned, for `ligo_steps` steps."""
         return self.method == "ligo"
+
+    @property
+    def maps_start(self) -> str:
+        """Where learned maps start: `ligo_init`, or what suits the variant."""
+        return self.ligo_init or ("rms_random" if self.ligo_variant == "full_rank" else "clone")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from megagrow.train.map_learning import MapLearning
 
 LIGO = {  # fields of GrowthConfig
     "variant": "which maps there are; see docs/ligo.md",
-    "init": "where they start: a method that copies, or authors",
+    "init": "where they start: a sparse method, or authors; default: rms_random for full_rank, else clone",
     "noise": "on copies, which would stay equal without",
     "steps": "learning steps",
     "lr": "of the maps",

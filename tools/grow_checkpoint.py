@@ -8,10 +8,11 @@
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
 file or a Hugging Face config.json. `ligo` learns its maps on --data and leaves them beside DST, or applies maps learned
 before (--maps). Weights keep their dtype. Exit codes: 0 done, 2 usage, or a target that the method cannot reach, 3
-data, 4 checkpoint.
+data, 4 checkpoint, 5 a loss that is not finite.
 """
 
 import argparse
+import gc
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -39,7 +40,8 @@ def main() -> None:
     source, target = open_source(options.src), target_model(options.target)
     check_learning(options)
     is_learned, pair = options.method == "ligo", (source.model, target)
-    recipe = start_recipe(options.init, *pair, options.seed) if is_learned else recipe_of(options, *pair)
+    init = learning_of(options).growth.maps_start
+    recipe = start_recipe(init, *pair, options.seed) if is_learned else recipe_of(options, *pair)
     policy, ledger = moments_policy(recipe, options.optimizer, is_learned), grown_ledger(source)
     mesh = make_growth_mesh(target, options.tensor)
     check_destination(source, options.dst, target, mesh)
@@ -77,7 +79,8 @@ def learned_maps(source: Source, target: ModelConfig, o: argparse.Namespace, mes
         return apply_maps(o.maps, source, target, ledger)
     with Progress(o.steps, enabled=mesh.is_main) as progress:
         tell = partial(progress.update, phase="ligo")
-        ligo = learn_maps(source, target, learning_of(o), mesh, tell, ledger)
+        ligo = learn_maps(source, target, learning_of(o), mesh, tell, ledger, progress.message)
+    gc.collect()  # the models that learned need their memory no more: grown shards take it
     keep_maps(ligo, o.save_maps or o.dst.with_name(f"{o.dst.name}.maps.safetensors"), mesh)
     return ligo
 

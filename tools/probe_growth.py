@@ -5,7 +5,8 @@
 
 CONFIG is the run that is planned, a preset or a YAML file whose growth section says what the model grows into and when;
 SOURCE an own checkpoint, a run directory or a Hugging Face folder. A candidate is METHOD or METHOD:POLICY, the policy
-being what becomes of Adam's moments (default: growth.optimizer). All train on the same samples. Nothing is kept but
+being what becomes of Adam's moments (default: growth.optimizer or, if that is empty, what a run does, else the first of
+zero_pad, asymmetric and reset that has a rule). All train on the same samples. Nothing is kept but
 what is printed and, with --json, written. Exit codes: 0 done, 2 usage or configuration, 3 data, 4 checkpoint.
 """
 

@@ -50,6 +50,7 @@ def save(
     group: ProcessGroup | None = None,
     keep_last: int = 0,
     keep_every: int = 0,
+    late_state: Callable[[], dict[str, Any]] = dict,
 ) -> Path:
     """Saves a checkpoint as `root/step-N`; a collective over all ranks of `group`.
 
@@ -63,6 +64,7 @@ def save(
         group: for all communication, ideally gloo and used by nothing else.
         keep_last: number of checkpoints to keep, this one included; 0 keeps all.
         keep_every: steps whose multiples are kept besides; 0: none.
+        late_state: gives more of the state on the first rank, once all tensors are written: what fetching them took.
 
     Raises:
         CheckpointError: on every rank: the step exists, a value cannot be stored, or any rank
@@ -72,7 +74,7 @@ def save(
     def take() -> Snapshot:
         return snapshot(tensors, state, config, provenance, group)
 
-    return write(root, step, take, group, keep_last, keep_every)
+    return write(root, step, take, group, keep_last, keep_every, late_state=late_state)
 
 
 def snapshot(
@@ -101,6 +103,7 @@ def write(
     keep_last: int = 0,
     keep_every: int = 0,
     passed_over: Collection[str] = (),
+    late_state: Callable[[], dict[str, Any]] = dict,
 ) -> Path:
     """What `save` does with a snapshot; `take` gives this rank's, and fails the save on all ranks where it raises.
 
@@ -119,7 +122,7 @@ def write(
                 layout=taken.layout,
                 config=taken.config,
                 provenance=taken.provenance,
-                state=taken.state,
+                state=taken.state | late_state(),
                 tensors=written.tensors,
                 files=written.files,
                 items=written.items,

@@ -94,7 +94,7 @@ def _start(growth: GrowthConfig) -> str:
     """The method by whose sizes the target goes: that at which learned maps start."""
     if not growth.learns_maps:
         return growth.method
-    return "ligo" if growth.ligo_init in ("clone", AUTHORS) else growth.ligo_init
+    return "ligo" if growth.maps_start in ("clone", AUTHORS) else growth.maps_start
 
 
 def _taught(config: Config, pair: Pair, **salt: Any) -> Config:

@@ -2,10 +2,11 @@
 
 Every rank tells once which boxes it stores of source and target. From then on all of them know, for each source tensor,
 who needs which range of it and who has it: what a rank has itself is copied, the rest is sent from rank to rank. So
-`clone` on evenly divided axes sends nothing but the layers that change their stage.
+`clone` on evenly divided axes sends nothing but the layers that change their stage. Where random numbers are drawn as
+large as a tensor, its root mean square comes from sums over all ranks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from math import prod
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.growth.dims import Quantity
 from megagrow.growth.grow import Fetch, Ranges
-from megagrow.growth.operator import copied_box
+from megagrow.growth.noise import joined_root_mean_square, largest, sum_of_squares
+from megagrow.growth.operator import copied_box, needs_rms
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import Box, box, local
-from megagrow.roles import parameter_names
+from megagrow.roles import parameter_names, parameter_shapes
 
 Key = tuple[tuple[int, int], ...]  # a box that can be looked up
 Boxes = Sequence[Mapping[str, Box]]  # by rank: what it holds, or needs, of each tensor
@@ -42,10 +44,12 @@ class Exchange:
     ) -> None:
         assert recipe.copies, "learned maps need whole tensors: see mesh_fetch"
         self.mesh, self._names = mesh, parameter_names(recipe.source)
-        ranks, stored = Ranks(mesh.world.group, alone=mesh.world.size == 1), _boxes(targets)
-        self._has: Boxes = ranks.gather(_boxes(sources))
+        self._ranks, stored = Ranks(mesh.world.group, alone=mesh.world.size == 1), _boxes(targets)
+        self._has: Boxes = self._ranks.gather(_boxes(sources))
         kinds: tuple[Quantity, ...] = ("value", "gradient")  # what is new in moments is 0, and needs nothing
-        self._needs = {kind: ranks.gather(_needed(recipe, stored, kind)) for kind in kinds}
+        self._sizes = {name: prod(shape) for name, shape in parameter_shapes(recipe.source).items()}
+        self._drawn_from = {recipe.source_name(n) for n in parameter_names(recipe.target) if needs_rms(recipe, n)}
+        self._needs = {kind: self._ranks.gather(_needed(recipe, stored, kind)) for kind in kinds}
 
     def fetch(self, tensors: Mapping[str, Tensor], quantity: Quantity = "value") -> Fetch:
         """Reads parameters of the source, or one of their moments; every call is a collective.
@@ -66,7 +70,8 @@ class Exchange:
             heartbeat.progress()
             return region
 
-        return Ranges(read, lambda name: tuple(each.start for each in needed[name]))
+        found = self._root_mean_squares(tensors) if quantity == "value" and self._drawn_from else {}
+        return Ranges(read, lambda name: tuple(each.start for each in needed[name]), found.get)
 
     def moves(self) -> Iterator[tuple[int, int, int]]:
         """(sender, receiver, elements) of all that weights and both moments move, also from a rank to itself."""
@@ -74,6 +79,24 @@ class Exchange:
             for needs, times in (self._needs["value"], 1), (self._needs["gradient"], 2):
                 for sender, receiver, part in self._moves(name, needs):
                     yield sender, receiver, times * _size(part)
+
+    def _root_mean_squares(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        """Those of the whole tensors that random numbers are as large as, the same bits in every layout."""
+        counted = {name: local(tensors[name]) for name in self._drawn_from if name in tensors and self._counts(name)}
+        bounds = self._ranks.gather({name: largest(piece) for name, piece in counted.items()})
+        bound = {name: _largest(each[name] for each in bounds if name in each) for name in self._drawn_from}
+        own = {name: sum_of_squares(piece, bound[name], self._sizes[name]) for name, piece in counted.items()}
+        sums = self._ranks.gather(own)
+        return {
+            name: joined_root_mean_square(sum(each.get(name, 0) for each in sums), bound[name], self._sizes[name])
+            for name in self._drawn_from
+        }
+
+    def _counts(self, name: str) -> bool:
+        """Whether this rank is the first that holds its piece of a source tensor."""
+        holders = [rank for rank, boxes in enumerate(self._has) if name in boxes]
+        own = self._has[self.mesh.world.rank].get(name)
+        return own is not None and self.mesh.world.rank == next(r for r in holders if self._has[r][name] == own)
 
     def _moves(self, name: str, all_needs: Boxes, of: int | None = None) -> Iterator[tuple[int, int, Box]]:
         """(sender, receiver, range) of what is needed of a tensor: all, or what rank `of` may send or receive."""
@@ -123,6 +146,11 @@ class Exchange:
     @property
     def _group(self) -> dist.ProcessGroup | None:
         return self.mesh.world.group
+
+
+def _largest(bounds: Iterable[float]) -> float:
+    """The maximum; not a number if one of them is not."""
+    return float(torch.tensor([*bounds], dtype=torch.double).max())
 
 
 def _boxes(tensors: Mapping[str, Tensor]) -> dict[str, Box]:

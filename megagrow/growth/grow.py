@@ -49,10 +49,12 @@ class Ranges:
     Attributes:
         read: gives the range.
         origin: gives where it begins in the whole tensor.
+        rms: gives the root mean square of the whole tensor, where `operator.needs_rms`.
     """
 
     read: Fetch
     origin: Callable[[str], tuple[int, ...]]
+    rms: Callable[[str], float | None]
 
     def __call__(self, name: str) -> Tensor:
         return self.read(name)
@@ -91,8 +93,11 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
     with torch.no_grad():
         if recipe.copies:
             for name, source in _copied_sources(recipe, fetch, boxes):
-                origin = fetch.origin(recipe.source_name(name)) if isinstance(fetch, Ranges) else (0, 0)
-                write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity, origin)
+                origin: tuple[int, ...] = (0, 0)
+                rms = None
+                if isinstance(fetch, Ranges):
+                    origin, rms = fetch.origin(recipe.source_name(name)), fetch.rms(recipe.source_name(name))
+                write_box(recipe, name, source.to(device), boxes[name], pieces[name], quantity, origin, rms)
             return
         if recipe.source_axes is not None:
             for name, rows, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
@@ -111,18 +116,21 @@ def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "va
         dtypes.append(source.dtype)
         return source
 
-    whole = tuple(slice(0, size) for size in shape_of(role_of(name), recipe.target))
+    shape = shape_of(role_of(name), recipe.target)
+    whole = tuple(slice(0, size) for size in shape)
     boxes, (layer, leaf) = {name: whole}, split_name(name)
     with torch.no_grad():
         if layer is None:
-            grown = grow_box(recipe, name, noting_dtype(name), whole, quantity)
+            source = noting_dtype(name)
         elif isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
             found = _widened_then_mixed(recipe, recipe.layers, leaf, noting_dtype, boxes, torch.device("cpu"))
             ((_, grown),) = found
+            return grown.to(dtypes[0])
         else:
             ((_, source),) = _layer_sources(recipe, leaf, noting_dtype, boxes, {layer})
-            grown = grow_box(recipe, name, source, whole, quantity)
-        return grown.to(dtypes[0])
+        grown = torch.empty(shape, dtype=dtypes[0], device=source.device)
+        write_box(recipe, name, source, whole, grown, quantity)
+        return grown
 
 
 def grown_boxes(

@@ -71,7 +71,7 @@ def fixed_axes(recipe: Recipe) -> dict[str, AxisMap]:
 
 def is_alias(start: Recipe, axis: str) -> bool:
     """Whether a map is another's: under multi-head attention the output reads the axis that the values write."""
-    return axis == "heads" and start.axes["heads"] is start.axes.get("value")
+    return axis == "heads" and axis in start.axes and start.axes[axis] is start.axes.get("value")
 
 
 def width_maps(start: Recipe, variant: Variant) -> dict[str, tuple[str, int | None]]:

@@ -22,7 +22,8 @@ whose units are the first copies of their source units on both dims, in the firs
 
 Under `asymmetric` and `zero_pad` the entries without moments count their own updates (`new_part`), as if they had an
 Adam of their own. Refused: whatever needs a source entry per target entry where there is none, or one rate per tensor
-where units are copied unequally often.
+where units are copied unequally often, or equal gradients where copies of a key/value head share out its queries (there
+g = 1/n_out is what the first copy gets on average).
 
 Source: SPARKLING (2026, arXiv 2602.02472) for [S, 0]; MSG (Yao et al., 2024, arXiv 2305.02869) for padding by zeros.
 """
@@ -38,7 +39,7 @@ from megagrow.config import GrowthConfig, ModelConfig, Policy, require
 from megagrow.config_file import from_dict, to_dict
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.dims import Quantity
-from megagrow.growth.grow import Fetch, grow_into
+from megagrow.growth.grow import Fetch, grow_into, grow_whole
 from megagrow.growth.maps import NEW, AxisMap, LayerMap, SparseMap, first_copies
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.operator import uniform_scale
@@ -90,6 +91,22 @@ def grow_optimizer(
         if policy != "exact":
             _clear_new_entries(kept_entries(recipe, policy, targets[moment]), targets[moment])
     return step
+
+
+def grow_whole_moment(recipe: Recipe, policy: Policy, fetch: Fetch, moment: str, name: str) -> Tensor:
+    """One whole moment of a target parameter, read on demand; what `grow_optimizer` fills a tensor with.
+
+    Args:
+        recipe: how the model grew.
+        policy: one that has a rule for it, not `reset`.
+        fetch: reads this moment of the source by parameter name.
+        moment: `exp_avg` or `exp_avg_sq`.
+        name: of the target parameter.
+    """
+    grown = {name: grow_whole(recipe, fetch, name, QUANTITIES[moment])}
+    if policy != "exact":
+        _clear_new_entries(kept_entries(recipe, policy, grown), grown)
+    return grown[name]
 
 
 def grow_multipliers(
@@ -241,7 +258,18 @@ def rule_problem(recipe: Recipe, policy: Policy) -> str | None:
             f"has no rule for {method} here: it copies units of {uneven} unequally often, so that no one learning "
             "rate fits the whole tensor; use growth.optimizer=asymmetric or reset"
         )
+    if policy == "exact" and recipe.splits_groups:
+        return (
+            f"has no rule for {method} here: copies of a key/value head share out its query heads, so that each gets "
+            "gradients of its own; use growth.optimizer=asymmetric or reset"
+        )
     return None
+
+
+def fitting_policy(recipe: Recipe, wanted: Policy) -> Policy:
+    """The policy that is wanted if it has a rule for the recipe, else the first that has one; `reset` always has."""
+    policies: tuple[Policy, ...] = (wanted, "zero_pad", "asymmetric", "reset")
+    return next(policy for policy in policies if rule_problem(recipe, policy) is None)
 
 
 def value_scale(recipe: Recipe, name: str) -> float:

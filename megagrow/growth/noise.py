@@ -1,6 +1,6 @@
 """Random entries that depend on (seed, parameter name, global index) only: any box of them can be made alone."""
 
-# Shape suffix legend: R, C = rows and columns of a box.
+# Shape suffix legend: R, C = rows and columns of a box, or of a matrix.
 
 import math
 
@@ -12,6 +12,7 @@ from megagrow.torch_ops import mix, mix_
 
 FIELD = 1 << 16
 FIELDS = (1 << 32) * (FIELD - 1) + FIELD - 1  # the first and third of a hash
+CHUNK = 1 << 20  # entries that are in float64 at a time
 STD = math.sqrt(4 * (FIELD**2 - 1) / 12)  # of a sum of four uniform numbers 0 … FIELD - 1
 
 
@@ -34,8 +35,16 @@ def normal(seed: int, name: str, rows_R: Tensor, columns_C: Tensor, num_columns:
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
-    """The mean over a dim, kept with size 1, in x's dtype; the order of additions depends on that dim's size alone."""
-    terms, size = x.movedim(dim, 0).to(torch.double, copy=True), x.shape[dim]
+    """The mean over a dim of [R, C] or [R], kept with size 1; the order of additions depends on its size alone."""
+    moved = x.movedim(dim, 0)
+    columns = moved if x.ndim == 2 else moved[:, None]
+    means = [_mean_of_rows(part) for part in columns.split(max(1, CHUNK // len(moved)), dim=1)]
+    return torch.cat(means).view(1, *moved.shape[1:]).movedim(0, dim)
+
+
+def _mean_of_rows(x_RC: Tensor) -> Tensor:
+    """[C] in x's dtype, by way of a copy in float64."""
+    terms, size = x_RC.to(torch.double, copy=True), len(x_RC)
     left = size
     while left > 1:
         half = left // 2
@@ -43,10 +52,39 @@ def mean(x: Tensor, dim: int) -> Tensor:
         if left % 2:
             terms[half] = terms[left - 1]
         left = half + left % 2
-    return (terms[:1] / size).to(x.dtype).movedim(0, dim)
+    return (terms[0] / size).to(x_RC.dtype)
 
 
-def root_mean_square(x: Tensor, chunk: int = 1 << 20) -> float:
-    """√(mean of squares) of all entries; the order of additions depends on their number alone."""
-    sums = [float(mean(part.double().square(), 0)) * len(part) for part in x.detach().flatten().split(chunk)]
-    return math.sqrt(math.fsum(sums) / x.numel())
+def root_mean_square(x: Tensor) -> float:
+    """√(mean of squares) of all entries; pieces of x give the same bits by the three functions below."""
+    bound, size = largest(x), x.numel()
+    return joined_root_mean_square(sum_of_squares(x, bound, size), bound, size)
+
+
+def largest(x: Tensor) -> float:
+    """The largest magnitude, not finite where x is not."""
+    return float(torch.stack([part.abs().max() for part in x.detach().flatten().split(CHUNK)]).max())
+
+
+def sum_of_squares(x: Tensor, bound: float, size: int) -> int:
+    """Σ x² of a piece of a tensor, in whole numbers, whose sums over pieces do not depend on how the tensor is cut.
+
+    Args:
+        x: the piece.
+        bound: `largest` of the whole tensor.
+        size: entries of the whole tensor.
+    """
+    if bound == 0 or not math.isfinite(bound):
+        return 0
+    parts = ((part.double() / bound).square_() for part in x.detach().flatten().split(CHUNK))
+    return sum(int(part.mul_(_steps(size)).round_().long().sum()) for part in parts)
+
+
+def joined_root_mean_square(total: int, bound: float, size: int) -> float:
+    """√(mean of squares) of a tensor, from the sum over its pieces."""
+    return bound * math.sqrt(total / _steps(size) / size)
+
+
+def _steps(size: int) -> int:
+    """In which 1 is divided, so that a sum of `size` numbers up to 1 fits 63 bits."""
+    return 1 << (62 - size.bit_length())

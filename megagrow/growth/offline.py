@@ -1,14 +1,16 @@
 """Growth from one folder to another, in the source's format, in one process or on a mesh.
 
-A Hugging Face folder is written parameter by parameter: no more than one grown parameter and what it is made of are in
-memory. An own checkpoint is grown into shards over all ranks; the optimizer's moments come along where there is a rule.
+One process writes copies parameter by parameter: no more than one grown parameter and what it is made of are in memory.
+So it does what learned maps give, into a Hugging Face folder. Otherwise an own checkpoint is grown into shards over all
+ranks. The optimizer's moments come along where there is a rule.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.convert import TOKENIZER_FOLDER, token_ids_of, tokenizer_of
 from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, read_json
 from megagrow.checkpoint.provenance import code_version
+from megagrow.checkpoint.shards import Deferred
 from megagrow.checkpoint.source import Source
 from megagrow.checkpoint.staged import StagedFolder, check_free
 from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, Policy, require
@@ -32,6 +35,7 @@ from megagrow.growth.moments import (
     grow_multipliers,
     grow_new_part,
     grow_optimizer,
+    grow_whole_moment,
     rule_problem,
 )
 from megagrow.growth.recipe import Recipe
@@ -40,7 +44,9 @@ from megagrow.optim import Multipliers
 from megagrow.parallel.fsdp import materialize
 from megagrow.parallel.mesh import Mesh
 from megagrow.parallel.shards import local, wrap_like
-from megagrow.roles import parameter_names
+from megagrow.roles import parameter_names, parameter_shapes
+
+T = TypeVar("T")
 
 
 def check_destination(source: Source, destination: Path, target: ModelConfig, mesh: Mesh) -> None:
@@ -136,9 +142,8 @@ def _write_own(
 ) -> None:
     check_destination(source, destination, recipe.target, mesh)
     ranks, action = Ranks(mesh.checkpoint_group), f"cannot grow into {destination}"
-    began = time.perf_counter()
-    tensors, state = _grow_own(source, recipe, mesh, policy)
-    state["ledger"] = ledger(time.perf_counter() - began)
+    clock = _Clock()
+    tensors, state = _grown_own(source, recipe, mesh, policy, clock)
     tokenizer, staged = tokenizer_of(source), StagedFolder(destination)
     named = "" if tokenizer is None else str((destination / TOKENIZER_FOLDER).absolute())
     try:
@@ -150,6 +155,7 @@ def _write_own(
             config=to_dict(Config(model=recipe.target, data=DataConfig(tokenizer=named))),
             provenance=_provenance(source, recipe),
             group=mesh.checkpoint_group,
+            late_state=lambda: {"ledger": ledger(clock.seconds)},
         )
         ranks.first(action, staged.publish)
     finally:
@@ -165,29 +171,77 @@ def _stage(staged: StagedFolder, tokenizer: Path | None) -> Path:
     return staged.temporary
 
 
-def _grow_own(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """This rank's shards of all that the grown checkpoint stores, and its state."""
+class _Clock:
+    """Adds up the seconds that growing takes, however it is cut into pieces."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, grow: Callable[..., T], *args: Any) -> T:
+        """What `grow` returns; its seconds count."""
+        began = time.perf_counter()
+        grown = grow(*args)
+        self.seconds += time.perf_counter() - began
+        return grown
+
+
+def _grown_own(
+    source: Source, recipe: Recipe, mesh: Mesh, policy: Policy, clock: _Clock
+) -> tuple[Mapping[str, Tensor | Deferred], dict[str, Any]]:
+    """All that the grown checkpoint stores, as this rank's shards or to be grown when it is written; and the state."""
     require(
         policy == "reset" or "new_part" not in (source.optimizer or {}),
         f"{source.path} grew lately, and the moments or the rate of its new entries are not yet those of the others, "
         "which growing again would lose; train it further first, or leave the moments behind: --optimizer reset",
     )
-    parameters = _empty_target(source, recipe, mesh)
-    grow_into(recipe, source.fetch, parameters)
-    tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
     state: dict[str, Any] = {"model": to_dict(recipe.target)}
-    if source.optimizer is not None and policy != "reset":
-        moments = _empty_moments(source, recipe, parameters)
-        fetches = {moment: _moment_fetch(source, moment) for moment in moments}
-        step = grow_optimizer(recipe, policy, fetches, moments, int(source.optimizer["step"]))
+    has_moments = source.optimizer is not None and policy != "reset"
+    if source.optimizer is not None and has_moments:
+        step = int(source.optimizer["step"])
         old = {name: Multipliers(**m) for name, m in source.optimizer["multipliers"].items()}
         multipliers = grow_multipliers(recipe, policy, old)
         state["optimizer"] = {"step": step, "multipliers": {n: asdict(m) for n, m in multipliers.items()}}
         new_part = grow_new_part(recipe, policy, GrowthConfig(), step, {})
         if new_part is not None:
             state["optimizer"]["new_part"] = new_part.state()
+    if mesh.world.size == 1 and recipe.copies:  # learned maps would read all source layers for each target layer
+        return _streamed(source, recipe, policy, has_moments, clock), state
+    return clock.timed(_grown_shards, source, recipe, mesh, policy, has_moments), state
+
+
+def _streamed(source: Source, recipe: Recipe, policy: Policy, has_moments: bool, clock: _Clock) -> dict[str, Deferred]:
+    """Whole tensors, each grown when its turn comes to be written."""
+    shapes = parameter_shapes(recipe.target)
+    tensors = {
+        f"model.{name}": Deferred(
+            shape,
+            source.dtype_of(recipe.source_name(name)),
+            partial(clock.timed, grow_whole, recipe, source.fetch, name),
+        )
+        for name, shape in shapes.items()
+    }
+    for moment in QUANTITIES if has_moments else ():
+        fetch = _moment_fetch(source, moment)
+        dtype = fetch(parameter_names(recipe.source)[0]).dtype
+        tensors |= {
+            f"optim.{moment}.{name}": Deferred(
+                shape, dtype, partial(clock.timed, grow_whole_moment, recipe, policy, fetch, moment, name)
+            )
+            for name, shape in shapes.items()
+        }
+    return tensors
+
+
+def _grown_shards(source: Source, recipe: Recipe, mesh: Mesh, policy: Policy, has_moments: bool) -> dict[str, Tensor]:
+    """This rank's shards of weights and moments."""
+    parameters = _empty_target(source, recipe, mesh)
+    grow_into(recipe, source.fetch, parameters)
+    tensors = {f"model.{name}": tensor for name, tensor in parameters.items()}
+    if has_moments:
+        moments = _empty_moments(source, recipe, parameters)
+        grow_optimizer(recipe, policy, {m: _moment_fetch(source, m) for m in moments}, moments, step=0)
         tensors |= {f"optim.{m}.{name}": t for m, named in moments.items() for name, t in named.items()}
-    return tensors, state
+    return tensors
 
 
 def _empty_target(source: Source, recipe: Recipe, mesh: Mesh) -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ MAX_COPIED = 1 << 18  # entries that are copied at a time: they stay in a core's
 MAX_RANDOM = 1 << 18  # random entries that are made at a time: their hashes stay in a cache
 
 
-def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value") -> Tensor:
+def grow_box(
+    recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value", rms: float | None = None
+) -> Tensor:
     """The range `box` of the target parameter `name`; differentiable in the source and in dense maps.
 
     Args:
@@ -37,6 +39,7 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
             `recipe.reads_next`.
         box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
+        rms: the source's root mean square, where `needs_rms`; None: it is taken here.
 
     Returns:
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
@@ -46,16 +49,16 @@ def grow_box(recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quan
     grown = grown_densely(dims, source, box, factor) if quantity == "value" else None
     if grown is not None:
         return _times(grown, diagonals)
+    size = _size(recipe, name, dims, source, factor, quantity, rms)
     x = source = _scaled(source, factor)
     for d in _order(dims, source, box):
         x = dims[d].spread(x, d, box[d])
     if quantity == "value" and _has_random(dims):
-        x = _with_random(recipe, name, dims, source, x, box)
+        x = _with_random(recipe, name, dims, size, x, box)
     x = _times(x, diagonals)
-    if quantity == "value":
-        x = _add_noise(recipe, name, dims, source, x, box)
-        x = torch.zeros_like(x) if recipe.is_silent(name) else x
-    return x
+    if quantity == "value" and _takes_noise(recipe, dims):
+        _add_noise(recipe, name, dims, size, x, box)
+    return torch.zeros_like(x) if quantity == "value" and recipe.is_silent(name) else x
 
 
 def write_box(
@@ -66,6 +69,7 @@ def write_box(
     target: Tensor,
     quantity: Quantity = "value",
     origin: Sequence[int] = (0, 0),
+    rms: float | None = None,
 ) -> None:
     """`grow_box` into `target`, without gradients. Copies come out bit for bit, in pieces of rows that stay in a cache.
 
@@ -73,13 +77,11 @@ def write_box(
         recipe, name, source, box, quantity: as in `grow_box`.
         target: [R, C] or [R], overwritten.
         origin: where `source` begins in the whole source tensor, of which it holds `copied_box` at least.
+        rms: as in `grow_box`, of the whole source tensor; needed where `source` is not all of it.
     """
     dims = dims_of(recipe, name, quantity)
     if not recipe.copies:
         _write_learned(recipe, name, dims, source, box, target, quantity)
-        return
-    if _uses_all(recipe, dims, quantity):
-        target.copy_(grow_box(recipe, name, source, box, quantity))
         return
     if quantity == "value" and recipe.is_silent(name):
         target.zero_()
@@ -88,6 +90,12 @@ def write_box(
     shifted = (torch.where(each == NEW, NEW, each - start) for each, start in zip(indices, origin, strict=False))
     rows_R, *columns = (index.to(source.device) for index in shifted)
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
+    size = _size(recipe, name, dims, source, factor, quantity, rms)
+    takes_noise = quantity == "value" and _takes_noise(recipe, dims)
+    if takes_noise and target.dtype.itemsize < torch.float32.itemsize:  # rounded once, with the noise
+        result, target = target, torch.empty_like(target, dtype=torch.float32)
+    else:
+        result = target
     averages = [dim.new == "average" for dim in dims]
     if target.ndim == 2 and not any(averages) and ops.serves("sparse_map", target):
         (columns_C,) = columns
@@ -96,7 +104,12 @@ def write_box(
     else:
         _copy_pieces(source, target, rows_R, columns, factor, diagonals, averages)
     if quantity == "value" and _has_random(dims):
-        _write_random(recipe, name, dims, source, target, box, factor, diagonals)
+        dtype = source.dtype if factor == 1 else torch.promote_types(source.dtype, torch.float32)
+        _write_random(recipe, name, dims, size, target, box, dtype, diagonals)
+    if takes_noise:
+        _add_noise(recipe, name, dims, size, target, box)
+    if result is not target:
+        result.copy_(target)
 
 
 def _write_learned(
@@ -147,11 +160,10 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value") -> Box:
     """The smallest box of the source parameter that the range `box` of the target parameter needs.
 
-    It is the whole where new entries or noise depend on all of the source, or rows come from two layers; where new
-    elements are means, the whole of their dim.
+    It is the whole where rows come from two layers; where new elements are means, the whole of their dim.
     """
     dims, whole = dims_of(recipe, name, quantity), shape_of(role_of(name), recipe.source)
-    if _uses_all(recipe, dims, quantity) or recipe.reads_next(name):
+    if recipe.reads_next(name):
         return tuple(slice(0, size) for size in whole)
     indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
     return tuple(
@@ -165,6 +177,11 @@ def grows_by_rows(recipe: Recipe, name: str, quantity: Quantity = "value") -> bo
     dims = dims_of(recipe, name, quantity)
     drawn = quantity == "value" and (recipe.noise > 0 or _has_random(dims))
     return dims[0].maps == (None,) and not drawn
+
+
+def needs_rms(recipe: Recipe, name: str) -> bool:
+    """Whether random numbers in a target parameter are as large as all of its source."""
+    return _draws_as_large(recipe, dims_of(recipe, name, "value"))
 
 
 def has_random_entries(recipe: Recipe, name: str) -> bool:
@@ -229,10 +246,33 @@ def _can_take(target: Tensor, x: Tensor, index: Tensor) -> bool:
     return target.is_contiguous() and target.dtype == x.dtype and not (index == NEW).any()
 
 
-def _uses_all(recipe: Recipe, dims: Sequence[Dim], quantity: Quantity) -> bool:
-    """Whether entries of a target parameter depend on all of the source: random ones that are as large as it is."""
-    as_large = recipe.noise > 0 or (_has_random(dims) and recipe.fill.std == "source")
-    return quantity == "value" and as_large
+def _draws_as_large(recipe: Recipe, dims: Sequence[Dim]) -> bool:
+    return _takes_noise(recipe, dims) or (recipe.fill.std == "source" and _has_random(dims))
+
+
+def _size(
+    recipe: Recipe,
+    name: str,
+    dims: Sequence[Dim],
+    source: Tensor,
+    factor: float,
+    quantity: Quantity,
+    rms: float | None,
+) -> float:
+    """The root mean square of the scaled source, if random numbers are drawn in that size."""
+    if quantity != "value" or not _draws_as_large(recipe, dims):
+        return 0.0
+    if rms is None:
+        assert tuple(source.shape) == shape_of(role_of(name), recipe.source), (
+            "a part does not say how large the whole is"
+        )
+        rms = root_mean_square(source)
+    return factor * rms
+
+
+def _takes_noise(recipe: Recipe, dims: Sequence[Dim]) -> bool:
+    """Whether noise tells replicated columns of a parameter apart."""
+    return recipe.noise > 0 and len(dims) == 2 and dims[1].form == "in" and isinstance(dims[1].maps[0], SparseMap)
 
 
 def _has_random(dims: Sequence[Dim]) -> bool:
@@ -247,11 +287,11 @@ def _hull(index: Tensor) -> slice:
     return slice(int(first), int(last) + 1)
 
 
-def _with_random(recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
+def _with_random(recipe: Recipe, name: str, dims: Sequence[Dim], size: float, x: Tensor, box: Box) -> Tensor:
     """x with random entries where all new dims are free."""
     learned = recipe.fill_scales is not None
     filled = torch.zeros_like(x) if learned else x
-    for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, source, box, x.dtype):
+    for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, size, box, x.dtype, x.device):
         filled[piece] = torch.where(wanted_RC, random_RC, filled[piece])
     return x + filled * recipe.fill_scale(name).to(x.device) if learned else filled
 
@@ -260,29 +300,27 @@ def _write_random(
     recipe: Recipe,
     name: str,
     dims: Sequence[Dim],
-    source: Tensor,
+    size: float,
     target: Tensor,
     box: Box,
-    factor: float,
+    dtype: torch.dtype,
     diagonals: list[Tensor | None],
 ) -> None:
     """Random entries into a target that has all others."""
-    dtype = source.dtype if factor == 1 else torch.promote_types(source.dtype, torch.float32)
     of_rows, *others = diagonals
-    for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, source, box, dtype):
+    for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, size, box, dtype, target.device):
         scaled_RC = _times(random_RC, [None if of_rows is None else of_rows[piece], *others])
         target[piece] = torch.where(wanted_RC, scaled_RC.to(target.dtype), target[piece])
 
 
 def _random_pieces(
-    recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, box: Box, dtype: torch.dtype
+    recipe: Recipe, name: str, dims: Sequence[Dim], size: float, box: Box, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of a box that have random entries: where they are in it, which entries these are, and what they are."""
-    device = source.device
     new_R, new_C = (dim.is_new(part).to(device) for dim, part in zip(dims, box, strict=True))
     if not (new_R.any() or new_C.any()):
         return
-    std = initial_std(role_of(name), recipe.target) if recipe.fill.std == "initial" else root_mean_square(source)
+    std = initial_std(role_of(name), recipe.target) if recipe.fill.std == "initial" else size
     may_R, may_C = (~new | (dim.new == "free") for dim, new in zip(dims, (new_R, new_C), strict=True))
     columns_C = torch.arange(box[1].start, box[1].stop, device=device)
     for piece, rows_R in _pieces(box, device):
@@ -292,18 +330,16 @@ def _random_pieces(
             yield piece, wanted_RC, random_RC.to(dtype) * (std * recipe.fill.ratio)
 
 
-def _add_noise(recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, x: Tensor, box: Box) -> Tensor:
-    """x with noise that cancels between pairs of replicated columns."""
-    copies = dims[-1].maps[0]
-    if not recipe.noise or len(dims) < 2 or dims[1].form != "in" or not isinstance(copies, SparseMap):
-        return x
+def _add_noise(recipe: Recipe, name: str, dims: Sequence[Dim], size: float, x: Tensor, box: Box) -> None:
+    """Adds noise that cancels between pairs of replicated columns."""
+    copies = dims[1].maps[0]
+    assert isinstance(copies, SparseMap), "see `_takes_noise`"
     first_C, sign_C = (pair_T[box[1]].to(x.device) for pair_T in replica_pairs(copies.index))
-    size = recipe.noise * root_mean_square(source)  # the source has the scale already, unless columns differ in it
+    size *= recipe.noise  # which has the scale already, unless columns differ in it
     size *= float(copies.in_scale.mean()) if isinstance(copies.in_scale, Tensor) else 1.0
     for piece, rows_R in _pieces(box, x.device):
         noise_RC = normal(recipe.seed, f"{name}.replicas", rows_R, first_C, _num_columns(recipe, name))
         x[piece] += noise_RC.to(x.dtype) * (sign_C * size)
-    return x
 
 
 def _pieces(box: Box, device: torch.device) -> Iterator[tuple[slice, Tensor]]:

@@ -85,6 +85,11 @@ class Recipe:
             isinstance(m, SparseMap) for axes in maps for m in axes.values()
         )
 
+    @property
+    def splits_groups(self) -> bool:
+        """Whether key/value heads grow alone, so that each copy of one gets the gradients of some of its queries."""
+        return "value" in self.axes and "heads" not in self.axes
+
     def source_name(self, name: str) -> str:
         """The source parameter that a target parameter copies; of copied layers only."""
         layer, leaf = split_name(name)

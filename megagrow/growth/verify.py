@@ -78,19 +78,20 @@ def promises_gradients(recipe: Recipe) -> bool:
     """Whether the gradients of what is copied are R(grad)/n_out: equal copies that keep the function, and no more.
 
     Cancelling noise changes what flows back; so do unequal shares of the residual stream, and means beside its units,
-    through every norm.
+    through every norm. Copies of a key/value head that share out its queries get the gradients of their own ones.
     """
     hidden = recipe.axes.get("hidden")
     shares = hidden.in_scale if isinstance(hidden, SparseMap) else 1.0
     is_even = not isinstance(shares, Tensor) or bool((shares == shares[0]).all())
-    return recipe.keeps_function and not recipe.noise and is_even and ("hidden", "out") not in recipe.fill.average
+    has_means = ("hidden", "out") in recipe.fill.average
+    return recipe.keeps_function and not (recipe.noise or recipe.splits_groups or has_means) and is_even
 
 
 def gradient_errors(recipe: Recipe, small: Mapping[str, Tensor], grown: Mapping[str, Tensor]) -> dict[str, float]:
     """How far each gradient of the grown model is from the grown gradient R(grad)/n_out; 0 for exact methods.
 
     Entries without a source and identity layers have no such rule and are left out. Methods that keep the function by
-    other means than equal copies (breakers, clone's means under LayerNorm) do not keep the rule.
+    other means than equal copies do not keep the rule (see `promises_gradients`).
 
     Args:
         recipe: one that copies and keeps the function.

@@ -250,8 +250,11 @@ def split_unequally(
 
     Source: LEMON (Wang et al., 2024, arXiv 2310.07999, section 4.2).
     """
-    split = {name: _split(axis, spread) for name, axis in axes.items() if isinstance(axis, SparseMap)}
-    if "value" in split:  # a value's gradient is shared out by the query heads that read it
+    even = {name: axis for name, axis in axes.items() if isinstance(axis, SparseMap)}
+    split = {name: _split(axis, spread) for name, axis in even.items()}
+    if "value" in split and "heads" not in split:  # key/value heads alone: nothing reads several copies
+        split |= {name: even[name] for name in ("key", "value")}
+    elif "value" in split:  # a value's gradient is shared out by the query heads that read it
         shares = torch.as_tensor(split["heads"].in_scale).expand(len(split["heads"].index))
         by_group = shares.view(target.num_kv_heads, -1, target.head_dim).sum(1).flatten()
         by_copy = by_group * source.num_kv_heads / source.num_heads
@@ -285,6 +288,8 @@ def _head_axes(source: ModelConfig, target: ModelConfig, pick: Pick) -> dict[str
     """Maps of query and key/value heads: groups are picked, then query heads alike in each group."""
     if (source.num_heads, source.num_kv_heads) == (target.num_heads, target.num_kv_heads):
         return {}
+    if source.num_heads == target.num_heads:
+        return _split_groups(source, target, pick)
     old_group, new_group = (model.num_heads // model.num_kv_heads for model in (source, target))
     require(
         new_group >= old_group,
@@ -303,6 +308,24 @@ def _head_axes(source: ModelConfig, target: ModelConfig, pick: Pick) -> dict[str
     if _is_multi_head(source, target):
         axes["heads"] = axes["value"]
     return axes
+
+
+def _split_groups(source: ModelConfig, target: ModelConfig, pick: Pick) -> dict[str, AxisMap]:
+    """Maps of key/value heads that grow alone: queries stay where they are, and each copy serves some of its group's.
+
+    query heads     0 1 2 3 | 4 5 6 7          0 1 | 2 3 | 4 5 | 6 7
+    kv heads           0    |    1       ->     0  |  0  |  1  |  1          their place decides, not `pick`
+    """
+    old, new = source.num_kv_heads, target.num_kv_heads
+    has_new = bool((pick("kv_heads", old, new) == NEW).any())
+    require(
+        new % old == 0 and not has_new,
+        f"the target has {new} key/value heads for the same {target.num_heads} query heads, the source {old}: queries "
+        f"find what they know only in copies of their own key/value head, equally many of each; use a multiple of "
+        f"{old} with method clone, net2net, fpi or aki, or model.num_heads={source.num_heads // old * new}",
+    )
+    index = interleave(old, new)
+    return {name: copies(index, old, target.head_dim) for name in ("key", "value")}
 
 
 def _pick(pick: Pick, axis: str, num_source: int, num_target: int) -> Tensor:

@@ -197,7 +197,7 @@ def _growing_rank(layout: Layout, source: ModelConfig, rank: int) -> RankMemory:
 def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
     """A step, or a moment after it in which gradients are taken to the maps, whichever is fullest."""
     config, variant = layout.config, layout.config.growth.ligo_variant
-    start = start_recipe(config.growth.ligo_init, source, layout.model)
+    start = start_recipe(config.growth.maps_start, source, layout.model)
     static, saved = {}, {}
     of_layers, of_others = _layers_spread(layout, source), _others_spread(layout, start)
     for rank in range(layout.pipeline):

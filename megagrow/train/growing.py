@@ -258,7 +258,7 @@ def map_learner(small: Part, config: Config) -> MapLearner:
 def _recipe(source: ModelConfig, config: Config) -> Recipe:
     growth = config.growth
     if growth.learns_maps:
-        return start_recipe(growth.ligo_init, source, config.model, config.train.seed)
+        return start_recipe(growth.maps_start, source, config.model, config.train.seed)
     breaker = growth.breaker, growth.breaker_scale
     return make_recipe(growth.method, source, config.model, *breaker, seed=config.train.seed)
 

@@ -63,6 +63,7 @@ def learn_maps(
     mesh: Mesh,
     tell: Callable[..., None],
     ledger: Ledger | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Ligo:
     """Learns the maps that grow `source` into `target` on the ordinary loss; a collective over the mesh.
 
@@ -73,6 +74,7 @@ def learn_maps(
         mesh: data and tensor axes; both models are sharded over them.
         tell: called after each step as `tell(number, loss=loss)`.
         ledger: takes what the learning costs; None: nobody asks.
+        say: takes a line that says how well the source fits the data.
 
     Returns:
         The learned maps: of all layers, since no pipeline axis shares them out; the same on every rank.
@@ -83,12 +85,12 @@ def learn_maps(
     """
     config = _config(source, target, how, mesh)
     check(config, mesh.world.size)
-    start_recipe(config.growth.ligo_init, source.model, target)  # refuses before anything is read
+    start_recipe(config.growth.maps_start, source.model, target)  # refuses before anything is read
     dataset = open_dataset(how.data, target, config)
     masking = None if target.is_causal else make_masking(config.data, target)
     small = build_part(source.model, config, mesh)
     load_part(small, source.fetch)
-    _check_fits(source, small, dataset, masking, how)
+    _check_fits(source, small, dataset, masking, how, say)
     learner = map_learner(small, config)
     learner.generate()
     stream, guard = Stream([shuffled(dataset, how.seed)]), StepGuard()
@@ -106,15 +108,24 @@ def learn_maps(
     return learner.ligo
 
 
-def _check_fits(source: Source, small: Part, dataset: Samples, masking: Masking | None, how: MapLearning) -> None:
-    """Raises DataError when the source's loss on a few samples is that of a model which never saw such data."""
+def _check_fits(
+    source: Source,
+    small: Part,
+    dataset: Samples,
+    masking: Masking | None,
+    how: MapLearning,
+    say: Callable[[str], None],
+) -> None:
+    """Tells the source's loss on a few samples; DataError when it is that of a model which never saw such data."""
     name, vocab_size = str(source.path), source.model.vocab_size
     tokens = known_samples(dataset, vocab_size, dataset.vocab_size != vocab_size, name)
     if not len(tokens):
-        return  # all hold tokens that only the target knows
+        say(f"source {name}: its loss is not known, since all samples looked at have tokens that only the target has")
+        return
     masking = masking_for(masking, source.model)
     loss = mean_loss(small.engine, tokens, how.batch_size, small.mesh, masking=masking)
     judge_fit(loss, vocab_size, name, how.skip_source_check)
+    say(f"source {name}: loss {loss:.3f} on the data")
 
 
 def _batch(stream: Stream, first: int, masking: Masking | None, how: MapLearning, mesh: Mesh) -> Batch:

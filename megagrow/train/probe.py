@@ -15,9 +15,11 @@ from typing import Any
 from megagrow.checkpoint import store
 from megagrow.checkpoint.source import Source
 from megagrow.checks import check, check_chain
-from megagrow.config import CheckpointConfig, Config, GrowthConfig, InitConfig, RunConfig, SaltConfig, require
+from megagrow.config import CheckpointConfig, Config, InitConfig, RunConfig, SaltConfig, require
 from megagrow.config_file import to_dict
 from megagrow.errors import NonFiniteError
+from megagrow.growth.methods import make_recipe
+from megagrow.growth.moments import fitting_policy
 from megagrow.optim import lr_at
 from megagrow.parallel.mesh import Mesh
 from megagrow.timeline import growth_config, latest_step, learning_steps, num_growths, order_size, policy_of
@@ -31,16 +33,16 @@ SHORT_LAG = 0.05  # of the run; a lag below can well mislead
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way of growing: method, and what becomes of the optimizer's moments."""
+    """A way of growing: method, and what becomes of the optimizer's moments; empty: what a run does, if it can."""
 
     method: str
     optimizer: str
 
     @classmethod
     def parse(cls, text: str, optimizer: str) -> "Candidate":
-        """`METHOD` or `METHOD:POLICY`; where no policy is named, `optimizer` or, if empty, the method's own."""
+        """`METHOD` or `METHOD:POLICY`; where no policy is named, `optimizer`."""
         method, _, policy = text.partition(":")
-        return cls(method, policy or optimizer or policy_of(GrowthConfig(method)))
+        return cls(method, policy or optimizer)
 
     def __str__(self) -> str:
         return f"{self.method}:{self.optimizer}"
@@ -94,6 +96,7 @@ def probe(source: Source, config: Config, candidates: Sequence[Candidate], steps
     require(config.train.eval_batches > 0, "probing ranks by validation loss: set train.eval_batches")
     require(num_growths(config.growth) > 0, "growth.method=none plans no growth; set growth.method")
     require(all(c.method != "none" for c in candidates), "the candidate none does not grow: there is nothing to probe")
+    candidates = [_with_policy(candidate, source, config) for candidate in candidates]
     forks = [_fork_config(source, config, candidate, steps) for candidate in candidates]
     for fork in forks:
         check(fork, mesh.world.size)
@@ -116,6 +119,20 @@ def caution(steps: int, config: Config) -> str:
         f"{said}: short. Short lags mislead: the order after 16 steps has been seen to differ from that after 128 "
         "(arXiv 2604.04281), and the loss as grown says even less; probe longer before relying on it"
     )
+
+
+def _with_policy(candidate: Candidate, source: Source, config: Config) -> Candidate:
+    """The candidate with the policy that a run would take or, where that has no rule, the first one that has."""
+    if candidate.optimizer:
+        return candidate
+    growing = growth_config(config, 0, source.model)
+    growth = replace(growing.growth, method=candidate.method, optimizer="")
+    policy = policy_of(growth)
+    if not growth.learns_maps:
+        breaker = growth.breaker, growth.breaker_scale
+        recipe = make_recipe(growth.method, source.model, growing.model, *breaker, seed=config.train.seed)
+        policy = fitting_policy(recipe, policy)
+    return replace(candidate, optimizer=policy)
 
 
 def _fork_config(source: Source, config: Config, candidate: Candidate, steps: int) -> Config:

@@ -31,7 +31,7 @@ TARGET = replace(SOURCE, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads
 SOURCE_STEPS, BATCH, SEQ = 100, 16, 47
 LEARNED = 0.05  # nats by which learned maps must beat their initial ones
 
-# One of each variant, which starts where a user would have it start.
+# One of each variant, which starts where a user would have it start: full_rank with new units, whose factors learn too.
 WAYS = {
     "tied": GrowthConfig(ligo_steps=15),
     "source_layer": GrowthConfig(ligo_steps=15, ligo_variant="source_layer"),

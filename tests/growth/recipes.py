@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[str, Grown, Breaker, bool]] = {
     "vocabulary": ("stack", larger(vocab=5), "none", True),
     "clone+insert_identity": ("clone+insert_identity", larger(hidden=2, ffn=2, layers=2, vocab=3), "none", True),
     "rms_random+interleave": ("rms_random+interleave", larger(hidden=1.5, ffn=2, layers=2), "none", False),
+    "clone, key/value heads": ("clone", larger(query=0.5, kv=2, hidden=2), "none", True),
     "aki+middle": ("aki+middle", larger(hidden=2, ffn=2, layers=1.5), "none", False),
 }
 

@@ -24,7 +24,9 @@ def test_learned_maps_beat_the_initial_ones(seed: int) -> None:
 
 @pytest.mark.parametrize("variant", ["source_layer", "target_layer", "full_rank"])
 def test_the_other_variants_learn(variant: str) -> None:
-    assert_learned(learn(1, WAYS[variant]))
+    result = learn(1, WAYS[variant])
+    assert_learned(result)
+    assert any(name.startswith("fill.") for name in result.moved) == (variant == "full_rank")
 
 
 def test_maps_learn_on_tensor_pipeline_and_data_shards() -> None:

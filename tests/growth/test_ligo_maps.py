@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megagrow.config import ModelConfig
+from megagrow.config import GrowthConfig, ModelConfig
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.growth.grow import grow_whole
 from megagrow.growth.ligo import Ligo
@@ -58,6 +58,7 @@ SPARSE = {
     "bert2BERT's FPI": ("fpi", models.BERT, dataclasses.replace(widened(models.BERT, query=2, kv=2), hidden_size=20)),
     "clone and identities": ("clone+insert_identity", models.EVERYTHING, widened(models.EVERYTHING, **WIDE, layers=5)),
     "middle": ("middle", DEEP, widened(DEEP, layers=7)),
+    "key/value heads alone": ("ligo", models.MQA, widened(models.MQA, kv=2)),
     "new tokens": ("clone", models.TIED, dataclasses.replace(widened(models.TIED, **WIDE, layers=3), vocab_size=40)),
     "new tokens of a BERT": ("stack", models.BERT, dataclasses.replace(models.BERT, vocab_size=40)),
 }
@@ -89,6 +90,20 @@ def test_maps_of_a_sparse_method_grow_as_it_does(case: str, variant: Variant) ->
     found = weights_of(ligo.recipe())
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_only_full_rank_exceeds_the_rank_of_the_source(variant: Variant) -> None:
+    """With default settings: random blocks need a start that has units without a source."""
+    growth = GrowthConfig(method="ligo", ligo_variant=variant)
+    start = start_recipe(growth.maps_start, models.LLAMA, widened(models.LLAMA, **WIDE))
+    ligo = Ligo(start, growth.ligo_noise, dtype=torch.double, variant=variant)
+    weights = weights_of(ligo.recipe())
+    ranks = [torch.linalg.matrix_rank(weights[f"layers.1.{leaf}.weight"]) for leaf in ("attention.query", "mlp.down")]
+    bounds = [models.LLAMA.hidden_size, models.LLAMA.ffn_size]
+    exceeds = [bool(rank > bound) for rank, bound in zip(ranks, bounds, strict=True)]
+    assert exceeds == [variant == "full_rank"] * 2
+    assert bool(ligo.fill) == (variant == "full_rank")
 
 
 def test_methods_that_mix_layers_are_no_start() -> None:

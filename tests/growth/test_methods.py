@@ -63,6 +63,39 @@ def test_clone_keeps_function_and_gradient_rule(source: ModelConfig, width: dict
     assert max(replica_distances(recipe, tensors_of(large)).values()) == 0
 
 
+SIX_QUERIES = dataclasses.replace(models.LLAMA, num_heads=6)
+
+
+@pytest.mark.parametrize("breaker", ["none", "split"])
+@pytest.mark.parametrize("method", ["clone", "net2net", "fpi"])
+@pytest.mark.parametrize(
+    ("source", "kv"), [(models.LLAMA, 2), (models.MQA, 2), (models.MQA, 4), (models.QK_NORM, 2), (SIX_QUERIES, 3)]
+)
+def test_key_value_heads_grow_alone(source: ModelConfig, kv: int, method: str, breaker: Breaker) -> None:
+    """MQA -> GQA -> MHA: exact, and copies part by themselves, since each serves queries of its own."""
+    recipe = make_recipe(method, source, widened(source, kv=kv), breaker)
+    small, ids = make(source), make_ids(source)
+    large = grown(recipe, small)
+    assert recipe.keeps_function and recipe.axes.keys() == {"key", "value"}
+    assert function_change(small, large, ids[:, :-1]) <= KEPT
+    assert not promises_gradients(recipe)
+    summed = gradients_of(large, ids)["layers.1.attention.key_value.weight"].unflatten(0, (-1, kv, 8)).sum(1)
+    expected = gradients_of(small, ids)["layers.1.attention.key_value.weight"]
+    torch.testing.assert_close(summed.flatten(0, 1), expected, rtol=1e-10, atol=1e-13)
+    optimizer = Optimizer(dict(large.named_parameters()), VERIFY_STEP)
+    assert max(replica_distances(recipe, tensors_of(large)).values()) == 0
+    train(large, optimizer, ids, 3)
+    assert replica_distances(recipe, tensors_of(large))["layers.0.attention.key_value.weight"] > 1e-4
+
+
+def test_key_value_heads_that_grow_alone_grow_by_whole_numbers() -> None:
+    with pytest.raises(ConfigError, match="the target has 3 key/value heads for the same 6 query heads"):
+        make_recipe("clone", SIX_QUERIES, dataclasses.replace(SIX_QUERIES, num_kv_heads=3))
+    aki = make_recipe("aki", models.LLAMA, widened(models.LLAMA, kv=2))
+    assert not aki.keeps_function
+    assert not any(tensor.isnan().any() for tensor in tensors_of(grown(aki, make(models.LLAMA))).values())
+
+
 def test_replicas_that_differ_are_found() -> None:
     source = models.LLAMA
     recipe = make_recipe("clone", source, widened(source, **DOUBLED))
@@ -101,7 +134,17 @@ def test_clone_stacks_the_widened_layers() -> None:
 
 REFUSED = [
     ("stack", widened(models.LLAMA, hidden=2), "hidden_size is 12 in the source and 24"),
-    ("clone", widened(models.LLAMA, kv=2), "use model.num_heads=8 or num_kv_heads=2"),
+    (
+        "clone",
+        dataclasses.replace(models.LLAMA, num_heads=6, num_kv_heads=6),
+        "use model.num_heads=12 or num_kv_heads=2",
+    ),
+    ("zero_pad", widened(models.LLAMA, kv=2), "in copies of their own key/value head, equally many of each"),
+    (
+        "rms_random",
+        widened(models.LLAMA, kv=2),
+        "use a multiple of 2 with method clone, net2net, fpi or aki, or model.num_heads=8",
+    ),
     ("clone", dataclasses.replace(models.LLAMA, hidden_size=20), "needs the target's norm_eps=6e-06"),
     ("zero_pad", dataclasses.replace(models.LLAMA, hidden_size=24), "set norm_eps=5e-06"),
     ("zero_pad+stack", dataclasses.replace(models.LLAMA, norm_eps=1e-6), "set norm_eps=1e-05"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -25,7 +26,8 @@ from megagrow.growth.offline import grow_folder
 from megagrow.growth.verify import function_change
 from megagrow.ledger import Ledger, Phase
 from megagrow.parallel.mesh import Mesh, make_mesh
-from megagrow.roles import parameter_names
+from megagrow.plan.measure import peak_memory
+from megagrow.roles import parameter_names, parameter_shapes
 from tests.growth import models
 from tests.growth.models import make, make_ids, tensors_of, widened
 from tests.growth.test_sharded_growth import moments_of
@@ -36,6 +38,7 @@ SOURCE = dataclasses.replace(models.LLAMA, num_kv_heads=4)
 WIDE = widened(SOURCE, hidden=2, query=2, kv=2, ffn=3)
 GPT2 = dataclasses.replace(models.GPT2, ffn_size=48, head_dim=3)
 STEP = 11
+ALLOWANCE = 1 << 20  # for pieces of rows
 LEDGER = Ledger(phases=[Phase("train", steps=1, tokens=1, flops=1e6, seconds=2.0)])
 
 grow_command = partial(run_tool, "grow_checkpoint")
@@ -117,6 +120,18 @@ def test_reset_and_learned_maps_leave_the_moments_behind(tmp_path: Path) -> None
     for name in parameter_names(WIDE):
         expected = grow_whole(ligo.recipe(), source.fetch, name)
         torch.testing.assert_close(learned.fetch(name), expected)
+
+
+def test_one_process_holds_one_grown_tensor_at_a_time(tmp_path: Path) -> None:
+    """Of weights and moments, 100 MB in all, of which no tensor has more than 2."""
+    small = ModelConfig(vocab_size=64, hidden_size=128, num_layers=3, num_heads=4, ffn_size=256, max_seq_length=8)
+    source = save_own(tmp_path / "small", small)
+    recipe = make_recipe("clone", small, widened(small, hidden=2, query=2, kv=2, ffn=4, layers=8))
+    largest, total = (4 * f(map(math.prod, parameter_shapes(recipe.target).values())) for f in (max, sum))
+    assert 3 * total > 15 * (2 * largest + ALLOWANCE)
+    peak = peak_memory(lambda: grow_folder(source, tmp_path / "large", recipe, Mesh.single(), "asymmetric"))
+    assert peak < 2 * largest + ALLOWANCE
+    assert open_source(tmp_path / "large").optimizer is not None
 
 
 def grow_on_mesh(folder: Path, tensor: int) -> None:

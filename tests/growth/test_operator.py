@@ -1,6 +1,7 @@
 """Boxes of grown parameters: any box of the whole is what the operator computes for it."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow.config import ModelConfig
 from megagrow.errors import ConfigError
-from megagrow.growth import maps
+from megagrow.growth import maps, noise
 from megagrow.growth.dims import Quantity
 from megagrow.growth.ligo import Ligo
 from megagrow.growth.maps import SparseMap
 from megagrow.growth.methods import make_recipe
+from megagrow.growth.noise import joined_root_mean_square, largest, root_mean_square, sum_of_squares
 from megagrow.growth.operator import copied_box, grow_box, write_box
 from megagrow.growth.recipe import Recipe
+from megagrow.plan.measure import peak_memory
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.growth import models
 from tests.growth.models import make, tensors_of, widened
@@ -91,8 +94,36 @@ def test_box_by_any_method_is_the_box_of_the_whole_bit_for_bit(
             assert torch.equal(grow_box(recipe, name, needed, box, quantity), whole[box]), name
             part = (slice(None),) * needed.ndim if recipe.reads_next(name) else copied_box(recipe, name, box, quantity)
             found = torch.full_like(whole[box], torch.nan)
-            write_box(recipe, name, needed[part], box, found, quantity, [each.start or 0 for each in part])
+            origin, rms = [each.start or 0 for each in part], root_mean_square(needed)
+            write_box(recipe, name, needed[part], box, found, quantity, origin, rms)
             assert torch.equal(found, whole[box]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_root_mean_squares_are_the_same_bits_in_any_pieces(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(91, 33, generator=generator, dtype=torch.double).exp() * 1e-3).to(dtype)
+    before, found = x.clone(), root_mean_square(x)
+    assert found == pytest.approx(x.double().square().mean().sqrt().item(), rel=1e-9)
+    for rows in (1, 13, 90):
+        pieces = [*x[:rows].split(7, 1), *x[rows:].split(20, 1)]
+        bound = max(map(largest, pieces))
+        total = sum(sum_of_squares(piece, bound, x.numel()) for piece in pieces)
+        assert joined_root_mean_square(total, bound, x.numel()) == found
+    assert torch.equal(x, before)
+    assert root_mean_square(torch.zeros(3, 2)) == 0
+    assert math.isnan(root_mean_square(torch.tensor([1.0, torch.nan])))
+
+
+def test_means_take_little_memory_and_are_the_same_bits_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1 << 13, 600, generator=torch.Generator().manual_seed(0))
+    whole = noise.mean(x, 0), noise.mean(x.T, 1), noise.mean(x[:, 0], 0)
+    assert [tuple(mean.shape) for mean in whole] == [(1, 600), (600, 1), (1,)]
+    torch.testing.assert_close(whole[0], x.mean(0, keepdim=True), rtol=1e-4, atol=1e-6)
+    assert torch.equal(whole[1], whole[0].T) and torch.equal(whole[2], whole[0][:, 0])
+    assert peak_memory(lambda: noise.mean(x, 0)) < 3 * 8 * noise.CHUNK < 8 * x.numel()
+    monkeypatch.setattr(noise, "CHUNK", 1)
+    assert torch.equal(noise.mean(x, 0), whole[0])
 
 
 def test_means_of_means_do_not_depend_on_the_box() -> None:

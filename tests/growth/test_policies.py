@@ -52,6 +52,7 @@ RECIPES = {
     "fused, tied": cloned(models.EVERYTHING),
     "vocabulary": sized("clone", models.LLAMA, vocab_size=31, ffn_size=20),
     "net2net": sized("net2net", models.LLAMA, 1, **UNEVEN),
+    "key/value heads": sized("clone", models.MQA, num_kv_heads=2),
     "identity layers": sized("fpi+insert_identity", models.LLAMA, num_layers=4, ffn_size=20),
     "padded": sized("zero_pad", models.LLAMA, hidden_size=20, ffn_size=13),
     "padded, fused": sized("direct_copy", models.EVERYTHING, hidden_size=20, num_heads=6, ffn_size=13),
@@ -173,6 +174,11 @@ REFUSED = [
     ),
     ("zero_pad", RECIPES["fused, tied"], "has nothing to pad: clone gives every entry a source; use exact"),
     ("exact", RECIPES["vocabulary"], "has no rule for clone, which has entries without a source; use zero_pad"),
+    (
+        "exact",
+        sized("clone", models.LLAMA, num_kv_heads=4),
+        "has no rule for clone here: copies of a key/value head .*asymmetric or",
+    ),
     ("exact", sized("insert_identity", models.LLAMA, num_layers=3), "has no rule .* as the identity; use asymmetric"),
 ]
 

@@ -200,12 +200,16 @@ def test_even_clones_send_nothing_and_stacks_send_the_layers_that_change_their_s
     even = dataclasses.replace(
         LLAMA, vocab_size=64, num_layers=4, hidden_size=16, num_heads=4, num_kv_heads=2, ffn_size=32
     )
-    wide = make_recipe("clone", even, widened(even, hidden=2, query=2, kv=2, ffn=2, layers=4))
+    larger = widened(even, hidden=2, query=2, kv=2, ffn=2, layers=4)
+    wide, noisy = make_recipe("clone", even, larger), make_recipe("clone", even, larger, "noise")
     deep = make_recipe("stack", even, widened(even, layers=8))
     layer = sum(torch.Size(shape).numel() for name, shape in parameter_shapes(even).items() if "layers.0." in name)
     for parallel in (ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2)):
-        (found, *_), (stacked, *_) = (run_ranks(moves_of, 4, recipe, parallel) for recipe in (wide, deep))
+        (found, *_), (drawn, *_), (stacked, *_) = (
+            run_ranks(moves_of, 4, recipe, parallel) for recipe in (wide, noisy, deep)
+        )
         assert all(sender == receiver for sender, receiver, _ in found)
+        assert drawn == found, "of what noise is as large as, sums go to all ranks and nothing else"
         sent = sum(size for sender, receiver, size in stacked if sender != receiver) / 3
         norms = 2 * even.hidden_size * (parallel.tensor - 1)  # every tensor rank has them whole
         assert sent == 4 * (layer + norms)

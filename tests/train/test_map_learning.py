@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -93,7 +94,8 @@ def test_the_tool_learns_and_grows(trained: Path, corpus: Path, tmp_path: Path) 
     options = ["--method", "ligo", "--data", str(corpus / "train"), "--steps", "10", "--lr", "1e-2"]
     options += ["--seq-length", "16", "--batch-size", "8"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    subprocess.run([*command, *options], check=True, capture_output=True, env=environment)
+    done = subprocess.run([*command, *options], check=True, capture_output=True, env=environment, text=True)
+    assert re.search(rf"source {re.escape(str(open_source(trained).path))}: loss \d\.\d+ on the data", done.stderr)
     grown = open_source(tmp_path / "grown")
     assert grown.model == LARGE
     held_out = PackedDataset(corpus / "validation", 16)

@@ -18,7 +18,9 @@ from megagrow.config_file import dump
 from megagrow.errors import ConfigError
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.parallel.pipeline import Batch, Engine
-from megagrow.train.probe import Candidate, Outcome, _cursor, caution, probe
+from megagrow.train.growing import check_recipes
+from megagrow.train.probe import Candidate, Outcome, _cursor, _fork_config, _with_policy, caution, probe
+from megagrow.train.state import RunState
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, make_config
 
@@ -105,6 +107,18 @@ def test_a_candidate_that_diverges_is_the_last_one(
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     table = runpy.run_path(str(ROOT / "tools/probe_growth.py"))["table"](outcomes)
     assert list(table.columns[2].cells)[2] == "not finite"
+
+
+def test_a_candidate_without_a_policy_takes_one_that_has_a_rule(trained: Path, corpus: Path) -> None:
+    source, config = open_source(trained), planned(corpus)
+    found = []
+    for method in ("clone", "net2net", "rms_random", "aki", "ligo", "direct_copy"):
+        candidate = _with_policy(Candidate.parse(method, ""), source, config)
+        check_recipes(RunState(source.model, "small"), _fork_config(source, config, candidate, 3))
+        found.append(candidate.optimizer)
+    assert found == ["exact", "asymmetric", "zero_pad", "asymmetric", "reset", "zero_pad"]
+    assert _with_policy(Candidate.parse("clone", "reset"), source, config).optimizer == "reset"
+    assert _with_policy(Candidate.parse("clone:asymmetric", "reset"), source, config).optimizer == "asymmetric"
 
 
 def test_samples_go_on_only_in_the_same_order(trained: Path, corpus: Path) -> None:
