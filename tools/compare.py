@@ -11,15 +11,19 @@ curves.png; see docs/compare.md. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoi
 
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 from _command import Arguments, local_path, run
 
 from megagrow.compare import SIZES, SUITES, Comparison, compare
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "compare"
+
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is stopped, and saved, as on ctrl-C
     options = vars(parser().parse_args())
+    options["results"] = options["results"] or RESULTS
     asked = Comparison(**{name: value for name, value in options.items() if value is not None})
     if asked.size == "gpu" and options["parallel"] is None:
         asked = replace(asked, parallel=1)
@@ -38,8 +42,9 @@ def parser() -> Arguments:
     )
     parser.add_argument("--jobs", dest="parallel", type=int, help="runs at a time; default 2, with --gpu 1")
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
-    parser.add_argument("--sweep", dest="sweeps", action="store_true", help="tune, even where rates are recorded")
-    parser.add_argument("--record", dest="records", action="store_true", help="keep the rates for later comparisons")
+    parser.add_argument(
+        "--results", type=local_path, metavar="FOLDER", help="of the records of ended runs; default: the project's"
+    )
     parser.add_argument("--lr", dest="fixed", type=float, help="of all arms, without any tuning")
     parser.add_argument("--report", dest="only_reports", action="store_true", help="of what is there; run nothing")
     return parser
