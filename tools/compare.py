@@ -1,12 +1,13 @@
 """Compare ways of getting a large model, at matched cost, each with its own learning rate.
 
-    python tools/compare.py llama_depth                      # six arms, three seeds: an hour on two CPU cores
-    python tools/compare.py llama_depth --full               # all arms, one seed: four hours
+    python tools/compare.py llama_depth                      # six arms, three seeds: 40 minutes on two CPU cores
+    python tools/compare.py llama_depth --full               # all arms, one seed; of the best, three
     python tools/compare.py llama_depth --gpu --minutes 10   # shapes for a GPU; again, until it says that it is done
     python tools/compare.py llama_depth --data TEXT          # a folder of text instead of the built-in corpus
 
-Runs that are there are not run again: the unchanged command goes on. Writes report.md, report.json, savings.csv and
-curves.png; see docs/compare.md. Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 7 out of time.
+Runs that are on record in benchmarks/results/compare are not run again: the unchanged command goes on. Writes
+report.md, report.json, savings.csv and curves.png; see docs/compare.md.
+Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 7 out of time.
 """
 
 import signal

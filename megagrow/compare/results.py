@@ -148,8 +148,8 @@ class Results:
 
     def _machines(self, outcome: Outcome) -> set[str]:
         """Of a run, of the small model that it uses, and of the baseline that it is compared with."""
-        inherits = outcome.run is not None and outcome.run.ledger.inherited
-        small = [each for each in self.outcomes if inherits and (each.arm, each.seed) == (SMALL, outcome.seed)]
+        uses_small = outcome.run is not None and (outcome.run.config.init.from_ or outcome.run.config.salt.teacher)
+        small = [each for each in self.outcomes if uses_small and (each.arm, each.seed) == (SMALL, outcome.seed)]
         return {each.line.machine for each in [outcome, *small, *self._scratch(outcome.seed)] if each.line}
 
 

@@ -3,8 +3,8 @@
     llama_width    width x 2            llama_depth    depth x 2          llama_both    both
     gpt2           base to medium       bert           small to base      salt          a student of twice its teacher
 
-Four sizes each: `core` (six arms, three seeds; an hour on two CPU cores), `full` (all arms, one seed; four hours),
-`gpu` (the arms of `core`, shapes for one large GPU; 90 seconds for an arm and seed) and `tiny` (seconds, for tests).
+Four sizes each: `core` (six arms, three seeds; 40 minutes on two CPU cores of 90 GFLOP/s), `full` (all arms, one seed, of
+the best three; up to 80 minutes), `gpu` (the arms of `core`, shapes for one large GPU) and `tiny` (seconds, for tests).
 """
 
 from collections.abc import Callable

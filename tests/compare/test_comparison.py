@@ -16,15 +16,16 @@ from megagrow.compare.job import Job
 from megagrow.compare.record import Record, key_of
 from megagrow.compare.report import content, write_report
 from megagrow.compare.results import Results
-from megagrow.compare.runner import InThisProcess, Runner
+from megagrow.compare.runner import FailedRun, InThisProcess, Runner
 from megagrow.compare.suite import SMALL, TUNING_SEED, Suite
 from megagrow.compare.suites import suite
 from megagrow.compare.sweep import Sweep
+from megagrow.compare.table import to_markdown
 from megagrow.config_file import load_file
 from megagrow.errors import ConfigError, Preempted
 from megagrow.report.run import load_run
 from megagrow.report.savings import CONVENTIONS, MEASURES
-from tests.compare.conftest import ARMS, Counting, Pretending
+from tests.compare.conftest import ARMS, Counting, Ended, Pretending
 
 
 def again(made: Experiment) -> tuple[Experiment, list[str]]:
@@ -293,6 +294,110 @@ def test_an_arm_that_is_added_is_the_only_one_that_is_run(
     begun = len(pretending.names)
     compare(asked, pretending, str)
     assert [name.split("-")[0] for name in pretending.names[begun:]] == ["aki"] * 3
+
+
+def pretended(chosen: Suite, corpus: Corpus, folder: Path, **worse: float | None) -> Experiment:
+    """A finished comparison in which nothing was trained."""
+    runner = Runner(Record(folder / "record.jsonl"), 1, Pretending([], worse), tell=str)
+    made = Experiment(chosen, corpus, folder, runner, Sweep())
+    made.tune()
+    made.run_seeds()
+    return made
+
+
+def test_the_best_arm_is_chosen_on_the_tuning_seed_and_reported_on_others(corpus: Corpus, tmp_path: Path) -> None:
+    """`rms_random` wins the sweep and loses afterwards; nobody may exchange it for the winner of the reported seeds."""
+    chosen = replace(suite("llama_both", "tiny"), arms=("aki", "rms_random"), seeds=(1, 2, 3), num_questions=0)
+    lucky = {"rms_random-lr0.001-seed0": -0.5, "rms_random": 0.0, "aki": -0.1}
+    results = Results.of(pretended(chosen, corpus, tmp_path, **lucky))
+    report = content(results)
+    assert report["winner"] == "rms_random" and report["arms"][0]["arm"] == "aki"
+    words = to_markdown(report)
+    assert "**Best on the tuning seed: rms_random. FLOPs that it saves at equal loss, on seeds 1, 2, 3:" in words
+    assert "The lowest mean loss of those seeds is that of aki." in words
+
+
+def test_of_all_arms_the_best_is_run_on_fresh_seeds(corpus: Corpus, tmp_path: Path) -> None:
+    """With its small model and the baseline; the others are run on one."""
+    arms = ("aki", "rms_random", "salt")
+    chosen = replace(suite("llama_both", "tiny"), arms=arms, seeds=(1,), winner_seeds=(2, 3), num_questions=0)
+    found = content(Results.of(pretended(chosen, corpus, tmp_path, aki=-0.2)))
+    seeds = {each["arm"]: each["seeds"] for each in [found["small"], *found["scratch"], *found["arms"]]}
+    assert seeds == {
+        **dict.fromkeys((SMALL, *chosen.scratch_arms, "aki"), [1, 2, 3]),
+        **dict.fromkeys(("rms_random", "salt"), [1]),
+    }
+
+
+def test_core_and_full_share_what_they_have_in_common(corpus: Corpus, tmp_path: Path) -> None:
+    core = replace(suite("llama_depth", "tiny"), arms=("stack",), refines=True, num_questions=0)
+    full = replace(core, arms=("stack", "interleave"), refines=False)
+    made = pretended(core, corpus, tmp_path)
+    runner = Runner(made.runner.record, 1, Pretending([]), tell=str)
+    other = Experiment(full, corpus, tmp_path, runner, Sweep())
+    other.tune()
+    assert [name.split("-")[0] for name in runner.start.names] == ["interleave"] * 3
+
+
+def test_runs_that_diverge_are_told_and_leave_savings_unknown(corpus: Corpus, tmp_path: Path) -> None:
+    """Means of the survivors would flatter an arm that is not stable."""
+    chosen = replace(suite("llama_both", "tiny"), arms=("aki", "rms_random", "ki"), seeds=(1, 2), num_questions=0)
+    worse = {"aki-lr0.001-seed2": None, "aki": -0.5, "ki": None}
+    found = content(Results.of(pretended(chosen, corpus, tmp_path, **worse)))
+    assert found["diverged"] == ["aki, seed 2: it ended with exit code 5: as told", "ki, at every learning rate"]
+    assert found["not_finished"] == []
+    assert [arm["arm"] for arm in found["arms"]] == ["rms_random", "aki"]
+    unstable = found["arms"][1]
+    assert (unstable["seeds"], unstable["diverged"]) == ([1], [2])
+    saving = unstable["savings"]["all_in"]["flops"]
+    assert saving["value"] is None and "1 of 2 seeds: the run diverged" in saving["reason"]
+    words = to_markdown(found)
+    assert "| aki | 1 of 2 |" in words and "Diverged: aki, seed 2" in words
+
+
+def test_seconds_are_compared_on_one_kind_of_machine_only(corpus: Corpus, tmp_path: Path) -> None:
+    """Losses and FLOPs are compared across them."""
+    chosen = replace(suite("llama_both", "tiny"), arms=("aki", "mslt"), num_questions=0)
+    made = pretended(chosen, corpus, tmp_path)
+    here = made.runner.record.find(made.job(made.sweep.best("mslt"), 1).key).machine
+    for arm, suffers in ((SMALL, {"aki"}), ("mslt", {"mslt"}), ("scratch-1", {"aki", "mslt"})):
+        key = made.job(made.sweep.best(arm), 1).key
+        moved = tmp_path / f"{arm}.jsonl"
+        lines = [json.loads(line) for line in made.runner.record.path.read_text().splitlines()]
+        moved.write_text(
+            "".join(json.dumps(each | ({"machine": "other"} if each["key"] == key else {})) + "\n" for each in lines)
+        )
+        elsewhere = replace(made, runner=Runner(Record(moved), tell=str))
+        found = content(Results.of(elsewhere))
+        assert found["machines"] == sorted([here, "other"])
+        assert any("several kinds of machine" in caveat for caveat in found["caveats"])
+        for each in found["arms"]:
+            for savings in each["savings"].values():
+                told = "several kinds of machine" in (savings["seconds"]["reason"] or "")
+                assert told == (each["arm"] in suffers), (arm, each["arm"])
+                assert "machine" not in (savings["flops"]["reason"] or "")
+
+
+def test_an_arm_that_fails_leaves_the_others_alone(two_arms: Suite, text: Path, tmp_path: Path) -> None:
+    """It is told at the end, after the report, and tried again by the next call."""
+    pretending = Pretending([])
+
+    def start(job: Job) -> InThisProcess:
+        return Ended(3) if job.name.startswith("fpi") else pretending(job)
+
+    asked = Comparison("bert", "tiny", text, tmp_path / "out", parallel=1, results=tmp_path / "results")
+    with pytest.raises(FailedRun, match=r"fpi-lr0\.002-seed0-\w+ ended with exit code 3"):
+        compare(asked, start, str)
+    assert any(name.startswith("ligo") and "seed1" in name for name in pretending.names)
+    (words,) = [path.read_text() for path in (tmp_path / "out").rglob("report.md")]
+    assert "Not finished: fpi." in words and "Best on the tuning seed: ligo" in words
+    compare(asked, pretending, str)
+
+
+def test_rates_at_an_end_are_named(corpus: Corpus, tmp_path: Path) -> None:
+    chosen = replace(suite("llama_depth", "tiny"), arms=("stack",), num_questions=0)
+    caveats = content(Results.of(pretended(chosen, corpus, tmp_path)))["caveats"]
+    assert any("the lowest that was tried; one beyond may be better: small, scratch-0.6" in each for each in caveats)
 
 
 def test_time_that_is_over_stops_before_the_next_run(text: Path, tmp_path: Path) -> None:
