@@ -7,16 +7,17 @@
 
 Runs that are on record in benchmarks/results/compare are not run again: the unchanged command goes on. Writes
 report.md, report.json, savings.csv and curves.png; see docs/compare.md.
-Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 7 out of time.
+Exit codes: 0 done, 1 --check finds a difference, 2 usage, 3 data, 4 checkpoint, 7 out of time.
 """
 
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from _command import Arguments, local_path, run
 
-from megagrow.compare import SIZES, SUITES, Comparison, compare
+from megagrow.compare import SIZES, SUITES, Comparison, check, compare
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "compare"
 
@@ -24,11 +25,17 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "comp
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is stopped, and saved, as on ctrl-C
     options = vars(parser().parse_args())
+    checks = options.pop("checks")
     options["results"] = options["results"] or RESULTS
     asked = Comparison(**{name: value for name, value in options.items() if value is not None})
     if asked.size == "gpu" and options["parallel"] is None:
         asked = replace(asked, parallel=1)
-    print(f"the report is in {compare(asked)}")
+    if not checks:
+        print(f"the report is in {compare(asked)}")
+    elif found := check(asked):
+        sys.exit("\n".join(found))
+    else:
+        print("all means lie within what is on record")
 
 
 def parser() -> Arguments:
@@ -48,6 +55,12 @@ def parser() -> Arguments:
     )
     parser.add_argument("--lr", dest="fixed", type=float, help="of all arms, without any tuning")
     parser.add_argument("--report", dest="only_reports", action="store_true", help="of what is there; run nothing")
+    parser.add_argument(
+        "--check",
+        dest="checks",
+        action="store_true",
+        help="run what is reported again, elsewhere; compare with the record",
+    )
     return parser
 
 

@@ -1,9 +1,10 @@
 """One comparison from its name to its report."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megagrow.compare.agreement import disagreements
 from megagrow.compare.corpus import make_corpus
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.record import Record
@@ -13,6 +14,7 @@ from megagrow.compare.runner import Runner, Start, in_another_process
 from megagrow.compare.suites import suite
 from megagrow.compare.sweep import Sweep
 from megagrow.config import require
+from megagrow.errors import DataError
 
 MACHINES = {"core": "cpu", "full": "cpu"}  # sizes that share their runs
 
@@ -61,17 +63,43 @@ def compare(asked: Comparison, start: Start = in_another_process, tell: Callable
         FailedRun: runs failed otherwise than by diverging; the others have been carried out.
         Preempted: time is up; the same call goes on.
     """
-    chosen = suite(asked.suite, asked.size)
-    corpus = make_corpus(asked.data, asked.output / "corpora", chosen.vocab_size)
-    name = f"{chosen.name}-{MACHINES.get(chosen.size, chosen.size)}-{corpus.sha256[:12]}"
-    folder, record = asked.output / name, Record(asked.results / f"{name}.jsonl")
-    runner = Runner(record, asked.parallel, start, 60 * asked.minutes, tell)
-    sweep = Sweep(fixed=asked.fixed or None)
-    experiment = Experiment(chosen, corpus, folder, runner, sweep, asked.only_reports)
+    experiment = _experiment(asked, start, tell)
     for arm, reason in experiment.refused.items():
         tell(f"{arm} is left out: {reason}")
     experiment.tune()
     experiment.run_seeds()
-    write_report(Results.of(experiment), folder / chosen.size)
+    output = experiment.folder / experiment.suite.size
+    write_report(Results.of(experiment), output)
+    experiment.runner.raise_failures()
+    return output
+
+
+def check(asked: Comparison, start: Start = in_another_process, tell: Callable[[str], None] = print) -> list[str]:
+    """Runs the reported seeds of a finished comparison again; returns what lies outside of what is on record.
+
+    Args:
+        asked, start, tell: see `compare`.
+
+    Raises:
+        DataError: not all of the comparison is on record for this corpus.
+        ConfigError, FailedRun, Preempted: see `compare`.
+    """
+    recorded = _experiment(replace(asked, only_reports=True), start, tell)
+    recorded.tune()
+    known = Results.of(recorded)
+    if not known.names or any(each.line is None for each in known.outcomes) or not recorded.sweep.knows(recorded.arms):
+        raise DataError(f"{recorded.runner.record.path}: holds no whole comparison to check against; run it first")
+    folder = recorded.folder / "again"
+    runner = Runner(Record(folder / "record.jsonl"), asked.parallel, start, 60 * asked.minutes, tell)
+    again = replace(recorded, folder=folder, runner=runner, only_reads=False)
+    again.run_seeds()
     runner.raise_failures()
-    return folder / chosen.size
+    return disagreements(known, Results.of(again))
+
+
+def _experiment(asked: Comparison, start: Start, tell: Callable[[str], None]) -> Experiment:
+    chosen = suite(asked.suite, asked.size)
+    corpus = make_corpus(asked.data, asked.output / "corpora", chosen.vocab_size)
+    name = f"{chosen.name}-{MACHINES.get(chosen.size, chosen.size)}-{corpus.sha256[:12]}"
+    runner = Runner(Record(asked.results / f"{name}.jsonl"), asked.parallel, start, 60 * asked.minutes, tell)
+    return Experiment(chosen, corpus, asked.output / name, runner, Sweep(fixed=asked.fixed or None), asked.only_reports)

@@ -3,7 +3,7 @@
     llama_width    width x 2            llama_depth    depth x 2          llama_both    both
     gpt2           base to medium       bert           small to base      salt          a student of twice its teacher
 
-Four sizes each: `core` (six arms, three seeds; 40 minutes on two CPU cores of 90 GFLOP/s), `full` (all arms, one seed, of
+Four sizes each: `core` (six arms, three seeds; 40 minutes on two cores of 90 GFLOP/s), `full` (all arms, one seed, of
 the best three; up to 80 minutes), `gpu` (the arms of `core`, shapes for one large GPU) and `tiny` (seconds, for tests).
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from megagrow.compare.comparison import Comparison, compare
+from megagrow.compare.comparison import Comparison, check, compare
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.job import Job
@@ -22,7 +22,7 @@ from megagrow.compare.suites import suite
 from megagrow.compare.sweep import Sweep
 from megagrow.compare.table import to_markdown
 from megagrow.config_file import load_file
-from megagrow.errors import ConfigError, Preempted
+from megagrow.errors import ConfigError, DataError, Preempted
 from megagrow.report.run import load_run
 from megagrow.report.savings import CONVENTIONS, MEASURES
 from tests.compare.conftest import ARMS, Counting, Ended, Pretending
@@ -392,6 +392,29 @@ def test_an_arm_that_fails_leaves_the_others_alone(two_arms: Suite, text: Path, 
     (words,) = [path.read_text() for path in (tmp_path / "out").rglob("report.md")]
     assert "Not finished: fpi." in words and "Best on the tuning seed: ligo" in words
     compare(asked, pretending, str)
+
+
+def test_what_is_run_again_is_checked_against_the_record(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(suite("llama_depth", "tiny"), arms=("stack", "mslt"), seeds=(1, 2), num_questions=0)
+    monkeypatch.setattr("megagrow.compare.comparison.suite", lambda name, size: few)
+    asked = Comparison("llama_depth", "tiny", text, tmp_path / "out", parallel=1, results=tmp_path / "results")
+    spread = {"stack-lr0.001-seed1": -0.01, "stack-lr0.001-seed2": 0.01}
+    with pytest.raises(DataError, match="holds no whole comparison to check against"):
+        check(asked, Pretending([]), str)
+    compare(asked, Pretending([], spread), str)
+    (file,) = (tmp_path / "results").iterdir()
+    before = file.read_text()
+    same, reported = Pretending([]), 2 * (1 + 3 + 2)
+    assert check(asked, same, str) == [] and len(same.names) == reported
+    assert file.read_text() == before
+    shutil.rmtree(tmp_path / "out")
+    (found,) = check(asked, Pretending([], {"stack-lr0.001-seed1": 0.03}), str)
+    assert found.startswith("stack: loss is 3.0")
+    shutil.rmtree(tmp_path / "out")
+    found = check(asked, Pretending([], {"mslt": None}), str)
+    assert len(found) == 3 and found[0].startswith("mslt: loss is unknown, not ")
 
 
 def test_rates_at_an_end_are_named(corpus: Corpus, tmp_path: Path) -> None:
