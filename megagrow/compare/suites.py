@@ -179,6 +179,7 @@ def _make(
 
 def _base(scale: Scale, model: ModelConfig, steps: int, size: str) -> Config:
     mask, is_gpu = -1 if model.is_causal else scale.vocab_size, size == "gpu"
+    interval = max(steps // scale.evaluations, 1)
     return Config(
         model=model,
         data=DataConfig(seq_length=scale.seq_length, mask_token=mask),
@@ -186,7 +187,8 @@ def _base(scale: Scale, model: ModelConfig, steps: int, size: str) -> Config:
             steps=steps,
             global_batch_size=scale.batch,
             precision="bf16" if is_gpu else "fp32",
-            eval_interval=max(steps // scale.evaluations, 1),
+            eval_interval=interval,
+            eval_after_growth=interval,  # how soon a loss is recovered is told to a factor of two
             eval_batches=scale.eval_batches,
             threads=0 if is_gpu else 1,
         ),

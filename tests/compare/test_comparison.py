@@ -192,6 +192,18 @@ def test_growth_is_told_with_its_losses(report: Path) -> None:
     assert arms["ki"]["loss_after"] is None
 
 
+def test_evaluations_are_dense_right_after_growth(finished: Experiment) -> None:
+    """At the start of a run, in its middle, and nowhere else."""
+    runs = {name: finished.ended(finished.sweep.best(name), 1) for name in ("rms_random", "mslt", "ki")}
+    steps = {name: [step for step, *_ in line.curve] for name, line in runs.items()}
+    interval = finished.suite.base.train.eval_interval
+    grown_at = [event["step"] for event in runs["mslt"].ledger["events"] if event["event"] == "growth"]
+    assert len(grown_at) == 2 and grown_at[1] > 0
+    assert set(steps["rms_random"]) >= {1, 2}
+    assert set(steps["mslt"]) >= {grown_at[1] + 1, grown_at[1] + 2}
+    assert all(step % interval == 0 for step in steps["ki"])
+
+
 def test_each_run_is_a_line_of_the_table(report: Path, finished: Experiment) -> None:
     with (report / "savings.csv").open() as file:
         lines = list(csv.DictReader(file))
