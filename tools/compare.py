@@ -44,12 +44,17 @@ def parser() -> Arguments:
     sizes = parser.add_mutually_exclusive_group()
     for size in SIZES[1:]:
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size)
-    parser.add_argument("--data", type=local_path, metavar="FOLDER", help="of text; default: the built-in corpus")
+    parser.add_argument(
+        "--data",
+        type=local_path,
+        metavar="FOLDER",
+        help="of text, or of tokens from OUTPUT/corpora; default: the built-in corpus",
+    )
     parser.add_argument(
         "--output", type=local_path, metavar="FOLDER", help="of corpora, runs, reports; default runs/compare"
     )
     parser.add_argument("--jobs", dest="parallel", type=int, help="runs at a time; default 2, with --gpu 1")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many")
+    parser.add_argument("--minutes", type=float, help="from the first run on, in which all has to end")
     parser.add_argument(
         "--results", type=local_path, metavar="FOLDER", help="of the records of ended runs; default: the project's"
     )

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megagrow.checks import check, check_chain
-from megagrow.compare.budget import affordable_steps
+from megagrow.compare.budget import affordable_steps, run_flops
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.job import Job
 from megagrow.compare.questions import make_questions
@@ -106,6 +106,7 @@ class Experiment:
             questions=self._questions if settings["questions"] else "",
             keeps_model=chosen.arm == SMALL,
             keeps_curve=seed != TUNING_SEED,
+            flops=run_flops(config, self.suite.source),
             settings=settings,
         )
 

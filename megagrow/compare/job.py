@@ -43,6 +43,7 @@ class Job:
         questions: folder of downstream tasks; empty: none are asked.
         keeps_model: whether others start from its model; else the checkpoints are removed at the end.
         keeps_curve: whether the record has more than the end of the run.
+        flops: that the run takes, to foretell its seconds; 0: not known.
         settings: what decides the run, see `record.settings_of`; the process that carries it out need not know.
     """
 
@@ -50,6 +51,7 @@ class Job:
     questions: str = ""
     keeps_model: bool = False
     keeps_curve: bool = field(default=True, compare=False)
+    flops: float = field(default=0.0, compare=False)
     settings: Json = field(default_factory=dict, compare=False)
 
     @property

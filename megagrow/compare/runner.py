@@ -92,7 +92,8 @@ class Runner:
         record: of ended runs; what stands there is not carried out.
         parallel: processes at a time.
         start: how a job is begun.
-        seconds: after which no more is begun; 0: there is no end.
+        seconds: from the first job on, in which all has to end; what would not, by the slowest run so far, is not begun.
+            0: there is no end.
         tell: prints a line for the user.
     """
 
@@ -105,8 +106,9 @@ class Runner:
         tell: Callable[[str], None] = print,
     ) -> None:
         self.record, self.parallel, self.start, self.tell = record, parallel, start, tell
-        self._end = time.monotonic() + seconds if seconds else float("inf")
         self._seconds = seconds
+        self._since: float | None = None  # the first job
+        self._slowest = 0.0  # seconds for a FLOP of a job so far
         self._failures: dict[Job, int] = {}
 
     def make_models(self, jobs: Sequence[Job]) -> None:
@@ -136,10 +138,12 @@ class Runner:
         waiting = [job for job in jobs if job not in self._failures]
         running: dict[Job, tuple[Process, float]] = {}
         total = len(waiting)
+        if waiting and self._since is None:
+            self._since = time.monotonic()
         try:
-            while running or (waiting and not self._is_over):
-                while waiting and len(running) < self.parallel and not self._is_over:
-                    job = waiting.pop(0)
+            while running or self._fitting(waiting):
+                while len(running) < self.parallel and (job := self._fitting(waiting)):
+                    waiting.remove(job)
                     job.write()
                     running[job] = self.start(job), time.monotonic()
                 for job, (process, since) in list(running.items()):
@@ -155,19 +159,24 @@ class Runner:
                 f"{self._seconds / 60:g} minutes are over and {len(waiting)} runs are left; the same command goes on"
             )
 
-    @property
-    def _is_over(self) -> bool:
-        return time.monotonic() >= self._end
+    def _fitting(self, waiting: Sequence[Job]) -> Job | None:
+        """The first job that will have ended in time."""
+        if not self._seconds or self._since is None:
+            return waiting[0] if waiting else None
+        left = self._since + self._seconds - time.monotonic()
+        return next((job for job in waiting if job.flops * self._slowest < left), None)
 
     def _note(self, job: Job, code: int, place: str, since: float) -> None:
+        took = time.monotonic() - since
         if code in (DONE, DIVERGED):
+            self._slowest = max(self._slowest, took / job.flops if job.flops else 0.0)
             line = job.line(self.parallel)
             self.record.add(line)
             ended = "diverged" if line.loss is None else f"loss {line.loss:.4f}"
         else:
             self._failures[job] = code
             ended = f"failed with exit code {code}, see {job.log}"
-        self.tell(f"{place}  {job.name}: {ended}, {duration(time.monotonic() - since)}")
+        self.tell(f"{place}  {job.name}: {ended}, {duration(took)}")
 
 
 def _stop(processes: list[Process]) -> None:

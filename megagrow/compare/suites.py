@@ -58,7 +58,7 @@ class Scale:
 
 
 CPU = Scale(2048, 128, 8, 32, unit=1, depth=1, budget=5e12, evaluations=10, eval_batches=24, num_questions=400)
-GPU = Scale(8192, 512, 128, 64, unit=2, depth=2, budget=1.3e16, evaluations=10, eval_batches=8, num_questions=1000)
+GPU = Scale(8192, 512, 128, 64, unit=2, depth=2, budget=2.5e15, evaluations=10, eval_batches=8, num_questions=1000)
 TINY = Scale(512, 64, 2, 8, unit=1, depth=1, budget=1e9, evaluations=3, eval_batches=2, num_questions=4)
 SCALES = {"core": CPU, "full": CPU, "gpu": GPU, "tiny": TINY}
 
@@ -172,7 +172,7 @@ def _make(
         winner_seeds=(2, 3) if size == "full" else (),
         ligo_steps=max(steps // 20, 1),
         vocab_size=scale.vocab_size,
-        refines=size in ("core", "gpu"),
+        refines=size == "core",
         num_questions=scale.num_questions,
     )
 

@@ -13,7 +13,7 @@ from megagrow.compare.job import Job, carry_out
 from megagrow.compare.record import Record
 from megagrow.compare.runner import FailedRun, Runner, Start, in_another_process
 from megagrow.config import Config, OptimConfig, RunConfig
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, Preempted
 from megagrow.metrics import write_exit
 
 
@@ -79,6 +79,30 @@ def test_as_many_run_beside_each_other_as_are_allowed(tmp_path: Path) -> None:
     assert starts.most == 2
     assert [line.split()[0] for line in told] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     assert all(": diverged, " in line for line in told)
+
+
+def test_only_what_will_end_in_time_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock runs from the first job on: a second for a FLOP."""
+    now = [1000.0]
+    monkeypatch.setattr("megagrow.compare.runner.time.monotonic", lambda: now[0])
+    made = [replace(job, flops=flops) for job, flops in zip(jobs(tmp_path, 4), (20.0, 30.0, 90.0, 50.0), strict=True)]
+    begun: list[float] = []
+
+    @dataclass
+    class Timed(Fake):
+        def poll(self) -> int | None:
+            now[0] += self.job.flops
+            return super().poll()
+
+    def start(job: Job) -> Timed:
+        begun.append(job.flops)
+        return Timed(job, 5, 1)
+
+    one = Runner(Record(tmp_path / "record.jsonl"), 1, start, seconds=110.0, tell=str)
+    now[0] += 500  # such as tokenizing takes
+    with pytest.raises(Preempted, match="1 runs are left"):
+        one.carry_out(made)
+    assert begun == [20.0, 30.0, 50.0]
 
 
 def test_what_is_done_is_not_begun(tmp_path: Path) -> None:
