@@ -62,7 +62,8 @@ class Experiment:
         """
         suite = self.suite
         self._tune([SMALL], refines=True)
-        self._drop_models()
+        if not self.only_reads:
+            self._drop_models()
         self._tune(suite.scratch_arms, suite.refines)
         self._tune(self.arms, suite.refines)
 

@@ -92,8 +92,8 @@ class Runner:
         record: of ended runs; what stands there is not carried out.
         parallel: processes at a time.
         start: how a job is begun.
-        seconds: from the first job on, in which all has to end; what would not, by the slowest run so far, is not begun.
-            0: there is no end.
+        seconds: from the first job on, in which all has to end; what would not, going by the slowest run so far, is not
+            begun. 0: there is no end.
         tell: prints a line for the user.
     """
 
