@@ -6,5 +6,5 @@ setup(
     packages=find_packages(include=["megagrow", "megagrow.*"])
     + find_packages("kernels", include=["megagrow_kernels", "megagrow_kernels.*"]),
     package_dir={"megagrow_kernels": "kernels/megagrow_kernels"},
-    package_data={"megagrow": ["py.typed", "compare/rates.json"]},
+    package_data={"megagrow": ["py.typed"]},
 )

@@ -275,13 +275,14 @@ class TrainConfig:
     loss_chunk: int = 1024
     seed: int = 1234  # initial weights depend on (seed, parameter name) only
     eval_interval: int = 100  # steps; 0: only at the end
+    eval_after_growth: int = 0  # also 1, 2, 4, 8 … steps after growing, up to so many
     eval_batches: int = 4  # fixed batches of global_batch_size held-out samples
     threads: int = 0  # CPU threads per rank; 0: as the environment says
 
     def __post_init__(self) -> None:
         require_size(self, "train", "steps", "global_batch_size")
         require_not_negative(self, "train", "microbatch_size", "loss_chunk", "eval_interval", "eval_batches", "threads")
-        require_not_negative(self, "train", "z_loss")
+        require_not_negative(self, "train", "z_loss", "eval_after_growth")
         require(0 <= self.label_smoothing < 1, f"train.label_smoothing={self.label_smoothing} must be in [0, 1)")
         require(
             self.dropout == 0 or 2**-16 <= self.dropout <= 1 - 2**-16,  # the steps in which it acts

@@ -149,9 +149,13 @@ class Ledger:
         totals = {"flops_total": spent["flops"], "seconds_total": spent["seconds"]}
         self.events.append({"event": event, "step": step, **totals, **values})
 
-    def own(self) -> Totals:
-        """What this run itself has spent so far, on whichever model, without what it inherited."""
-        return _total([p for p in self.phases if p.phase != "evaluation"])
+    def own(self, without: tuple[str, ...] = ()) -> Totals:
+        """What this run itself has spent so far, on whichever model, without what it inherited.
+
+        Args:
+            without: phases that do not count.
+        """
+        return _total([p for p in self.phases if p.phase not in ("evaluation", *without)])
 
     def totals(self) -> dict[str, Totals]:
         """{"papers_convention", "all_in"}: {"flops", "tokens", "seconds"}; None: not known."""

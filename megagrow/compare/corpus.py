@@ -2,6 +2,7 @@
 
     FOLDER/train/… FOLDER/valid/…     what is trained on, and what is held out
     FOLDER/…                          one text of twenty is held out, by its hash
+    FOLDER/corpus.json                tokens that were made elsewhere, for a machine that should not make them again
 
 Files are those of `data.records`: .jsonl (key `text`), anything else is one document; .gz and .zst are decompressed.
 Figures are known by the hash of these files, not by their names.
@@ -68,7 +69,7 @@ def make_corpus(data: Path | None, output: Path, vocab_size: int, limit_bytes: i
     """The corpus in `output`, made if it is not there.
 
     Args:
-        data: a folder of text; None: the built-in corpus.
+        data: a folder of text, or of the tokens of one; None: the built-in corpus.
         output: a folder for corpora.
         vocab_size: of the tokenizer, which is trained on the text that is trained on.
         limit_bytes: of the built-in corpus; None: all of it.
@@ -82,6 +83,8 @@ def make_corpus(data: Path | None, output: Path, vocab_size: int, limit_bytes: i
         description = IndexedDataset(folder / "train").description
         assert description is not None, "it has just been written"
         return Corpus(folder, "built-in", str(description["source_settings"]["documents_sha256"]))
+    if (data / DONE).is_file():
+        return _made_elsewhere(data, vocab_size)
     files = _files(data)
     sha256 = _hash_of(files, data)
     folder = output / f"{sha256[:12]}-{vocab_size}"
@@ -91,6 +94,14 @@ def make_corpus(data: Path | None, output: Path, vocab_size: int, limit_bytes: i
         _write(corpus, files, data, vocab_size)
         write_atomically(folder / DONE, (json.dumps(facts) + "\n").encode())
     return corpus
+
+
+def _made_elsewhere(folder: Path, vocab_size: int) -> Corpus:
+    path = folder / DONE
+    facts = parse_object(path.read_bytes(), path, DataError, "tokenize the text again")
+    if set(facts) != {"sha256", "vocab_size"} or facts["vocab_size"] != vocab_size:
+        raise DataError(f"{path}: is not of tokens of {vocab_size} kinds, which this comparison is about: {facts}")
+    return Corpus(folder, "text files", str(facts["sha256"]))
 
 
 def _files(data: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from megagrow.parallel.mesh import make_inference_mesh
 
 FILE = "downstream.json"  # of a run directory
 BATCH = 32
+SCORES = {"cloze": "acc", "choice": "acc_norm"}  # of each task, the one that tables show
 
 
 def evaluate_run(directory: Path, questions: Path, tokenizer: str, precision: str) -> None:

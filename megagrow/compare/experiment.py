@@ -1,26 +1,31 @@
 """A suite on a corpus, from the small model to the last seed; what has been run already is not run again.
 
 1. The small model, the baseline at each of its budgets, then every arm: each is tuned on one seed, with the same number
-   of tries. A sweep that was recorded stands in for that.
-2. What ended lowest is run on the seeds that are reported, on which nothing was chosen.
+   of tries.
+2. What ended lowest is run on the seeds that are reported, on which nothing was chosen: neither rates nor the best arm.
+
+All is read from the record of ended runs; what is missing there is run.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from megagrow.checks import check, check_chain
-from megagrow.compare.budget import affordable_steps
+from megagrow.compare.budget import affordable_steps, run_flops
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.job import Job
 from megagrow.compare.questions import make_questions
 from megagrow.compare.recipes import RECIPES
+from megagrow.compare.record import Line, key_of, settings_of
 from megagrow.compare.runner import Runner
 from megagrow.compare.suite import SMALL, TUNING_SEED, Suite
 from megagrow.compare.sweep import Sweep, Tried, Try
 from megagrow.config import Config, GrowthConfig, RunConfig
 from megagrow.errors import ConfigError
+from megagrow.report.run import Json
 from megagrow.train.growing import check_recipes
 from megagrow.train.state import RunState
 
@@ -35,8 +40,9 @@ class Experiment:
         suite: what is compared.
         corpus: on what.
         folder: of its runs.
-        runner: carries them out.
-        sweep: the tries so far; a recorded sweep may be given.
+        runner: carries them out, and has the record.
+        sweep: the tries so far.
+        only_reads: whether what is missing stays so.
     """
 
     suite: Suite
@@ -44,19 +50,38 @@ class Experiment:
     folder: Path
     runner: Runner
     sweep: Sweep
+    only_reads: bool = False
     _steps: dict[str, int] = field(default_factory=dict)  # of each arm: rates and seeds do not matter
 
     def tune(self) -> None:
-        """Tries what has not been tried, the baseline before all arms."""
+        """Tries what has not been tried, the baseline before all arms.
+
+        Raises:
+            ConfigError: the small model or the baseline diverges at all rates.
+            FailedRun: one of them failed.
+        """
         suite = self.suite
-        for arms in ([SMALL], suite.scratch_arms, self.arms):
-            if not self.sweep.knows(arms):
-                self.sweep.tune(arms, suite.rates, self._measure, self._tunes_maps if suite.refines else None)
+        self._tune([SMALL], refines=True)
+        if not self.only_reads:
+            self._drop_models()
+        self._tune(suite.scratch_arms, suite.refines)
+        self._tune(self.arms, suite.refines)
 
     def run_seeds(self) -> None:
         """Runs the chosen settings on the seeds that are reported."""
-        names = [*self.suite.scratch_arms, *self.arms]
-        self._carry_out([(self.sweep.best(name), seed) for seed in self.suite.seeds for name in names])
+        self._carry_out(self.reported())
+
+    def reported(self) -> list[tuple[Try, int]]:
+        """Settings and seeds of the runs that are reported."""
+        suite, compared = self.suite, [SMALL, *self.suite.scratch_arms]
+        winner = self.sweep.best_arm(self.arms)
+        names = dict.fromkeys(suite.seeds, [*compared, *self.arms])
+        names |= dict.fromkeys(suite.winner_seeds if winner else (), [*compared, *filter(None, [winner])])
+        return [(self.sweep.best(name), seed) for seed in names for name in names[seed] if self.sweep.knows([name])]
+
+    def ended(self, chosen: Try, seed: int) -> Line | None:
+        """What is on record of a run."""
+        return self.runner.record.find(self.job(chosen, seed).key)
 
     @cached_property
     def arms(self) -> list[str]:
@@ -76,15 +101,18 @@ class Experiment:
 
     def job(self, chosen: Try, seed: int) -> Job:
         """The run of an arm at its rates."""
-        is_reported = seed in self.suite.seeds
+        config, settings = self._placed(chosen, seed)
         return Job(
-            self.config(chosen, seed),
-            questions=self._questions if is_reported else "",
+            config,
+            questions=self._questions if settings["questions"] else "",
             keeps_model=chosen.arm == SMALL,
+            keeps_curve=seed != TUNING_SEED,
+            flops=run_flops(config, self.suite.source),
+            settings=settings,
         )
 
     def config(self, chosen: Try, seed: int) -> Config:
-        """The configuration of that run.
+        """The configuration of that run, but for its place.
 
         Raises:
             ConfigError: the arm is not for these models, or the budget is too small for it.
@@ -95,7 +123,7 @@ class Experiment:
             return replace(small, model=suite.source, data=replace(small.data, seed=seed + SMALL_DATA))
         if chosen.arm in suite.scratch_arms:
             return self._plain(chosen, seed, suite.scratch_arms[chosen.arm])
-        recipe, pair = RECIPES[chosen.arm], suite.pair(self._small_directory(seed))
+        recipe, pair = RECIPES[chosen.arm], suite.pair(self._placed(self._small_try, seed)[0].run.dir)
 
         def build(steps: int) -> Config:
             return recipe(self._plain(chosen, seed, steps), pair)
@@ -112,6 +140,16 @@ class Experiment:
         """The small model of a seed."""
         return self.job(self._small_try, seed)
 
+    def _placed(self, chosen: Try, seed: int) -> tuple[Config, Json]:
+        """The configuration of a run in its directory, and what decides the run: other settings, another directory."""
+        config = self.config(chosen, seed)
+        uses_small = bool(config.init.from_ or config.salt.teacher)
+        small = key_of(self._placed(self._small_try, seed)[1]) if uses_small else ""
+        count = 0 if seed == TUNING_SEED else self._num_questions
+        settings = settings_of(config, self.corpus.sha256, count, small)
+        place = self.folder / "runs" / f"{chosen.name}-seed{seed}-{key_of(settings)[:8]}"
+        return replace(config, run=RunConfig(dir=str(place))), settings
+
     def _plain(self, chosen: Try, seed: int, steps: int) -> Config:
         """A run of the large model from random weights."""
         base, corpus = self.suite.base, self.corpus
@@ -122,43 +160,56 @@ class Experiment:
             data=replace(data, seed=seed),
             train=replace(base.train, steps=steps, seed=seed),
             optim=replace(base.optim, lr=chosen.lr),
-            run=RunConfig(dir=self._directory(chosen, seed)),
         )
-
-    def _directory(self, chosen: Try, seed: int) -> str:
-        return str(self.folder / "runs" / f"{chosen.name}-seed{seed}")
-
-    def _small_directory(self, seed: int) -> str:
-        return self._directory(self._small_try, seed)
 
     @property
     def _small_try(self) -> Try:
         """The small model's settings; before it is tuned, any stand for them."""
         return self.sweep.best(SMALL) if self.sweep.knows([SMALL]) else Try(SMALL, self.suite.rates[0])
 
+    @property
+    def _num_questions(self) -> int:
+        return self.suite.num_questions if self.suite.target.is_causal else 0
+
     @cached_property
     def _questions(self) -> str:
-        count, corpus = self.suite.num_questions, self.corpus
-        if count == 0 or not self.suite.target.is_causal:
-            return ""
-        folder = corpus.folder / f"questions-{count}"
-        return str(make_questions(corpus.validation, corpus.tokenizer, folder, count))
+        count, corpus = self._num_questions, self.corpus
+        return str(make_questions(corpus.validation, corpus.tokenizer, corpus.folder / f"questions-{count}", count))
+
+    def _tune(self, arms: Iterable[str], refines: bool) -> None:
+        names = list(arms)
+        self.sweep.tune(names, self.suite.rates, self._measure, self._tunes_maps if refines else None)
+        if self.only_reads or names == self.arms:
+            return
+        if not self.sweep.knows(names):
+            self.runner.raise_failures()
+        for name in names:
+            self.sweep.best(name)
 
     def _measure(self, tries: Sequence[Try]) -> list[Tried]:
         """Carries tries out on the tuning seed."""
         self._carry_out([(each, TUNING_SEED) for each in tries])
-        found = [(each, self.job(each, TUNING_SEED).result()) for each in tries]
-        return [Tried(each.arm, each.lr, each.map_lr, run.final_loss if run else None) for each, run in found]
+        lines = [(each, self.ended(each, TUNING_SEED)) for each in tries]
+        return [Tried(each.arm, each.lr, each.map_lr, line.loss) for each, line in lines if line]
+
+    def _drop_models(self) -> None:
+        """Removes small models that were only tried."""
+        for row in self.sweep.rows:
+            if row.key != self._small_try:
+                shutil.rmtree(self.job(row.key, TUNING_SEED).directory / "checkpoints", ignore_errors=True)
 
     def _carry_out(self, runs: Sequence[tuple[Try, int]]) -> None:
         """Runs what is missing, after the small models that it needs; the longest runs first."""
-        jobs = [self.job(chosen, seed) for chosen, seed in runs]
-        missing = [job for job in jobs if not job.is_done]
-        starts = {job.config.init.from_ or job.config.salt.teacher for job in missing} - {""}
-        smalls = [self.small(seed) for seed in (TUNING_SEED, *self.suite.seeds)]
-        needed = [small for small in smalls if str(small.directory) in starts]
-        self.runner.make_models(needed)
-        self.runner.carry_out(sorted(missing, key=lambda job: -job.config.train.steps))
+        if self.only_reads:
+            return
+        record = self.runner.record
+        missing = [job for job in (self.job(*each) for each in runs) if record.find(job.key) is None]
+        smalls = {str(small.directory): small for small in map(self.small, sorted({seed for _, seed in runs}))}
+        starts = {job.config.init.from_ or job.config.salt.teacher for job in missing}
+        self.runner.make_models([small for place, small in smalls.items() if place in starts])
+        without = {place for place, small in smalls.items() if not small.has_model}
+        ready = [job for job in missing if (job.config.init.from_ or job.config.salt.teacher) not in without]
+        self.runner.carry_out(sorted(ready, key=lambda job: -job.config.train.steps))
 
     def _tunes_maps(self, arm: str) -> bool:
         """Whether an arm learns maps at a rate that is not its point."""

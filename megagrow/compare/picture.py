@@ -48,7 +48,7 @@ def _cost(run: Run | None, measure: str) -> float | None:
 
 
 def _draw_panel(panel: Any, results: Results, measure: str, factor: float) -> None:
-    for seed in results.experiment.suite.seeds:
+    for seed in sorted({each.seed for each in results.outcomes}):
         _draw_baseline(panel, results.scratch(seed), measure, factor)
     arms = [name for name in results.names if name in results.experiment.arms]
     for place, arm in enumerate(arms):

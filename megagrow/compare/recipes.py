@@ -127,7 +127,7 @@ def interleave(config: Config, pair: Pair) -> Config:
 
 @_recipe()
 def mslt(config: Config, pair: Pair) -> Config:
-    """Three stages of growing depth, new layers learning alone at first; no small model (MSLT, Yang et al., 2020)."""
+    """Three stages of growing depth, new layers learning alone at first; moments are kept (MSLT, Yang et al., 2020)."""
     layers, steps = config.model.num_layers, config.train.steps
     first, second = -(-layers // 3), -(-2 * layers // 3)
     require(first < second < layers, f"mslt needs three stages, and the model has {layers} layers")
@@ -145,7 +145,8 @@ def mslt(config: Config, pair: Pair) -> Config:
 @_recipe()
 def bootstrap(config: Config, pair: Pair) -> Config:
     """A small model of its own, trained first in the same run by G_stack's rule (Du et al., 2024), then stacked."""
-    return bootstrapped(replace(config, growth=GrowthConfig(method="stack", optimizer="reset", bootstrap=True)))
+    growth = GrowthConfig(method="stack", optimizer="reset", rewarmup_steps=config.optim.warmup_steps, bootstrap=True)
+    return bootstrapped(replace(config, growth=growth))
 
 
 @_recipe()
@@ -153,7 +154,8 @@ def progressive(config: Config, pair: Pair) -> Config:
     """Two growths instead of one, the second after a quarter of the run; random new units, stacked layers."""
     middle = pair.between()
     first = EarlierGrowth(**{size: getattr(middle, size) for size in SIZES})
-    grown = _grown(config, pair, pair.method(WIDTH), at_step=max(config.train.steps // 4, 1))
+    later = {"at_step": max(config.train.steps // 4, 1), "rewarmup_steps": config.optim.warmup_steps}
+    grown = _grown(config, pair, pair.method(WIDTH), **later)
     return replace(grown, growth=replace(grown.growth, earlier=(first,)))
 
 
@@ -173,7 +175,7 @@ _variants(
     aki={"method": "aki"},
     zero_pad={"method": "zero_pad"},
     direct_copy={"method": "direct_copy"},
-    rms_random={"method": "rms_random"},
+    rms_random={"method": "rms_random"},  # which is also what ligo_full_rank starts from
 )
 
 
@@ -212,21 +214,25 @@ def _ligo_by(config: Config, pair: Pair, variant: str, init: str, times: float, 
 
 
 _TIED = {"variant": "tied", "init": "clone", "times": 1, "lr": GrowthConfig().ligo_lr}
-_FULL = _TIED | {"variant": "full_rank", "init": "rms_random"}
 _ABOUT = "LiGO (Wang et al., 2023), maps {variant} from {init}, {times} x the usual learning steps at {lr:g}"
 _variants(
     _ligo_by,
     _ABOUT,
     (),
     ligo=_TIED,
-    ligo_source_layer=_TIED | {"variant": "source_layer"},
-    ligo_target_layer=_TIED | {"variant": "target_layer", "init": AUTHORS},
     ligo_0=_TIED | {"times": 0},
     ligo_10x=_TIED | {"times": 10},
     ligo_slow=_TIED | {"lr": 3e-4},
     ligo_fast=_TIED | {"lr": 1e-2},
 )
-_variants(_ligo_by, _ABOUT, ("width",), ligo_full_rank=_FULL, ligo_full_rank_0=_FULL | {"times": 0})
+_variants(  # which are all one where depth alone grows
+    _ligo_by,
+    _ABOUT,
+    ("width",),
+    ligo_source_layer=_TIED | {"variant": "source_layer"},
+    ligo_target_layer=_TIED | {"variant": "target_layer", "init": AUTHORS},
+    ligo_full_rank=_TIED | {"variant": "full_rank", "init": "rms_random"},
+)
 
 
 # A teacher

@@ -6,17 +6,17 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megagrow.compare.picture import draw
 from megagrow.compare.questions import TASKS
 from megagrow.compare.recipes import RECIPES
-from megagrow.compare.results import Results
+from megagrow.compare.results import Outcome, Results
 from megagrow.compare.suite import SMALL
 from megagrow.compare.suites import SUITES
 from megagrow.compare.table import to_markdown
 from megagrow.config import ModelConfig
 from megagrow.data.files import write_atomically
-from megagrow.report.build import commit, machine
 from megagrow.report.curves import quantity
 from megagrow.report.run import Json
 from megagrow.report.savings import CONVENTIONS, MEASURES
@@ -24,19 +24,18 @@ from megagrow.roles import num_parameters
 from megagrow.timeline import step_tokens
 
 
-def write_report(results: Results, output: Path, parallel: int) -> Json:
+def write_report(results: Results, output: Path) -> Json:
     """Writes the four files into `output` and returns the content of report.json.
 
     Args:
         results: of the comparison, finished or not.
         output: a folder.
-        parallel: processes that ran beside each other.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     picture = draw(results)
-    report = content(results, parallel)
+    report = content(results)
     write_atomically(output / "curves.png", picture)
     write_atomically(output / "savings.csv", to_csv(report).encode())
     write_atomically(output / "report.md", to_markdown(report).encode())
@@ -44,10 +43,11 @@ def write_report(results: Results, output: Path, parallel: int) -> Json:
     return report
 
 
-def content(results: Results, parallel: int) -> Json:
+def content(results: Results) -> Json:
     """What report.json holds."""
     experiment = results.experiment
     suite, sweep = experiment.suite, experiment.sweep
+    everyone = [SMALL, *suite.scratch_arms, *experiment.arms]
     summaries = {name: results.summary(name) for name in results.names}
     baseline = [summary for name, summary in summaries.items() if name in suite.scratch_arms]
     return {
@@ -55,26 +55,28 @@ def content(results: Results, parallel: int) -> Json:
         "size": suite.size,
         "about": (SUITES[suite.name].__doc__ or "").strip(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
+        "commits": _distinct(results, "commit"),
+        "machines": _distinct(results, "machine"),
+        "dates": _distinct(results, "date"),
         "corpus": experiment.corpus.facts(),
         "models": {"source": _model(suite.source), "target": _model(suite.target)},
         "budget_flops": suite.budget,
         "step_tokens": step_tokens(suite.base),
         "seeds": list(suite.seeds),
+        "winner_seeds": list(suite.winner_seeds),
+        "winner": results.winner,
         "small": summaries.get(SMALL),
         "scratch": baseline,
         "arms": [summary for name, summary in summaries.items() if name in experiment.arms],
         "about_arms": {name: RECIPES[name].about for name in suite.arms},
         "refused": experiment.refused,
-        "not_finished": [f"{each.arm}, seed {each.seed}" for each in results.outcomes if each.run is None],
+        "diverged": [_named(each) + f": {each.line.reason}" for each in results.diverged() if each.line]
+        + [f"{arm}, at every learning rate" for arm in sweep.diverging(experiment.arms)],
+        "not_finished": [_named(each) for each in results.outcomes if each.line is None]
+        + [arm for arm in everyone if not sweep.knows([arm]) and arm not in sweep.diverging(everyone)],
         "rows": [results.row(each) for each in results.outcomes if each.run is not None],
-        "sweep": {
-            "recorded": sweep.facts or None,
-            "fixed": sweep.fixed,
-            "rows": [vars(row) for row in sweep.rows],
-        },
-        "caveats": list(_caveats(results, parallel)),
+        "sweep": {"fixed": sweep.fixed, "rows": [vars(row) for row in sweep.rows]},
+        "caveats": list(_caveats(results)),
     }
 
 
@@ -115,19 +117,31 @@ def _model(model: ModelConfig) -> Json:
     return {**sizes, "heads": model.num_heads, "vocabulary": model.vocab_size, "parameters": num_parameters(model)}
 
 
-def _caveats(results: Results, parallel: int) -> Iterator[str]:
+def _named(outcome: Outcome) -> str:
+    return f"{outcome.arm}, seed {outcome.seed}"
+
+
+def _distinct(results: Results, name: str) -> list[Any]:
+    """What lines of reported runs say under a name, each once."""
+    return sorted({getattr(each.line, name) for each in results.outcomes if each.line})
+
+
+def _caveats(results: Results) -> Iterator[str]:
     """What a reader must know before believing the numbers."""
     experiment = results.experiment
     suite, sweep = experiment.suite, experiment.sweep
     seeds = len(suite.seeds)
-    yield f"{seeds} seed{'s' if seeds > 1 else ''} per arm: differences within the spread mean nothing."
+    more = f" ({seeds + len(suite.winner_seeds)} of the best arm and of scratch)" if suite.winner_seeds else ""
+    yield f"{seeds} seed{'s' if seeds > 1 else ''} per arm{more}: differences within the spread mean nothing."
     parameters = num_parameters(suite.target)
     if parameters < 1e8:
         yield f"Small scale ({quantity(parameters)} parameters): larger models need their own measurement."
     if sweep.fixed is not None:
         yield f"Nothing was tuned: every arm ran at a learning rate of {sweep.fixed:g}."
-    elif sweep.facts and sweep.facts.get("corpus") != experiment.corpus.sha256:
-        yield f"Learning rates are those of a sweep on another corpus ({str(sweep.facts.get('corpus'))[:12]})."
+    for end in ("lowest", "highest"):
+        arms = [name for name in [SMALL, *suite.scratch_arms, *experiment.arms] if sweep.at_end(name) == end]
+        if arms:
+            yield f"The best learning rate is the {end} that was tried; one beyond may be better: {', '.join(arms)}."
     largest = max(suite.scratch_arms.values()) * step_tokens(suite.base)
     epochs = largest / int(experiment.corpus.facts()["train_tokens"])
     if epochs > 1:
@@ -135,5 +149,9 @@ def _caveats(results: Results, parallel: int) -> Iterator[str]:
     if not suite.target.is_causal:
         yield "Encoders are asked no questions: they have no likelihood of a text."
     yield "Seconds are those of training steps, without start-up, evaluation and saving."
-    if parallel > 1:
-        yield f"{parallel} runs shared the machine at a time, so seconds are those of a busy machine."
+    parallel = _distinct(results, "parallel")
+    if parallel and parallel != [1]:
+        beside = " or ".join(map(str, parallel))
+        yield f"{beside} runs shared the machine at a time, so seconds are those of a busy machine."
+    if len(_distinct(results, "machine")) > 1:
+        yield "Runs were on several kinds of machine: losses are compared across them, seconds are not."

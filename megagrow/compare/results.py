@@ -4,17 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megagrow.compare import downstream
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.questions import TASKS
+from megagrow.compare.record import Line
 from megagrow.compare.suite import SMALL
 from megagrow.compare.sweep import Try
-from megagrow.errors import CheckpointError
-from megagrow.json_file import parse_object
 from megagrow.report.run import Json, Run, check_comparable
 from megagrow.report.savings import CONVENTIONS, MEASURES, at_equal_cost, over_seeds, saving, spread
-
-SCORES = {"cloze": "acc", "choice": "acc_norm"}  # of each task, the one that tables show
 
 
 @dataclass(frozen=True)
@@ -24,11 +20,13 @@ class Outcome:
     Attributes:
         chosen: arm and rates.
         seed: of weights and of the order of samples.
-        run: what it left; None: it is not there, or has diverged.
+        line: what is on record of it; None: it has not ended.
+        run: the same as reports take it; None: it has not ended, or has diverged.
     """
 
     chosen: Try
     seed: int
+    line: Line | None
     run: Run | None
 
     @property
@@ -48,14 +46,6 @@ class Outcome:
         step = next(reached, None)
         return None if step is None else step - event["step"]
 
-    def scores(self) -> dict[str, float] | None:
-        """The share of the questions of each task that are answered rightly; None where none were asked."""
-        path = self.run.path / downstream.FILE if self.run else None
-        if path is None or not path.is_file():
-            return None
-        found = parse_object(path.read_bytes(), path, CheckpointError, "remove the file")
-        return {task: float(found[task][SCORES[task]]) for task in TASKS}
-
 
 @dataclass(frozen=True)
 class Results:
@@ -71,10 +61,8 @@ class Results:
         Raises:
             DataError: runs differ in what their losses depend on.
         """
-        suite, sweep = experiment.suite, experiment.sweep
-        names = [name for name in [SMALL, *suite.scratch_arms, *experiment.arms] if sweep.knows([name])]
-        found = [_outcome(experiment, sweep.best(name), seed) for seed in suite.seeds for name in names]
-        for seed in suite.seeds:
+        found = [_outcome(experiment, chosen, seed) for chosen, seed in experiment.reported()]
+        for seed in {each.seed for each in found}:
             check_comparable([each.run for each in found if each.seed == seed and each.arm != SMALL and each.run])
         return cls(experiment, found)
 
@@ -82,36 +70,51 @@ class Results:
         """Its finished runs, by seed."""
         return [each for each in self.outcomes if each.arm == arm and each.run is not None]
 
+    def diverged(self, arm: str | None = None) -> list[Outcome]:
+        """Runs that diverged: of one arm, or of all."""
+        found = [each for each in self.outcomes if each.line is not None and each.run is None]
+        return [each for each in found if arm in (None, each.arm)]
+
     def scratch(self, seed: int) -> list[Run]:
         """The finished runs of the baseline."""
-        names = self.experiment.suite.scratch_arms
-        return [each.run for each in self.outcomes if each.run and each.seed == seed and each.arm in names]
+        return [each.run for each in self._scratch(seed) if each.run]
+
+    @property
+    def winner(self) -> str | None:
+        """The arm that was best on the tuning seed, once its reported runs are finished."""
+        found = self.experiment.sweep.best_arm(self.experiment.arms)
+        return found if found in self.names else None
 
     @property
     def names(self) -> list[str]:
-        """All arms of which a run is finished: the small model, the baseline, the others by their mean loss."""
+        """All arms of which a run is finished: the small model, the baseline, the others by their mean loss.
+
+        Those of which a run diverged come last.
+        """
         fixed = [SMALL, *self.experiment.suite.scratch_arms]
         others = [arm for arm in self.experiment.arms if self.of_arm(arm)]
-        others.sort(key=lambda arm: self.summary(arm)["loss"]["value"])
+        others.sort(key=lambda arm: (bool(self.diverged(arm)), self.summary(arm)["loss"]["value"]))
         return [name for name in fixed if self.of_arm(name)] + others
 
     def row(self, outcome: Outcome) -> Json:
         """One run: settings, loss, costs, and what it saves against the baseline of its seed."""
-        run = outcome.run
-        assert run is not None, "a run that is there"
+        run, line = outcome.run, outcome.line
+        assert run is not None and line is not None, "a run that is there"
         event, chosen = run.growth or {}, outcome.chosen
         settings: Json = {"arm": outcome.arm, "seed": outcome.seed, "lr": chosen.lr, "map_lr": chosen.map_lr}
         settings |= {"steps": run.config.train.steps, "loss": run.final_loss}
         costs = {c: {m: run.cost(c, m) for m in MEASURES} for c in CONVENTIONS}
         growth = {name: event.get(name) for name in ("loss_before", "loss_initial", "loss_after")}
         growth |= {"steps_to_recover": outcome.steps_to_recover()}
-        compared = {} if self._is_baseline(outcome.arm) else self._compared(run, outcome.seed)
-        return {**settings, "costs": costs, **growth, "scores": outcome.scores(), **compared}
+        compared = {} if self._is_baseline(outcome.arm) else self._compared(outcome)
+        settings |= {"machine": line.machine, "commit": line.commit, "date": line.date}
+        return {**settings, "costs": costs, **growth, "scores": line.scores, **compared}
 
     def summary(self, arm: str) -> Json:
         """An arm over its seeds: means, least and greatest values; what not all runs have is None."""
         rows = [self.row(each) for each in self.of_arm(arm)]
-        found: Json = {"arm": arm, "seeds": [row["seed"] for row in rows], "lr": rows[0]["lr"]}
+        lost = [each.seed for each in self.diverged(arm)]
+        found: Json = {"arm": arm, "seeds": [row["seed"] for row in rows], "diverged": lost, "lr": rows[0]["lr"]}
         found |= {"map_lr": rows[0]["map_lr"], "steps": rows[0]["steps"], "loss": spread([row["loss"] for row in rows])}
         found["costs"] = {c: {m: _known([row["costs"][c][m] for row in rows]) for m in MEASURES} for c in CONVENTIONS}
         for name in ("loss_before", "loss_initial", "loss_after", "steps_to_recover"):
@@ -121,25 +124,42 @@ class Results:
         if self._is_baseline(arm):
             return found
         found["nats_at_equal_flops"] = _known([row["nats_at_equal_flops"] for row in rows])
+        of_lost = [_unknown("the run diverged")] * len(lost)
         found["savings"] = {
-            c: {m: over_seeds([row["savings"][c][m] for row in rows]) for m in MEASURES} for c in CONVENTIONS
+            c: {m: over_seeds([row["savings"][c][m] for row in rows] + of_lost) for m in MEASURES} for c in CONVENTIONS
         }
         return found
 
     def _is_baseline(self, arm: str) -> bool:
         return arm == SMALL or arm in self.experiment.suite.scratch_arms
 
-    def _compared(self, run: Run, seed: int) -> Json:
-        scratch = self.scratch(seed)
-        return {
-            "nats_at_equal_flops": at_equal_cost(run, scratch)["nats"],
-            "savings": {c: {m: saving(run, scratch, c, m) for m in MEASURES} for c in CONVENTIONS},
-        }
+    def _scratch(self, seed: int) -> list[Outcome]:
+        names = self.experiment.suite.scratch_arms
+        return [each for each in self.outcomes if each.seed == seed and each.arm in names]
+
+    def _compared(self, outcome: Outcome) -> Json:
+        run, scratch = outcome.run, self.scratch(outcome.seed)
+        assert run is not None, "a run that is there"
+        savings = {c: {m: saving(run, scratch, c, m) for m in MEASURES} for c in CONVENTIONS}
+        if len(self._machines(outcome)) > 1:
+            for each in savings.values():
+                each["seconds"] = _unknown("it, its small model and scratch ran on several kinds of machine")
+        return {"nats_at_equal_flops": at_equal_cost(run, scratch)["nats"], "savings": savings}
+
+    def _machines(self, outcome: Outcome) -> set[str]:
+        """Of a run, of the small model that it uses, and of the baseline that it is compared with."""
+        uses_small = outcome.run is not None and (outcome.run.config.init.from_ or outcome.run.config.salt.teacher)
+        small = [each for each in self.outcomes if uses_small and (each.arm, each.seed) == (SMALL, outcome.seed)]
+        return {each.line.machine for each in [outcome, *small, *self._scratch(outcome.seed)] if each.line}
 
 
 def _outcome(experiment: Experiment, chosen: Try, seed: int) -> Outcome:
-    job = experiment.job(chosen, seed)
-    return Outcome(chosen, seed, job.result() if job.is_done else None)
+    line = experiment.ended(chosen, seed)
+    return Outcome(chosen, seed, line, line.run(experiment.job(chosen, seed).config) if line else None)
+
+
+def _unknown(reason: str) -> Json:
+    return {"value": None, "reason": reason, "bound": None}
 
 
 def _known(values: Sequence[Any]) -> Json | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megagrow.compare.job import DIVERGED, DONE, Job, carry_out
+from megagrow.compare.record import Record
 from megagrow.errors import MegagrowError, Preempted
 from megagrow.metrics import duration
 
@@ -66,57 +67,83 @@ def _our_places() -> list[str]:
 
 
 class FailedRun(MegagrowError):
-    """A run of a comparison failed for a reason of its own, which its log tells."""
+    """Runs of a comparison failed for reasons of their own, which their logs tell.
 
-    def __init__(self, job: Job, code: int) -> None:
-        lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.is_file() else []
-        said = " | ".join(line.strip() for line in lines[-LAST_LINES:])
-        super().__init__(f"{job.name} ended with exit code {code}; {job.log} ends: {said}")
+    Args:
+        failures: jobs and their exit codes.
+    """
+
+    def __init__(self, failures: Sequence[tuple[Job, int]]) -> None:
+        super().__init__("; ".join(_end_of_log(job, code) for job, code in failures))
+        code = failures[0][1]
         self.exit_code = code if code > 0 else 1
 
 
+def _end_of_log(job: Job, code: int) -> str:
+    lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.is_file() else []
+    said = " | ".join(line.strip() for line in lines[-LAST_LINES:])
+    return f"{job.name} ended with exit code {code}; {job.log} ends: {said}"
+
+
 class Runner:
-    """Carries out jobs.
+    """Carries out jobs and puts them on record.
 
     Args:
+        record: of ended runs; what stands there is not carried out.
         parallel: processes at a time.
         start: how a job is begun.
-        seconds: after which no more is begun; 0: there is no end.
+        seconds: from the first job on, in which all has to end; what would not, going by the slowest run so far, is not
+            begun. 0: there is no end.
         tell: prints a line for the user.
     """
 
     def __init__(
         self,
+        record: Record,
         parallel: int = 1,
         start: Start = in_another_process,
         seconds: float = 0.0,
         tell: Callable[[str], None] = print,
     ) -> None:
-        self.parallel, self.start, self.tell = parallel, start, tell
-        self._end = time.monotonic() + seconds if seconds else float("inf")
+        self.record, self.parallel, self.start, self.tell = record, parallel, start, tell
         self._seconds = seconds
+        self._since: float | None = None  # the first job
+        self._slowest = 0.0  # seconds for a FLOP of a job so far
+        self._failures: dict[Job, int] = {}
 
     def make_models(self, jobs: Sequence[Job]) -> None:
-        """Carries jobs out whose models are needed, again where no more than the figures of one are there."""
-        for job in jobs:
-            if job.is_done and not job.has_model:
+        """Carries jobs out whose models are needed, also those of which no more than the figures are left."""
+        missing = [job for job in jobs if not job.has_model]
+        for job in missing:
+            if job.has_ended:
                 shutil.rmtree(job.directory)
-        self.carry_out(jobs)
+        self._carry_out(missing)
 
     def carry_out(self, jobs: Sequence[Job]) -> None:
         """Does what is left to do; in the order given, so that the longest ones had better come first.
 
+        A run that fails otherwise than by diverging is no reason to stop the others; see `raise_failures`.
+
         Raises:
-            FailedRun: a run failed otherwise than by diverging; those beside it are stopped, and saved.
             Preempted: time is up; the same comparison goes on from there.
         """
-        waiting = [job for job in jobs if not job.is_done]
+        self._carry_out([job for job in jobs if self.record.find(job.key) is None])
+
+    def raise_failures(self) -> None:
+        """Raises FailedRun if runs have failed; the same comparison tries them again."""
+        if self._failures:
+            raise FailedRun(list(self._failures.items()))
+
+    def _carry_out(self, jobs: Sequence[Job]) -> None:
+        waiting = [job for job in jobs if job not in self._failures]
         running: dict[Job, tuple[Process, float]] = {}
-        total, begun = len(waiting), 0
+        total = len(waiting)
+        if waiting and self._since is None:
+            self._since = time.monotonic()
         try:
-            while running or (waiting and not self._is_over):
-                while waiting and len(running) < self.parallel and not self._is_over:
-                    job, begun = waiting.pop(0), begun + 1
+            while running or self._fitting(waiting):
+                while len(running) < self.parallel and (job := self._fitting(waiting)):
+                    waiting.remove(job)
                     job.write()
                     running[job] = self.start(job), time.monotonic()
                 for job, (process, since) in list(running.items()):
@@ -132,16 +159,24 @@ class Runner:
                 f"{self._seconds / 60:g} minutes are over and {len(waiting)} runs are left; the same command goes on"
             )
 
-    @property
-    def _is_over(self) -> bool:
-        return time.monotonic() >= self._end
+    def _fitting(self, waiting: Sequence[Job]) -> Job | None:
+        """The first job that will have ended in time."""
+        if not self._seconds or self._since is None:
+            return waiting[0] if waiting else None
+        left = self._since + self._seconds - time.monotonic()
+        return next((job for job in waiting if job.flops * self._slowest < left), None)
 
     def _note(self, job: Job, code: int, place: str, since: float) -> None:
-        if code not in (DONE, DIVERGED):
-            raise FailedRun(job, code)
-        ended = job.result()
-        loss = "diverged" if ended is None else f"loss {ended.final_loss:.4f}"
-        self.tell(f"{place}  {job.name}: {loss}, {duration(time.monotonic() - since)}")
+        took = time.monotonic() - since
+        if code in (DONE, DIVERGED):
+            self._slowest = max(self._slowest, took / job.flops if job.flops else 0.0)
+            line = job.line(self.parallel)
+            self.record.add(line)
+            ended = "diverged" if line.loss is None else f"loss {line.loss:.4f}"
+        else:
+            self._failures[job] = code
+            ended = f"failed with exit code {code}, see {job.log}"
+        self.tell(f"{place}  {job.name}: {ended}, {duration(took)}")
 
 
 def _stop(processes: list[Process]) -> None:

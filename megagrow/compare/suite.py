@@ -28,8 +28,9 @@ class Suite:
         source_share: of that budget, which trains the small model.
         scratch_budgets: of the baseline, as shares of the budget; each is a run of its own whose schedule ends there.
         rates: learning rates that every arm is tried at.
-        refines: whether two more are tried about the best; arms that learn maps try two rates of these instead.
+        refines: whether two more follow for every arm, as they always do for the small model; see sweep.
         seeds: those that are reported; none of them is TUNING_SEED.
+        winner_seeds: further ones, of the arm that was best on TUNING_SEED and of what it is compared with.
         ligo_steps: see Pair.
         vocab_size: of the tokenizer.
         num_questions: of each downstream task; 0: none are asked.
@@ -49,6 +50,7 @@ class Suite:
     source_share: float = 0.2
     scratch_budgets: tuple[float, ...] = (0.6, 1.0, 1.7)
     refines: bool = True
+    winner_seeds: tuple[int, ...] = ()
     num_questions: int = 0
 
     def __post_init__(self) -> None:
@@ -56,7 +58,8 @@ class Suite:
         require(
             max(self.scratch_budgets) >= 1, f"{self.name}: scratch must get what the arms get all-in, a budget of 1"
         )
-        require(TUNING_SEED not in self.seeds, f"{self.name}: rates are chosen on seed {TUNING_SEED}; report others")
+        reported = (*self.seeds, *self.winner_seeds)
+        require(TUNING_SEED not in reported, f"{self.name}: rates are chosen on seed {TUNING_SEED}; report others")
 
     @property
     def budget(self) -> float:
@@ -72,11 +75,6 @@ class Suite:
     def scratch_arms(self) -> dict[str, int]:
         """The baseline's runs by name, and their steps."""
         return {f"{SCRATCH}-{budget:g}": max(round(budget * self.steps), 1) for budget in self.scratch_budgets}
-
-    @property
-    def label(self) -> str:
-        """What it is known by in files."""
-        return f"{self.name}-{self.size}"
 
     def step_flops(self, model: ModelConfig) -> float:
         """FLOPs of one step of plain training."""

@@ -3,8 +3,8 @@
     llama_width    width x 2            llama_depth    depth x 2          llama_both    both
     gpt2           base to medium       bert           small to base      salt          a student of twice its teacher
 
-Four sizes each: `core` (six arms, three seeds; an hour on two CPU cores), `full` (all arms, one seed; four hours),
-`gpu` (the arms of `core`, shapes for one large GPU; 90 seconds for an arm and seed) and `tiny` (seconds, for tests).
+Four sizes each: `core` (six arms, three seeds; 40 minutes on two cores of 90 GFLOP/s), `full` (all arms, one seed, of
+the best three; up to 80 minutes), `gpu` (the arms of `core`, shapes for one large GPU) and `tiny` (seconds, for tests).
 """
 
 from collections.abc import Callable
@@ -43,6 +43,7 @@ class Scale:
         budget: FLOPs of an arm, all-in, so that all suites take about as long.
         evaluations, eval_batches: held-out losses of a run, and batches of each.
         num_questions: of each downstream task.
+        rates: learning rates of the first round.
     """
 
     vocab_size: int
@@ -55,10 +56,16 @@ class Scale:
     evaluations: int
     eval_batches: int
     num_questions: int
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
 
 
-CPU = Scale(2048, 128, 8, 32, unit=1, depth=1, budget=9e12, evaluations=10, eval_batches=24, num_questions=400)
-GPU = Scale(8192, 512, 128, 64, unit=2, depth=2, budget=1.3e16, evaluations=10, eval_batches=8, num_questions=1000)
+# Scratch at 0.6 of llama_depth's budget ends at 5.247, 5.093, 5.084 and 5.496 for 1, 2, 4 and 8e-3, its small model at
+# 5.723, 5.458, 5.396 and 5.715: the best lies near 2.8e-3
+RATES = (1.4e-3, 2.8e-3, 5.6e-3)
+CPU = Scale(
+    2048, 128, 8, 32, unit=1, depth=1, budget=5e12, evaluations=10, eval_batches=24, num_questions=400, rates=RATES
+)
+GPU = Scale(8192, 512, 128, 64, unit=2, depth=2, budget=2.5e15, evaluations=10, eval_batches=8, num_questions=1000)
 TINY = Scale(512, 64, 2, 8, unit=1, depth=1, budget=1e9, evaluations=3, eval_batches=2, num_questions=4)
 SCALES = {"core": CPU, "full": CPU, "gpu": GPU, "tiny": TINY}
 
@@ -167,17 +174,19 @@ def _make(
         base=_base(scale, large, steps, size),
         arms=everything if size == "full" else core,
         steps=steps,
-        rates=(1e-3, 2e-3, 4e-3),
+        rates=scale.rates,
         seeds=(1, 2, 3) if size in ("core", "gpu") else (1,),
+        winner_seeds=(2, 3) if size == "full" else (),
         ligo_steps=max(steps // 20, 1),
         vocab_size=scale.vocab_size,
-        refines=size in ("core", "gpu"),
+        refines=size == "core",
         num_questions=scale.num_questions,
     )
 
 
 def _base(scale: Scale, model: ModelConfig, steps: int, size: str) -> Config:
     mask, is_gpu = -1 if model.is_causal else scale.vocab_size, size == "gpu"
+    interval = max(steps // scale.evaluations, 1)
     return Config(
         model=model,
         data=DataConfig(seq_length=scale.seq_length, mask_token=mask),
@@ -185,7 +194,8 @@ def _base(scale: Scale, model: ModelConfig, steps: int, size: str) -> Config:
             steps=steps,
             global_batch_size=scale.batch,
             precision="bf16" if is_gpu else "fp32",
-            eval_interval=max(steps // scale.evaluations, 1),
+            eval_interval=interval,
+            eval_after_growth=interval,  # how soon a loss is recovered is told to a factor of two
             eval_batches=scale.eval_batches,
             threads=0 if is_gpu else 1,
         ),

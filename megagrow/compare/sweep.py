@@ -1,22 +1,18 @@
-"""Learning rates: every arm has the same number of tries, and those that were recorded need not be run again.
+"""Learning rates: every arm has the same number of tries.
 
-First each arm is tried at the suite's rates. Then, if the suite refines, two more tries lie about the best of them:
-half a step below and above or, for arms that learn maps, at two other rates of the maps. The lowest loss wins.
+First each arm is tried at the suite's rates. Then, if the suite refines, two more tries follow from the best of them:
+half a step below and above; where it is the lowest or the highest, half a step and a whole one beyond; for arms that
+learn maps, two other rates of the maps. The lowest loss wins.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from megagrow.data.files import write_atomically
 from megagrow.errors import ConfigError
-from megagrow.json_file import parse_object
 
 MAP_RATES = (1e-3, 1e-2)
-RECORDED = Path(__file__).with_name("rates.json")
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Tried:
         return Try(self.arm, self.lr, self.map_lr)
 
 
-Measure = Callable[[Sequence[Try]], list[Tried]]
+Measure = Callable[[Sequence[Try]], list[Tried]]  # leaves out tries that have not ended
 
 
 @dataclass
@@ -64,13 +60,12 @@ class Sweep:
 
     Attributes:
         rows: what was tried, in order.
-        facts: where and when, of a recorded sweep; empty: it is this comparison's own.
         fixed: a rate that all arms run at instead; None: they are tuned.
     """
 
     rows: list[Tried] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
     fixed: float | None = None
+    _owed: set[str] = field(default_factory=set)  # arms of which a try has not ended
 
     def tune(
         self,
@@ -79,7 +74,7 @@ class Sweep:
         measure: Measure,
         tunes_maps: Callable[[str], bool] | None = None,
     ) -> None:
-        """Tries arms.
+        """Tries the arms that have not been tried.
 
         Args:
             arms: their names.
@@ -87,11 +82,14 @@ class Sweep:
             measure: carries tries out.
             tunes_maps: whether an arm spends its second round on the rate of its maps; None: there is no second round.
         """
-        names = list(arms)
-        self.rows += measure([Try(name, lr) for name in names for lr in rates])
+        tried = {row.arm for row in self.rows if row.arm not in self._owed}
+        names = [] if self.fixed is not None else [arm for arm in arms if arm not in tried]
+        self.rows = [row for row in self.rows if row.arm not in names]
+        self._owed -= set(names)
+        self._try([Try(name, lr) for name in names for lr in rates], measure)
         if tunes_maps is not None:
-            half = math.sqrt(rates[1] / rates[0])
-            self.rows += measure([each for name in names for each in _around(self.best(name), tunes_maps(name), half)])
+            known = [name for name in names if self.knows([name])]
+            self._try([each for name in known for each in _second(self.best(name), rates, tunes_maps(name))], measure)
 
     def best(self, arm: str) -> Try:
         """The try of an arm that ended lowest.
@@ -101,51 +99,50 @@ class Sweep:
         """
         if self.fixed is not None:
             return Try(arm, self.fixed)
-        ended = [row for row in self.rows if row.arm == arm and row.loss is not None]
+        ended = self._ended(arm)
         if not ended:
             raise ConfigError(f"{arm}: no learning rate was tried that does not diverge; tune it with lower rates")
-        return min(ended, key=lambda row: row.loss if row.loss is not None else math.inf).key
+        return min(ended, key=_loss).key
+
+    def best_arm(self, arms: Iterable[str]) -> str | None:
+        """Which of the arms ended lowest at its best try; None: nothing was tuned."""
+        ended = [row for arm in arms if self.knows([arm]) for row in self._ended(arm)]
+        return min(ended, key=_loss).arm if ended else None
 
     def knows(self, arms: Iterable[str]) -> bool:
         """Whether all of these arms have their rates."""
-        return self.fixed is not None or {row.arm for row in self.rows} >= set(arms)
+        return self.fixed is not None or all(arm not in self._owed and self._ended(arm) for arm in arms)
+
+    def at_end(self, arm: str) -> Literal["lowest", "highest"] | None:
+        """Whether the best rate of an arm is the lowest or the highest that was tried."""
+        rates = [row.lr for row in self.rows if row.arm == arm]
+        if self.fixed is not None or not self.knows([arm]) or len(rates) < 2:
+            return None
+        best = self.best(arm).lr
+        return "lowest" if best == min(rates) else "highest" if best == max(rates) else None
+
+    def diverging(self, arms: Iterable[str]) -> list[str]:
+        """Those that diverged at every rate."""
+        tried = {row.arm for row in self.rows if row.arm not in self._owed}
+        return [arm for arm in arms if arm in tried and not self._ended(arm)]
+
+    def _ended(self, arm: str) -> list[Tried]:
+        return [row for row in self.rows if row.arm == arm and row.loss is not None]
+
+    def _try(self, tries: list[Try], measure: Measure) -> None:
+        found = measure(tries)
+        self.rows += found
+        self._owed |= {each.arm for each in set(tries) - {row.key for row in found}}
 
 
-def _around(best: Try, tunes_maps: bool, half: float) -> list[Try]:
+def _loss(row: Tried) -> float:
+    return math.inf if row.loss is None else row.loss
+
+
+def _second(best: Try, rates: Sequence[float], tunes_maps: bool) -> list[Try]:
+    """The tries that follow from the best of the first ones."""
     if tunes_maps:
         return [replace(best, map_lr=lr) for lr in MAP_RATES]
-    return [replace(best, lr=best.lr / half), replace(best, lr=best.lr * half)]
-
-
-def recorded(label: str, path: Path = RECORDED) -> Sweep | None:
-    """The recorded sweep of a suite in a size; None: there is none.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
-    found = _read(path).get(label)
-    if found is None:
-        return None
-    rows = [Tried(*row) for row in found["rows"]]
-    return Sweep(rows, {name: value for name, value in found.items() if name != "rows"})
-
-
-def record(label: str, sweep: Sweep, facts: dict[str, Any], path: Path = RECORDED) -> None:
-    """Keeps a sweep for all who run the suite after."""
-    rows = [list(asdict(row).values()) for row in sweep.rows]
-    content = _read(path) | {label: {**facts, "rows": rows}}
-    lines = [f"{json.dumps(name)}: {_entry(entry)}" for name, entry in sorted(content.items())]
-    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
-
-def _entry(entry: dict[str, Any]) -> str:
-    """An entry with one row to a line, to be read in a diff."""
-    facts = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in entry.items() if name != "rows"]
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in entry["rows"])
-    return "{\n" + ",\n".join([*facts, f' "rows": [\n{rows}\n ]']) + "\n}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    return parse_object(path.read_bytes(), path, ConfigError, "restore the file")
+    half = math.sqrt(rates[1] / rates[0])
+    ends = {min(rates): (1 / half, 1 / half**2), max(rates): (half, half**2)}
+    return [replace(best, lr=best.lr * factor) for factor in ends.get(best.lr, (1 / half, half))]

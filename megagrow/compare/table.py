@@ -18,9 +18,9 @@ _HEADS = {
 
 
 _CONVENTIONS = (
-    "Mean of the seeds, in brackets the least and the greatest. By the papers' convention the small model costs "
-    "nothing; all-in it counts, as do scoring, operator, teacher and training. Each seed is compared with the scratch "
-    "runs of its own, interpolated between the ends of finished runs."
+    "Mean of the seeds, in brackets the least and the greatest. By the papers' convention a small model that is given "
+    "and scoring cost nothing, while smaller stages of a run's own (mslt, bootstrap, progressive) count; all-in all "
+    "counts. Each seed is compared with the scratch runs of its own, interpolated between the ends of finished runs."
 )
 
 
@@ -50,12 +50,20 @@ def to_markdown(report: Json) -> str:
 
 
 def _headline(report: Json) -> str:
-    """The arm with the lowest loss, and what it saves."""
+    """The arm that was best on the tuning seed, and what it saves on those that are reported."""
     if not report["arms"]:
         return "No arm is finished yet."
-    best = report["arms"][0]
+    lowest = report["arms"][0]["arm"]
+    best = next((arm for arm in report["arms"] if arm["arm"] == report["winner"]), None)
+    if best is None:
+        return f"Lowest loss: {lowest}. It was chosen on the seeds of its figures, which flatters it."
+    seeds = ", ".join(map(str, best["seeds"]))
     said = [f"{_saved(best['savings'][c]['flops'])} by {_WORDS[c]}" for c in CONVENTIONS]
-    return f"**Lowest loss: {best['arm']}; FLOPs saved at equal loss: {', '.join(said)}.**"
+    also = "" if lowest == best["arm"] else f" The lowest mean loss of those seeds is that of {lowest}."
+    return (
+        f"**Best on the tuning seed: {best['arm']}. FLOPs that it saves at equal loss, on seeds {seeds}: "
+        f"{', '.join(said)}.**{also}"
+    )
 
 
 _WORDS = {"papers_convention": "the papers' convention", "all_in": "the all-in one"}
@@ -93,9 +101,11 @@ def _losses(report: Json) -> str:
         costs = arm["costs"]
         flops = [quantity(_mean(costs[c]["flops"]), "FLOP") for c in CONVENTIONS]
         seconds = [_time(_mean(costs[c]["seconds"])) for c in CONVENTIONS]
-        rows.append([arm["arm"], f"{arm['steps']:,}", _spread(arm["loss"], "{:.4f}"), *flops, *seconds])
+        ended = len(arm["seeds"])
+        count = f"{ended} of {ended + len(arm['diverged'])}" if arm["diverged"] else str(ended)
+        rows.append([arm["arm"], count, f"{arm['steps']:,}", _spread(arm["loss"], "{:.4f}"), *flops, *seconds])
     heads = ["compute", "all-in compute", "time", "all-in time"]
-    return _table(["arm", "steps", "validation loss (nats per token)", *heads], rows)
+    return _table(["arm", "seeds", "steps", "validation loss (nats per token)", *heads], rows)
 
 
 def _growth(report: Json) -> str:
@@ -125,12 +135,7 @@ def _sweep_parts(report: Json) -> Iterator[str]:
     if sweep["fixed"] is not None:
         yield f"None was tuned: all runs are at {sweep['fixed']:g}."
         return
-    where = sweep["recorded"]
-    yield (
-        f"Frozen: a sweep recorded on {where['date']}, commit {where['commit'][:12]}, corpus {where['corpus'][:12]}."
-        if where
-        else "Tuned here, on a seed that is not reported; every arm had as many tries."
-    )
+    yield "Tuned on this corpus, on a seed that is not reported; every arm had as many tries."
     rows = [
         [row["arm"], f"{row['lr']:.3g}", _number(row["map_lr"], "{:.3g}"), _number(row["loss"], "{:.4f}", "diverged")]
         for row in sweep["rows"]
@@ -139,14 +144,21 @@ def _sweep_parts(report: Json) -> Iterator[str]:
 
 
 def _footer(report: Json) -> str:
-    corpus, host = report["corpus"], report["machine"]
-    missing = f"Not finished: {'; '.join(report['not_finished'])}. " if report["not_finished"] else ""
+    corpus, dates = report["corpus"], report["dates"]
     tokens = [quantity(corpus[f"{split}_tokens"]) for split in ("train", "validation")]
-    return (
-        f"Corpus {corpus['sha256'][:12]} ({corpus['kind']}): {tokens[0]} tokens to train on, {tokens[1]} held out. "
-        f"{missing}Made {report['date']} from commit {report['commit']} on {host['accelerator'] or host['cpu']}, torch "
-        f"{host['torch']}. Each run is a line of savings.csv."
+    lists = [f"{name}: {'; '.join(report[key])}." for name, key in _LISTS.items() if report[key]]
+    ran = f"Runs of {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}." if dates else ""
+    return " ".join(
+        [
+            f"Corpus {corpus['sha256'][:12]} ({corpus['kind']}): {tokens[0]} tokens to train on, {tokens[1]} held out.",
+            *filter(None, [ran]),
+            *lists,
+            "Each run is a line of savings.csv.",
+        ]
     )
+
+
+_LISTS = {"Machines": "machines", "Commits": "commits", "Diverged": "diverged", "Not finished": "not_finished"}
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -353,7 +353,7 @@ class Trainer:
     def _follow_up(self, phase: str, result: StepResult, seconds: float) -> None:
         state, config = self.state, self.config
         heartbeat.enter("metrics", state.step)
-        validation = self._validate(self.learner) if self._is_due(config.train.eval_interval) else None
+        validation = self._validate(self.learner) if self._evaluation_is_due() else None
         if validation is not None:
             self.validation_loss = validation
             self.salt.judge(validation)
@@ -365,6 +365,12 @@ class Trainer:
 
     def _is_due(self, interval: int) -> bool:
         return self.state.is_done(self.config) or (interval > 0 and self.state.step % interval == 0)
+
+    def _evaluation_is_due(self) -> bool:
+        """At its interval, and right after growing, where the loss changes fast, at powers of two."""
+        train, grown_at = self.config.train, self.state.grown_at
+        since = 0 if grown_at is None else self.state.train_step - grown_at
+        return self._is_due(train.eval_interval) or (0 < since <= train.eval_after_growth and since.bit_count() == 1)
 
     def _save_is_due(self) -> bool:
         """Bad steps hold a save up: a roll-back would lead to what it has saved, back among them."""

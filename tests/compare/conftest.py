@@ -5,14 +5,15 @@ import json
 import random
 import statistics
 import tokenize
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from megagrow.compare.corpus import Corpus, make_corpus
 from megagrow.compare.experiment import Experiment
-from megagrow.compare.job import Job
+from megagrow.compare.job import DIVERGED, DONE, Job
+from megagrow.compare.record import Record
 from megagrow.compare.runner import InThisProcess, Runner
 from megagrow.compare.suites import suite
 from megagrow.compare.sweep import Sweep
@@ -67,28 +68,44 @@ class Counting:
 
 @dataclass
 class Pretending(Counting):
-    """Leaves in no time what a run of the job would: the lower its rates, the lower its loss."""
+    """Leaves in no time what a run of the job would: the lower its rates, the lower its loss.
+
+    Attributes:
+        worse: what is added to the loss, by how names begin; None: those runs diverge.
+    """
+
+    worse: dict[str, float | None] = field(default_factory=dict)
 
     def __call__(self, job: Job) -> InThisProcess:
         self.names.append(job.name)
         config, step = job.config, job.config.train.steps
-        job.directory.mkdir(parents=True)
+        (job.directory / "checkpoints").mkdir(parents=True)
         (job.directory / "config.json").write_text(dump(config))
         ledger = Ledger()
         ledger.add("train", flops=step * 1e6, tokens=step, seconds=step)
         ledger.save(job.directory / "ledger.json")
-        loss = 3.0 + config.optim.lr + config.growth.ligo_lr
+        more = next((more for start, more in self.worse.items() if job.name.startswith(start)), 0.0)
+        code = DIVERGED if more is None else DONE
+        loss = 3.0 + config.optim.lr + config.growth.ligo_lr + (more or 0.0)
         Metrics(job.directory, config).log(step=step, phase="train", validation_loss=loss)
-        write_exit(job.directory, 0, "done", step, 0, "host")
-        return InThisProcess(job)
+        write_exit(job.directory, code, "as told", step, 0, "host")
+        return Ended(code)
+
+
+@dataclass
+class Ended(InThisProcess):
+    """A process that has ended."""
+
+    code: int
 
 
 @pytest.fixture(scope="session")
 def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """A comparison of one seed without tuning."""
     small = replace(suite("llama_both", "tiny"), arms=ARMS)
-    runner = Runner(1, Counting([]), tell=lambda line: None)
-    made = Experiment(small, corpus, tmp_path_factory.mktemp("comparison"), runner, Sweep(fixed=5e-3))
+    folder = tmp_path_factory.mktemp("comparison")
+    runner = Runner(Record(folder / "record.jsonl"), 1, Counting([]), tell=lambda line: None)
+    made = Experiment(small, corpus, folder, runner, Sweep(fixed=5e-3))
     made.tune()
     made.run_seeds()
     return made

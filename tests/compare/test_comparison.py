@@ -9,34 +9,50 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from megagrow.compare.comparison import Comparison, compare
+from megagrow.compare.comparison import Comparison, check, compare
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.job import Job
-from megagrow.compare.report import write_report
+from megagrow.compare.record import Record, key_of
+from megagrow.compare.report import content, write_report
 from megagrow.compare.results import Results
-from megagrow.compare.runner import InThisProcess, Runner
+from megagrow.compare.runner import FailedRun, InThisProcess, Runner
 from megagrow.compare.suite import SMALL, TUNING_SEED, Suite
 from megagrow.compare.suites import suite
-from megagrow.compare.sweep import Sweep, recorded
+from megagrow.compare.sweep import Sweep
+from megagrow.compare.table import to_markdown
 from megagrow.config_file import load_file
-from megagrow.errors import ConfigError, Preempted
+from megagrow.errors import ConfigError, DataError, Preempted
+from megagrow.report.run import load_run
 from megagrow.report.savings import CONVENTIONS, MEASURES
-from tests.compare.conftest import ARMS, Counting, Pretending
+from tests.compare.conftest import ARMS, Counting, Ended, Pretending
 
 
 def again(made: Experiment) -> tuple[Experiment, list[str]]:
     """The same comparison as another call would make it, and what it runs."""
-    counting = Counting([])
-    return replace(made, runner=Runner(1, counting, tell=lambda line: None)), counting.names
+    counting, record = Counting([]), Record(made.runner.record.path)
+    return replace(made, runner=Runner(record, 1, counting, tell=lambda line: None)), counting.names
 
 
 def copied(made: Experiment, folder: Path) -> Experiment:
-    """A comparison of which runs may be damaged, elsewhere: their files name the folder, as a moved one's would."""
+    """A comparison whose runs and record may be damaged, elsewhere: files name the folder, as a moved one's would."""
     shutil.copytree(made.folder, folder)
     for file in [*folder.rglob("jobs/*.json"), *folder.rglob("runs/*/config.json")]:
         file.write_text(file.read_text().replace(str(made.folder), str(folder)))
-    return replace(made, folder=folder)
+    moved = replace(made, folder=folder, runner=Runner(Record(folder / "record.jsonl"), tell=str))
+    return moved
+
+
+def forget(made: Experiment, *arms: str) -> list[str]:
+    """Deletes the lines of arms from the record; returns the names of their runs."""
+    path, names = made.runner.record.path, []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        name = json.loads(line)["name"]
+        (names if name.startswith(arms) else kept).append(name if name.startswith(arms) else line)
+    path.write_text("".join(kept))
+    assert len(names) == len(arms)
+    return names
 
 
 def test_a_finished_comparison_runs_nothing_again(finished: Experiment) -> None:
@@ -46,15 +62,46 @@ def test_a_finished_comparison_runs_nothing_again(finished: Experiment) -> None:
     assert names == []
 
 
-def test_what_is_missing_is_run_and_the_small_model_is_shared(finished: Experiment, tmp_path: Path) -> None:
+def test_the_record_outlives_runs(finished: Experiment, tmp_path: Path) -> None:
+    """Without run directories nothing is run, and the report is the same; it is that of the directories, too."""
     moved = copied(finished, tmp_path / "moved")
-    lost = [path for path in (moved.folder / "runs").iterdir() if path.name.startswith(("rms_random", "ki"))]
-    assert len(lost) == 2
-    for path in lost:
-        shutil.rmtree(path)
+    runs = {path.name: load_run(path) for path in (moved.folder / "runs").iterdir()}
+    shutil.rmtree(moved.folder / "runs")
     other, names = again(moved)
     other.run_seeds()
-    assert sorted(names) == sorted(path.name for path in lost)
+    assert names == []
+    before, after = (content(Results.of(each)) for each in (finished, other))
+    assert {**before, "date": ""} == {**after, "date": ""}
+    for outcome in Results.of(other).outcomes:
+        run = runs[outcome.line.name]
+        assert outcome.run.final_loss == run.final_loss
+        assert outcome.run.growth is None or outcome.run.growth["loss_after"] == run.growth["loss_after"]
+        assert outcome.run.cost("all_in", "flops") == run.cost("all_in", "flops")
+        evaluated = [line["step"] for line in run.lines if line["validation_loss"] is not None]
+        assert [line["step"] for line in outcome.run.lines] == evaluated
+
+
+def test_a_deleted_line_runs_that_arm_again_and_its_small_model(finished: Experiment, tmp_path: Path) -> None:
+    moved = copied(finished, tmp_path / "moved")
+    shutil.rmtree(moved.folder / "runs")
+    lost = forget(moved, "rms_random")
+    other, names = again(moved)
+    before = len(moved.runner.record.path.read_text().splitlines())
+    other.run_seeds()
+    assert names == [moved.small(1).name, *lost]
+    assert len(moved.runner.record.path.read_text().splitlines()) == before + 1  # the small model's line is there
+    losses = [{arm["arm"]: arm["loss"] for arm in content(Results.of(each))["arms"]} for each in (other, finished)]
+    assert losses[0] == losses[1]
+
+
+def test_what_is_missing_is_run_and_the_small_model_is_shared(finished: Experiment, tmp_path: Path) -> None:
+    moved = copied(finished, tmp_path / "moved")
+    lost = forget(moved, "rms_random", "ki")
+    for name in lost:
+        shutil.rmtree(moved.folder / "runs" / name)
+    other, names = again(moved)
+    other.run_seeds()
+    assert sorted(names) == sorted(lost)
 
 
 def test_a_small_model_of_which_only_figures_are_left_is_trained_again_where_it_is_needed(
@@ -66,7 +113,7 @@ def test_a_small_model_of_which_only_figures_are_left_is_trained_again_where_it_
     other, names = again(moved)
     other.run_seeds()
     assert names == []
-    shutil.rmtree(next((moved.folder / "runs").glob("rms_random*")))
+    shutil.rmtree(moved.folder / "runs" / forget(moved, "rms_random")[0])
     other, names = again(moved)
     other.run_seeds()
     assert names[0] == small.name and len(names) == 2
@@ -75,23 +122,31 @@ def test_a_small_model_of_which_only_figures_are_left_is_trained_again_where_it_
 def test_a_run_that_was_killed_goes_on(finished: Experiment, tmp_path: Path) -> None:
     moved = copied(finished, tmp_path / "moved")
     job = moved.job(moved.sweep.best("rms_random"), 1)
-    before = job.result()
+    forget(moved, "rms_random")
     (job.directory / "exit.json").unlink()
     (job.directory / "downstream.json").unlink()
     other, names = again(moved)
     other.run_seeds()
     assert names == [job.name]
-    assert job.result().final_loss == before.final_loss
+    assert other.runner.record.find(job.key).loss == finished.runner.record.find(job.key).loss
 
 
-def test_a_run_with_other_settings_under_the_same_name_is_refused(finished: Experiment, tmp_path: Path) -> None:
-    moved = copied(finished, tmp_path / "moved")
-    job = moved.job(moved.sweep.best("ki"), 1)
-    (job.directory / "exit.json").unlink()
-    other, _ = again(replace(moved, suite=replace(moved.suite, base=replace(moved.suite.base, run=job.config.run))))
-    job.file.write_text(job.file.read_text().replace('"lr": 0.005', '"lr": 0.006'))
-    with pytest.raises(ConfigError, match=r"ki-lr0\.005-seed1 was begun with other settings"):
-        other.run_seeds()
+def test_other_settings_are_another_run(finished: Experiment) -> None:
+    """Neither the record nor a directory of the old ones is taken for it; where things lie does not matter."""
+    base, chosen = finished.suite.base, finished.sweep.best("rms_random")
+    longer = replace(finished, suite=replace(finished.suite, steps=2 * finished.suite.steps), _steps={})
+    smoother = replace(base, optim=replace(base.optim, beta2=0.9))
+    small = replace(finished, suite=replace(finished.suite, source_share=0.3), _steps={})
+    other = replace(finished, suite=replace(finished.suite, base=smoother))
+    elsewhere = replace(finished, corpus=replace(finished.corpus, sha256="0" * 64))
+    jobs = [each.job(chosen, 1) for each in (finished, longer, small, other, elsewhere)]
+    assert len({job.key for job in jobs}) == len({job.directory for job in jobs}) == 5
+    assert [finished.runner.record.find(job.key) is not None for job in jobs] == [True] + [False] * 4
+    ledgers = [each.job(finished.sweep.best(SMALL), 1).key for each in (finished, small)]
+    assert ledgers[0] != ledgers[1]
+    moved = replace(finished, folder=Path("elsewhere"), corpus=replace(finished.corpus, folder=Path("other")))
+    assert key_of(moved._placed(chosen, 1)[1]) == jobs[0].key
+    assert "beta2" not in json.dumps(jobs[0].settings) and "beta2" in json.dumps(jobs[3].settings)
 
 
 def test_only_small_models_keep_their_weights(finished: Experiment) -> None:
@@ -110,7 +165,7 @@ def test_the_small_model_reads_other_samples_than_those_that_grow_from_it(finish
 @pytest.fixture(scope="module")
 def report(finished: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write_report(Results.of(finished), folder, parallel=2)
+    write_report(Results.of(finished), folder)
     return folder
 
 
@@ -135,6 +190,18 @@ def test_growth_is_told_with_its_losses(report: Path) -> None:
     learned = arms["ligo_salt"]
     assert all(learned[name]["value"] > 0 for name in ("loss_before", "loss_initial", "loss_after"))
     assert arms["ki"]["loss_after"] is None
+
+
+def test_evaluations_are_dense_right_after_growth(finished: Experiment) -> None:
+    """At the start of a run, in its middle, and nowhere else."""
+    runs = {name: finished.ended(finished.sweep.best(name), 1) for name in ("rms_random", "mslt", "ki")}
+    steps = {name: [step for step, *_ in line.curve] for name, line in runs.items()}
+    interval = finished.suite.base.train.eval_interval
+    grown_at = [event["step"] for event in runs["mslt"].ledger["events"] if event["event"] == "growth"]
+    assert len(grown_at) == 2 and grown_at[1] > 0
+    assert set(steps["rms_random"]) >= {1, 2}
+    assert set(steps["mslt"]) >= {grown_at[1] + 1, grown_at[1] + 2}
+    assert all(step % interval == 0 for step in steps["ki"])
 
 
 def test_each_run_is_a_line_of_the_table(report: Path, finished: Experiment) -> None:
@@ -164,23 +231,24 @@ def test_tuning_tries_the_baseline_first_and_reports_other_seeds(corpus: Corpus,
     tiny = suite("llama_depth", "tiny")
     chosen = replace(tiny, arms=("stack", "ligo", "ligo_0"), rates=(2e-3, 4e-3), refines=True, num_questions=0)
     pretending = Pretending([])
-    made = Experiment(chosen, corpus, tmp_path, Runner(1, pretending, tell=str), Sweep())
+    record = Record(tmp_path / "record.jsonl")
+    made = Experiment(chosen, corpus, tmp_path, Runner(record, 1, pretending, tell=str), Sweep())
     made.tune()
     names = [SMALL, *chosen.scratch_arms, *chosen.arms]
     tried = {name: [row.key for row in made.sweep.rows if row.arm == name] for name in names}
     assert {len(tries) for tries in tried.values()} == {4}
     half = 2**0.5
     for plain in ("stack", "ligo_0", "scratch-1", SMALL):
-        assert [each.lr for each in tried[plain]] == pytest.approx([2e-3, 4e-3, 2e-3 / half, 2e-3 * half])
+        assert [each.lr for each in tried[plain]] == pytest.approx([2e-3, 4e-3, 2e-3 / half, 1e-3])
     assert [each.map_lr for each in tried["ligo"]] == [None, None, 1e-3, 1e-2]
     order = [name.split("-lr")[0] for name in pretending.names]
     assert set(order[:4]) == {SMALL}
     assert max(i for i, name in enumerate(order) if name.startswith("scratch")) < order.index("stack")
-    assert all(name.endswith(f"seed{TUNING_SEED}") for name in pretending.names)
+    assert all(f"-seed{TUNING_SEED}-" in name for name in pretending.names)
     begun = len(pretending.names)
     made.run_seeds()
     reported = pretending.names[begun:]
-    assert sorted(reported) == sorted(f"{made.sweep.best(name).name}-seed1" for name in names)
+    assert sorted(reported) == sorted(made.job(made.sweep.best(name), 1).name for name in names)
     assert made.sweep.best("ligo").map_lr == 1e-3
     made.tune()
     assert len(pretending.names) == begun + len(reported)
@@ -194,45 +262,181 @@ def two_arms(monkeypatch: pytest.MonkeyPatch) -> Suite:
     return few
 
 
-def test_a_recorded_sweep_is_run_by_nobody_again(two_arms: Suite, text: Path, tmp_path: Path) -> None:
-    """With rates that are recorded only the reported seeds are run; the report says where they come from."""
-    rates, pretending = tmp_path / "rates.json", Pretending([])
-    arms = [SMALL, *two_arms.scratch_arms, *two_arms.arms]
-    rows = ",\n".join(f'  ["{arm}", 0.004, null, 3.0]' for arm in arms)
-    facts = '"corpus": "abc", "kind": "text files", "date": "2026-01-02", "commit": "0123", "machine": "m"'
-    rates.write_text(f'{{"bert-tiny": {{{facts}, "rows": [\n{rows}\n]}}}}')
+def test_a_comparison_that_is_interrupted_goes_on_from_its_record(two_arms: Suite, text: Path, tmp_path: Path) -> None:
+    """In the middle of the sweep, on a machine of which nothing but the record is left."""
+    pretending, stop_at = Pretending([]), 9
 
     def start(job: Job) -> InThisProcess:
-        if len(pretending.names) == 4:
+        if len(pretending.names) == stop_at:
             raise KeyboardInterrupt
         return pretending(job)
 
-    asked = Comparison("bert", "tiny", text, tmp_path / "out", parallel=1, rates=rates)
+    asked = Comparison("bert", "tiny", text, tmp_path / "out", parallel=1, results=tmp_path / "results")
     with pytest.raises(KeyboardInterrupt):
         compare(asked, start, str)
-    assert len(pretending.names) == 4
-    assert all("lr0.004" in name and name.endswith("seed1") for name in pretending.names)
-    folder = compare(replace(asked, only_reports=True), start, str)
+    (file,) = (tmp_path / "results").iterdir()
+    assert len(file.read_text().splitlines()) == 9
+    halfway = (compare(replace(asked, only_reports=True), start, str) / "report.md").read_text()
+    assert "No arm is finished yet" in halfway
+    assert "scratch-1, seed 1; scratch-1.7, seed 1; scratch-0.6; fpi; ligo. " in " ".join(halfway.split())
+    shutil.rmtree(next((tmp_path / "out").glob("bert*")))
+    stop_at = 99
+    folder = compare(asked, start, str)
+    tried, reported = 4 + 2 * (3 + 2), 1 + 3 + 2
+    small_again = 1
+    assert len(pretending.names) == tried + reported + small_again
+    assert len(file.read_text().splitlines()) == tried + reported
     words = (folder / "report.md").read_text()
-    assert "a sweep recorded on 2026-01-02" in words
-    assert "Learning rates are those of a sweep on another corpus (abc)" in words
-    assert "Not finished: " in words and "Encoders are asked no questions" in words
-
-
-def test_a_sweep_is_recorded_where_that_is_asked_for(two_arms: Suite, text: Path, tmp_path: Path) -> None:
-    rates, pretending = tmp_path / "rates.json", Pretending([])
-    asked = Comparison("bert", "tiny", text, tmp_path / "out", parallel=1, records=True, rates=rates)
-    compare(asked, pretending, str)
-    found = recorded("bert-tiny", rates)
-    assert found is not None and len(found.facts["corpus"]) == 64
-    assert found.knows([SMALL, *two_arms.scratch_arms, *two_arms.arms])
+    assert "Best on the tuning seed: fpi" in words and "on seeds 1" in words
+    assert "Encoders are asked no questions" in words and "Not finished" not in words
     begun = len(pretending.names)
-    compare(replace(asked, records=False, output=tmp_path / "other"), pretending, str)
-    assert len(pretending.names) - begun == 1 + 3 + 2
+    shutil.rmtree(tmp_path / "out")
+    assert (compare(asked, start, str) / "report.md").read_text() == words
+    assert len(pretending.names) == begun
+
+
+def test_an_arm_that_is_added_is_the_only_one_that_is_run(
+    two_arms: Suite, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretending = Pretending([])
+    asked = Comparison("bert", "tiny", text, tmp_path / "out", parallel=1, results=tmp_path / "results")
+    compare(asked, pretending, str)
+    more = replace(two_arms, arms=(*two_arms.arms, "aki"))
+    monkeypatch.setattr("megagrow.compare.comparison.suite", lambda name, size: more)
+    begun = len(pretending.names)
+    compare(asked, pretending, str)
+    assert [name.split("-")[0] for name in pretending.names[begun:]] == ["aki"] * 3
+
+
+def pretended(chosen: Suite, corpus: Corpus, folder: Path, **worse: float | None) -> Experiment:
+    """A finished comparison in which nothing was trained."""
+    runner = Runner(Record(folder / "record.jsonl"), 1, Pretending([], worse), tell=str)
+    made = Experiment(chosen, corpus, folder, runner, Sweep())
+    made.tune()
+    made.run_seeds()
+    return made
+
+
+def test_the_best_arm_is_chosen_on_the_tuning_seed_and_reported_on_others(corpus: Corpus, tmp_path: Path) -> None:
+    """`rms_random` wins the sweep and loses afterwards; nobody may exchange it for the winner of the reported seeds."""
+    chosen = replace(suite("llama_both", "tiny"), arms=("aki", "rms_random"), seeds=(1, 2, 3), num_questions=0)
+    lucky = {"rms_random-lr0.001-seed0": -0.5, "rms_random": 0.0, "aki": -0.1}
+    results = Results.of(pretended(chosen, corpus, tmp_path, **lucky))
+    report = content(results)
+    assert report["winner"] == "rms_random" and report["arms"][0]["arm"] == "aki"
+    words = to_markdown(report)
+    assert "**Best on the tuning seed: rms_random. FLOPs that it saves at equal loss, on seeds 1, 2, 3:" in words
+    assert "The lowest mean loss of those seeds is that of aki." in words
+
+
+def test_of_all_arms_the_best_is_run_on_fresh_seeds(corpus: Corpus, tmp_path: Path) -> None:
+    """With its small model and the baseline; the others are run on one."""
+    arms = ("aki", "rms_random", "salt")
+    chosen = replace(suite("llama_both", "tiny"), arms=arms, seeds=(1,), winner_seeds=(2, 3), num_questions=0)
+    found = content(Results.of(pretended(chosen, corpus, tmp_path, aki=-0.2)))
+    seeds = {each["arm"]: each["seeds"] for each in [found["small"], *found["scratch"], *found["arms"]]}
+    assert seeds == {
+        **dict.fromkeys((SMALL, *chosen.scratch_arms, "aki"), [1, 2, 3]),
+        **dict.fromkeys(("rms_random", "salt"), [1]),
+    }
+
+
+def test_core_and_full_share_what_they_have_in_common(corpus: Corpus, tmp_path: Path) -> None:
+    core = replace(suite("llama_depth", "tiny"), arms=("stack",), refines=True, num_questions=0)
+    full = replace(core, arms=("stack", "interleave"), refines=False)
+    made = pretended(core, corpus, tmp_path)
+    runner = Runner(made.runner.record, 1, Pretending([]), tell=str)
+    other = Experiment(full, corpus, tmp_path, runner, Sweep())
+    other.tune()
+    assert [name.split("-")[0] for name in runner.start.names] == ["interleave"] * 3
+
+
+def test_runs_that_diverge_are_told_and_leave_savings_unknown(corpus: Corpus, tmp_path: Path) -> None:
+    """Means of the survivors would flatter an arm that is not stable."""
+    chosen = replace(suite("llama_both", "tiny"), arms=("aki", "rms_random", "ki"), seeds=(1, 2), num_questions=0)
+    worse = {"aki-lr0.001-seed2": None, "aki": -0.5, "ki": None}
+    found = content(Results.of(pretended(chosen, corpus, tmp_path, **worse)))
+    assert found["diverged"] == ["aki, seed 2: it ended with exit code 5: as told", "ki, at every learning rate"]
+    assert found["not_finished"] == []
+    assert [arm["arm"] for arm in found["arms"]] == ["rms_random", "aki"]
+    unstable = found["arms"][1]
+    assert (unstable["seeds"], unstable["diverged"]) == ([1], [2])
+    saving = unstable["savings"]["all_in"]["flops"]
+    assert saving["value"] is None and "1 of 2 seeds: the run diverged" in saving["reason"]
+    words = to_markdown(found)
+    assert "| aki | 1 of 2 |" in words and "Diverged: aki, seed 2" in words
+
+
+def test_seconds_are_compared_on_one_kind_of_machine_only(corpus: Corpus, tmp_path: Path) -> None:
+    """Losses and FLOPs are compared across them."""
+    chosen = replace(suite("llama_both", "tiny"), arms=("aki", "mslt"), num_questions=0)
+    made = pretended(chosen, corpus, tmp_path)
+    here = made.runner.record.find(made.job(made.sweep.best("mslt"), 1).key).machine
+    for arm, suffers in ((SMALL, {"aki"}), ("mslt", {"mslt"}), ("scratch-1", {"aki", "mslt"})):
+        key = made.job(made.sweep.best(arm), 1).key
+        moved = tmp_path / f"{arm}.jsonl"
+        lines = [json.loads(line) for line in made.runner.record.path.read_text().splitlines()]
+        moved.write_text(
+            "".join(json.dumps(each | ({"machine": "other"} if each["key"] == key else {})) + "\n" for each in lines)
+        )
+        elsewhere = replace(made, runner=Runner(Record(moved), tell=str))
+        found = content(Results.of(elsewhere))
+        assert found["machines"] == sorted([here, "other"])
+        assert any("several kinds of machine" in caveat for caveat in found["caveats"])
+        for each in found["arms"]:
+            for savings in each["savings"].values():
+                told = "several kinds of machine" in (savings["seconds"]["reason"] or "")
+                assert told == (each["arm"] in suffers), (arm, each["arm"])
+                assert "machine" not in (savings["flops"]["reason"] or "")
+
+
+def test_an_arm_that_fails_leaves_the_others_alone(two_arms: Suite, text: Path, tmp_path: Path) -> None:
+    """It is told at the end, after the report, and tried again by the next call."""
+    pretending = Pretending([])
+
+    def start(job: Job) -> InThisProcess:
+        return Ended(3) if job.name.startswith("fpi") else pretending(job)
+
+    asked = Comparison("bert", "tiny", text, tmp_path / "out", parallel=1, results=tmp_path / "results")
+    with pytest.raises(FailedRun, match=r"fpi-lr0\.002-seed0-\w+ ended with exit code 3"):
+        compare(asked, start, str)
+    assert any(name.startswith("ligo") and "seed1" in name for name in pretending.names)
+    (words,) = [path.read_text() for path in (tmp_path / "out").rglob("report.md")]
+    assert "Not finished: fpi." in words and "Best on the tuning seed: ligo" in words
+    compare(asked, pretending, str)
+
+
+def test_what_is_run_again_is_checked_against_the_record(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(suite("llama_depth", "tiny"), arms=("stack", "mslt"), seeds=(1, 2), num_questions=0)
+    monkeypatch.setattr("megagrow.compare.comparison.suite", lambda name, size: few)
+    asked = Comparison("llama_depth", "tiny", text, tmp_path / "out", parallel=1, results=tmp_path / "results")
+    spread = {"stack-lr0.001-seed1": -0.01, "stack-lr0.001-seed2": 0.01}
+    with pytest.raises(DataError, match="holds no whole comparison to check against"):
+        check(asked, Pretending([]), str)
+    compare(asked, Pretending([], spread), str)
+    (file,) = (tmp_path / "results").iterdir()
+    before = file.read_text()
+    same, reported = Pretending([]), 2 * (1 + 3 + 2)
+    assert check(asked, same, str) == [] and len(same.names) == reported
+    assert file.read_text() == before
+    shutil.rmtree(tmp_path / "out")
+    (found,) = check(asked, Pretending([], {"stack-lr0.001-seed1": 0.03}), str)
+    assert found.startswith("stack: loss is 3.0")
+    shutil.rmtree(tmp_path / "out")
+    found = check(asked, Pretending([], {"mslt": None}), str)
+    assert len(found) == 3 and found[0].startswith("mslt: loss is unknown, not ")
+
+
+def test_rates_at_an_end_are_named(corpus: Corpus, tmp_path: Path) -> None:
+    chosen = replace(suite("llama_depth", "tiny"), arms=("stack",), num_questions=0)
+    caveats = content(Results.of(pretended(chosen, corpus, tmp_path)))["caveats"]
+    assert any("the lowest that was tried; one beyond may be better: small, scratch-0.6" in each for each in caveats)
 
 
 def test_time_that_is_over_stops_before_the_next_run(text: Path, tmp_path: Path) -> None:
-    asked = Comparison("llama_depth", "tiny", text, tmp_path, parallel=1, minutes=1e-9, fixed=1e-3)
+    asked = Comparison("llama_depth", "tiny", text, tmp_path, parallel=1, minutes=1e-9, fixed=1e-3, results=tmp_path)
     with pytest.raises(Preempted, match="the same command goes on"):
         compare(asked, lambda job: pytest.fail("nothing may be begun"))
 
@@ -242,7 +446,6 @@ def test_time_that_is_over_stops_before_the_next_run(text: Path, tmp_path: Path)
     [
         ({"parallel": 0}, "--jobs 0"),
         ({"minutes": -1.0}, "--minutes -1"),
-        ({"fixed": 1e-3, "sweeps": True}, "--lr leaves no sweep"),
         ({"suite": "llama"}, "no suite llama; there are llama_width"),
         ({"size": "huge"}, "no size huge"),
     ],

@@ -1,5 +1,7 @@
 """Tests ../../megagrow/compare/corpus.py: folders of text, what is held out, and hashes."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,13 @@ def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("words and words " * 100)
     with pytest.raises(DataError, match="none is held out by its hash; make folders train and valid in it"):
         make_corpus(tmp_path, tmp_path.with_name("out"), 280)
+
+
+def test_tokens_that_were_made_elsewhere_stand_for_their_text(corpus: Corpus, tmp_path: Path) -> None:
+    """No text is read, and figures are known by the same hash."""
+    moved = shutil.copytree(corpus.folder, tmp_path / "tokens")
+    found = make_corpus(moved, tmp_path / "none", VOCAB)
+    assert found == replace(corpus, folder=moved) and found.facts() == corpus.facts()
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(DataError, match=r"corpus\.json: is not of tokens of 999 kinds"):
+        make_corpus(moved, tmp_path / "none", 999)

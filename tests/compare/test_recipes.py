@@ -1,5 +1,6 @@
 """Tests ../../megagrow/compare/recipes.py and suites.py: every arm on every pair, built and checked, not run."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megagrow.compare.corpus import Corpus
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.pair import Pair
 from megagrow.compare.recipes import RECIPES
+from megagrow.compare.record import Record
 from megagrow.compare.runner import Runner
 from megagrow.compare.suite import SCRATCH, TUNING_SEED
 from megagrow.compare.suites import SIZES, SUITES, suite
@@ -34,7 +36,9 @@ REFUSED = {
 def experiment(name: str, size: str) -> Experiment:
     """A comparison of all arms, of which nothing is ever run."""
     whole = replace(suite(name, size), arms=tuple(arm for arm in RECIPES if arm != SCRATCH))
-    return Experiment(whole, Corpus(Path("corpus"), "none", "0" * 64), Path("runs"), Runner(), Sweep())
+    return Experiment(
+        whole, Corpus(Path("corpus"), "none", "0" * 64), Path("runs"), Runner(Record(Path("none"))), Sweep()
+    )
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -84,6 +88,20 @@ def test_arms_without_a_small_model_name_none() -> None:
         built = RECIPES[name](*pair())
         assert not built.init.from_ and not built.salt.teacher
     assert RECIPES["mslt"](*pair()).growth.source.num_layers == 2
+
+
+def test_growth_in_mid_run_that_forgets_moments_warms_up_anew() -> None:
+    """At the start of a run its own warm-up does."""
+    config, models = pair()
+    config = replace(config, optim=replace(config.optim, warmup_steps=7))
+    later = []
+    for name, recipe in RECIPES.items():
+        with suppress(ConfigError):
+            growth = recipe(config, models).growth
+            if growth.optimizer == "reset" and (growth.at_step > 0 or growth.bootstrap):
+                assert growth.rewarmup_steps == 7, name
+                later.append(name)
+    assert later == ["bootstrap", "progressive"]
 
 
 def test_teachers_are_the_small_model_and_students_random() -> None:
