@@ -56,7 +56,7 @@ SPARSE = {
     "depth": ("stack", "interleave"),
     "both": ("rms_random+stack", "zero_pad+stack", "clone+stack", "direct_copy+stack", "rms_random+interleave"),
 }
-LIGO = {  # variant, initial maps
+LIGO: dict[str, tuple[tuple[str, ...], ...]] = {  # variant, initial maps, and whether they learn for fewer steps
     "width": (
         ("tied", "clone"),
         ("tied", "authors"),
@@ -65,13 +65,15 @@ LIGO = {  # variant, initial maps
         ("target_layer", "authors"),
         ("full_rank", "rms_random"),
         ("full_rank", "zero_pad"),
+        ("full_rank", "rms_random", "briefly"),
     ),
-    "depth": (("tied", "stack"), ("tied", "authors")),
+    "depth": (("tied", "stack"), ("tied", "authors"), ("tied", "stack", "briefly")),
     "both": (
         ("tied", "clone"),
         ("target_layer", "authors"),
         ("full_rank", "rms_random"),
         ("full_rank", "zero_pad"),
+        ("full_rank", "rms_random", "briefly"),
     ),
 }
 LRS, MAP_LRS, STEP = (1e-3, 2e-3, 4e-3), (1e-3, 1e-2), 2**0.5  # STEP: from a rate to the next ones tried
@@ -84,6 +86,7 @@ class Plan:
     source_steps: int = 400
     steps: int = 400  # of the grown model, if no maps are learned
     ligo_steps: int = 30
+    brief_steps: int = 8
     limit_bytes: int = 8_000_000
 
 
@@ -119,9 +122,10 @@ class Bench:
         found: dict[str, GrowthConfig | None] = {SCRATCH: None}
         for name in SPARSE[self.pair]:
             found[name] = GrowthConfig(method=name, optimizer="reset")
-        for variant, init in LIGO[self.pair]:
-            maps: Any = {"ligo_variant": variant, "ligo_init": init, "ligo_steps": self.plan.ligo_steps}
-            found[f"{variant} from {init}"] = GrowthConfig(method="ligo", optimizer="reset", **maps)
+        for variant, init, *briefly in LIGO[self.pair]:
+            steps = self.plan.brief_steps if briefly else self.plan.ligo_steps
+            maps: Any = {"ligo_variant": variant, "ligo_init": init, "ligo_steps": steps}
+            found[", ".join((f"{variant} from {init}", *briefly))] = GrowthConfig("ligo", optimizer="reset", **maps)
         return found
 
     def config(self, name: str, seed: int, of: ModelConfig, steps: int, lr: float) -> Config:
@@ -148,7 +152,7 @@ class Bench:
             return self.plan.steps + round(self.plan.source_steps * flops.training_flops(small, tokens, LENGTH) / step)
         if growth.method == "ligo":
             learning = flops.ligo_step_flops(small, large, tokens, LENGTH, variant=growth.ligo_variant)
-            return self.plan.steps - round(self.plan.ligo_steps * learning / step)
+            return self.plan.steps - round(growth.ligo_steps * learning / step)
         return self.plan.steps
 
     def measure(self, chosen: Try, seed: int) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def show(rows: Rows) -> None:
     """Arms from the best to the worst: mean final loss and its spread over seeds, loss before and after learning maps,
     FLOPs, settings."""
     by_arm = {row["arm"]: [each for each in rows if each["arm"] == row["arm"]] for row in rows}
-    print(f"{'arm':30}{'loss':>8}{'sd':>8}{'grown':>8}{'initial':>8}{'FLOPs':>11}{'lr':>9}{'map lr':>8}")
+    print(f"{'arm':36}{'loss':>8}{'sd':>8}{'grown':>8}{'initial':>8}{'FLOPs':>11}{'lr':>9}{'map lr':>8}")
     for name, own in sorted(by_arm.items(), key=lambda arm: statistics.fmean(row["loss"] for row in arm[1])):
         loss, spent = (statistics.fmean(row[key] for row in own) for key in ("loss", "all_in_flops"))
         spread = statistics.stdev(row["loss"] for row in own) if len(own) > 1 else 0.0
@@ -203,7 +207,7 @@ def show(rows: Rows) -> None:
             f"{statistics.fmean(row[key] for row in own):8.3f}" if own[0][key] is not None else " " * 8
             for key in ("loss_after", "loss_initial")
         )
-        print(f"{name:30}{loss:8.4f}{spread:8.4f}{grown}{spent:11.3e}{own[0]['lr']:9.2g}{own[0]['ligo_lr'] or '':>8}")
+        print(f"{name:36}{loss:8.4f}{spread:8.4f}{grown}{spent:11.3e}{own[0]['lr']:9.2g}{own[0]['ligo_lr'] or '':>8}")
 
 
 def main() -> None:
@@ -213,7 +217,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3], help="what is reported; not 0")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    plan = Plan(20, 20, 3, 1_000_000) if options.quick else Plan()
+    plan = Plan(20, 20, 3, 1, 1_000_000) if options.quick else Plan()
     seeds = options.seeds[:1] if options.quick else options.seeds
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch), options.pair, plan)
