@@ -189,7 +189,7 @@ def test_ligo_spends_the_same_on_every_arm(monkeypatch: pytest.MonkeyPatch) -> N
             spent = step * bench.steps(growth) + (0 if growth is None else source * bench.plan.source_steps)
             if growth is not None and growth.method == "ligo":
                 learning = ligo.flops.ligo_step_flops(small, large, tokens, ligo.LENGTH, variant=growth.ligo_variant)
-                spent += bench.plan.ligo_steps * learning
+                spent += growth.ligo_steps * learning
             assert spent == pytest.approx(400 * (step + source), rel=2e-3)
 
 
