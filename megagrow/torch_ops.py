@@ -130,23 +130,27 @@ def vocab_grad_(
 ) -> Tensor:
     valid_TV = logits_TV[:, :num_valid]
     logits_TV[:, valid_TV.shape[1] :] = 0
-    dtype = wide_dtype(logits_TV)
-    here_T, column_T1 = _local_columns(labels_T, valid_TV.shape[1])
-    onehot_T1 = here_T[:, None].to(dtype)
     for rows in row_chunks(valid_TV):
         # A copy for 16-bit logits, whose differences would lose most digits; else the logits.
-        wide_TV = valid_TV[rows].to(dtype)
+        wide_TV = valid_TV[rows].to(wide_dtype(logits_TV))
         wide_TV.sub_(logsumexp_T[rows, None]).exp_()
-        if smooth_T2 is None:
-            wide_TV.scatter_add_(1, column_T1[rows], -onehot_T1[rows])
-            wide_TV.mul_(scale_T[rows, None])
-        else:
-            label_T1, each_T1 = smooth_T2[rows].split(1, dim=1)
-            wide_TV.mul_(scale_T[rows, None]).sub_(each_T1)
-            wide_TV.scatter_add_(1, column_T1[rows], -onehot_T1[rows] * label_T1)
+        _hard_gradient_(wide_TV, labels_T[rows], scale_T[rows], None if smooth_T2 is None else smooth_T2[rows])
         if wide_TV.dtype != logits_TV.dtype:
             valid_TV[rows] = wide_TV
     return logits_TV
+
+
+def _hard_gradient_(softmax_TV: Tensor, labels_T: Tensor, scale_T: Tensor, smooth_T2: Tensor | None) -> None:
+    """That of the cross-entropy with the labels, in place of the softmax."""
+    here_T, column_T1 = _local_columns(labels_T, softmax_TV.shape[1])
+    onehot_T1 = here_T[:, None].to(softmax_TV.dtype)
+    if smooth_T2 is None:
+        softmax_TV.scatter_add_(1, column_T1, -onehot_T1)
+        softmax_TV.mul_(scale_T[:, None])
+    else:
+        label_T1, each_T1 = smooth_T2.split(1, dim=1)
+        softmax_TV.mul_(scale_T[:, None]).sub_(each_T1)
+        softmax_TV.scatter_add_(1, column_T1, -onehot_T1 * label_T1)
 
 
 def write_vocab_grad(
@@ -164,7 +168,7 @@ def _hard_gradient(softmax_TV: Tensor, labels_T: Tensor, scale_T: Tensor, smooth
     if smooth_T2 is None:
         return scale_T[:, None] * (softmax_TV - onehot_TV)
     label_T1, each_T1 = smooth_T2.split(1, dim=1)
-    return scale_T[:, None] * softmax_TV - each_T1 - label_T1 * onehot_TV  # in the order of `vocab_grad_`
+    return scale_T[:, None] * softmax_TV - each_T1 - label_T1 * onehot_TV  # in the order of `_hard_gradient_`
 
 
 @torch.no_grad()
@@ -205,22 +209,36 @@ def distill_stats_of_rows(
     max_T, sum_exp_T = _sum_exp(s_TV)
     soft_sum_T = sum_exp_T if student_temperature == 1.0 else _sum_exp(s_TV, student_temperature)[1]
     t_max_T1 = t_TV.amax(-1, keepdim=True)
-    weight_TV = ((t_TV - _finite(t_max_T1)) / temperature).exp()
+    weight_TV = _softer(t_TV - _finite(t_max_T1), temperature).exp_()
     stats = [max_T, sum_exp_T, _label_logits(s_TV, labels_T), soft_sum_T, t_max_T1[:, 0], weight_TV.sum(-1)]
-    soft_t_TV, soft_s_TV = t_TV / temperature, s_TV / student_temperature
-    t_mean_T = _weighted(weight_TV, soft_t_TV).sum(-1)
+    soft_t_TV, soft_s_TV = _softer(t_TV, temperature), _softer(s_TV, student_temperature)
+    t_mean_T = _weighted_sum(weight_TV, soft_t_TV)
     if reverse:
-        weight_TV = ((s_TV - _finite(max_T[:, None])) / student_temperature).exp()
+        weight_TV = _softer(s_TV - _finite(max_T[:, None]), student_temperature).exp_()
     gap_TV = soft_s_TV - soft_t_TV if reverse else soft_t_TV - soft_s_TV
-    stats += [_weighted(weight_TV, gap_TV).sum(-1), t_mean_T]
+    stats += [_weighted_sum(weight_TV, gap_TV), t_mean_T]
     if label_logits_T is not None:
         stats.append(_num_greater(s_TV, labels_T, label_logits_T).to(dtype))
     return torch.stack(stats, dim=-1)
 
 
+def _softer(x_TV: Tensor, temperature: float) -> Tensor:
+    """x / temperature."""
+    return x_TV if temperature == 1.0 else x_TV / temperature
+
+
 def _weighted(weight_TV: Tensor, x_TV: Tensor) -> Tensor:
     """weight · x; where there is no weight at all it is 0, whatever x is."""
     return torch.where(weight_TV > 0, weight_TV * x_TV, weight_TV)
+
+
+def _weighted_sum(weight_TV: Tensor, x_TV: Tensor) -> Tensor:
+    """Sums of `_weighted` over each row."""
+    if weight_TV.device.type == "cpu" and not torch.compiler.is_compiling():
+        sum_T = (weight_TV * x_TV).sum(-1)
+        if not sum_T.isnan().any():  # which costs less than two more passes for what is 0 times infinity
+            return sum_T
+    return _weighted(weight_TV, x_TV).sum(-1)
 
 
 @torch.no_grad()
@@ -240,7 +258,7 @@ def distill_grad_(
     s_TV, t_TV = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
     logits_TV[:, s_TV.shape[1] :] = 0
     for rows in row_chunks(s_TV):
-        write_distill_grad(
+        _distill_grad_of_rows_(
             s_TV[rows],
             t_TV[rows],
             labels_T[rows],
@@ -255,6 +273,37 @@ def distill_grad_(
     return logits_TV
 
 
+def _distill_grad_of_rows_(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    logsumexps_T3: Tensor,
+    ce_scale_T: Tensor,
+    kd_scale_T: Tensor,
+    temperature: float,
+    student_temperature: float,
+    smooth_T2: Tensor | None,
+    reverse: bool,
+) -> None:
+    """`distill_grad_` of rows without padding, in as few passes as can be: in place where the logits are wide."""
+    lse_T1, soft_lse_T1, third_T1 = logsumexps_T3[..., None].unbind(1)
+    s_TV, t_TV = (x_TV.to(logsumexps_T3.dtype) for x_TV in (logits_TV, teacher_TV))
+    soft_t_TV = _softer(t_TV, temperature)
+    gap_TV = (_softer(s_TV, student_temperature) - soft_t_TV).sub_(third_T1) if reverse else None
+    soft_TV = None if student_temperature == 1.0 else (s_TV / student_temperature).sub_(soft_lse_T1).exp_()
+    softmax_TV = s_TV.sub_(lse_T1).exp_()
+    q_TV = softmax_TV if soft_TV is None else soft_TV
+    if gap_TV is not None:
+        kd_TV = _weighted(q_TV, gap_TV)
+    else:
+        kd_TV = (soft_t_TV - third_T1).exp_()
+        torch.sub(q_TV, kd_TV, out=kd_TV)
+    _hard_gradient_(softmax_TV, labels_T, ce_scale_T, smooth_T2)
+    softmax_TV.addcmul_(kd_TV, kd_scale_T[:, None])
+    if softmax_TV.dtype != logits_TV.dtype:
+        logits_TV.copy_(softmax_TV)
+
+
 def write_distill_grad(
     logits_TV: Tensor,
     teacher_TV: Tensor,
@@ -267,7 +316,7 @@ def write_distill_grad(
     smooth_T2: Tensor | None = None,
     reverse: bool = False,
 ) -> None:
-    """`distill_grad_` of rows without padding, all at once."""
+    """`distill_grad_` of rows without padding, in the form that a compiler makes one pass of."""
     lse_T1, soft_lse_T1, third_T1 = logsumexps_T3[..., None].unbind(1)
     s_TV, t_TV = logits_TV.to(logsumexps_T3.dtype), teacher_TV.to(logsumexps_T3.dtype)
     softmax_TV, soft_s_TV, soft_t_TV = (s_TV - lse_T1).exp(), s_TV / student_temperature, t_TV / temperature

@@ -373,3 +373,14 @@ def test_fused_functions_take_empty_shards() -> None:
     assert ops.vocab_grad_(empty, labels_T, zeros_T, zeros_T, fused=True) is empty
     zeros_T3 = torch.zeros(3, 3)
     assert ops.distill_grad_(empty, empty, labels_T, zeros_T3, zeros_T, zeros_T, 2.0, 1.0, fused=True) is empty
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 0.5)])
+def test_tokens_that_both_models_exclude_leave_no_trace(temperatures: tuple[float, float], reverse: bool) -> None:
+    generator, labels_T = torch.Generator().manual_seed(0), torch.tensor([0, 3, 5])
+    s_TV, t_TV = (torch.randn(3, 6, generator=generator) for _ in range(2))
+    excluded = torch.full((3, 2), -torch.inf)
+    wide_s_TV, wide_t_TV = (torch.cat((x_TV, excluded), dim=1) for x_TV in (s_TV, t_TV))
+    found_TK = torch_ops.distill_stats(wide_s_TV, wide_t_TV, labels_T, *temperatures, reverse=reverse)
+    torch.testing.assert_close(found_TK, torch_ops.distill_stats(s_TV, t_TV, labels_T, *temperatures, reverse=reverse))
