@@ -33,7 +33,7 @@ from megagrow.parallel.mesh import Mesh
 from megagrow.roles import TIED_EMBEDDING, role_of, shape_of
 from megagrow.salt import ScoreSettings, read_scores, score_corpus
 
-SAMPLES, BATCH, TOP_K, ROUNDS = 8, 4, 10, 3
+SAMPLES, BATCH, TOP_K, ROUNDS = 32, 4, 10, 3
 DTYPE = torch.bfloat16
 LENGTH = MODEL.max_seq_length
 FASTER, SHARES_AGREE = 1.3, 0.01

@@ -28,6 +28,7 @@ ORDER = [
     "presets",
     "command_line",
     "roles",
+    "host_memory",
     "cpu_ops",
     "attention_ops",
     "torch_ops",

@@ -18,6 +18,7 @@ from megagrow.checkpoint.source import Source, check_source, load_model
 from megagrow.checks import check_causal, check_model
 from megagrow.config import ParallelConfig, TrainConfig, require
 from megagrow.data.dataset import PackedDataset
+from megagrow.host_memory import keep_freed_memory
 from megagrow.model.transformer import Transformer
 from megagrow.parallel.collectives import broadcast_from, sum_over, told_by_first
 from megagrow.parallel.context import of_documents
@@ -185,7 +186,12 @@ def check_reader(source: Source, dataset: PackedDataset, mesh: Mesh, work: str) 
 def checked_model(
     source: Source, dataset: PackedDataset, mesh: Mesh, settings: ReadSettings, progress: Progress | None
 ) -> Transformer:
-    """The model, sharded over the tensor axis, after a look at its loss on the data (see `check_source`)."""
+    """The model, sharded over the tensor axis, after a look at its loss on the data (see `check_source`).
+
+    From now on a CPU keeps its memory: all passes over the samples need the same.
+    """
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     model = load_model(source, mesh.tensor_only(), settings.dtype, TrainConfig(compile=settings.compile))
     loss = check_source(model, dataset, mesh, str(source.path), settings.skip_source_check)
     if progress is not None:

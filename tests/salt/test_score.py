@@ -390,3 +390,9 @@ def test_progress_counts_what_the_other_ranks_do(tmp_path: Path, corpus: Path) -
     first, *others = run_ranks(progress_here, 4, corpus, tmp_path / "scores")
     assert first == [11, 23]
     assert others == [[], [], []]
+
+
+def test_a_cpu_keeps_its_memory_while_it_scores(tmp_path: Path, corpus: Path) -> None:
+    with mock.patch.object(sharded, "keep_freed_memory") as keep:
+        score(corpus, tmp_path / "scores")
+    keep.assert_called_once_with()
