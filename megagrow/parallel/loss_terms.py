@@ -28,7 +28,10 @@ from torch import Tensor
 from megagrow import ops
 from megagrow.parallel.vocab_shard import VocabShard, logsumexp
 
-TEACHER_BYTES = 2**26  # of its logits that exist at a time
+TEACHER_BYTES = {
+    "cuda": 2**26,
+    "cpu": 2**24,
+}  # of its logits that exist at a time; a CPU's cache holds them beside ours
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def distillation(
         teacher_head_VG: the teacher's rows of the common tokens of this rank.
     """
     head = teacher_head_VG.to(teacher_CG.dtype)
-    size, pieces = teacher_tokens(shard.most_rows, head.element_size()), []
+    size, pieces = teacher_tokens(shard.most_rows, head.element_size(), head.device.type), []
     for start in range(0, len(logits_CV), size):
         part = slice(start, start + size)
         teacher_PV = ops.product(teacher_CG[part], head)
@@ -164,14 +167,16 @@ def hard_scales(scale_C: Tensor, hard: Hard, shard: VocabShard, options: LossOpt
     return scale_C * (1 + 2 * options.z_loss * hard.lse_C), smooth_C2
 
 
-def teacher_tokens(num_rows: int, width: int) -> int:
+def teacher_tokens(num_rows: int, width: int, device_type: str) -> int:
     """Tokens whose teacher logits exist at a time, a multiple of 64.
 
     Args:
         num_rows: of the output matrix, on the rank that has most: all go through the same pieces together.
         width: bytes of a logit.
+        device_type: what is none of the two counts as cuda.
     """
-    return max(TEACHER_BYTES // (max(num_rows, 1) * width) // 64 * 64, 64)
+    most = TEACHER_BYTES["cpu" if device_type == "cpu" else "cuda"]
+    return max(most // (max(num_rows, 1) * width) // 64 * 64, 64)
 
 
 def _piece(

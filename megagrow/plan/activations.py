@@ -325,7 +325,7 @@ def loss(
     summed = matrix if head_learns else 0
     chunk = min(tokens_at_once(layout.config.train.loss_chunk, rows, width, CACHES[device]), layout.tokens)
     logits = chunk * rows
-    taught = min(logits, teacher_tokens(rows, width) * rows) if teacher is not None else 0
+    taught = min(logits, teacher_tokens(rows, width, device) * rows) if teacher is not None else 0
     kept = size.whole + 4 * summed + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
     copy = width * matrix if layout.casts_at_use else 0
     piece = min(rows, ops.piece_rows(device, model.hidden_size, width)) if head_learns else 0

@@ -210,7 +210,7 @@ def test_weight_zero_gives_the_bits_of_the_plain_loss(dtype: torch.dtype, more: 
     """Whatever the divergence; also where the teacher's logits exist for a piece of the chunk at a time."""
     given = make(tokens=150).to(dtype)
     plain = evaluate(replace(given, has_teacher=False), LossOptions(chunk_tokens=100, **more))
-    with mock.patch.object(loss_terms, "TEACHER_BYTES", 1):
+    with mock.patch.object(loss_terms, "TEACHER_BYTES", {"cpu": 1}):
         for divergence in DIVERGENCES:
             options = LossOptions(0.0, 0.25, chunk_tokens=100, divergence=divergence, **more)
             mixed = evaluate(given, options)
@@ -239,13 +239,13 @@ def test_chunks_and_pieces_change_nothing(options: LossOptions) -> None:
     given = make(tokens=150, num_common=27)
     whole = evaluate(given, options)
     for chunk_tokens, teacher_bytes in ((7, 2**26), (150, 1), (100, 1)):
-        with mock.patch.object(loss_terms, "TEACHER_BYTES", teacher_bytes):
+        with mock.patch.object(loss_terms, "TEACHER_BYTES", {"cpu": teacher_bytes}):
             found = evaluate(given, replace(options, chunk_tokens=chunk_tokens))
         assert_close(found, whole, 1e-13, options)
 
 
 def pieces_here(given: Given, options: LossOptions) -> Result:
-    with mock.patch.object(loss_terms, "TEACHER_BYTES", 1):
+    with mock.patch.object(loss_terms, "TEACHER_BYTES", {"cpu": 1}):
         return evaluate(given, options)
 
 
@@ -299,7 +299,7 @@ def test_two_whole_tensors_of_logits_never_exist() -> None:
         given = hidden_TH, head_VH, labels_T, weights_T, vocab, Axis(), *teacher
         vocab_parallel_loss(*given, options=options)[0].sum().backward()
 
-    with mock.patch.object(loss_terms, "TEACHER_BYTES", 64 * vocab * 4):
+    with mock.patch.object(loss_terms, "TEACHER_BYTES", {"cpu": 64 * vocab * 4}):
         peak = peak_memory(step)
     gradients = 4 * hidden * (vocab + tokens)
     logits = 4 * vocab * (chunk_tokens + 64)
