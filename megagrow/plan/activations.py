@@ -365,7 +365,8 @@ def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bo
     if train.compile or ("distill_loss" if with_teacher else "vocab_loss") in serving:
         return 0
     most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
-    return 4 * (8 if with_teacher else 2) * min(logits, most)
+    arrays = 2 if not with_teacher else 5 if layout.width == 4 else 7  # of narrow logits, wide copies too
+    return 4 * arrays * min(logits, most)
 
 
 def embedding_gradient(layout: Layout) -> int:
