@@ -197,11 +197,12 @@ def _probabilities(q_XQD: Tensor, k_XED: Tensor, queries: slice) -> Tensor:
 def _products_of(dtype: torch.dtype) -> Iterator[None]:
     """Where all factors are bfloat16 kept in float32: oneDNN may read them as such. The same bits in half the time,
     since torch has no product of bfloat16 on a CPU that comes out in float32."""
+    if dtype is not torch.bfloat16:
+        yield
+        return
     mkldnn: Any = torch.backends.mkldnn  # whose types lack what is set here
     matmul = mkldnn.matmul
-    before = matmul.fp32_precision
-    if dtype is torch.bfloat16:
-        matmul.fp32_precision = "bf16"
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """One comparison from its name to its report."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,14 +88,17 @@ def check(asked: Comparison, start: Start = in_another_process, tell: Callable[[
     recorded = _experiment(replace(asked, only_reports=True), start, tell)
     recorded.tune()
     known = Results.of(recorded)
-    if not known.names or any(each.line is None for each in known.outcomes) or not recorded.sweep.knows(recorded.arms):
+    tuned = set(recorded.arms) - set(recorded.sweep.diverging(recorded.arms))
+    if not known.names or any(each.line is None for each in known.outcomes) or not recorded.sweep.knows(tuned):
         raise DataError(f"{recorded.runner.record.path}: holds no whole comparison to check against; run it first")
     folder = recorded.folder / "again"
     runner = Runner(Record(folder / "record.jsonl"), asked.parallel, start, 60 * asked.minutes, tell)
     again = replace(recorded, folder=folder, runner=runner, only_reads=False)
     again.run_seeds()
     runner.raise_failures()
-    return disagreements(known, Results.of(again))
+    found = disagreements(known, Results.of(again))
+    shutil.rmtree(folder)  # the next check is of the code as it is then
+    return found
 
 
 def _experiment(asked: Comparison, start: Start, tell: Callable[[str], None]) -> Experiment:

@@ -82,13 +82,17 @@ class Job:
     @property
     def has_ended(self) -> bool:
         """Whether it is trained, or has diverged."""
-        ended = read_exit(self.directory) if self.directory.is_dir() else None
-        return ended is not None and ended["code"] in (DONE, DIVERGED)
+        return self._code in (DONE, DIVERGED)
 
     @property
     def has_model(self) -> bool:
-        """Whether the checkpoint of the trained model is there."""
-        return self.has_ended and (self.directory / "checkpoints").is_dir()
+        """Whether the checkpoint of the trained model is there; one that has diverged is no model."""
+        return self._code == DONE and (self.directory / "checkpoints").is_dir()
+
+    @property
+    def _code(self) -> int | None:
+        ended = read_exit(self.directory) if self.directory.is_dir() else None
+        return None if ended is None else int(ended["code"])
 
     def line(self, parallel: int) -> Line:
         """The ended run as the record keeps it.
@@ -146,8 +150,7 @@ class Job:
 def carry_out(job: Job) -> int:
     """Does what is left to do of a job; returns the exit code."""
     with _alone(job):
-        ended = read_exit(job.directory) if job.directory.is_dir() else None
-        code = DONE if ended is not None and ended["code"] == DONE else run(job.config)
+        code = DONE if job._code == DONE else run(job.config)
         if code != DONE:
             return code
         if job.questions and not (job.directory / downstream.FILE).is_file():

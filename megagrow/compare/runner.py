@@ -113,11 +113,15 @@ class Runner:
 
     def make_models(self, jobs: Sequence[Job]) -> None:
         """Carries jobs out whose models are needed, also those of which no more than the figures are left."""
-        missing = [job for job in jobs if not job.has_model]
+        missing = [job for job in jobs if not job.has_model and not self._has_diverged(job)]
         for job in missing:
             if job.has_ended:
                 shutil.rmtree(job.directory)
         self._carry_out(missing)
+
+    def _has_diverged(self, job: Job) -> bool:
+        line = self.record.find(job.key)
+        return line is not None and line.loss is None
 
     def carry_out(self, jobs: Sequence[Job]) -> None:
         """Does what is left to do; in the order given, so that the longest ones had better come first.

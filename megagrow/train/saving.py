@@ -1,6 +1,7 @@
 """Checkpoints of a run, and resuming from the newest good one with the unchanged command."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,14 @@ def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:
         )
 
 
+def _spelled_out(config: Config) -> Config:
+    """With what an empty setting stands for, which once was written there."""
+    return replace(config, growth=replace(config.growth, ligo_init=config.growth.maps_start))
+
+
 def differences(old: dict[str, Any], config: Config, where: str) -> list[tuple[str, Any, Any]]:
     """(dotted name, old value, new value) of every field that differs from a configuration saved in `where`."""
-    before, now = _flat(to_dict(from_dict(old, Config, where))), _flat(to_dict(config))
+    before, now = (_flat(to_dict(_spelled_out(each))) for each in (from_dict(old, Config, where), config))
     return [(n, before.get(n), now.get(n)) for n in option_names() if before.get(n) != now.get(n)]
 
 

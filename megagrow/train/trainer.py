@@ -369,7 +369,8 @@ class Trainer:
     def _evaluation_is_due(self) -> bool:
         """At its interval, and right after growing, where the loss changes fast, at powers of two."""
         train, grown_at = self.config.train, self.state.grown_at
-        since = 0 if grown_at is None else self.state.train_step - grown_at
+        learns_maps = self.state.phase == "ligo"  # while the step stands still
+        since = 0 if grown_at is None or learns_maps else self.state.train_step - grown_at
         return self._is_due(train.eval_interval) or (0 < since <= train.eval_after_growth and since.bit_count() == 1)
 
     def _save_is_due(self) -> bool:

@@ -421,10 +421,8 @@ def test_what_is_run_again_is_checked_against_the_record(
     same, reported = Pretending([]), 2 * (1 + 3 + 2)
     assert check(asked, same, str) == [] and len(same.names) == reported
     assert file.read_text() == before
-    shutil.rmtree(tmp_path / "out")
     (found,) = check(asked, Pretending([], {"stack-lr0.001-seed1": 0.03}), str)
     assert found.startswith("stack: loss is 3.0")
-    shutil.rmtree(tmp_path / "out")
     found = check(asked, Pretending([], {"mslt": None}), str)
     assert len(found) == 3 and found[0].startswith("mslt: loss is unknown, not ")
 

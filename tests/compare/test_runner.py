@@ -182,3 +182,11 @@ def test_runs_in_other_processes_end_as_those_in_this_one(finished: Experiment, 
     assert (same.directory / "downstream.json").read_bytes() == (model.directory / "downstream.json").read_bytes()
     assert record.find(diverged.key).loss is None
     assert record.find(diverged.key).reason.startswith("it ended with exit code 5")
+
+
+def test_a_small_model_that_has_diverged_is_no_model(tmp_path: Path) -> None:
+    job = Job(replace(Config(), run=RunConfig(dir=str(tmp_path / "runs" / "small"))))
+    (job.directory / "checkpoints").mkdir(parents=True)
+    for code, is_model in ((0, True), (5, False)):
+        write_exit(job.directory, code, "as it was", 1, 0, "here")
+        assert job.has_ended and job.has_model is is_model

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ import torch
 
 from megagrow.checkpoint import store
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, OptimConfig, ParallelConfig, SaltConfig
+from megagrow.config_file import to_dict
 from megagrow.data.dataset import PackedDataset
+from megagrow.errors import CheckpointError
 from megagrow.salt.score_files import DTYPES, Cost, identity_of, write_scores
+from megagrow.train.saving import allowed_changes
 from tests.train.resumed import in_new_processes
 from tests.train.runs import LARGE, SMALL, make_config, metrics
 
@@ -173,3 +176,15 @@ def test_the_comparison_sees_one_bit(whole: Callable[[str], Whole], tmp_path: Pa
     for name in ("seed", "loss", "sample"):
         with pytest.raises(AssertionError):
             assert_equal_runs(tmp_path / name, plain.directory, 1)
+
+
+def test_a_run_saved_when_maps_began_at_copies_by_name_goes_on(tmp_path: Path) -> None:
+    config = Config()
+    saved = to_dict(config)
+    saved["growth"]["ligo_init"] = "clone"  # the default, once
+    assert allowed_changes(saved, config, tmp_path) == []
+    full_rank = replace(config, growth=replace(config.growth, method="ligo", ligo_variant="full_rank"))
+    saved = to_dict(full_rank)
+    saved["growth"]["ligo_init"] = "clone"
+    with pytest.raises(CheckpointError, match="ligo_init was clone there and is rms_random"):
+        allowed_changes(saved, full_rank, tmp_path)
