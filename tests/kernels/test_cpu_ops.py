@@ -1,6 +1,7 @@
 """The CPU's own operations against their definitions, in every direction, and as a compiler sees them."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -156,13 +157,14 @@ def test_attention_in_bfloat16_is_as_good_as_torchs(scale: int) -> None:
 
 def test_scores_of_bfloat16_have_every_bit_and_leave_float32_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     multiply, seen = torch.baddbmm, list[str]()
+    mkldnn: Any = torch.backends.mkldnn
 
     def noted(*given: Tensor, **options: float) -> Tensor:
-        seen.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        seen.append(mkldnn.matmul.fp32_precision)
         return multiply(*given, **options)
 
     monkeypatch.setattr(torch, "baddbmm", noted)
-    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    before = mkldnn.matmul.fp32_precision
     q, k, v = (heads(2, 4, 96, 64, torch.bfloat16).detach() for _ in range(3))
     y = cpu_ops.causal_attention(q, k, v)
     monkeypatch.setattr(cpu_ops, "_products_of", lambda dtype: nullcontext())
@@ -173,7 +175,7 @@ def test_scores_of_bfloat16_have_every_bit_and_leave_float32_its_own(monkeypatch
     assert seen == ["bf16"] * 2 + [before] * 4
     with pytest.raises(RuntimeError, match="size"):
         cpu_ops._probabilities(q[0], k[0, :, :, :8], slice(0, 96))
-    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+    assert mkldnn.matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
