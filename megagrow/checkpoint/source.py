@@ -140,7 +140,9 @@ def share_identity(source: Source, mesh: Mesh) -> None:
     source.__dict__["identity"] = broadcast_json(own, mesh.world, mesh.device)
 
 
-def check_source(model: Transformer, dataset: Samples, mesh: Mesh, name: str, skip: bool = False) -> float:
+def check_source(
+    model: Transformer, dataset: Samples, mesh: Mesh, name: str, skip: bool = False, has_grown: bool = False
+) -> float:
     """The mean loss of a source on a few samples of the data, refused when the two do not belong together.
 
     Args:
@@ -149,15 +151,18 @@ def check_source(model: Transformer, dataset: Samples, mesh: Mesh, name: str, sk
         mesh: the model's mesh.
         name: what the source is, for the message.
         skip: return the loss without refusing.
+        has_grown: the data may hold tokens that only a larger model knows; samples with such tokens are left out.
 
     Returns:
-        Loss in nats per token.
+        Loss in nats per token; not a number where all samples are left out.
 
     Raises:
         DataError: the loss is at least 0.9·ln(vocabulary size), as that of a model which never saw such data.
     """
     vocab_size = model.config.vocab_size
-    tokens_BT = check_tokens(dataset, vocab_size, name).to(mesh.device)
+    tokens_BT = known_samples(dataset, vocab_size, has_grown, name).to(mesh.device)
+    if not len(tokens_BT):
+        return math.nan
     inputs_BS, labels_BS = cut(tokens_BT[:, :-1], model.cp), cut(tokens_BT[:, 1:], model.cp)
     nll_T, _ = model.token_scores(inputs_BS, labels_BS)
     loss = sum_over(nll_T.double().sum(), model.cp).item() / (labels_BS.numel() * model.cp.size)

@@ -239,8 +239,9 @@ class SaltStage:
         assert source is not None, "stage 1 comes when the model has grown"
         teacher = Teacher(source, self.mesh, config.salt, config.model, compute_dtype(config))
         # The run's own model is made for this data, however little it has learned of it.
-        name, skip = str(source.path), config.init.skip_source_check or config.salt.grown_teaches
-        losses = [check_source(teacher.model, dataset, self.mesh, name, skip) for dataset in self.datasets]
+        name, own = str(source.path), config.salt.grown_teaches
+        given = self.mesh, name, config.init.skip_source_check or own, own
+        losses = [check_source(teacher.model, dataset, *given) for dataset in self.datasets]
         share_identity(source, self.mesh)
         inherit(self.state.ledger, "teacher", source.identity, ledger_of(source, self._given_flops), name)
         shown = ", ".join(f"{loss:.3f}" for loss in losses)

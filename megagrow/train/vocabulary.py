@@ -44,9 +44,11 @@ def masking_for(masking: Masking | None, model: ModelConfig) -> Masking | None:
 def check_before_growth(
     stream: Stream, datasets: Iterable[Samples], state: RunState, config: Config, mesh: Mesh
 ) -> None:
-    """Makes sure, before anything is trained, that no model meets a token which only the last growth gives it.
+    """Makes sure, before anything is trained, that no model meets a token which only the last growth gives it, as it
+    learns or as it teaches what it has grown into.
 
-    All samples up to there are read once, each by one data rank; a collective.
+    All samples up to there are read once, each by one data rank; a collective. Of samples that a selection picks for
+    stage 1 it cannot tell: the teacher refuses the batch then.
 
     Args:
         stream: the run's samples.
@@ -73,15 +75,19 @@ def check_before_growth(
     if found:
         source = config.growth.source
         remedy = "growth.at_step=0" if source is None else f"growth.source.vocab_size={config.model.vocab_size}"
-        raise DataError(f"{found}, or let it know all tokens before it meets them: set {remedy}")
+        teacher = " and another salt.teacher, which is to know them too" if config.salt.grown_teaches else ""
+        raise DataError(f"{found}, or let it know all tokens before it meets them: set {remedy}{teacher}")
 
 
 def _steps_before_growth(state: RunState, config: Config) -> int:
-    """Steps, at most, that a model with fewer tokens than the last one still takes; only the last growth adds any."""
+    """Steps, at most, that a model with fewer tokens than the last one still takes, or teaches in; only the last growth
+    adds any.
+    """
     last = num_growths(config.growth) - 1
     knows_all = state.model.vocab_size == config.model.vocab_size
     if state.phase == "main" or knows_all or (state.phase == "ligo" and state.growths == last):
         return 0
     learned = state.ligo_step if state.phase == "ligo" else 0
     learning = learning_steps(config.growth, state.growths, last) - learned
-    return max(latest_step(config, last) - state.train_step + learning, 0)
+    taught = config.salt.steps if config.salt.grown_teaches and not config.salt.picks_data else 0
+    return max(latest_step(config, last) - state.train_step + learning, 0) + taught

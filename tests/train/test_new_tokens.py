@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megagrow.checkpoint.source import open_source
-from megagrow.config import Config, GrowthConfig, InitConfig
+from megagrow.config import Config, GrowthConfig, InitConfig, SaltConfig
 from megagrow.data.blend import BlendStart
 from megagrow.data.indexed import IndexedWriter
 from megagrow.data.mlm import Masking
@@ -49,7 +49,7 @@ def growing(corpus: Path, directory: Path, growth: GrowthConfig, source: Path | 
 
 def met_by(config: Config, step: int) -> int:
     """The place in the file of a token that step `step` of a run reads."""
-    plain = dataclasses.replace(config, model=SMALL, growth=GrowthConfig(), init=InitConfig())
+    plain = dataclasses.replace(config, model=SMALL, growth=GrowthConfig(), init=InitConfig(), salt=SaltConfig())
     datasets = open_training_data(plain)
     stream = open_stream(datasets, BlendStart(blend_weights(plain, datasets)), plain)
     sample = int(stream.batch(4 * step, 4).ids[1])
@@ -95,6 +95,21 @@ def test_a_new_token_after_growth_is_welcome(corpus: Path, trained: Path, tmp_pa
     late = make_corpus(tmp_path / "late", {"train": met_by(config, step=3), "validation": None})
     assert run(growing(late, tmp_path / "run", LATER, trained)) == 0
     assert [line["step"] for line in metrics(tmp_path / "run") if line["validation_loss"] is not None] == [6]
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_small_model_that_teaches_has_to_know_the_tokens_of_stage_1(
+    step: int, trained: Path, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Growth after step 3, stage 1 in steps 3 and 4, of 6."""
+    salt = SaltConfig(teacher="grown", steps=2)
+    config = dataclasses.replace(growing(corpus, tmp_path / "run", LATER, trained), salt=salt)
+    late = make_corpus(tmp_path / "late", {"train": met_by(config, step)})
+    config = dataclasses.replace(growing(late, tmp_path / "run", LATER, trained), salt=salt)
+    assert run(config) == (3 if step == 4 else 0)
+    if step == 4:
+        assert "set growth.at_step=0 and another salt.teacher" in capfd.readouterr().err
+        assert not (tmp_path / "run/metrics.jsonl").exists() or not metrics(tmp_path / "run")
 
 
 def test_maps_learn_on_data_with_new_tokens(trained: Path, tmp_path: Path) -> None:
