@@ -15,7 +15,7 @@ from kernel_measure import DEVICE, ON_GPU, Work
 from torch import Tensor
 
 import megagrow_kernels
-from megagrow import ops, torch_ops
+from megagrow import ops, torch_ops, torch_vocab_ops
 from megagrow.parallel.loss import LossOptions, vocab_parallel_loss
 from megagrow.parallel.mesh import Axis
 from megagrow_kernels.adamw import AdamWTable
@@ -188,7 +188,7 @@ def differentiable_work(function: Function, given: Inputs) -> Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """A kernel that is called by itself, and its twin.
+    """A kernel for the loss that is called by itself, and its twin.
 
     Attributes:
         name: of both.
@@ -201,7 +201,7 @@ class Pass:
     arguments: Callable[[Inputs], tuple[Any, ...]]
 
     def of(self, provider: str) -> Callable[[Inputs], Any]:
-        twin = compiled(self.rows) if provider == "compiled" else getattr(torch_ops, self.name)
+        twin = compiled(self.rows) if provider == "compiled" else getattr(torch_vocab_ops, self.name)
         function = ours(self.name) if provider == "ours" else twin
         return lambda x: function(*self.arguments(x))
 

@@ -15,7 +15,7 @@ from kernel_measure import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
 
-from megagrow import torch_ops
+from megagrow import torch_ops, torch_vocab_ops
 from megagrow.roles import parameter_shapes
 
 # Device time as a multiple of the floor's bytes at the speed of a copy, by file of kernels.
@@ -259,7 +259,7 @@ def losses(tiny: bool) -> Iterator[Case]:
     common = {"file": "vocab_loss", "size": f"{T} x {V}", "bytes": (SIZE * T * V,), "formula": "logits"}
     rows = Pass(
         "vocab_stats",
-        lambda logits, labels, _, wholes: torch_ops.stats_of_rows(logits, labels, wholes),
+        lambda logits, labels, _, wholes: torch_vocab_ops.stats_of_rows(logits, labels, wholes),
         lambda x: (x["logits"], x["labels"], None, x["label_logits"]),
     )
     yield Vocabulary(kernel="rank", inputs=inputs, forward=rows, named=named_stats, **common)
@@ -292,10 +292,10 @@ def cross_entropy(T: int, V: int, size: str, **changes: Any) -> Case:
         "first": True,
         "inputs": inputs,
         "named": named_stats,
-        "forward": Pass("vocab_stats", torch_ops.stats_of_rows, lambda x: (x["logits"], x["labels"])),
+        "forward": Pass("vocab_stats", torch_vocab_ops.stats_of_rows, lambda x: (x["logits"], x["labels"])),
         "backward": Pass(
             "vocab_grad_",
-            torch_ops.write_vocab_grad,
+            torch_vocab_ops.write_vocab_grad,
             lambda x: (x["logits"], x["labels"], x["lse"], x["scale"]),
         ),
         "peers": {
@@ -354,12 +354,12 @@ def distillation(T: int, V: int, rho: float, sigma: float) -> Case:
         named=lambda stats_TK, _: dict(zip(names, stats_TK.unbind(-1), strict=True)),
         forward=Pass(
             "distill_stats",
-            torch_ops.distill_stats_of_rows,
+            torch_vocab_ops.distill_stats_of_rows,
             lambda x: (x["logits"], x["teacher"], x["labels"], rho, sigma),
         ),
         backward=Pass(
             "distill_grad_",
-            torch_ops.write_distill_grad,
+            torch_vocab_ops.write_distill_grad,
             lambda x: (x["logits"], x["teacher"], x["labels"], x["lse"], x["ce"], x["kd"], rho, sigma),
         ),
     )

@@ -26,6 +26,14 @@ class DataError(MegagrowError, ValueError):
     exit_code = 3
 
 
+class UnknownToken(DataError):
+    """A sample holds a token that the model which is to read it does not know."""
+
+    def __init__(self, message: str, token: int) -> None:
+        super().__init__(message)
+        self.token = token
+
+
 class CheckpointError(MegagrowError, ValueError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow import cpu_ops, torch_ops
+from megagrow import cpu_ops, torch_ops, torch_vocab_ops
 from megagrow.attention_ops import DocumentMask, attention, check_attention_backend, document_mask
 from megagrow.growth_ops import dense_blocks_, dense_map, dense_map_, layer_mix, sparse_map_
 from megagrow.serving import (
@@ -175,8 +175,8 @@ def vocab_stats(
     if kernels is not None:
         return kernels.vocab_stats(logits_TV, labels_T, num_valid, label_logits_T)
     if fused and logits_TV[:, :num_valid].numel():
-        return compiled(torch_ops.stats_of_rows)(logits_TV[:, :num_valid], labels_T, label_logits_T)
-    return torch_ops.vocab_stats(logits_TV, labels_T, num_valid, label_logits_T)
+        return compiled(torch_vocab_ops.stats_of_rows)(logits_TV[:, :num_valid], labels_T, label_logits_T)
+    return torch_vocab_ops.vocab_stats(logits_TV, labels_T, num_valid, label_logits_T)
 
 
 def vocab_grad_(
@@ -206,9 +206,9 @@ def vocab_grad_(
     if kernels is not None:
         return kernels.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid, smooth_T2)
     if fused and num_valid is None and logits_TV.numel():
-        compiled(torch_ops.write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T, smooth_T2)
+        compiled(torch_vocab_ops.write_vocab_grad)(logits_TV, labels_T, logsumexp_T, scale_T, smooth_T2)
         return logits_TV
-    return torch_ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid, smooth_T2)
+    return torch_vocab_ops.vocab_grad_(logits_TV, labels_T, logsumexp_T, scale_T, num_valid, smooth_T2)
 
 
 def vocab_scores(
@@ -237,8 +237,8 @@ def vocab_scores(
     if kernels is not None:
         return kernels.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
     if fused and logits_TV[:, :num_valid].numel():
-        return compiled(torch_ops.scores_of_rows)(logits_TV[:, :num_valid], labels_T, label_logits_T, max_T, bits)
-    return torch_ops.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
+        return compiled(torch_vocab_ops.scores_of_rows)(logits_TV[:, :num_valid], labels_T, label_logits_T, max_T, bits)
+    return torch_vocab_ops.vocab_scores(logits_TV, labels_T, label_logits_T, max_T, bits, num_valid)
 
 
 def distill_stats(
@@ -286,8 +286,8 @@ def distill_stats(
         return kernels.distill_stats(logits_TV, teacher_TV, *rest, num_valid, label_logits_T, reverse)
     if fused and logits_TV[:, :num_valid].numel():
         rows = logits_TV[:, :num_valid], teacher_TV[:, :num_valid]
-        return compiled(torch_ops.distill_stats_of_rows)(*rows, *rest, label_logits_T, reverse)
-    return torch_ops.distill_stats(logits_TV, teacher_TV, *rest, num_valid, label_logits_T, reverse)
+        return compiled(torch_vocab_ops.distill_stats_of_rows)(*rows, *rest, label_logits_T, reverse)
+    return torch_vocab_ops.distill_stats(logits_TV, teacher_TV, *rest, num_valid, label_logits_T, reverse)
 
 
 def distill_grad_(
@@ -328,9 +328,9 @@ def distill_grad_(
     if kernels is not None:
         return kernels.distill_grad_(logits_TV, teacher_TV, *rest, num_valid, smooth_T2, reverse)
     if fused and num_valid is None and logits_TV.numel():
-        compiled(torch_ops.write_distill_grad)(logits_TV, teacher_TV, *rest, smooth_T2, reverse)
+        compiled(torch_vocab_ops.write_distill_grad)(logits_TV, teacher_TV, *rest, smooth_T2, reverse)
         return logits_TV
-    return torch_ops.distill_grad_(logits_TV, teacher_TV, *rest, num_valid, smooth_T2, reverse)
+    return torch_vocab_ops.distill_grad_(logits_TV, teacher_TV, *rest, num_valid, smooth_T2, reverse)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megagrow.data.indexed import IndexedDataset
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError, DataError, UnknownToken
 
 
 class Samples(ABC):
@@ -69,9 +69,11 @@ class Samples(ABC):
         outside = (tokens_BS1 < 0) | (tokens_BS1 >= vocab_size)
         if outside.any():
             row, column = np.argwhere(outside)[0]
-            raise DataError(
-                f"{self.prefix}: sample {ids_B[row]} holds token {tokens_BS1[row, column]}, the "
-                f"model's vocab_size is {vocab_size}; preprocess with the model's tokenizer"
+            token = int(tokens_BS1[row, column])
+            raise UnknownToken(
+                f"{self.prefix}: sample {ids_B[row]} holds token {token}, the "
+                f"model's vocab_size is {vocab_size}; preprocess with the model's tokenizer",
+                token,
             )
 
 

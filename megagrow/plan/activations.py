@@ -7,7 +7,7 @@ autograd really saves. All figures are bytes of one microbatch on one rank.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megagrow import ops, torch_ops
+from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.parallel.loss import CACHES, tokens_at_once
 from megagrow.parallel.loss_terms import teacher_tokens
@@ -15,6 +15,7 @@ from megagrow.parallel.stages import Stage
 from megagrow.plan.layout import Layout
 from megagrow.plan.weights import layer_names, stored_elements
 from megagrow.roles import role_of
+from megagrow.torch_vocab_ops import chunk_logits
 
 DeviceType = Literal["cuda", "cpu"]
 ENTRY = 40  # bytes of an entry of a cache while the loss works on it
@@ -352,8 +353,7 @@ def scoring(layout: Layout, device: DeviceType) -> int:
         mlp += layout.width * _gate_up_elements(layout)
     rows = -(-model.vocab_size // layout.tensor)
     logits = min(tokens_at_once(0, rows, layout.width, CACHES[device]), layout.tokens) * rows
-    most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
-    twin = 0 if "vocab_loss" in kernels else SCORED_LOGIT * min(logits, most)
+    twin = 0 if "vocab_loss" in kernels else SCORED_LOGIT * min(logits, chunk_logits(device))
     block = 2 * size.cut + size.whole + max(2 * size.query + 3 * size.key, mlp)
     return max(block, size.whole + layout.width * logits + twin)
 
@@ -364,9 +364,8 @@ def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bo
     serving = ops.chosen(train.kernels) if device == "cuda" else ()
     if train.compile or ("distill_loss" if with_teacher else "vocab_loss") in serving:
         return 0
-    most = torch_ops.CHUNK_LOGITS_CPU if device == "cpu" else torch_ops.CHUNK_LOGITS_GPU
     arrays = 2 if not with_teacher else 5 if layout.width == 4 else 7  # of narrow logits, wide copies too
-    return 4 * arrays * min(logits, most)
+    return 4 * arrays * min(logits, chunk_logits(device))
 
 
 def embedding_gradient(layout: Layout) -> int:

@@ -2,6 +2,7 @@
 
 run.py       one run from start to exit.json
 trainer.py   the loop: which step comes next, and what follows each step
+beginning.py  what a run trains first, from nothing or from a checkpoint
 state.py     what a run knows beside its tensors
 part.py      this rank's share of a model, and how it is built and loaded
 learner.py   one optimizer step: of the model, or of LiGO's maps

@@ -15,14 +15,10 @@ from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf
 from megagrow.checkpoint.agreement import Ranks
-from megagrow.checkpoint.source import Source, judge_fit, known_samples, open_source, share_identity
-from megagrow.checks import check_chain, check_models_from
 from megagrow.config import Config, ModelConfig
-from megagrow.config_file import to_dict
 from megagrow.data.mlm import make_masking
-from megagrow.errors import CheckpointError, Damaged, NonFiniteError, Preempted
-from megagrow.evaluate import make_batch, make_masked_batch, mean_loss
-from megagrow.growth.bootstrap import explain
+from megagrow.errors import Damaged, NonFiniteError, Preempted
+from megagrow.evaluate import make_batch, make_masked_batch
 from megagrow.metrics import Metrics, Progress
 from megagrow.model.dropout import token_keys
 from megagrow.optim import lr_at
@@ -33,11 +29,11 @@ from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing, vocabulary
+from megagrow.train.beginning import Beginning
 from megagrow.train.clock import Clock
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
-from megagrow.train.part import Part, build_part, compute_dtype, initialize_part, load_part
-from megagrow.train.salt_costs import ledger_of
+from megagrow.train.part import compute_dtype
 from megagrow.train.salt_stage import SaltStage
 from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
@@ -80,7 +76,8 @@ class Trainer:
         self._owes_save = False  # because bad steps have held it up
         self._checkpoint_seconds = 0.0  # for which steps have waited since the last line of metrics.jsonl
         self.progress = Progress(config.train.steps, enabled=mesh.is_main)
-        self.learner, self.state = self._resume() or self._begin_anew()
+        beginning = Beginning(config, mesh, self.datasets, self.masking, self.progress.message)
+        self.learner, self.state = self._resume() or beginning.begin()
         self.state.blend = continue_blend(
             self.state.blend,
             blend_weights(config, self.datasets),
@@ -92,7 +89,7 @@ class Trainer:
             self.state.forget_losses()
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
         self.stream = open_stream(self.datasets, self.state.blend, config)
-        vocabulary.check_before_growth(self.stream, self.datasets, self.state, config, mesh)
+        vocabulary.check_before_growth(self.stream, self.datasets, self.state, config, mesh, self.progress.message)
         data = self.datasets, self.stream, self.evaluator
         self.salt = SaltStage(config, mesh, *data, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
@@ -125,65 +122,6 @@ class Trainer:
 
     def _newest(self) -> Path | None:
         return saving.newest(self.config, self.mesh, self.saver.passed_over)
-
-    def _begin_anew(self) -> tuple[Learner, RunState]:
-        learner, state = self._begin()
-        if told := growing.warning(learner, state, self.config):
-            self.progress.message(told)
-        return learner, state
-
-    def _begin(self) -> tuple[ModelLearner, RunState]:
-        config = self.config
-        if config.init.from_:
-            return self._begin_from(open_source(config.init.from_))
-        small = config.growth.source
-        if told := explain(config):
-            self.progress.message(told)
-        state = RunState(small or config.model, "small" if small else "main")
-        growing.check_recipes(state, config)
-        part = build_part(state.model, config, self.mesh)
-        initialize_part(part, config.train.seed)
-        return growing.new_learner(part, config), state
-
-    def _begin_from(self, source: Source) -> tuple[ModelLearner, RunState]:
-        config = self.config
-        if source.note:
-            self.progress.message(source.note)
-        grows = config.growth.method != "none"
-        if grows:
-            check_chain(config, source.model)
-        elif source.model != config.model:
-            raise CheckpointError(
-                f"{source.path} holds another model ({first_difference(source.model, config.model)}); "
-                "make the models equal, or set growth.method to grow it"
-            )
-        check_models_from(source.model, config, str(source.path))
-        state = RunState(source.model, "small" if grows else "main")
-        growing.check_recipes(state, config)
-        share_identity(source, self.mesh)
-        state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
-        part = build_part(source.model, config, self.mesh)
-        load_part(part, source.fetch)
-        self._check_source(part, source)
-        if told := growing.moments_note(source, config):
-            self.progress.message(told)
-        return growing.new_learner(part, config, source), state
-
-    def _check_source(self, part: Part, source: Source) -> None:
-        name, vocab_size = str(source.path), source.model.vocab_size
-        grows, batch_size = self.config.model.vocab_size > vocab_size, self.config.train.global_batch_size
-        for dataset in self.datasets:
-            where = "the data" if len(self.datasets) == 1 else dataset.prefix
-            tokens = known_samples(dataset, vocab_size, grows, name)
-            if not len(tokens):
-                new = f"the first samples all hold tokens beyond its vocabulary of {vocab_size}"
-                self.progress.message(f"source {source.path}: not tried on {where}, {new}")
-                continue
-            loss = mean_loss(
-                part.engine, tokens, batch_size, self.mesh, masking=vocabulary.masking_for(self.masking, source.model)
-            )
-            judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
-            self.progress.message(f"source {source.path}: loss {loss:.3f} on {where}")
 
     def run(self, stop: StopRequest) -> None:
         """Trains to the end of the schedule, or until a stop is asked for.
@@ -527,10 +465,3 @@ def describe_model(model: ModelConfig) -> str:
     """A model in a few words, for messages and the ledger."""
     millions = num_parameters(model) / 1e6
     return f"{model.family} {model.num_layers}x{model.hidden_size} ({millions:.3g}M parameters)"
-
-
-def first_difference(old: ModelConfig, new: ModelConfig) -> str:
-    """The first field in which two models differ, in words."""
-    before, now = to_dict(old), to_dict(new)
-    name = next(name for name in before if before[name] != now[name])
-    return f"{name}={before[name]} there, {now[name]} here"

@@ -4,7 +4,7 @@ Datasets are opened for the model that the run ends with. No batch may hold a to
 on shards of a vocabulary such a token has no row on any rank, so that losses would be finite and wrong.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from megagrow.checkpoint.agreement import Ranks
@@ -12,7 +12,7 @@ from megagrow.config import Config, ModelConfig, require
 from megagrow.data.dataset import Samples
 from megagrow.data.loader import Stream
 from megagrow.data.mlm import Masking
-from megagrow.errors import DataError
+from megagrow.errors import DataError, UnknownToken
 from megagrow.parallel import heartbeat
 from megagrow.parallel.mesh import Mesh
 from megagrow.timeline import latest_step, learning_steps, num_growths
@@ -42,7 +42,12 @@ def masking_for(masking: Masking | None, model: ModelConfig) -> Masking | None:
 
 
 def check_before_growth(
-    stream: Stream, datasets: Iterable[Samples], state: RunState, config: Config, mesh: Mesh
+    stream: Stream,
+    datasets: Iterable[Samples],
+    state: RunState,
+    config: Config,
+    mesh: Mesh,
+    say: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Makes sure, before anything is trained, that no model meets a token which only the last growth gives it, as it
     learns or as it teaches what it has grown into.
@@ -56,27 +61,36 @@ def check_before_growth(
         state: where the run stands.
         config: of the run.
         mesh: where this rank stands.
+        say: takes a line for the user, before all is read.
 
     Raises:
-        DataError: on every rank, with the first token that is met too early.
+        DataError: on every rank, with the first token that is met too early, or why a sample cannot be read.
     """
     steps = _steps_before_growth(state, config)
     if steps == 0:
         return
     limit(datasets, state.model)
     size, problem = config.train.global_batch_size, None
+    say(f"looking through the {steps * size} samples up to the last growth for tokens that only it adds")
     try:
         for step in range(steps):
             stream.batch(state.cursors["all"] + step * size, size, mesh.dp.rank, mesh.dp.size)
             heartbeat.progress()
+    except UnknownToken as error:
+        is_new = state.model.vocab_size <= error.token < config.model.vocab_size
+        problem = str(error) + (_remedy(config) if is_new else "")
     except DataError as error:
         problem = str(error)
     found = next(filter(None, Ranks(mesh.checkpoint_group).gather(problem)), None)
     if found:
-        source = config.growth.source
-        remedy = "growth.at_step=0" if source is None else f"growth.source.vocab_size={config.model.vocab_size}"
-        teacher = " and another salt.teacher, which is to know them too" if config.salt.grown_teaches else ""
-        raise DataError(f"{found}, or let it know all tokens before it meets them: set {remedy}{teacher}")
+        raise DataError(found)
+
+
+def _remedy(config: Config) -> str:
+    source = config.growth.source
+    remedy = "growth.at_step=0" if source is None else f"growth.source.vocab_size={config.model.vocab_size}"
+    teacher = " and another salt.teacher, which is to know them too" if config.salt.grown_teaches else ""
+    return f", or let it know all tokens before it meets them: set {remedy}{teacher}"
 
 
 def _steps_before_growth(state: RunState, config: Config) -> int:

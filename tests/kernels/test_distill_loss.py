@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow import torch_ops
+from megagrow import torch_vocab_ops
 from megagrow_kernels.distill_loss import distill_grad_, distill_grad_ref, distill_stats, distill_stats_ref
 from megagrow_kernels.vocab_loss import vocab_grad_, vocab_stats
 from tests.kernels.accuracy import assert_as_good_as_twin
@@ -80,7 +80,7 @@ def test_stats_as_good_as_the_twin(case: Case, reverse: bool) -> None:
     given = make(case)
     arguments = (given.labels_T, *temperatures(case), case.num_valid, None, reverse)
     actual_TK = distill_stats(given.logits_TV, given.teacher_TV, *arguments)
-    twin_TK = torch_ops.distill_stats(given.logits_TV, given.teacher_TV, *arguments)
+    twin_TK = torch_vocab_ops.distill_stats(given.logits_TV, given.teacher_TV, *arguments)
     exact_TK = distill_stats_ref(given.logits_TV.double(), given.teacher_TV.double(), *arguments)
     for column in (0, 2, 4):
         assert torch.equal(actual_TK[:, column].double(), exact_TK[:, column])
@@ -115,7 +115,9 @@ def test_gradient_as_good_as_the_twin(case: Case, more: bool) -> None:
         smooth_T2 if smooth_T2 is None else smooth_T2.double(),
         more,
     )
-    twin_TV = torch_ops.distill_grad_(given.logits_TV.clone(), given.teacher_TV, given.labels_T, lse_T3, *scales, *rest)
+    twin_TV = torch_vocab_ops.distill_grad_(
+        given.logits_TV.clone(), given.teacher_TV, given.labels_T, lse_T3, *scales, *rest
+    )
     buffer, teacher = given.logits_TV._base, given.teacher_TV.clone()
     actual_TV = distill_grad_(given.logits_TV, given.teacher_TV, given.labels_T, lse_T3, *scales, *rest)
     assert actual_TV is given.logits_TV
@@ -132,7 +134,7 @@ def test_gradient_as_good_as_the_twin(case: Case, more: bool) -> None:
 def test_two_shards_make_the_whole(backend: str, student_temperature: float) -> None:
     stats, grad_ = {
         "kernel": (distill_stats, distill_grad_),
-        "twin": (torch_ops.distill_stats, torch_ops.distill_grad_),
+        "twin": (torch_vocab_ops.distill_stats, torch_vocab_ops.distill_grad_),
     }[backend]
     rho, sigma, omega = 2.0, student_temperature, 0.3
     V, shard = 4163, 2096  # the second shard ends in padding
@@ -196,7 +198,7 @@ def test_the_teacher_is_the_student() -> None:
     assert stats_TK[:, 6].abs().max() == 0
 
 
-@pytest.mark.parametrize("stats", [distill_stats, torch_ops.distill_stats], ids=["kernel", "twin"])
+@pytest.mark.parametrize("stats", [distill_stats, torch_vocab_ops.distill_stats], ids=["kernel", "twin"])
 def test_infinities(stats) -> None:
     student_TV, teacher_TV = torch.zeros(3, 4100), torch.zeros(3, 4100)
     student_TV[0, 9], teacher_TV[0, 9] = -torch.inf, -torch.inf  # no probability on either side
@@ -214,8 +216,8 @@ def test_reverse_divergence(backend: str) -> None:
         (distill_stats, distill_grad_)
         if backend == "kernel"
         else (
-            torch_ops.distill_stats,
-            torch_ops.distill_grad_,
+            torch_vocab_ops.distill_stats,
+            torch_vocab_ops.distill_grad_,
         )
     )
     rho, sigma, cut = 0.5, 2.0, 60
@@ -245,7 +247,7 @@ def test_shard_of_padding_only_and_no_tokens() -> None:
     logits_TV, labels_T = torch.full((2, 16), 5.0), torch.tensor([3, -1])
     stats_TK = distill_stats(logits_TV, logits_TV.clone(), labels_T, 2.0, 2.0, 0)
     assert stats_TK.tolist() == [[-torch.inf, 0.0, 0.0, 0.0, -torch.inf, 0.0, 0.0, 0.0]] * 2
-    assert torch.equal(stats_TK, torch_ops.distill_stats(logits_TV, logits_TV, labels_T, 2.0, 2.0, 0))
+    assert torch.equal(stats_TK, torch_vocab_ops.distill_stats(logits_TV, logits_TV, labels_T, 2.0, 2.0, 0))
     ones_T = torch.ones(2)
     rest = labels_T, torch.ones(2, 3), ones_T, ones_T, 2.0, 2.0, 0
     for more in ((None, False), (torch.ones(2, 2), True)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import megagrow_kernels
-from megagrow import growth_ops, ops, torch_growth_ops, torch_ops
+from megagrow import growth_ops, ops, torch_growth_ops, torch_ops, torch_vocab_ops
 from megagrow.errors import ConfigError
 
 F64 = torch.float64
@@ -84,7 +84,7 @@ def test_layer_norm() -> None:
 
 @pytest.fixture(params=[8, 2**18], ids=["row by row", "whole"])
 def chunk_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "CHUNK_LOGITS_CPU", request.param)
+    monkeypatch.setattr(torch_vocab_ops, "CHUNK_LOGITS_CPU", request.param)
 
 
 @pytest.mark.usefixtures("chunk_logits")
@@ -211,7 +211,7 @@ def test_attention(causal: bool, num_kv_heads: int) -> None:
 
 @pytest.mark.parametrize("name", [*DOORS, *GROWTH_DOORS])
 def test_door_twin_and_kernel_have_the_same_parameters(name: str) -> None:
-    twins = torch_growth_ops if name in GROWTH_DOORS else torch_ops
+    twins = next(each for each in (torch_ops, torch_vocab_ops, torch_growth_ops) if hasattr(each, name))
     door, twin, kernel = (
         [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.name != "fused"]
         for function in (getattr(ops, name), getattr(twins, name), getattr(megagrow_kernels, name))
@@ -317,12 +317,12 @@ def test_a_broken_triton_is_named_once(fresh_ops: pytest.MonkeyPatch) -> None:
 def test_fused_vocabulary_functions_give_what_the_twins_give(dtype: torch.dtype) -> None:
     logits_TV, labels_T = normal(5, 70, dtype=dtype) * 9, torch.tensor([0, 69, -1, 33, 70])
     logits_TV[0, 3], logits_TV[4] = -torch.inf, -torch.inf
-    stats_T3 = torch_ops.vocab_stats(logits_TV, labels_T)
+    stats_T3 = torch_vocab_ops.vocab_stats(logits_TV, labels_T)
     torch.testing.assert_close(ops.vocab_stats(logits_TV, labels_T, fused=True), stats_T3)
     logsumexp_T = stats_T3[:, 0] + stats_T3[:, 1].log()
     scale_T = normal(5, dtype=stats_T3.dtype)
     rest = logits_TV[:4].clone(), labels_T[:4], logsumexp_T[:4], scale_T[:4]
-    expected = torch_ops.vocab_grad_(rest[0].clone(), *rest[1:])
+    expected = torch_vocab_ops.vocab_grad_(rest[0].clone(), *rest[1:])
     given = ops.vocab_grad_(*rest, fused=True)
     assert given is rest[0]
     torch.testing.assert_close(given, expected)
@@ -332,13 +332,13 @@ def test_fused_vocabulary_functions_give_what_the_twins_give(dtype: torch.dtype)
 def test_fused_distillation_functions_give_what_the_twins_give(dtype: torch.dtype) -> None:
     logits_TV, teacher_TV = normal(4, 70, dtype=dtype) * 9, normal(5, 70, dtype=dtype)[:4] * 9
     labels_T, temperatures = torch.tensor([0, 69, -1, 33]), (2.0, 3.0)
-    stats_TK = torch_ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures)
+    stats_TK = torch_vocab_ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures)
     fused_TK = ops.distill_stats(logits_TV, teacher_TV, labels_T, *temperatures, fused=True)
     torch.testing.assert_close(fused_TK, stats_TK)
     logsumexps_T3 = torch.stack((stats_TK[:, 0], stats_TK[:, 0] / 3, stats_TK[:, 4] / 2), -1) + 4
     scales = normal(4, dtype=stats_TK.dtype), normal(5, dtype=stats_TK.dtype)[:4]
     rest = teacher_TV, labels_T, logsumexps_T3, *scales, *temperatures
-    expected = torch_ops.distill_grad_(logits_TV.clone(), *rest)
+    expected = torch_vocab_ops.distill_grad_(logits_TV.clone(), *rest)
     given = ops.distill_grad_(logits_TV, *rest, fused=True)
     assert given is logits_TV
     torch.testing.assert_close(given, expected)
@@ -382,5 +382,7 @@ def test_tokens_that_both_models_exclude_leave_no_trace(temperatures: tuple[floa
     s_TV, t_TV = (torch.randn(3, 6, generator=generator) for _ in range(2))
     excluded = torch.full((3, 2), -torch.inf)
     wide_s_TV, wide_t_TV = (torch.cat((x_TV, excluded), dim=1) for x_TV in (s_TV, t_TV))
-    found_TK = torch_ops.distill_stats(wide_s_TV, wide_t_TV, labels_T, *temperatures, reverse=reverse)
-    torch.testing.assert_close(found_TK, torch_ops.distill_stats(s_TV, t_TV, labels_T, *temperatures, reverse=reverse))
+    found_TK = torch_vocab_ops.distill_stats(wide_s_TV, wide_t_TV, labels_T, *temperatures, reverse=reverse)
+    torch.testing.assert_close(
+        found_TK, torch_vocab_ops.distill_stats(s_TV, t_TV, labels_T, *temperatures, reverse=reverse)
+    )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagrow import torch_ops
+from megagrow import torch_vocab_ops
 from megagrow_kernels.vocab_loss import (
     vocab_grad_,
     vocab_grad_ref,
@@ -67,7 +67,7 @@ def logsumexp(logits_TV: Tensor, num_valid: int | None) -> Tensor:
 def test_stats_as_good_as_the_twin(case: Case) -> None:
     logits_TV, labels_T = logits_and_labels(case)
     actual_T3 = vocab_stats(logits_TV, labels_T, case.num_valid)
-    twin_T3 = torch_ops.vocab_stats(logits_TV, labels_T, case.num_valid)
+    twin_T3 = torch_vocab_ops.vocab_stats(logits_TV, labels_T, case.num_valid)
     exact_T3 = vocab_stats_ref(logits_TV.double(), labels_T, case.num_valid)
     assert torch.equal(actual_T3[:, [0, 2]].double(), exact_T3[:, [0, 2]])
     assert_as_good_as_twin(actual_T3[:, 1:2], twin_T3[:, 1:2], exact_T3[:, 1:2], "sum_exp")
@@ -83,7 +83,7 @@ def test_gradient_as_good_as_the_twin(case: Case, smooth: bool) -> None:
     exact = (labels_T, logsumexp_T.double(), scale_T.double(), case.num_valid, smooth_T2.double() if smooth else None)
     exact_TV = vocab_grad_ref(logits_TV.double(), *exact)
     given = labels_T, logsumexp_T, scale_T, case.num_valid, smooth_T2
-    twin_TV = torch_ops.vocab_grad_(logits_TV.clone(), *given)
+    twin_TV = torch_vocab_ops.vocab_grad_(logits_TV.clone(), *given)
     buffer = logits_TV._base
     actual_TV = vocab_grad_(logits_TV, *given)
     assert actual_TV is logits_TV
@@ -106,7 +106,7 @@ def test_rank_is_exact_with_ties(case: Case) -> None:
     stats_T4 = vocab_stats(*arguments)
     exact_T4 = vocab_stats_ref(logits_TV.double(), *arguments[1:])
     assert torch.equal(stats_T4[:, 3].double(), exact_T4[:, 3])
-    assert torch.equal(stats_T4[:, 3], torch_ops.vocab_stats(*arguments)[:, 3])
+    assert torch.equal(stats_T4[:, 3], torch_vocab_ops.vocab_stats(*arguments)[:, 3])
     assert torch.equal(stats_T4[:, :3], vocab_stats(*arguments[:3]))
     if (stats_T4[:, 0] > -torch.inf).all():
         rank_T = vocab_scores(logits_TV, labels_T, label_logits_T, stats_T4[:, 0], 40, case.num_valid)[1]
@@ -114,7 +114,7 @@ def test_rank_is_exact_with_ties(case: Case) -> None:
         assert torch.equal(rank_T.float(), stats_T4[:, 3])
 
 
-@pytest.mark.parametrize("stats", [vocab_stats, torch_ops.vocab_stats], ids=["kernel", "twin"])
+@pytest.mark.parametrize("stats", [vocab_stats, torch_vocab_ops.vocab_stats], ids=["kernel", "twin"])
 def test_rank_skips_the_label_itself(stats: Callable[..., Tensor]) -> None:
     logits_TV = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     below_T = torch.nextafter(logits_TV[:, 2], torch.tensor(-1.0))  # not the stored bits
@@ -128,7 +128,7 @@ def test_scores_as_good_as_the_twin(case: Case) -> None:
     stats_T3, bits = vocab_stats(logits_TV, labels_T, case.num_valid), 48
     arguments = (labels_T, stats_T3[:, 2], stats_T3[:, 0], bits, case.num_valid)
     units_T, rank_T = vocab_scores(logits_TV, *arguments)
-    twin_T, twin_rank_T = torch_ops.vocab_scores(logits_TV, *arguments)
+    twin_T, twin_rank_T = torch_vocab_ops.vocab_scores(logits_TV, *arguments)
     exact_T, exact_rank_T = vocab_scores_ref(logits_TV.double(), *arguments)
     assert torch.equal(rank_T, exact_rank_T) and torch.equal(twin_rank_T, exact_rank_T)
     sums = [(each.double() / 2**bits).float()[:, None] for each in (units_T, twin_T)]
@@ -165,7 +165,7 @@ def test_infinities() -> None:
     stats_T3 = vocab_stats(logits_TV, torch.tensor([0, 4099, 0, 0]))
     assert stats_T3[:3].tolist() == [[-torch.inf, 0, -torch.inf], [5, 1, 5], [7, 1, 7]]
     assert stats_T3[3, 1].isnan()
-    assert torch.equal(stats_T3[:3], torch_ops.vocab_stats(logits_TV[:3], torch.tensor([0, 4099, 0])))
+    assert torch.equal(stats_T3[:3], torch_vocab_ops.vocab_stats(logits_TV[:3], torch.tensor([0, 4099, 0])))
 
 
 def test_shard_of_padding_only() -> None:
@@ -173,8 +173,8 @@ def test_shard_of_padding_only() -> None:
     label_logits_T = torch.zeros(2)
     stats_T3 = vocab_stats(logits_TV, labels_T, 0)
     assert stats_T3.tolist() == [[-torch.inf, 0.0, 0.0]] * 2
-    assert torch.equal(stats_T3, torch_ops.vocab_stats(logits_TV, labels_T, 0))
-    for scores in (vocab_scores, torch_ops.vocab_scores):
+    assert torch.equal(stats_T3, torch_vocab_ops.vocab_stats(logits_TV, labels_T, 0))
+    for scores in (vocab_scores, torch_vocab_ops.vocab_scores):
         found = scores(logits_TV, labels_T, label_logits_T, label_logits_T, 40, 0)
         assert [each.tolist() for each in found] == [[0, 0], [0, 0]]
     assert (vocab_grad_(logits_TV, labels_T, torch.ones(2), torch.ones(2), 0) == 0).all()
@@ -191,7 +191,7 @@ def test_no_tokens() -> None:
 def test_two_shards_make_the_whole(backend: str) -> None:
     stats, grad_ = {
         "kernel": (vocab_stats, vocab_grad_),
-        "twin": (torch_ops.vocab_stats, torch_ops.vocab_grad_),
+        "twin": (torch_vocab_ops.vocab_stats, torch_vocab_ops.vocab_grad_),
     }[backend]
     V, shard = 4163, 2096  # the second shard ends in padding
     logits_TV = 4 * torch.randn(5, V, generator=torch.Generator().manual_seed(0))

@@ -29,13 +29,13 @@ AT_ONCE = GrowthConfig("clone", optimizer="asymmetric")
 LATER = dataclasses.replace(AT_ONCE, at_step=3)
 
 
-def make_corpus(folder: Path, new_at: dict[str, int | None]) -> Path:
+def make_corpus(folder: Path, new_at: dict[str, int | None], token: int = NEW) -> Path:
     """Bytes as in the corpus of all runs here, but for one new token of each file, or many where there is no place."""
     folder.mkdir()
     for split, module in (("train", random), ("validation", inspect)):
         tokens = np.frombuffer(inspect.getsource(module).encode()[:40_000], np.uint8).astype(np.uint16)
         place = new_at.get(split, -1)
-        tokens[slice(None, None, 8) if place is None else slice(place, place + 1) if place >= 0 else slice(0)] = NEW
+        tokens[slice(None, None, 8) if place is None else slice(place, place + 1) if place >= 0 else slice(0)] = token
         with IndexedWriter(folder / split, np.uint16) as writer:
             writer.add_document(tokens)
             writer.close()
@@ -87,6 +87,18 @@ def test_a_new_token_before_growth_is_refused_before_training(
         said = capfd.readouterr().err
         assert f"holds token {NEW}, the model's vocab_size is 256" in said
         assert (f"set growth.source.vocab_size={NEW + 1}" if own else "set growth.at_step=0") in said
+
+
+def test_a_token_that_no_model_knows_is_not_what_growth_adds(
+    corpus: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """To let the small model know all tokens would not help."""
+    config = growing(corpus, tmp_path / "run", LATER, trained)
+    late = make_corpus(tmp_path / "late", {"train": met_by(config, step=2)}, token=NEW + 1)
+    assert run(growing(late, tmp_path / "run", LATER, trained)) == 3
+    said = capfd.readouterr().err
+    assert "looking through the 12 samples up to the last growth" in said
+    assert f"holds token {NEW + 1}, the model's vocab_size is 256; preprocess" in said and "growth.at_step" not in said
 
 
 def test_a_new_token_after_growth_is_welcome(corpus: Path, trained: Path, tmp_path: Path) -> None:
