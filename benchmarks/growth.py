@@ -1,20 +1,22 @@
 """Growth in place on four ranks over gloo: memory and time beside their bounds, the plan, and the usual way.
 
-    python benchmarks/growth.py            # half an hour, 12 GB; writes benchmarks/results/growth.json
+    python benchmarks/growth.py            # a quarter of an hour, 12 GB; writes benchmarks/results/growth.json
     python benchmarks/growth.py grow       # only that; or learn, or the name of a case
 
-Each case runs in processes of its own. Memory is the peak of a rank's anonymous pages (VmHWM less what is mapped from
-files) from where the models are built, after a collection and a trim: FSDP2 modules die only in a collection. Every
-large allocation is a mapping of its own, so that what is freed is given back. Weights and both moments count.
+Each case runs three times, in processes of its own; figures are medians, memory is the highest. Memory is the peak of a
+rank's anonymous pages (VmHWM less what is mapped from files) from where the models are built, after a collection and a
+trim: FSDP2 modules die only in a collection. Every large allocation is a mapping of its own, so that what is freed is
+given back. Weights and both moments count.
 
 Time is that of the slowest rank, beside copying the target's bytes into new memory on all ranks at once and, where
 something is sent, sending by gloo and nothing else what a rank needs of the source and does not have. The usual way
 gathers full state dicts on the first rank, grows them there, and sends every whole tensor to all ranks.
 """
 
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +44,7 @@ from megagrow.train.growing import grow_copies, map_learner
 from megagrow.train.learner import ModelLearner
 from megagrow.train.part import Part, build_part, initialize_part
 
-RANKS = 4
+RANKS, RUNS = 4, 3
 LAYER_SHARE, COPY_TIMES, SEND_TIMES, STEP_TIMES, PLAN_SHARE = 1.5, 3.0, 1.5, 2.0, 0.10
 
 
@@ -237,7 +239,7 @@ def grow(case: Case, mesh: Mesh, usually: bool) -> dict[str, Any]:
 
 
 def learn(case: Case, mesh: Mesh, plainly: bool) -> dict[str, Any]:
-    """A step of learning maps, or a plain step of the target."""
+    """Steps of learning maps, or plain steps of the target: their highest peak, and their median time."""
     config, start = case.config, settle()
     size, length = config.train.global_batch_size, config.data.seq_length
     tokens = torch.randint(case.target.vocab_size, (size // mesh.dp.size, length + 1))
@@ -248,8 +250,11 @@ def learn(case: Case, mesh: Mesh, plainly: bool) -> dict[str, Any]:
         initialize_part(small, seed=0)
         learner = map_learner(small, config)
         learner.generate()
-    _, peak, seconds = measured(lambda: learner.step(make_batch(tokens, size, mesh), 1e-4, StepGuard()))
-    return {"peak": peak - start, "seconds": seconds}
+    steps = []
+    for _ in range(RUNS):
+        _, peak, seconds = measured(lambda: learner.step(make_batch(tokens, size, mesh), 1e-4, StepGuard()))
+        steps.append({"peak": peak - start, "seconds": seconds})
+    return over_runs(steps)
 
 
 def work(name: str, kind: str) -> None:
@@ -260,14 +265,28 @@ def work(name: str, kind: str) -> None:
     mesh = make_mesh(case.parallel)
     dist.barrier()
     found = learn(case, mesh, kind == "plain") if kind in ("learn", "plain") else grow(case, mesh, kind == "usual")
-    tell({"pipeline": mesh.pp.rank, **found})
+    tell({"rank": mesh.world.rank, "pipeline": mesh.pp.rank, **found})
     leave_distributed()
 
 
 def launch(name: str, kind: str) -> list[dict[str, Any]]:
-    """What the ranks found."""
+    """What the ranks found in RUNS runs."""
     allocator = {"MALLOC_MMAP_THRESHOLD_": str(4 * MIB), "MALLOC_ARENA_MAX": "1"}
-    return processes.launch(__file__, name, kind, ranks=RANKS, threads=1, **allocator)
+    runs = [processes.launch(__file__, name, kind, ranks=RANKS, threads=1, **allocator) for _ in range(RUNS)]
+    by_rank = zip(*(sorted(found, key=lambda each: each["rank"]) for found in runs), strict=True)
+    return [over_runs(found) for found in by_rank]
+
+
+def over_runs(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one rank's runs the median of every figure, of a list entry by entry, but the highest peak."""
+    together: dict[str, Any] = {}
+    for key, first in found[0].items():
+        values = [each[key] for each in found]
+        if isinstance(first, list):
+            together[key] = [statistics.median(entries) for entries in zip(*values, strict=True)]
+        else:
+            together[key] = max(values) if key == "peak" else statistics.median(values)
+    return together
 
 
 def growth_rows(name: str, case: Case) -> list[Row]:

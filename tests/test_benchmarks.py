@@ -527,6 +527,19 @@ def test_growth_judges_by_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert holds(1.2, 2.9) == [False, False, True]
 
 
+def test_growth_is_told_by_medians_over_runs_and_the_highest_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = load("growth", monkeypatch)
+    runs = [{"peak": peak, "seconds": [time, 2 * time]} for peak, time in ((5, 1.0), (9, 7.0), (2, 3.0))]
+    assert growth.over_runs(runs) == {"peak": 9, "seconds": [3.0, 6.0]}
+    order = iter(([3, 1], [1, 3], [3, 1]))
+
+    def tell(*_: str, **__: Any) -> list[dict[str, Any]]:
+        return [{"rank": rank, "peak": rank} for rank in next(order)]
+
+    monkeypatch.setattr(growth.processes, "launch", tell)
+    assert growth.launch("", "grow") == [{"rank": 1, "peak": 1}, {"rank": 3, "peak": 3}]
+
+
 def test_learning_is_judged_beside_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     growth = load("growth", monkeypatch)
     name, case = next(iter(growth.LEARNING.items()))
