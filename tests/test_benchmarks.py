@@ -542,11 +542,11 @@ def test_growth_is_told_by_medians_over_runs_and_the_highest_peak(monkeypatch: p
 
 def test_learning_is_judged_beside_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     growth = load("growth", monkeypatch)
-    name, case = next(iter(growth.LEARNING.items()))
+    name, case = list(growth.LEARNING.items())[-1]
     planned = {held.rank: held.total for held in growth.phases(growth.Layout(case.config, 4), "cpu")[0][1].memory}
     steps = {"learn": (1.0, 2.1), "plain": (1.2, 1.0)}
 
-    def launch(_: str, kind: str) -> list[dict[str, Any]]:
+    def launch(_: str, kind: str, __: int) -> list[dict[str, Any]]:
         share, seconds = steps[kind]
         return [{"pipeline": r, "peak": share * b, "seconds": [seconds, seconds]} for r, b in planned.items()]
 
