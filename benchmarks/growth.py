@@ -3,11 +3,10 @@
     python benchmarks/growth.py            # a quarter of an hour, 12 GB; writes benchmarks/results/growth.json
     python benchmarks/growth.py grow       # only that; or learn, or the name of a case
 
-A growth runs three times, in processes of its own, a learning step three times in one; figures are medians, memory is the
-highest. Memory is the peak of a
-rank's anonymous pages (VmHWM less what is mapped from files) from where the models are built, after a collection and a
-trim: FSDP2 modules die only in a collection. Every large allocation is a mapping of its own, so that what is freed is
-given back. Weights and both moments count.
+A growth runs three times, in processes of its own, a learning step three times in one; figures are medians, memory is
+the highest. Memory is the peak of a rank's anonymous pages (VmHWM less what is mapped from files) from where the models
+are built, after a collection and a trim: FSDP2 modules die only in a collection. Every large allocation is a mapping of
+its own, so that what is freed is given back. Weights and both moments count.
 
 Time is that of the slowest rank, beside copying the target's bytes into new memory on all ranks at once and, where
 something is sent, sending by gloo and nothing else what a rank needs of the source and does not have. The usual way
