@@ -1,5 +1,5 @@
 # `make setup TORCH="torch==2.13.0 --index-url URL"` takes another build of torch, and CONSTRAINTS=/dev/null
-# any version of everything. Where torch is installed already: `pip install --no-deps .`, no make.
+# any version of everything. Where torch is installed already, see README: no make.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,7 +44,7 @@ check: setup ## style, types, the order of imports, and no load that could run c
 parity: setup ## every layout against one process; a table, also in benchmarks/results (a quarter of an hour)
 	$(bin)/python -m tests.parallel.parity_table
 
-growth: setup ## every growth method on every layout against growing offline, and LiGO learning on each (an hour and more)
+growth: setup ## every growth method on every layout against growing offline, and LiGO learning on each (half an hour)
 	$(bin)/python -m tests.growth.layout_sweep
 	$(bin)/python -m pytest --timeout 3600 -o python_files='slow_*.py' tests/growth
 

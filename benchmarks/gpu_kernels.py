@@ -1,6 +1,6 @@
 """Every kernel on one GPU: right, and how fast beside a copy, its PyTorch twin, eager and compiled, and Liger's.
 
-    python benchmarks/gpu_kernels.py            # four minutes on an H200; writes benchmarks/results/gpu_kernels.json
+    python benchmarks/gpu_kernels.py            # four minutes on one GPU; writes benchmarks/results/gpu_kernels.json
     python benchmarks/gpu_kernels.py --tune     # tries other blocks and warps; prints a table for launch.py
     python benchmarks/gpu_kernels.py --tiny     # the same on few elements, on whatever is there; writes nothing
 

@@ -1,6 +1,6 @@
 """Training steps of five models on one GPU: tokens per second, MFU, and memory beside the plan's.
 
-    python benchmarks/gpu_train.py              # five minutes on an H200; writes benchmarks/results/gpu_train.json
+    python benchmarks/gpu_train.py              # five minutes on one GPU; writes benchmarks/results/gpu_train.json
     python benchmarks/gpu_train.py --tiny       # the same arms of a toy model on whatever is there; writes nothing
 
 Each model is trained with torch.compile on and off and with the Triton kernels on and off, each arm in a process of its

@@ -41,7 +41,7 @@ EXIT_SECONDS = 3.0  # after which exit.json, written on another node, is seen he
 
 
 def main(arguments: list[str]) -> int:
-    """Runs torchrun and returns the run's exit code (DESIGN section 8), 1 for a crash."""
+    """Runs torchrun and returns the run's exit code (docs/design.md, section 8), 1 for a crash."""
     split = arguments.index("--")
     options, command = arguments[:split], arguments[split + 1 :]
     if DRY_RUN in command:

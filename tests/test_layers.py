@@ -32,6 +32,7 @@ ORDER = [
     "cpu_ops",
     "attention_ops",
     "torch_ops",
+    "torch_vocab_ops",
     "torch_growth_ops",
     "serving",
     "growth_ops",

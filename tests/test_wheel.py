@@ -1,8 +1,10 @@
 """The built wheel in an empty environment: exactly the two packages, all of their files."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -11,6 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"megagrow": ROOT / "megagrow", "megagrow_kernels": ROOT / "kernels/megagrow_kernels"}
 NOT_SOURCE = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+
+
+def test_readme_names_what_a_prepared_environment_lacks() -> None:
+    """Where torch and Triton are, the other dependencies by name and then `--no-deps .`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=;\s]", dependency)[0] for dependency in project["dependencies"]} - {"torch", "triton"}
+    readme = (ROOT / "README.md").read_text()
+    (line,) = [line for line in readme.splitlines() if line.startswith("pip install fsspec")]
+    assert set(line.split()[2:]) == names
+    assert f"\n{line}\npip install --no-deps .\n" in readme
+    extras = set(project["optional-dependencies"]) - {"test", "dev"}
+    assert all(f"`{extra}`" in readme for extra in extras)
 
 
 def pip(*arguments: str | Path) -> None:

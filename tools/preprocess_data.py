@@ -2,7 +2,7 @@
 
     python tools/preprocess_data.py --input a.jsonl.gz --tokenizer t.model --output data/train
 
-Inputs by name: .jsonl (one JSON object per line), anything else is one document; .gz and .zst are
+Inputs by name: .jsonl, .ndjson, .json (one JSON object per line), anything else is one document; .gz and .zst are
 decompressed. Nothing but an earlier dataset PREFIX is replaced. Exit codes: 0 done, 2 usage, 3 data.
 """
 

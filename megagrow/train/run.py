@@ -61,7 +61,7 @@ def run(config: Config) -> int:
     Does not return where the watchdog ends the process (exit code 6).
 
     Returns:
-        The exit code (DESIGN section 8); `exit.json` holds it too, because torchrun turns every other code into 1.
+        The exit code (docs/design.md, section 8), which `exit.json` holds too: torchrun turns every other code into 1.
     """
     directory = Path(config.run.dir)
     heartbeat.reset()
