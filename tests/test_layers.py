@@ -61,7 +61,8 @@ ORDER = [
 ]
 STRANGERS = [("growth", "salt"), ("salt", "growth")]
 KERNELS_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "megagrow_kernels"}
-TOOLS_MAY_IMPORT = sys.stdlib_module_names | {"megagrow", "rich", "torch", "tyro", "_command", "_learning", "_reading"}
+TOOLS = {"_command", "_learning", "_planning", "_reading"}
+TOOLS_MAY_IMPORT = sys.stdlib_module_names | TOOLS | {"megagrow", "rich", "torch", "tyro", "yaml"}
 MAIN_LINES, TOOL_LINES = 80, 100
 
 

@@ -2,22 +2,28 @@
 
     python tools/inspect_checkpoint.py runs/quickstart/small --verify
 
-CKPT is a checkpoint or a run directory (its newest one). Exit codes: 0 done, 2 usage, 4 checkpoint
-missing or damaged.
+CKPT is a checkpoint, a run directory (its newest one), or a Hugging Face folder, of which the `model` section of a
+configuration is printed. Exit codes: 0 done, 2 usage, 4 checkpoint missing or damaged.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from _command import Arguments, run
 from rich.console import Console
 from rich.table import Table
 
 from megagrow import checkpoint
 from megagrow.checkpoint import Manifest
+from megagrow.checkpoint.hf import is_hf_folder
 from megagrow.checkpoint.remote import as_path
+from megagrow.checkpoint.source import Source, open_source
+from megagrow.config import require
+from megagrow.config_file import to_dict
 from megagrow.errors import CheckpointError
+from megagrow.roles import num_parameters
 
 
 def main() -> None:
@@ -26,6 +32,10 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="compare every byte with its digest")
     options = parser.parse_args()
 
+    if is_hf_folder(as_path(options.checkpoint)):
+        require(not options.verify, "--verify: a Hugging Face folder holds no digests to compare with")
+        show_folder(open_source(options.checkpoint))
+        return
     path = find(as_path(options.checkpoint))
     read = checkpoint.verify if options.verify else checkpoint.read_manifest
     show(path, read(path))
@@ -39,6 +49,12 @@ def find(path: Path) -> Path:
     if found is None:
         raise CheckpointError(f"{path}: no checkpoint; give a step-N or a directory that has some")
     return found
+
+
+def show_folder(source: Source) -> None:
+    """The model as YAML, which a configuration can begin with."""
+    print(f"# {source.path}: {num_parameters(source.model):,} parameters")
+    print(yaml.safe_dump({"model": to_dict(source.model)}, sort_keys=False), end="")
 
 
 def show(path: Path, manifest: Manifest) -> None:

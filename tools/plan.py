@@ -3,23 +3,31 @@
     python tools/plan.py CONFIG --world-size 1024 [--section.field VALUE ...] [--json FILE]
     python tools/plan.py CONFIG --world-size 1024 --suggest --gpu-memory 80
     python tools/plan.py CONFIG --world-size 1024 --dry-run
+    python tools/plan.py CONFIG --world-size 1024 --source CKPT --target-params 3e9..7e9 [--budget-tokens D]
 
 CONFIG is a preset or a YAML or JSON file. Says whether the layout is valid, what each rank needs and sends, and what
 the run costs, growth and SALT included; --suggest ranks the layouts that fit; --dry-run builds the real model of one
-rank per place of the pipeline without memory, and counts. Exit codes: 0 done, 2 a layout that is not valid (each broken
-rule is told with its remedy) or none that fits, 4 a source or teacher that cannot be read.
+rank per place of the pipeline without memory, and counts. --source says what a model can grow into, how, at which rate
+and in which layout, and what others saved so; --write FILE keeps the first. Exit codes: 0 done, 2 a layout that is not
+valid (each broken rule is told with its remedy) or none that fits, 4 a source or teacher that cannot be read.
 """
 
 import argparse
 import json
+import math
 import sys
+from dataclasses import replace
 
 from _command import Arguments, local_path, run
+from _planning import add_machine, add_targets, machine_of
 from rich.console import Console
 
+from megagrow.checkpoint.source import open_source
 from megagrow.command_line import parse
 from megagrow.config import Config, require
-from megagrow.plan import Machine, Plan, dry_run, make_plan, show, suggest, to_dict
+from megagrow.config_file import dump
+from megagrow.plan import Plan, dry_run, find_targets, make_plan, show, suggest, to_dict
+from megagrow.timeline import step_tokens
 
 
 def main() -> None:
@@ -27,10 +35,13 @@ def main() -> None:
     config = parse([options.config, *rest])
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     require(options.world_size > 0, f"--world-size {options.world_size} must be positive")
+    if options.source:
+        targets(config, options, console)
+        return
     if options.suggest:
         suggestions(config, options, console)
         return
-    plan = make_plan(config, options.world_size, machine(options))
+    plan = make_plan(config, options.world_size, machine_of(options))
     if not isinstance(plan, Plan):
         for problem in plan:
             print(f"error: {problem}", file=sys.stderr)
@@ -42,29 +53,33 @@ def main() -> None:
 
 
 def suggestions(config: Config, options: argparse.Namespace, console: Console) -> None:
-    found = suggest.suggest(config, options.world_size, machine(options))
+    found = suggest.suggest(config, options.world_size, machine_of(options))
     require(
         bool(found),
         f"no layout of this model on {options.world_size} ranks fits into --gpu-memory {options.gpu_memory:g} GiB; use "
         "more ranks, larger GPUs, shorter sequences, or optim.offload",
     )
     console.print(show.suggestion_table(found, options.world_size, options.count))
-    console.print(show.assumptions(machine(options)))
+    console.print(show.assumptions(machine_of(options)))
     print(f"the first: {show.options(found[0], config)}")
     if options.json:
         options.json.write_text(json.dumps([suggest.to_dict(each) for each in found], indent=1) + "\n")
 
 
-def machine(options: argparse.Namespace) -> Machine:
-    return Machine(
-        peak_flops=options.peak_tflops * 1e12,
-        efficiency=options.efficiency,
-        ranks_per_node=options.ranks_per_node,
-        inside=options.inside * 1e9,
-        between=options.between * 1e9,
-        memory=options.gpu_memory * 2**30,
-        usable=options.usable,
-    )
+def targets(config: Config, options: argparse.Namespace, console: Console) -> None:
+    require(options.target_params is not None, "--source wants --target-params, as in 3e9..7e9")
+    if options.budget_tokens:
+        steps = math.ceil(options.budget_tokens / step_tokens(config))
+        config = replace(config, train=replace(config.train, steps=steps))
+    source = open_source(options.source).model
+    config = replace(config, init=replace(config.init, from_=options.source))
+    found = find_targets(config, source, options.target_params, options.world_size, machine_of(options), options.count)
+    console.print(show.target_table(found, options.world_size))
+    for note in (*show.target_notes(found, config.optim.lr), show.assumptions(machine_of(options))):
+        console.print(note)
+    if options.write:
+        options.write.write_text(dump(found[0].config))
+        print(f"the first is in {options.write}: torchrun … -m megagrow {options.write}")
 
 
 def parser() -> Arguments:
@@ -74,15 +89,9 @@ def parser() -> Arguments:
     parser.add_argument("--json", type=local_path, metavar="FILE", help="the same for programs")
     parser.add_argument("--dry-run", action="store_true", help="build the model of one rank per pipeline place")
     parser.add_argument("--suggest", action="store_true", help="rank the layouts that fit")
-    parser.add_argument("--count", type=int, default=10, help="suggestions that are shown")
-    assumed = parser.add_argument_group("what the model of time assumes")
-    assumed.add_argument("--gpu-memory", type=float, default=80, metavar="GIB")
-    assumed.add_argument("--usable", type=float, default=0.9, help="share of it that tensors can have")
-    assumed.add_argument("--peak-tflops", type=float, default=989, help="dense, in the dtype of compute")
-    assumed.add_argument("--efficiency", type=float, default=0.5, help="share of the peak that computing reaches")
-    assumed.add_argument("--ranks-per-node", type=int, default=8)
-    assumed.add_argument("--inside", type=float, default=300, metavar="GB/S", help="that a rank sends in a node")
-    assumed.add_argument("--between", type=float, default=40, metavar="GB/S", help="between nodes, per rank")
+    parser.add_argument("--count", type=int, default=6, help="suggestions that are shown, seconds each with --source")
+    add_targets(parser)
+    add_machine(parser)
     return parser
 
 

@@ -9,6 +9,7 @@ communication.py  bytes per axis and step
 phases.py         growth and SALT: the phases of a run
 speed.py          a stated model of time
 suggest.py        valid layouts, the fastest that fit first
+targets.py        larger models that a small one can grow into
 dry_run.py        the real model of a rank, without memory
 plan.py, show.py  all of it together, as data and as tables
 """
@@ -16,5 +17,6 @@ plan.py, show.py  all of it together, as data and as tables
 from megagrow.plan import dry_run, show, suggest
 from megagrow.plan.plan import Plan, make_plan, to_dict
 from megagrow.plan.speed import Machine
+from megagrow.plan.targets import find_targets
 
-__all__ = ["Machine", "Plan", "dry_run", "make_plan", "show", "suggest", "to_dict"]
+__all__ = ["Machine", "Plan", "dry_run", "find_targets", "make_plan", "show", "suggest", "to_dict"]

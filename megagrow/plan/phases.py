@@ -36,7 +36,7 @@ from megagrow.plan.weights import (
     tensor_elements,
     trained_elements,
 )
-from megagrow.roles import layer_name, leaves, parameter_shapes
+from megagrow.roles import layer_name, leaves, parameter_shapes, role_of, shape_of
 from megagrow.salt import TeacherCache, check_teacher, with_stage_one_steps
 from megagrow.salt.cached_teacher import cache_folders
 from megagrow.salt.online import SAMPLES_AT_ONCE
@@ -184,7 +184,7 @@ def _growing_rank(layout: Layout, source: ModelConfig, rank: int) -> RankMemory:
     needed, whole = (
         PARAMETER * max(sizes)
         for sizes in zip(
-            *((stored_elements(of_source, n), prod(parameter_shapes(source)[n])) for n in names), strict=True
+            *((stored_elements(of_source, n), prod(shape_of(role_of(n), source))) for n in names), strict=True
         )
     )
     weights = Parts({"parameters": small + large, "moments": old, "a tensor of the source": whole})

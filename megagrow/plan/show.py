@@ -12,6 +12,7 @@ from megagrow.plan.phases import Phase
 from megagrow.plan.plan import Plan, mesh_sizes
 from megagrow.plan.speed import Machine
 from megagrow.plan.suggest import Suggestion
+from megagrow.plan.targets import Target
 from megagrow.roles import num_parameters
 
 GIB = 2**30
@@ -57,6 +58,52 @@ def suggestion_table(found: list[Suggestion], world_size: int, count: int) -> Ta
     for suggestion in found[:count]:
         table.add_row(*_suggestion(suggestion, world_size))
     return table
+
+
+def target_table(found: list[Target], world_size: int) -> Table:
+    """What a small model can grow into, and what training that takes."""
+    table = Table(title=f"what it can grow into, on {world_size} ranks")
+    for name in ("layers x hidden", "heads", "parameters", "depth", "width"):
+        table.add_column(name, justify="right")
+    table.add_column("method")
+    for name in ("lr", "steps", "FLOPs"):
+        table.add_column(name, justify="right")
+    table.add_column("layout (tensor x context x pipeline)")
+    for name in ("GiB", "days"):
+        table.add_column(name, justify="right")
+    for target in found:
+        table.add_row(*_target(target))
+    return table
+
+
+def _target(target: Target) -> list[str]:
+    model, train, fits = target.config.model, target.config.train, target.suggestion
+    parallel = target.config.parallel
+    heads = f"{model.num_heads}/{model.num_kv_heads}"
+    facts = [f"{model.num_layers} x {model.hidden_size}", heads, f"{num_parameters(model):.3g}"]
+    grows = [f"x {float(factor):.3g}" for factor in (target.depth, target.width)]
+    costs = [f"{target.config.optim.lr:.2g}", f"{train.steps:,}", f"{target.flops:.3g}"]
+    if fits is None or target.seconds is None:
+        return [*facts, *grows, target.way.method, *costs, f"none: {target.problem}", "", ""]
+    mesh = f"{parallel.tensor} x {parallel.context} x {parallel.pipeline}, {train.recompute} recompute"
+    days = f"{target.seconds / 86_400:.3g}"
+    return [*facts, *grows, target.way.method, *costs, mesh, f"{fits.memory / GIB:.1f}", days]
+
+
+def target_notes(found: list[Target], lr: float) -> Iterator[str]:
+    """What the table rests on: the evidence for each method, the rate, the warm-up, the small model's length."""
+    for way in dict.fromkeys(target.way for target in found):
+        yield f"{way.method}: {way.saving} of the FLOPs; {way.rests_on}"
+    yield (
+        f"lr: optim.lr={lr:g} is taken for the small model's and divided by the growth in width, as muP does for "
+        "matrices; depth leaves it. Moments begin anew, so optim.warmup_steps warms the grown model up. "
+        "tools/probe_growth.py tries methods and rates from the real checkpoint"
+    )
+    first = found[0]
+    rule = f"one for the first target is trained on {first.source_tokens:.2g} tokens by G_stack's rule"
+    if first.source_tokens > first.tokens:
+        rule = f"G_stack's rule for its length does not reach down to runs of {first.tokens:.2g} tokens"
+    yield f"small model: {rule}. What its own training takes of the saving, its ledger knows, or --init.source-flops"
 
 
 def options(suggestion: Suggestion, config: Config) -> str:

@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from megagrow.checkpoint.remote import as_path
+from megagrow.config_file import load_file
+from megagrow.roles import num_parameters
 from tests.checkpoint.samples import save_step
+from tests.growth.test_offline import SOURCE, save_hf
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
 
@@ -39,6 +43,18 @@ def test_it_shows_the_newest_checkpoint_of_a_run(tmp_path: Path, capsys: pytest.
         assert "│ norm │ bfloat16 │ [5] │ 10 │" in shown
         assert "│ 3 tensors │ │ │ 150 │" in shown
         assert "every byte agrees" in shown
+
+
+def test_a_hugging_face_folder_gives_the_section_of_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_hf(tmp_path / "hf", SOURCE, torch.float32)
+    assert inspect(tmp_path / "hf") == 0
+    (tmp_path / "run.yaml").write_text(shown := capsys.readouterr().out)
+    assert shown.startswith(f"# {tmp_path / 'hf'}: {num_parameters(SOURCE):,} parameters\n")
+    assert load_file(tmp_path / "run.yaml").model == source.model
+    assert inspect(tmp_path / "hf", "--verify") == 2
+    assert "holds no digests" in capsys.readouterr().err
 
 
 def test_a_run_on_a_store_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
