@@ -77,6 +77,7 @@ LIGO: dict[str, tuple[tuple[str, ...], ...]] = {  # variant, initial maps, and w
     ),
 }
 LRS, MAP_LRS, STEP = (1e-3, 2e-3, 4e-3), (1e-3, 1e-2), 2**0.5  # STEP: from a rate to the next ones tried
+MAP_LR = 3e-3  # until the last two tries
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Bench:
             found[name] = GrowthConfig(method=name, optimizer="reset")
         for variant, init, *briefly in LIGO[self.pair]:
             steps = self.plan.brief_steps if briefly else self.plan.ligo_steps
-            maps: Any = {"ligo_variant": variant, "ligo_init": init, "ligo_steps": steps}
+            maps: Any = {"ligo_variant": variant, "ligo_init": init, "ligo_steps": steps, "ligo_lr": MAP_LR}
             found[", ".join((f"{variant} from {init}", *briefly))] = GrowthConfig("ligo", optimizer="reset", **maps)
         return found
 

@@ -349,13 +349,14 @@ class GrowthConfig:
     rewarmup_steps: int = 0  # linear warm-up of the learning rate after growing
     rewarmup_part: Literal["all", "new"] = "all"  # new: only entries that growth added, the others go on as scheduled
     rewarmup_factor: float = 1.3  # of the schedule, that the new part's rate reaches; then it returns to 1 (SPARKLING)
-    ligo_variant: Literal["tied", "source_layer", "target_layer", "full_rank"] = "tied"  # docs/ligo.md
+    # full_rank ended lowest of them wherever it was compared (docs/ligo.md); tied is the paper's
+    ligo_variant: Literal["tied", "source_layer", "target_layer", "full_rank"] = "full_rank"
     # Where the maps start: a sparse method, or authors (the initial maps of LiGO's authors); empty: rms_random for
     # full_rank, which needs units without a source, else clone
     ligo_init: str = ""
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
     ligo_steps: int = 100  # steps that learn the maps
-    ligo_lr: float = 3e-3  # of the maps' AdamW; falls linearly to zero over ligo_steps
+    ligo_lr: float = 1e-3  # of the maps' AdamW; falls linearly to zero over ligo_steps
     ligo_warmup_steps: int = 0  # linear warm-up of ligo_lr, before it falls
     ligo_weight_decay: float = 0.0  # of all maps
     ligo_beta1: float = 0.9

@@ -29,7 +29,7 @@ class DataError(MegagrowError, ValueError):
 class UnknownToken(DataError):
     """A sample holds a token that the model which is to read it does not know."""
 
-    def __init__(self, message: str, token: int) -> None:
+    def __init__(self, message: str, token: int = -1) -> None:  # a default, or no copy of it can be made
         super().__init__(message)
         self.token = token
 

@@ -209,7 +209,8 @@ def grow_llama_125m() -> Config:
     """Doubles the depth and the width of `llama_125m` by LiGO, with SALT for the first sixth of the run.
 
     Cost: the large model's 1.38e19 FLOPs for 2.6B tokens, plus 4 % for learning the maps and teaching. Not yet run to
-    its end here; the shares of learning and stage 1 are those of the papers.
+    its end here; the shares of learning and stage 1 are those of the papers. LiGO is of full rank, which ended lowest
+    of its variants at toy scale, within 0.005 nats of `rms_random+stack`, which learns nothing (docs/ligo.md).
     torchrun --nproc-per-node 8 -m megagrow grow_llama_125m --init.from runs/llama_125m --salt.teacher runs/llama_125m …
     """
     return dataclasses.replace(

@@ -14,20 +14,15 @@ valid (each broken rule is told with its remedy) or none that fits, 4 a source o
 
 import argparse
 import json
-import math
 import sys
-from dataclasses import replace
 
-from _command import Arguments, local_path, run
-from _planning import add_machine, add_targets, machine_of
+from _command import Arguments, local_path, refuse_options, run
+from _planning import TARGETS, add_machine, add_targets, machine_of, show_targets
 from rich.console import Console
 
-from megagrow.checkpoint.source import open_source
 from megagrow.command_line import parse
 from megagrow.config import Config, require
-from megagrow.config_file import dump
-from megagrow.plan import Plan, dry_run, find_targets, make_plan, show, suggest, to_dict
-from megagrow.timeline import step_tokens
+from megagrow.plan import Plan, dry_run, make_plan, show, suggest, to_dict
 
 
 def main() -> None:
@@ -35,9 +30,12 @@ def main() -> None:
     config = parse([options.config, *rest])
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     require(options.world_size > 0, f"--world-size {options.world_size} must be positive")
+    require(options.count > 0, f"--count {options.count} must be positive")
     if options.source:
-        targets(config, options, console)
+        refuse_options(parser(), options, ["suggest", "dry_run"], "with --source")
+        show_targets(config, options, console)
         return
+    refuse_options(parser(), options, TARGETS, "without --source")
     if options.suggest:
         suggestions(config, options, console)
         return
@@ -64,22 +62,6 @@ def suggestions(config: Config, options: argparse.Namespace, console: Console) -
     print(f"the first: {show.options(found[0], config)}")
     if options.json:
         options.json.write_text(json.dumps([suggest.to_dict(each) for each in found], indent=1) + "\n")
-
-
-def targets(config: Config, options: argparse.Namespace, console: Console) -> None:
-    require(options.target_params is not None, "--source wants --target-params, as in 3e9..7e9")
-    if options.budget_tokens:
-        steps = math.ceil(options.budget_tokens / step_tokens(config))
-        config = replace(config, train=replace(config.train, steps=steps))
-    source = open_source(options.source).model
-    config = replace(config, init=replace(config.init, from_=options.source))
-    found = find_targets(config, source, options.target_params, options.world_size, machine_of(options), options.count)
-    console.print(show.target_table(found, options.world_size))
-    for note in (*show.target_notes(found, config.optim.lr), show.assumptions(machine_of(options))):
-        console.print(note)
-    if options.write:
-        options.write.write_text(dump(found[0].config))
-        print(f"the first is in {options.write}: torchrun … -m megagrow {options.write}")
 
 
 def parser() -> Arguments:

@@ -205,7 +205,7 @@ def clone_noise(config: Config, pair: Pair) -> Config:
 
 
 def _ligo(config: Config, pair: Pair, times: float = 1, **ligo: Any) -> Config:
-    """LiGO with `times` the usual learning steps."""
+    """LiGO with `times` the usual learning steps; as by default, its maps are of full rank."""
     return _grown(config, pair, "ligo", **({"ligo_steps": round(times * pair.ligo_steps)} | ligo))
 
 
@@ -271,13 +271,13 @@ def selected(config: Config, pair: Pair) -> Config:
 
 @_recipe()
 def ligo_salt(config: Config, pair: Pair) -> Config:
-    """LiGO, then SALT."""
+    """LiGO at full rank, then SALT."""
     return _taught(_ligo(config, pair), pair)
 
 
 @_recipe()
 def ligo_taught(config: Config, pair: Pair) -> Config:
-    """LiGO whose maps are learned from the small model's distribution as well as from the data, half and half."""
+    """LiGO at full rank, its maps learned from the small model's distribution and from the data, half and half."""
     return _taught(_ligo(config, pair), pair, share=0.0, map_weight=0.5)
 
 

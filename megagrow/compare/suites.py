@@ -105,7 +105,7 @@ def llama_depth(size: str) -> Suite:
 @_suite
 def llama_both(size: str) -> Suite:
     """A Llama that becomes twice as wide and as deep."""
-    arms = "rms_random", "clone_asymmetric", "aki", "ligo", "ligo_0", "ligo_salt"
+    arms = "rms_random", "aki", "ligo", "ligo_0", "ligo_full_rank", "ligo_salt"
     return _make("llama_both", size, llama, (3, 2), (6, 4), arms)
 
 

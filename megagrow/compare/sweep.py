@@ -12,7 +12,7 @@ from typing import Literal
 
 from megagrow.errors import ConfigError
 
-MAP_RATES = (1e-3, 1e-2)
+MAP_RATES = (3e-4, 3e-3)  # beside the default
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ dry_run.py        the real model of a rank, without memory
 plan.py, show.py  all of it together, as data and as tables
 """
 
-from megagrow.plan import dry_run, show, suggest
+from megagrow.plan import dry_run, show, suggest, targets
 from megagrow.plan.plan import Plan, make_plan, to_dict
 from megagrow.plan.speed import Machine
 from megagrow.plan.targets import find_targets
 
-__all__ = ["Machine", "Plan", "dry_run", "find_targets", "make_plan", "show", "suggest", "to_dict"]
+__all__ = ["Machine", "Plan", "dry_run", "find_targets", "make_plan", "show", "suggest", "targets", "to_dict"]

@@ -95,11 +95,14 @@ def target_notes(found: list[Target], lr: float) -> Iterator[str]:
     for way in dict.fromkeys(target.way for target in found):
         yield f"{way.method}: {way.saving} of the FLOPs; {way.rests_on}"
     yield (
-        f"lr: optim.lr={lr:g} is taken for the small model's and divided by the growth in width, as muP does for "
-        "matrices; depth leaves it. Moments begin anew, so optim.warmup_steps warms the grown model up. "
-        "tools/probe_growth.py tries methods and rates from the real checkpoint"
+        f"lr: optim.lr={lr:g} is taken for the small model's and divided by the growth in width, which muP does for "
+        "matrices; depth leaves it. At toy scale a division by its square root was best (docs/ligo.md): try both. "
+        "Moments begin anew, so optim.warmup_steps warms the grown model up. tools/probe_growth.py tries methods from "
+        "the real checkpoint"
     )
     first = found[0]
+    if not first.is_stacked_decoder:  # for which the rule was found
+        return
     rule = f"one for the first target is trained on {first.source_tokens:.2g} tokens by G_stack's rule"
     if first.source_tokens > first.tokens:
         rule = f"G_stack's rule for its length does not reach down to runs of {first.tokens:.2g} tokens"

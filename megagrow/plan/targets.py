@@ -20,12 +20,13 @@ from megagrow.growth.bootstrap import source_tokens
 from megagrow.growth.methods import make_recipe, needed_eps
 from megagrow.plan.speed import Machine
 from megagrow.plan.suggest import Suggestion, suggest
+from megagrow.plan.suggest import to_dict as layout_dict
 from megagrow.roles import num_parameters
 from megagrow.timeline import step_tokens
 
 DEPTHS = tuple(map(Fraction, ("1", "3/2", "2", "3", "4")))
 WIDTHS = tuple(map(Fraction, ("1", "5/4", "4/3", "3/2", "2", "3", "4")))
-SHAPES = (24, 320)  # hidden size per layer: GPT-2 and the Llamas have 48 to 128, beyond lies what nobody trains
+SHAPES = (30, 320)  # hidden size per layer: GPT-2 XL has 33, Llama 70B 102; beyond lies what nobody trains
 
 Kind = Literal["depth", "both", "width"]
 
@@ -48,26 +49,35 @@ class Way:
 DECODERS: dict[Kind, Way] = {
     "depth": Way(
         "stack",
-        "46 to 54 %",
-        "published, at equal loss, the small model not charged: G_stack (Du et al., 2024), 400M to 1.1B and at 7B",
+        "33 to 35 %",
+        "published as speed-ups of 49 to 55 % at 1.1B, 3B and 7B, the small model charged: G_stack (Du et al., 2024)",
     ),
     "both": Way(
         "rms_random+stack",
-        "22 to 39 %",
-        "published for GPT-2 sizes, the small model not charged, by learned maps: LiGO (Wang et al., 2023); here, at "
-        "toy scale, rms_random ended below learned maps in width (docs/ligo.md)",
+        "22 %",
+        "published for GPT-2 base to medium by learned maps, the small model not charged: LiGO (Wang et al., 2023); "
+        "here, at toy scale, rms_random+stack ended lower than LiGO, and both lower than scratch (docs/ligo.md)",
     ),
     "width": Way(
         "rms_random",
         "20 to 35 %, or nothing",
-        "published: SPARKLING (2026) at 2.6B; where Du et al. (2024) compared methods at equal FLOPs, no growth in "
-        "width beat training from scratch; here, at toy scale, rms_random and zero_pad did (docs/ligo.md)",
+        "published: SPARKLING (2026) on a mixture of experts, grown in mid-run with the old units' moments, which a "
+        "growth at start-up does not have; Du et al. (2024) found no growth in width that beat scratch at equal FLOPs; "
+        "here, at toy scale, it did (docs/ligo.md)",
     ),
 }
 ENCODERS: dict[Kind, Way] = {
-    "depth": Way("stack", "about 34 %", "published: StackBERT, as Wang et al. (2023) measured it on BERT-Base"),
-    "both": Way("aki+stack", "29 to 45 %", "published: bert2BERT (Chen et al., 2022), BERT-Base; 29 % in Wang et al."),
-    "width": Way("aki", "38 to 45 %", "published: bert2BERT (Chen et al., 2022), BERT-Base"),
+    "depth": Way("stack", "34 %", "published: StackBERT, as Wang et al. (2023) measured it on BERT-Base"),
+    "both": Way(
+        "aki+stack",
+        "24 to 29 %",
+        "published: bert2BERT (Chen et al., 2022), BERT of 6 x 512 to 12 x 768; the higher one by Wang et al. (2023)",
+    ),
+    "width": Way(
+        "aki",
+        "38 %",
+        "published: bert2BERT (Chen et al., 2022), BERT-Base; 45 % with two-stage training, not done here",
+    ),
 }
 
 
@@ -91,6 +101,11 @@ class Target:
     flops: float
     suggestion: Suggestion | None
     problem: str = ""
+
+    @property
+    def is_stacked_decoder(self) -> bool:
+        """Whether it grows as in G_stack's paper."""
+        return self.way is DECODERS["depth"]
 
     @property
     def tokens(self) -> int:
@@ -126,7 +141,13 @@ def find_targets(
         ConfigError: no model within the bounds can be grown.
     """
     shapes = [shape for shape in _shapes(source) if bounds[0] <= num_parameters(shape[2]) <= bounds[1]]
-    growing = [found for shape in shapes if (found := _growing(config, source, *shape)) is not None]
+    growing, refused = [], ""
+    for shape in shapes:
+        try:
+            growing.append(_growing(config, source, *shape))
+        except ConfigError as error:
+            refused = refused or str(error)
+    require(bool(growing) or not refused, refused)
     low, high = (f"{bound:.3g}" for bound in bounds)
     require(
         bool(growing),
@@ -154,18 +175,17 @@ def _shapes(source: ModelConfig) -> Iterator[tuple[Fraction, Fraction, ModelConf
                 yield depth, width, replace(source, **whole)
 
 
-def _growing(
-    config: Config, source: ModelConfig, depth: Fraction, width: Fraction, model: ModelConfig
-) -> Target | None:
-    """The run that grows into a model; None where the method cannot make it."""
+def _growing(config: Config, source: ModelConfig, depth: Fraction, width: Fraction, model: ModelConfig) -> Target:
+    """The run that grows into a model.
+
+    Raises:
+        ConfigError: the method cannot make it, or no Hugging Face folder can hold it.
+    """
     kind: Kind = "depth" if width == 1 else "width" if depth == 1 else "both"
     way = (DECODERS if source.is_causal else ENCODERS)[kind]
-    try:
-        model = replace(model, norm_eps=needed_eps(way.method, source, model))
-        make_recipe(way.method, source, model)
-        hf.check_exportable(model)
-    except ConfigError:
-        return None
+    model = replace(model, norm_eps=needed_eps(way.method, source, model))
+    make_recipe(way.method, source, model)
+    hf.check_exportable(model)
     lr = float(f"{config.optim.lr / width:.3g}")
     run = replace(
         config,
@@ -188,4 +208,25 @@ def _laid_out(target: Target, world_size: int, machine: Machine) -> Target:
     if found:
         return replace(target, config=found[0].config, suggestion=found[0])
     broken = problems(target.config, world_size)
-    return replace(target, problem=broken[0] if broken else f"needs more than {machine.memory / 2**30:g} GiB a GPU")
+    limit = machine.memory * machine.usable / 2**30
+    return replace(target, problem=broken[0] if broken else f"none needs less than {limit:.3g} GiB a GPU")
+
+
+def to_dict(target: Target) -> dict[str, Any]:
+    """A target as plain data: its model, how it grows and on what evidence, its cost, its layout."""
+    config = target.config
+    return {
+        "model": vars(config.model),
+        "parameters": num_parameters(config.model),
+        "depth": float(target.depth),
+        "width": float(target.width),
+        "method": config.growth.method,
+        "lr": config.optim.lr,
+        "steps": config.train.steps,
+        "flops": target.flops,
+        "seconds": target.seconds,
+        "saving": target.way.saving,
+        "rests_on": target.way.rests_on,
+        "layout": None if target.suggestion is None else layout_dict(target.suggestion),
+        "problem": target.problem,
+    }

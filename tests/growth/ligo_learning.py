@@ -33,10 +33,10 @@ LEARNED = 0.05  # nats by which learned maps must beat their initial ones
 
 # One of each variant, which starts where a user would have it start: full_rank with new units, whose factors learn too.
 WAYS = {
-    "tied": GrowthConfig(ligo_steps=15),
-    "source_layer": GrowthConfig(ligo_steps=15, ligo_variant="source_layer"),
-    "target_layer": GrowthConfig(ligo_steps=15, ligo_variant="target_layer", ligo_init="authors", ligo_lr=1e-2),
-    "full_rank": GrowthConfig(ligo_steps=15, ligo_variant="full_rank"),
+    "tied": GrowthConfig(ligo_steps=15, ligo_lr=3e-3, ligo_variant="tied"),
+    "source_layer": GrowthConfig(ligo_steps=15, ligo_lr=3e-3, ligo_variant="source_layer"),
+    "target_layer": GrowthConfig(ligo_steps=15, ligo_lr=1e-2, ligo_variant="target_layer", ligo_init="authors"),
+    "full_rank": GrowthConfig(ligo_steps=15, ligo_lr=3e-3, ligo_variant="full_rank"),
 }
 
 

@@ -1,6 +1,7 @@
 """Tests ../../megagrow/plan/targets.py: what is named can be grown, trained and laid out, and nothing else is named."""
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -14,7 +15,7 @@ from megagrow.checkpoint.source import open_source
 from megagrow.checks import problems
 from megagrow.command_line import parse
 from megagrow.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig, SaltConfig, TrainConfig
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, UnknownToken
 from megagrow.growth.methods import make_recipe
 from megagrow.plan import Machine, find_targets
 from megagrow.plan.targets import Target
@@ -34,6 +35,7 @@ RUN = Config(
     optim=OptimConfig(lr=1e-3),
 )
 ASKED = 2e6, 2e7
+ASKING = "--source", "HERE", "--target-params"
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_encoders_grow_as_was_published_for_encoders() -> None:
 def test_what_does_not_fit_says_why(folder: Path) -> None:
     run = replace(RUN, init=InitConfig(str(folder)))
     (target,) = find_targets(run, SMALL, ASKED, 4, Machine(memory=1e6), count=1)
-    assert target.suggestion is None and target.problem.startswith("needs more than")
+    assert target.suggestion is None and target.problem.startswith("none needs less than")
     taught = replace(run, salt=SaltConfig(teacher=str(folder), cache="answers", steps=10))
     (target,) = find_targets(taught, SMALL, ASKED, 4, Machine(), count=1)
     assert target.suggestion is None and "both teach" in target.problem
@@ -140,16 +142,57 @@ def test_the_first_target_is_written_as_a_run(
     assert "growing" in capsys.readouterr().out
 
 
+def test_what_is_written_fits_and_programs_can_read_all_of_it(
+    tool: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
+) -> None:
+    asked = "--world-size", "2", "--source", folder, "--target-params", "2e6..2e7", "--count", "2"
+    small = "--data.seq_length", "32", "--train.global_batch_size", "8"
+    files = "--json", tmp_path / "all.json", "--write", tmp_path / "large.json"
+    code, _, err = tool("llama_125m", *asked, *small, *files, "--gpu-memory", "0.0001")
+    assert code == 2 and "none of them fits" in err and not (tmp_path / "large.json").exists()
+    told = json.loads((tmp_path / "all.json").read_text())
+    assert [each["method"] for each in told] == ["stack", "stack"] and told[0]["layout"] is None
+    assert told[0]["model"]["num_layers"] == 2 * told[0]["depth"] and "GiB" in told[0]["problem"]
+
+
+def test_why_growth_is_refused_is_told() -> None:
+    odd = replace(SMALL, family="gpt2")
+    with pytest.raises(ConfigError, match="cannot be exported"):
+        find_targets(RUN, odd, (1e5, 1e9), 1, Machine())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "wants --target-params"),
-        (("--target-params", "2e7..2e6"), "invalid parameters value"),
-        (("--target-params", "many"), "invalid parameters value"),
+        (("--source", "HERE"), "wants --target-params"),
+        ((*ASKING, "2e7..2e6"), "invalid parameters value"),
+        ((*ASKING, "many"), "invalid parameters value"),
+        ((*ASKING, "2e6..2e7", "--budget-tokens", "0"), "invalid amount value"),
+        ((*ASKING, "2e6..2e7", "--budget-tokens", "inf"), "invalid amount value"),
+        ((*ASKING, "2e6..2e7", "--count", "0"), "--count 0 must be positive"),
+        ((*ASKING, "2e6..2e7", "--write", "missing/x"), "its folder does not exist"),
+        ((*ASKING, "2e6..2e7", "--suggest"), "--suggest has no effect with --source"),
+        (
+            ("--source", "HERE", "--target-params", "2e6..2e7", "--growth.method", "stack"),
+            "is what --source is to choose",
+        ),
+        (("--budget-tokens", "1e9"), "--budget-tokens has no effect without --source"),
     ],
 )
 def test_bad_requests_are_refused(
     options: tuple[str, ...], words: str, tool: Callable[..., tuple[int, str, str]], folder: Path
 ) -> None:
-    code, _, err = tool("quickstart_small", "--world-size", "1", "--source", folder, *options)
+    given = [folder if option == "HERE" else option for option in options]
+    code, _, err = tool("quickstart_small", "--world-size", "1", *given)
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_source_that_is_not_there_is_told(tool: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = tool("quickstart_small", "--world-size", "1", "--source", "nowhere", "--target-params", "1e6")
+    assert code == 4 and "no such folder" in err
+
+
+def test_an_unknown_token_can_be_copied() -> None:
+    """As errors are that a process sends to another one."""
+    error = pickle.loads(pickle.dumps(UnknownToken("token 9", 9)))
+    assert (str(error), error.token) == ("token 9", 9)

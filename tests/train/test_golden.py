@@ -7,6 +7,7 @@ the new numbers with `python -m tests.train.test_golden` (PYTHONPATH=.:kernels).
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ GPT2 = as_gpt2(SMALL)
 def make_runs(folder: Path) -> dict[str, Config]:
     """The runs by name, each needing those before it."""
     corpus = make_corpus(folder / "corpus")
-    growth = GrowthConfig(method="ligo", source=SMALL, at_step=4, optimizer="reset", ligo_steps=3, rewarmup_steps=2)
+    maps: Any = {"ligo_variant": "tied", "ligo_steps": 3, "ligo_lr": 3e-3}
+    growth = GrowthConfig(method="ligo", source=SMALL, at_step=4, optimizer="reset", rewarmup_steps=2, **maps)
     llama = make_config(corpus, folder / "llama", steps=30)
     return {
         "llama": llama,
