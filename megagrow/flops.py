@@ -136,7 +136,7 @@ def _electra_flops_per_token(model: ModelConfig, seq_length: int) -> float:
 
 
 @lru_cache(maxsize=64)
-def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str = "tied") -> float:
+def ligo_generation_flops(source: ModelConfig, target: ModelConfig, variant: str = "full_rank") -> float:
     """FLOPs of generating the target's weights once with LiGO's maps.
 
     Layers are mixed on the small side, Σ_j w_kj·Θ_j, then widened to O·Θ·Iᵀ in the cheaper of the
@@ -160,7 +160,7 @@ def ligo_step_flops(
     tokens: int,
     seq_length: int,
     convention: Convention = DEFAULT_CONVENTION,
-    variant: str = "tied",
+    variant: str = "full_rank",
 ) -> float:
     """FLOPs of one step that learns LiGO's maps: the target's step, generation and its backward.
 
