@@ -322,7 +322,8 @@ def _split_groups(source: ModelConfig, target: ModelConfig, pick: Pick) -> dict[
         new % old == 0 and not has_new,
         f"the target has {new} key/value heads for the same {target.num_heads} query heads, the source {old}: queries "
         f"find what they know only in copies of their own key/value head, equally many of each; use a multiple of "
-        f"{old} with method clone, net2net, fpi or aki, or model.num_heads={source.num_heads // old * new}",
+        f"{old} with method clone, net2net, fpi, aki, or ligo from growth.ligo_init=clone, or "
+        f"model.num_heads={source.num_heads // old * new}",
     )
     index = interleave(old, new)
     return {name: copies(index, old, target.head_dim) for name in ("key", "value")}
