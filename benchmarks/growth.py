@@ -84,6 +84,7 @@ class Case:
         is_local: whether it moves nothing between ranks.
         usual: whether the usual way is measured too.
         samples, length: of a training step.
+        variant: of LiGO's maps.
     """
 
     method: str
@@ -95,10 +96,17 @@ class Case:
     usual: bool = False
     samples: int = 8
     length: int = 512
+    variant: str = "full_rank"
 
     @property
     def config(self) -> Config:
-        growth = GrowthConfig(method=self.method, source=self.source, at_step=1, optimizer=self.policy)
+        growth = GrowthConfig(
+            method=self.method,
+            source=self.source,
+            at_step=1,
+            optimizer=self.policy,
+            ligo_variant=self.variant,
+        )
         return Config(
             model=self.target,
             data=DataConfig(seq_length=self.length),
@@ -116,13 +124,14 @@ GROWTHS = {
     "117M to 345M, rms_random+stack, tensor 2": Case("rms_random+stack", "zero_pad", SMALL, LARGE, TENSOR),
     "103M to 355M, clone of the width, tensor 2": Case("clone", "exact", HALF, LARGE, TENSOR, is_local=True),
 }
-# Generating the weights and taking gradients to the maps costs the same whatever the batch: by FLOPs as much as
+# Generating the weights and taking gradients to the maps costs the same whatever the batch: tied, by FLOPs as much as
 # training on 2,100 tokens in the large pair, on 860 in the small one, whose time informs: its batch is 1,024.
 LEARNING = {
     "26M to 64M, ligo, tensor 2": Case(
         "ligo", "reset", gpt2(6, 384, 6), gpt2(12, 512, 8), TENSOR, samples=4, length=256
     ),
     "117M to 345M, ligo, tensor 2": Case("ligo", "reset", SMALL, LARGE, TENSOR),
+    "117M to 345M, ligo of tied maps, tensor 2": Case("ligo", "reset", SMALL, LARGE, TENSOR, variant="tied"),
 }
 
 

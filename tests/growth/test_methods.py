@@ -143,7 +143,7 @@ REFUSED = [
     (
         "rms_random",
         widened(models.LLAMA, kv=2),
-        "use a multiple of 2 with method clone, net2net, fpi, aki, or ligo from growth.ligo_init=clone, or model.num_heads=8",
+        "fpi, aki, or ligo from growth.ligo_init=clone, or model.num_heads=8",
     ),
     ("clone", dataclasses.replace(models.LLAMA, hidden_size=20), "needs the target's norm_eps=6e-06"),
     ("zero_pad", dataclasses.replace(models.LLAMA, hidden_size=24), "set norm_eps=5e-06"),
