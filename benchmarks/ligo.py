@@ -67,7 +67,7 @@ LIGO: dict[str, tuple[tuple[str, ...], ...]] = {  # variant, initial maps, and w
         ("full_rank", "zero_pad"),
         ("full_rank", "rms_random", "briefly"),
     ),
-    "depth": (("tied", "stack"), ("tied", "authors"), ("tied", "stack", "briefly")),
+    "depth": (("tied", "stack"), ("tied", "stack", "briefly")),  # all variants are one there, and all starts
     "both": (
         ("tied", "clone"),
         ("target_layer", "authors"),
