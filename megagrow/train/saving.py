@@ -1,7 +1,7 @@
 """Checkpoints of a run, and resuming from the newest good one with the unchanged command."""
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from megagrow.config import Config
 from megagrow.config_file import from_dict, option_names, to_dict
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.parallel.mesh import Mesh
-from megagrow.timeline import order_size
+from megagrow.timeline import growth_settings, num_growths, order_size
 from megagrow.train.learner import Learner
 from megagrow.train.state import RunState
 
@@ -132,8 +132,13 @@ def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:
 
 
 def _spelled_out(config: Config) -> Config:
-    """With what an empty setting stands for, which once was written there."""
-    return replace(config, growth=replace(config.growth, ligo_init=config.growth.maps_start))
+    """With what an empty setting stands for, which once was written there; of what a run never reads the defaults, which
+    have changed as well."""
+    growth = config.growth
+    if any(growth_settings(growth, number).learns_maps for number in range(num_growths(growth))):
+        return replace(config, growth=replace(growth, ligo_init=growth.maps_start))
+    unread = {field.name: field.default for field in fields(growth) if field.name.startswith("ligo_")}
+    return replace(config, growth=replace(growth, **unread))
 
 
 def differences(old: dict[str, Any], config: Config, where: str) -> list[tuple[str, Any, Any]]:

@@ -179,12 +179,18 @@ def test_the_comparison_sees_one_bit(whole: Callable[[str], Whole], tmp_path: Pa
 
 
 def test_a_run_saved_when_maps_began_at_copies_by_name_goes_on(tmp_path: Path) -> None:
-    config = Config()
-    saved = to_dict(config)
-    saved["growth"]["ligo_init"] = "clone"  # the default, once
-    assert allowed_changes(saved, config, tmp_path) == []
-    full_rank = replace(config, growth=replace(config.growth, method="ligo", ligo_variant="full_rank"))
-    saved = to_dict(full_rank)
+    tied: Any = {"ligo_variant": "tied", "ligo_init": "clone", "ligo_lr": 3e-3}  # the defaults, once
+    for growth in (GrowthConfig(), GrowthConfig("stack")):  # which learn no maps
+        config = Config(growth=growth)
+        saved = to_dict(config)
+        saved["growth"] |= tied
+        assert allowed_changes(saved, config, tmp_path) == []
+    learns = Config(growth=GrowthConfig("ligo", ligo_variant="tied"))
+    saved = to_dict(learns)
     saved["growth"]["ligo_init"] = "clone"
-    with pytest.raises(CheckpointError, match="ligo_init was clone there and is rms_random"):
-        allowed_changes(saved, full_rank, tmp_path)
+    assert allowed_changes(saved, learns, tmp_path) == []
+    by_default = Config(growth=GrowthConfig("ligo"))
+    saved = to_dict(by_default)
+    saved["growth"] |= tied
+    with pytest.raises(CheckpointError, match="ligo_variant was tied there and is full_rank"):
+        allowed_changes(saved, by_default, tmp_path)
