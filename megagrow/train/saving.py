@@ -10,7 +10,7 @@ from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.saver import Saver
-from megagrow.config import Config
+from megagrow.config import Config, GrowthConfig
 from megagrow.config_file import from_dict, option_names, to_dict
 from megagrow.errors import CheckpointError, ConfigError
 from megagrow.parallel.mesh import Mesh
@@ -132,12 +132,12 @@ def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:
 
 
 def _spelled_out(config: Config) -> Config:
-    """With what an empty setting stands for, which once was written there; of what a run never reads the defaults, which
-    have changed as well."""
+    """With what an empty setting stands for, which once was written there; what a run never reads is as by default."""
     growth = config.growth
     if any(growth_settings(growth, number).learns_maps for number in range(num_growths(growth))):
         return replace(config, growth=replace(growth, ligo_init=growth.maps_start))
-    unread = {field.name: field.default for field in fields(growth) if field.name.startswith("ligo_")}
+    names = [field.name for field in fields(growth) if field.name.startswith("ligo_")]
+    unread: dict[str, Any] = {name: getattr(GrowthConfig(), name) for name in names}
     return replace(config, growth=replace(growth, **unread))
 
 
