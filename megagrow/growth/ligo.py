@@ -87,6 +87,7 @@ class Ligo:
             leaf: nn.Parameter(initial_depth(start, leaf, variant, noise).to(device, dtype))
             for leaf in leaves(start.target)
         }
+        self._owners: dict[str, tuple[int, int]] = {}  # of maps of this stage: (tokens rank, tensor rank), see `owned`
         filled = initial_fill(start, variant)
         self.fill = {name: nn.Parameter(scales.to(device, dtype)) for name, scales in filled.items()}
 
@@ -137,7 +138,7 @@ class Ligo:
             mesh: where the rank stands; says which of several equal pieces counts.
         """
         for parameter in self.parameters().values():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None  # they come as those of the target go
         boxes = {name: box(t) for name, t in targets.items() if _counts(name, t, mesh) and local(t).numel()}
         for name in gradients.keys() - boxes.keys():
             del gradients[name]
@@ -148,9 +149,31 @@ class Ligo:
                     grown.backward(gradient.to(grown.dtype))
                 del grown, gradient
         for name, parameter in self.parameters().items():
-            assert parameter.grad is not None
+            if parameter.grad is None:  # no shard here is made of it
+                parameter.grad = torch.zeros_like(parameter)
             for axis in (mesh.tokens, mesh.tp) if self.is_of_stage(name) else (mesh.world,):
                 sum_over(parameter.grad, axis)
+
+    def owned(self, mesh: Mesh) -> dict[str, nn.Parameter]:
+        """The maps that this rank updates: those of its stage are dealt out to its ranks, the largest first."""
+        parameters, mine, loads = self.parameters(), {}, [0] * (mesh.tokens.size * mesh.tp.size)
+        for name in sorted(parameters, key=lambda name: (-parameters[name].numel(), name)):
+            if not self.is_of_stage(name):
+                mine[name] = parameters[name]
+                continue
+            owner = loads.index(min(loads))
+            loads[owner] += parameters[name].numel()
+            self._owners[name] = divmod(owner, mesh.tp.size)
+            if self._owners[name] == (mesh.tokens.rank, mesh.tp.rank):
+                mine[name] = parameters[name]
+        return mine
+
+    def share(self, mesh: Mesh) -> None:
+        """Gives every rank of a stage the maps as their owners have them; a collective."""
+        parameters = self.parameters()
+        for name, (tokens, tensor) in self._owners.items():
+            broadcast_from(parameters[name].data, tensor, mesh.tp)
+            broadcast_from(parameters[name].data, tokens, mesh.tokens)
 
     def gradient_norm(self, mesh: Mesh) -> Tensor:
         """The norm of the gradients of all maps of all ranks, 0-dimensional float64; a collective."""

@@ -98,7 +98,8 @@ class ModelLearner:
 class MapLearner:
     """Learns LiGO's maps through the target model: generate, train step, pull the gradients back to the maps.
 
-    The target's weights and gradients exist, but no moments for them: learning takes less memory than training.
+    The target's weights and gradients exist, but no moments for them: learning takes less memory than training. Each
+    map of a stage is updated, and its moments are kept, by one rank of it.
 
     Args:
         small: the frozen source.
@@ -110,10 +111,10 @@ class MapLearner:
 
     def __init__(self, small: Part, part: Part, ligo: Ligo, fetch: Callable[[str], Tensor], config: Config) -> None:
         self.small, self.part, self.ligo, self.fetch, self.config = small, part, ligo, fetch, config
-        growth, maps = config.growth, list(ligo.parameters().values())
+        growth, self.owned = config.growth, ligo.owned(part.mesh)
         betas, decay = (growth.ligo_beta1, growth.ligo_beta2), growth.ligo_weight_decay
-        self.adamw = torch.optim.AdamW(maps, betas=betas, eps=config.optim.eps, weight_decay=decay)
-        for parameter in ligo.parameters().values():
+        self.adamw = torch.optim.AdamW(list(self.owned.values()), betas=betas, eps=config.optim.eps, weight_decay=decay)
+        for parameter in self.owned.values():
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             self.adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
@@ -143,7 +144,7 @@ class MapLearner:
         maps = self.ligo.parameters()
         stored = {f"ligo.map.{name}": p.detach() for name, p in maps.items()}
         for moment in MOMENTS:
-            stored |= {f"ligo.{moment}.{name}": self.adamw.state[p][moment] for name, p in maps.items()}
+            stored |= {f"ligo.{moment}.{name}": self.adamw.state[p][moment] for name, p in self.owned.items()}
         return {**self.small.tensors(), **stored}
 
     def state(self) -> dict[str, Any]:
@@ -164,7 +165,9 @@ class MapLearner:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        self.adamw.zero_grad()
+        for parameter in self.ligo.parameters().values():
+            parameter.grad = None
+        self.ligo.share(self.part.mesh)
 
 
 def map_lr(step: int, config: Config) -> float:
