@@ -43,8 +43,7 @@ from megagrow.salt.online import SAMPLES_AT_ONCE
 from megagrow.timeline import growth_configs, last_source, latest_step, num_growths
 
 CONVENTIONS: tuple[Convention, ...] = ("full", "causal")
-MAP = 16  # bytes per element of a learned map: itself, its gradient, two moments, all float32
-SAVED_MAP = 12  # of these, what a checkpoint has
+MAP, MAP_MOMENTS = 4, 8  # bytes per element of a learned map, and of its moments; its gradient takes as much as itself
 
 
 @dataclass(frozen=True)
@@ -203,8 +202,11 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
     for rank in range(layout.pipeline):
         small = PARAMETER * rank_unit(layout.of_model(source), rank).stored
         layers = [layer for stage in layout.rank_stages(rank) for layer in stage.layers]
-        static[rank] = Parts({"source": small, "maps": MAP * map_elements(start, variant, layers)})
-        saved[rank] = small + SAVED_MAP * map_elements(start, variant, layers)
+        maps, shared = (map_elements(start, variant, held) for held in (layers, []))
+        # One rank of a stage has the moments of a map that is the stage's own.
+        moments = MAP_MOMENTS * (shared + -(-(maps - shared) * layout.pipeline // layout.world_size))
+        static[rank] = Parts({"source": small, "maps": 2 * MAP * maps + moments})
+        saved[rank] = small + MAP * maps + moments
     memory = []
     for held in step_memory(layout, device, Extra(static, has_moments=False)):
         stages = layout.rank_stages(held.rank)
