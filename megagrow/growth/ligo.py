@@ -5,7 +5,7 @@ One learning step, outside the pipeline and in any layout:
     generate     every rank writes its target shards from the frozen source and the maps
     train step   the ordinary forward and backward passes leave gradients in the ordinary sharded parameters
     pull_back    one vector-Jacobian product takes the shards' gradients to the maps; all ranks' shares are summed
-    update       AdamW on the maps, the same on every rank that holds them
+    update       AdamW on the maps, each on one of the ranks that hold it, which sends it to the others
 
 The target needs gradients but no moments, so learning needs less memory than training. A map of one target layer is on
 the ranks of that layer's pipeline stage only.
@@ -87,7 +87,6 @@ class Ligo:
             leaf: nn.Parameter(initial_depth(start, leaf, variant, noise).to(device, dtype))
             for leaf in leaves(start.target)
         }
-        self._owners: dict[str, tuple[int, int]] = {}  # of maps of this stage: (tokens rank, tensor rank), see `owned`
         filled = initial_fill(start, variant)
         self.fill = {name: nn.Parameter(scales.to(device, dtype)) for name, scales in filled.items()}
 
@@ -155,25 +154,26 @@ class Ligo:
                 sum_over(parameter.grad, axis)
 
     def owned(self, mesh: Mesh) -> dict[str, nn.Parameter]:
-        """The maps that this rank updates: those of its stage are dealt out to its ranks, the largest first."""
-        parameters, mine, loads = self.parameters(), {}, [0] * (mesh.tokens.size * mesh.tp.size)
-        for name in sorted(parameters, key=lambda name: (-parameters[name].numel(), name)):
-            if not self.is_of_stage(name):
-                mine[name] = parameters[name]
-                continue
-            owner = loads.index(min(loads))
-            loads[owner] += parameters[name].numel()
-            self._owners[name] = divmod(owner, mesh.tp.size)
-            if self._owners[name] == (mesh.tokens.rank, mesh.tp.rank):
-                mine[name] = parameters[name]
-        return mine
+        """The maps that this rank updates: what all layers share, and its own of those of its stage."""
+        owners, me = self._owners(mesh), (mesh.tokens.rank, mesh.tp.rank)
+        return {name: parameter for name, parameter in self.parameters().items() if owners.get(name, me) == me}
 
     def share(self, mesh: Mesh) -> None:
         """Gives every rank of a stage the maps as their owners have them; a collective."""
         parameters = self.parameters()
-        for name, (tokens, tensor) in self._owners.items():
+        for name, (tokens, tensor) in self._owners(mesh).items():
             broadcast_from(parameters[name].data, tensor, mesh.tp)
             broadcast_from(parameters[name].data, tokens, mesh.tokens)
+
+    def _owners(self, mesh: Mesh) -> dict[str, tuple[int, int]]:
+        """Map of this stage -> tokens rank and tensor rank of its owner: dealt out evenly, the largest first."""
+        sizes = {name: p.numel() for name, p in self.parameters().items() if self.is_of_stage(name)}
+        loads, owners = [0] * (mesh.tokens.size * mesh.tp.size), {}
+        for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+            owner = loads.index(min(loads))
+            loads[owner] += sizes[name]
+            owners[name] = divmod(owner, mesh.tp.size)
+        return owners
 
     def gradient_norm(self, mesh: Mesh) -> Tensor:
         """The norm of the gradients of all maps of all ranks, 0-dimensional float64; a collective."""

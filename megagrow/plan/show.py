@@ -96,7 +96,7 @@ def target_notes(found: list[Target], lr: float) -> Iterator[str]:
         yield f"{way.method}: {way.saving} of the FLOPs; {way.rests_on}"
     yield (
         f"lr: optim.lr={lr:g} is taken for the small model's and divided by the growth in width, which muP does for "
-        "matrices; depth leaves it. At toy scale a division by its square root was best (docs/ligo.md): try both. "
+        "matrices; depth leaves it. At toy scale this was best, or a division by its square root: try both. "
         "Moments begin anew, so optim.warmup_steps warms the grown model up. tools/probe_growth.py tries methods from "
         "the real checkpoint"
     )
