@@ -6,7 +6,7 @@ who needs which range of it and who has it: what a rank has itself is copied, th
 large as a tensor, its root mean square comes from sums over all ranks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from math import prod
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.growth.dims import Quantity
-from megagrow.growth.grow import Fetch, Ranges
-from megagrow.growth.noise import joined_root_mean_square, largest, sum_of_squares
+from megagrow.growth.grow import Fetch, Ranges, counts
+from megagrow.growth.noise import root_mean_squares
 from megagrow.growth.operator import copied_box, needs_rms
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
@@ -47,8 +47,9 @@ class Exchange:
         self._ranks, stored = Ranks(mesh.world.group, alone=mesh.world.size == 1), _boxes(targets)
         self._has: Boxes = self._ranks.gather(_boxes(sources))
         kinds: tuple[Quantity, ...] = ("value", "gradient")  # what is new in moments is 0, and needs nothing
-        self._sizes = {name: prod(shape) for name, shape in parameter_shapes(recipe.source).items()}
-        self._drawn_from = {recipe.source_name(n) for n in parameter_names(recipe.target) if needs_rms(recipe, n)}
+        drawn_from = {recipe.source_name(n) for n in parameter_names(recipe.target) if needs_rms(recipe, n)}
+        shapes = parameter_shapes(recipe.source)
+        self._drawn_from = {name: prod(shape) for name, shape in shapes.items() if name in drawn_from}
         self._needs = {kind: self._ranks.gather(_needed(recipe, stored, kind)) for kind in kinds}
 
     def fetch(self, tensors: Mapping[str, Tensor], quantity: Quantity = "value") -> Fetch:
@@ -82,21 +83,8 @@ class Exchange:
 
     def _root_mean_squares(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """Those of the whole tensors that random numbers are as large as, the same bits in every layout."""
-        counted = {name: local(tensors[name]) for name in self._drawn_from if name in tensors and self._counts(name)}
-        bounds = self._ranks.gather({name: largest(piece) for name, piece in counted.items()})
-        bound = {name: _largest(each[name] for each in bounds if name in each) for name in self._drawn_from}
-        own = {name: sum_of_squares(piece, bound[name], self._sizes[name]) for name, piece in counted.items()}
-        sums = self._ranks.gather(own)
-        return {
-            name: joined_root_mean_square(sum(each.get(name, 0) for each in sums), bound[name], self._sizes[name])
-            for name in self._drawn_from
-        }
-
-    def _counts(self, name: str) -> bool:
-        """Whether this rank is the first that holds its piece of a source tensor."""
-        holders = [rank for rank, boxes in enumerate(self._has) if name in boxes]
-        own = self._has[self.mesh.world.rank].get(name)
-        return own is not None and self.mesh.world.rank == next(r for r in holders if self._has[r][name] == own)
+        counted = {name: local(tensors[name]) for name in self._drawn_from if counts(name, tensors, self.mesh)}
+        return root_mean_squares(counted, self._drawn_from, self.mesh.world, self.mesh.device)
 
     def _moves(self, name: str, all_needs: Boxes, of: int | None = None) -> Iterator[tuple[int, int, Box]]:
         """(sender, receiver, range) of what is needed of a tensor: all, or what rank `of` may send or receive."""
@@ -146,11 +134,6 @@ class Exchange:
     @property
     def _group(self) -> dist.ProcessGroup | None:
         return self.mesh.world.group
-
-
-def _largest(bounds: Iterable[float]) -> float:
-    """The maximum; not a number if one of them is not."""
-    return float(torch.tensor([*bounds], dtype=torch.double).max())
 
 
 def _boxes(tensors: Mapping[str, Tensor]) -> dict[str, Box]:

@@ -9,6 +9,7 @@ that its own shards need, and forgets it. No target tensor ever exists whole.
 import math
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,14 +18,16 @@ from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.growth.dims import Quantity
 from megagrow.growth.maps import LayerMap, LayerMix
-from megagrow.growth.operator import grow_box, grows_by_rows, write_box
+from megagrow.growth.noise import root_mean_square, root_mean_squares
+from megagrow.growth.operator import grow_box, grows_by_rows, needs_rms, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
 from megagrow.parallel.collectives import broadcast_from
 from megagrow.parallel.mesh import Mesh
-from megagrow.parallel.shards import Box, box, full, local
+from megagrow.parallel.shards import Box, box, counted_here, full, local
 from megagrow.parallel.stages import pipeline_stages
 from megagrow.roles import (
+    TIED_EMBEDDING,
     axis_unit,
     first_names,
     layer_name,
@@ -67,10 +70,12 @@ class Shards:
     Attributes:
         read: gathers a whole tensor; a collective.
         piece: gives what this rank stores of a tensor; no collective.
+        rms: gives the root mean square of a whole tensor; a collective.
     """
 
     read: Fetch
     piece: Fetch
+    rms: Callable[[str], float]
 
     def __call__(self, name: str) -> Tensor:
         return self.read(name)
@@ -103,8 +108,10 @@ def grow_into(recipe: Recipe, fetch: Fetch, targets: Mapping[str, Tensor], quant
             for name, rows, grown in grown_boxes(recipe, fetch, boxes, device, quantity):
                 pieces[name][rows].copy_(grown)
             return
-        for name, rows, source, where in _operands(recipe, fetch, boxes, quantity):
-            write_box(recipe, name, source.to(device), where, pieces[name][rows], quantity)
+        for each in _operands(recipe, fetch, boxes, quantity):
+            piece = pieces[each.name][each.rows]
+            write_box(recipe, each.name, each.source.to(device), each.box, piece, quantity, each.origin, each.rms)
+            del each
 
 
 def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "value") -> Tensor:
@@ -121,15 +128,15 @@ def grow_whole(recipe: Recipe, fetch: Fetch, name: str, quantity: Quantity = "va
     boxes, (layer, leaf) = {name: whole}, split_name(name)
     with torch.no_grad():
         if layer is None:
-            source = noting_dtype(name)
+            operand = _whole(name, noting_dtype(name), whole)
         elif isinstance(recipe.layers, LayerMix) and recipe.source_axes is not None:
             found = _widened_then_mixed(recipe, recipe.layers, leaf, noting_dtype, boxes, torch.device("cpu"))
             ((_, grown),) = found
             return grown.to(dtypes[0])
         else:
-            ((_, source),) = _layer_sources(recipe, leaf, noting_dtype, boxes, {layer})
-        grown = torch.empty(shape, dtype=dtypes[0], device=source.device)
-        write_box(recipe, name, source, whole, grown, quantity)
+            (operand,) = _layer_operands(recipe, leaf, noting_dtype, boxes, {layer})
+        grown = torch.empty(shape, dtype=dtypes[0], device=operand.source.device)
+        write_box(recipe, name, operand.source, whole, grown, quantity, rms=operand.rms)
         return grown
 
 
@@ -150,59 +157,84 @@ def grown_boxes(
         operands = _operands_outside_layers(recipe, fetch, boxes, quantity)
     else:
         operands = _operands(recipe, fetch, boxes, quantity)
-    for name, rows, source, where in operands:
-        yield name, rows, grow_box(recipe, name, source.to(device), where, quantity)
+    for each in operands:
+        grown = grow_box(recipe, each.name, each.source.to(device), each.box, quantity, each.origin, each.rms)
+        yield each.name, each.rows, grown
+        del each, grown  # before the next one is made
 
 
-Operands = Iterator[
-    tuple[str, slice, Tensor, Box]
-]  # name, rows of its box, what they are grown from, their box in that
+@dataclass(frozen=True)
+class Operand:
+    """Some rows of a wanted box, and what they are grown from.
+
+    Attributes:
+        name: of the target parameter.
+        box: of these rows, in the whole target parameter.
+        rows: where they are in the wanted box.
+        source: the source parameter, or its rows from `origin` on.
+        origin: where `source` begins in the whole source parameter.
+        rms: how large the source is that random entries are as large as; None: as large as `source`.
+    """
+
+    name: str
+    box: Box
+    rows: slice
+    source: Tensor
+    origin: tuple[int, ...] = (0, 0)
+    rms: float | None = None
 
 
-def _operands(recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], quantity: Quantity) -> Operands:
+def _operands(recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], quantity: Quantity) -> Iterator[Operand]:
     """What the boxes in `boxes` are grown from, layers mixed already."""
     for leaf in leaves(recipe.target):
-        for name, source in _layer_sources(recipe, leaf, fetch, boxes):
-            first, *_ = boxes[name]
-            yield name, slice(0, first.stop - first.start), source, boxes[name]
-            del source
+        yield from _layer_operands(recipe, leaf, fetch, boxes)
     yield from _operands_outside_layers(recipe, fetch, boxes, quantity)
 
 
-def _operands_outside_layers(recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], quantity: Quantity) -> Operands:
+def _operands_outside_layers(
+    recipe: Recipe, fetch: Fetch, boxes: Mapping[str, Box], quantity: Quantity
+) -> Iterator[Operand]:
     for name in parameter_names(recipe.target):
-        if split_name(name)[0] is None:
-            by_rows = grows_by_rows(recipe, name, quantity)
-            for rows, source, where in (_rows if by_rows else _whole)(fetch, name, boxes):
-                yield name, rows, source, where
+        if split_name(name)[0] is not None:
+            continue
+        if grows_by_rows(recipe, name):
+            yield from _by_rows(fetch, name, boxes, quantity == "value" and needs_rms(recipe, name))
+            continue
+        source = fetch(name)
+        if name in boxes:
+            yield _whole(name, source, boxes[name])
+        del source
 
 
-def _whole(fetch: Fetch, name: str, boxes: Mapping[str, Box]) -> Iterator[tuple[slice, Tensor, Box]]:
-    """All rows of a wanted box, the source tensor, and the box."""
-    source = fetch(name)
-    if name in boxes:
-        first, *_ = boxes[name]
-        yield slice(0, first.stop - first.start), source, boxes[name]
+def _whole(name: str, source: Tensor, wanted: Box, rms: float | None = None) -> Operand:
+    first, *_ = wanted
+    return Operand(name, wanted, slice(0, first.stop - first.start), source, rms=rms)
 
 
-def _rows(fetch: Fetch, name: str, boxes: Mapping[str, Box]) -> Iterator[tuple[slice, Tensor, Box]]:
-    """The rows of a wanted box in pieces: where they are in it, those of the source, and the box as seen from them."""
-    own = _own_rows(fetch, name, boxes)
+def _by_rows(fetch: Fetch, name: str, boxes: Mapping[str, Box], takes_rms: bool) -> Iterator[Operand]:
+    """The rows of a wanted box in pieces, each with the rows of the source that stand in the same places."""
+    own, rms = _own_rows(fetch, name, boxes, takes_rms)
     if own is None:
         return
     first, *columns = boxes[name]
     assert len(own) == first.stop - first.start, "rows that do not grow are cut alike"
     for start in range(0, len(own), ROWS):
-        source = own[start : start + ROWS]
-        yield slice(start, start + len(source)), source, (slice(0, len(source)), *columns)
+        rows = slice(start, min(start + ROWS, len(own)))
+        place = slice(first.start + rows.start, first.start + rows.stop)
+        yield Operand(name, (place, *columns), rows, own[rows], (place.start, 0), rms)
 
 
-def _own_rows(fetch: Fetch, name: str, boxes: Mapping[str, Box]) -> Tensor | None:
-    """The rows of a source tensor that stand where those of the wanted box do; None: it is not wanted."""
+def _own_rows(fetch: Fetch, name: str, boxes: Mapping[str, Box], takes_rms: bool) -> tuple[Tensor | None, float | None]:
+    """The rows of a source tensor that stand where those of the wanted box do, and how large all of it is.
+
+    None: it is not wanted; its size is not.
+    """
     if isinstance(fetch, Shards):
-        return fetch.piece(name) if name in boxes else None
+        rms = fetch.rms(name) if takes_rms else None
+        return fetch.piece(name) if name in boxes else None, rms
     source = fetch(name)
-    return source[boxes[name][0]] if name in boxes else None
+    rms = root_mean_square(source) if takes_rms and name in boxes else None
+    return source[boxes[name][0]] if name in boxes else None, rms
 
 
 def _copied_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
@@ -225,6 +257,7 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
 
     Args:
         source_tensors: this rank's tensors by parameter name, of one dtype: parameters, or one of their Adam moments.
+            They must not change as long as they are read.
         source: the model that they belong to.
         mesh: where the rank stands.
     """
@@ -240,7 +273,22 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
         heartbeat.progress()
         return broadcast_from(whole, owner, mesh.pp)
 
-    return Shards(fetch, lambda name: local(source_tensors[name].detach()).to(mesh.device))
+    def piece(name: str) -> Tensor:
+        return local(source_tensors[name].detach()).to(mesh.device)
+
+    @cache
+    def rms(name: str) -> float:
+        counted = {name: piece(name)} if counts(name, source_tensors, mesh) else {}
+        return root_mean_squares(counted, {name: math.prod(shapes[name])}, mesh.world, mesh.device)[name]
+
+    return Shards(fetch, piece, rms)
+
+
+def counts(name: str, tensors: Mapping[str, Tensor], mesh: Mesh) -> bool:
+    """Whether this rank's piece of a tensor enters sums over all ranks; equal pieces of several ranks enter once."""
+    if name not in tensors or (name == TIED_EMBEDDING and not mesh.pp.is_first):
+        return False
+    return counted_here(tensors[name]) and local(tensors[name]).numel() > 0
 
 
 def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
@@ -258,13 +306,15 @@ def _owners(model: ModelConfig, mesh: Mesh) -> dict[str, int]:
     return owners
 
 
-def _layer_sources(
+def _layer_operands(
     recipe: Recipe, leaf: str, fetch: Fetch, boxes: Mapping[str, Box], read_for: Collection[int] | None = None
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[Operand]:
     """One parameter of all layers that are wanted; copies read the sources of the layers `read_for` only, or of all."""
     if isinstance(recipe.layers, LayerMix):
-        return _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, boxes)
-    return _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for)
+        yield from _weighted_layers(recipe, recipe.layers.weights[leaf], leaf, fetch, boxes)
+        return
+    for name, source in _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for):
+        yield _whole(name, source, boxes[name])
 
 
 def _copied_layers(
@@ -295,22 +345,30 @@ def _next(recipe: Recipe, layer: int) -> int:
 
 
 def _weighted_layers(
-    recipe: Recipe, weights_PKJ: Tensor, leaf: str, fetch: Fetch, wanted: Container[str]
-) -> Iterator[tuple[str, Tensor]]:
+    recipe: Recipe, weights_PKJ: Tensor, leaf: str, fetch: Fetch, boxes: Mapping[str, Box]
+) -> Iterator[Operand]:
     """Mixes the layers at the source's width; parts that are fused stand apart meanwhile."""
     role, source = role_of(layer_name(0, leaf)), recipe.source
     shape, (parts, unit) = shape_of(role, source), (len(role.parts), axis_unit(role.out, source))
     sources_PJN = weights_PKJ.new_empty(parts, source.num_layers, math.prod(shape) // parts)
+    first = recipe.first_layers if needs_rms(recipe, layer_name(0, leaf)) else None
+    sizes = dict[int, float]()
     for j in range(source.num_layers):
-        sources_PJN[:, j] = fetch(layer_name(j, leaf)).unflatten(0, (-1, parts, unit)).movedim(1, 0).flatten(1)
-    targets = [k for k in range(recipe.target.num_layers) if layer_name(k, leaf) in wanted]
+        layer = fetch(layer_name(j, leaf))
+        sources_PJN[:, j] = layer.unflatten(0, (-1, parts, unit)).movedim(1, 0).flatten(1)
+        if first is not None and j in first.index:
+            sizes[j] = fetch.rms(layer_name(j, leaf)) if isinstance(fetch, Shards) else root_mean_square(layer)
+        del layer
+    targets = [k for k in range(recipe.target.num_layers) if layer_name(k, leaf) in boxes]
     mixed_PKN = None
     if targets and not torch.is_grad_enabled() and ops.serves("layer_mix", sources_PJN):  # all in one read
         mixed_PKN = torch.stack([ops.layer_mix(x, w[targets]) for x, w in zip(sources_PJN, weights_PKJ, strict=True)])
     for i, k in enumerate(targets):
         mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1) if mixed_PKN is None else mixed_PKN[:, i]
-        mixed = mixed_PN.reshape(parts, -1, unit, *shape[1:]).movedim(0, 1)
-        yield layer_name(k, leaf), mixed.reshape(shape)
+        mixed = mixed_PN.reshape(parts, -1, unit, *shape[1:]).movedim(0, 1).reshape(shape)
+        rms = None if first is None else sizes[first.index[k]]
+        yield _whole(layer_name(k, leaf), mixed, boxes[layer_name(k, leaf)], rms)
+        del mixed
 
 
 def _widened_then_mixed(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.errors import CheckpointError, shown
-from megagrow.growth.grow import Fetch, grow_into, grown_boxes
+from megagrow.growth.grow import Fetch, counts, grow_into, grown_boxes
 from megagrow.growth.ligo_maps import (
     Variant,
     base_map,
@@ -35,13 +35,13 @@ from megagrow.growth.ligo_maps import (
     map_shapes,
     width_maps,
 )
-from megagrow.growth.maps import AxisMap, DenseMap, ExtendedMap, LayerMix
+from megagrow.growth.maps import AxisMap, DenseMap, ExtendedMap, LayerMap, LayerMix
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel.collectives import broadcast_from, sum_over
 from megagrow.parallel.mesh import Mesh
-from megagrow.parallel.shards import box, counted_here, local
+from megagrow.parallel.shards import box, local
 from megagrow.parallel.stages import pipeline_stages
-from megagrow.roles import TIED_EMBEDDING, leaves
+from megagrow.roles import leaves
 
 
 class Ligo:
@@ -98,7 +98,8 @@ class Ligo:
             axes.setdefault(layer, {})[axis] = self._axis_map(matrix, axis, layer)
         for maps in axes.values():
             maps |= {"heads": maps["value"]} if "value" in maps and is_alias(self.start, "heads") else {}
-        shared = axes.pop(None)
+        shared, first = axes.pop(None), self.start.layers
+        assert isinstance(first, LayerMap), "only copies can be made dense"
         own = {layer: shared | maps for layer, maps in axes.items() if layer is not None} or None
         is_by_source = self.variant == "source_layer"
         return dataclasses.replace(
@@ -110,6 +111,7 @@ class Ligo:
             source_axes=own if is_by_source else None,
             layer_axes=None if is_by_source else own,
             silent=frozenset(),
+            first_layers=first,
             fill_scales=self.fill,
         )
 
@@ -138,7 +140,7 @@ class Ligo:
         """
         for parameter in self.parameters().values():
             parameter.grad = None  # they come as those of the target go
-        boxes = {name: box(t) for name, t in targets.items() if _counts(name, t, mesh) and local(t).numel()}
+        boxes = {name: box(tensor) for name, tensor in targets.items() if counts(name, targets, mesh)}
         for name in gradients.keys() - boxes.keys():
             del gradients[name]
         with torch.enable_grad():
@@ -250,9 +252,3 @@ def _taken(gradients: dict[str, Tensor], name: str, rows: slice) -> Tensor:
     if rows.stop == len(piece):
         del gradients[name]
     return piece[rows]
-
-
-def _counts(name: str, tensor: Tensor, mesh: Mesh) -> bool:
-    """Whether this rank's piece enters the sums over all ranks; equal pieces of several ranks enter once."""
-    is_second_copy = name == TIED_EMBEDDING and not mesh.pp.is_first
-    return counted_here(tensor) and not is_second_copy

@@ -3,11 +3,14 @@
 # Shape suffix legend: R, C = rows and columns of a box, or of a matrix.
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from megagrow.model.transformer import name_seed
+from megagrow.parallel.collectives import max_over, sum_over
+from megagrow.parallel.mesh import Axis
 from megagrow.torch_ops import mix, mix_
 
 FIELD = 1 << 16
@@ -56,9 +59,28 @@ def _mean_of_rows(x_RC: Tensor) -> Tensor:
 
 
 def root_mean_square(x: Tensor) -> float:
-    """√(mean of squares) of all entries; pieces of x give the same bits by the three functions below."""
+    """√(mean of squares) of all entries; not a number where one is not finite."""
     bound, size = largest(x), x.numel()
     return joined_root_mean_square(sum_of_squares(x, bound, size), bound, size)
+
+
+def root_mean_squares(
+    pieces: Mapping[str, Tensor], sizes: Mapping[str, int], axis: Axis, device: torch.device
+) -> dict[str, float]:
+    """`root_mean_square` of whole tensors that several ranks hold, the same bits however they are cut; a collective.
+
+    Args:
+        pieces: those that this rank counts: over all ranks, each entry of a tensor once.
+        sizes: entries of every whole tensor, on all ranks in the same order.
+        axis: over which the tensors are spread.
+        device: of what is sent.
+    """
+    here = torch.tensor([largest(pieces[n]) if n in pieces else 0.0 for n in sizes], dtype=torch.double, device=device)
+    here.nan_to_num_(nan=math.inf, posinf=math.inf)  # a maximum may lose what is not a number
+    bounds = dict(zip(sizes, max_over(here, axis).tolist(), strict=True))
+    own = [sum_of_squares(pieces[n], bounds[n], size) if n in pieces else 0 for n, size in sizes.items()]
+    sums = sum_over(torch.tensor(own, device=device), axis).tolist()
+    return {n: joined_root_mean_square(total, bounds[n], sizes[n]) for n, total in zip(sizes, sums, strict=True)}
 
 
 def largest(x: Tensor) -> float:

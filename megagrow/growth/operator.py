@@ -28,7 +28,13 @@ MAX_RANDOM = 1 << 18  # random entries that are made at a time: their hashes sta
 
 
 def grow_box(
-    recipe: Recipe, name: str, source: Tensor, box: Box, quantity: Quantity = "value", rms: float | None = None
+    recipe: Recipe,
+    name: str,
+    source: Tensor,
+    box: Box,
+    quantity: Quantity = "value",
+    origin: Sequence[int] = (0, 0),
+    rms: float | None = None,
 ) -> Tensor:
     """The range `box` of the target parameter `name`; differentiable in the source and in dense maps.
 
@@ -39,20 +45,22 @@ def grow_box(
             `recipe.reads_next`.
         box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
-        rms: the source's root mean square, where `needs_rms`; None: it is taken here.
+        origin: where `source` begins in the whole source tensor, if it is a part of that: rows, where `grows_by_rows`.
+        rms: the whole source's root mean square, where `needs_rms`; None: it is taken here.
 
     Returns:
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
     """
     dims = dims_of(recipe, name, quantity)
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
-    grown = grown_densely(dims, source, box, factor) if quantity == "value" else None
+    seen = _seen_from(origin, box)
+    grown = grown_densely(dims, source, seen, factor) if quantity == "value" else None
     if grown is not None:
         return _times(grown, diagonals)
     size = _size(recipe, name, dims, source, factor, quantity, rms)
     x = source = _scaled(source, factor)
     for d in _order(dims, source, box):
-        x = dims[d].spread(x, d, box[d])
+        x = dims[d].spread(x, d, seen[d])
     if quantity == "value" and _has_random(dims):
         x = _with_random(recipe, name, dims, size, x, box)
     x = _times(x, diagonals)
@@ -76,12 +84,12 @@ def write_box(
     Args:
         recipe, name, source, box, quantity: as in `grow_box`.
         target: [R, C] or [R], overwritten.
-        origin: where `source` begins in the whole source tensor, of which it holds `copied_box` at least.
-        rms: as in `grow_box`, of the whole source tensor; needed where `source` is not all of it.
+        origin: as in `grow_box`; a part of what is copied holds `copied_box` at least.
+        rms: as in `grow_box`; needed where `source` is not the whole source tensor.
     """
     dims = dims_of(recipe, name, quantity)
     if not recipe.copies:
-        _write_learned(recipe, name, dims, source, box, target, quantity)
+        _write_learned(recipe, name, dims, source, box, target, quantity, origin, rms)
         return
     if quantity == "value" and recipe.is_silent(name):
         target.zero_()
@@ -113,12 +121,25 @@ def write_box(
 
 
 def _write_learned(
-    recipe: Recipe, name: str, dims: Sequence[Dim], source: Tensor, box: Box, target: Tensor, quantity: Quantity
+    recipe: Recipe,
+    name: str,
+    dims: Sequence[Dim],
+    source: Tensor,
+    box: Box,
+    target: Tensor,
+    quantity: Quantity,
+    origin: Sequence[int],
+    rms: float | None,
 ) -> None:
     factor, diagonals = _scales(recipe, name, dims, box, quantity)
     is_plain = quantity == "value" and not any(each is not None for each in diagonals)
-    if not (is_plain and write_densely(dims, source, box, target, factor)):
-        target.copy_(grow_box(recipe, name, source, box, quantity))
+    if not (is_plain and write_densely(dims, source, _seen_from(origin, box), target, factor)):
+        target.copy_(grow_box(recipe, name, source, box, quantity, origin, rms))
+
+
+def _seen_from(origin: Sequence[int], box: Box) -> Box:
+    """A box as counted from an origin."""
+    return tuple(slice(each.start - start, each.stop - start) for each, start in zip(box, origin, strict=False))
 
 
 def _copy_pieces(
@@ -172,11 +193,12 @@ def copied_box(recipe: Recipe, name: str, box: Box, quantity: Quantity = "value"
     )
 
 
-def grows_by_rows(recipe: Recipe, name: str, quantity: Quantity = "value") -> bool:
-    """Whether each row of a target parameter is made of the row of the source parameter in the same place alone."""
-    dims = dims_of(recipe, name, quantity)
-    drawn = quantity == "value" and (recipe.noise > 0 or _has_random(dims))
-    return dims[0].maps == (None,) and not drawn
+def grows_by_rows(recipe: Recipe, name: str) -> bool:
+    """Whether each row of a target parameter is made of the row of the source parameter in the same place alone.
+
+    Random entries of a row also need their place, and how large the whole source parameter is.
+    """
+    return dims_of(recipe, name, "value")[0].maps == (None,)
 
 
 def needs_rms(recipe: Recipe, name: str) -> bool:

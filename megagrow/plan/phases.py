@@ -22,7 +22,7 @@ from megagrow.checks import check_chain, check_model, check_models_from
 from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.flops import Convention
 from megagrow.growth.grow import ROWS
-from megagrow.growth.ligo_maps import Variant, initial_fill, keeps_old_rows, map_shapes, start_recipe, width_maps
+from megagrow.growth.ligo_maps import Variant, keeps_old_rows, map_shapes, start_recipe, width_maps
 from megagrow.growth.recipe import Recipe
 from megagrow.plan.activations import Cached, DeviceType, scoring
 from megagrow.plan.layout import Layout
@@ -263,14 +263,13 @@ def _layers_spread(layout: Layout, source: ModelConfig) -> int:
 def _others_spread(layout: Layout, start: Recipe) -> int:
     """What growing one parameter outside the layers takes: rows, their gradient, and where they come from.
 
-    An embedding that grows by maps alone is grown in pieces of rows, from the rank's own shard. One with random entries
-    is gathered, and so is what has the hidden units as rows.
+    An embedding whose rows do not grow is grown in pieces of them, from the rank's own shard; all else is gathered.
     """
-    filled, found = initial_fill(start, layout.config.growth.ligo_variant), [0]
+    found = [0]
     for name in {name for stage in layout.stages for name in other_names(layout.model, stage)}:
         old, (rows, *columns) = parameter_shapes(start.source)[name], parameter_shapes(layout.model)[name]
-        keeps_rows, stored = rows == old[0] and name not in filled, stored_elements(layout, name)
-        found.append(3 * min(stored, ROWS * prod(columns)) if keeps_rows else prod(old) + 3 * stored)
+        stored = stored_elements(layout, name)
+        found.append(3 * min(stored, ROWS * prod(columns)) if rows == old[0] else prod(old) + 3 * stored)
     return PARAMETER * max(found)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megagrow.config import ModelConfig
+from megagrow.config import ModelConfig, ParallelConfig
 from megagrow.errors import ConfigError
 from megagrow.growth import maps, noise
 from megagrow.growth.dims import Quantity
@@ -18,11 +18,13 @@ from megagrow.growth.methods import make_recipe
 from megagrow.growth.noise import joined_root_mean_square, largest, root_mean_square, sum_of_squares
 from megagrow.growth.operator import copied_box, grow_box, write_box
 from megagrow.growth.recipe import Recipe
+from megagrow.parallel.mesh import make_mesh
 from megagrow.plan.measure import peak_memory
 from megagrow.roles import parameter_names, parameter_shapes
 from tests.growth import models
 from tests.growth.models import make, tensors_of, widened
 from tests.growth.recipes import METHODS, recipe_of
+from tests.ranks import run_ranks
 
 SOURCE = dataclasses.replace(models.EVERYTHING, num_layers=1)
 TARGET = widened(SOURCE, hidden=2, query=4, kv=2, ffn=3)
@@ -113,6 +115,22 @@ def test_root_mean_squares_are_the_same_bits_in_any_pieces(dtype: torch.dtype) -
     assert torch.equal(x, before)
     assert root_mean_square(torch.zeros(3, 2)) == 0
     assert math.isnan(root_mean_square(torch.tensor([1.0, torch.nan])))
+
+
+def spread_sizes(parallel: ParallelConfig) -> dict[str, float]:
+    """Of a matrix cut over two ranks, one with bad entries, and one that only the second rank has."""
+    mesh, x = make_mesh(parallel), torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    rank, bad = mesh.world.rank, torch.tensor([[1.0, torch.nan], [2.0, -torch.inf]])
+    pieces = {"cut": x[:3] if rank == 0 else x[3:], "bad": bad[rank], **({"second's": x} if rank else {})}
+    sizes = {"second's": x.numel(), "cut": x.numel(), "bad": bad.numel()}
+    return noise.root_mean_squares(pieces, sizes, mesh.world, mesh.device)
+
+
+def test_root_mean_squares_of_what_ranks_hold() -> None:
+    whole = root_mean_square(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
+    for found in run_ranks(spread_sizes, 2, ParallelConfig()):
+        assert math.isnan(found.pop("bad"))
+        assert found == {"cut": whole, "second's": whole}
 
 
 def test_means_take_little_memory_and_are_the_same_bits_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

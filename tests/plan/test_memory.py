@@ -31,6 +31,7 @@ from megagrow.config import (
 from megagrow.data.dataset import PackedDataset
 from megagrow.data.loader import Stream, shuffled
 from megagrow.evaluate import make_batch
+from megagrow.growth.ligo_maps import Variant
 from megagrow.optim import Optimizer, StepGuard
 from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.plan.dry_run import fake_ranks
@@ -296,14 +297,16 @@ def test_a_cache_that_is_not_there_yet_is_noted() -> None:
     assert notes == ["salt.cache=nowhere: no such folder yet; the memory of its targets is left out"]
 
 
-def test_only_an_embedding_with_random_entries_is_gathered_whole() -> None:
+def test_only_an_embedding_of_more_tokens_is_gathered_whole() -> None:
     source, target = (replace(MODEL, vocab_size=1 << 16, hidden_size=size) for size in (64, 128))
-    rows = {}
-    for variant in ("tied", "full_rank"):
-        growth = GrowthConfig(
-            method="ligo", source=source, at_step=1, optimizer="reset", ligo_variant=variant, ligo_init="rms_random"
-        )
-        config = replace(LONG, model=target, parallel=ParallelConfig(pipeline=2), growth=growth)
+    growth = GrowthConfig(method="ligo", source=source, at_step=1, optimizer="reset", ligo_init="rms_random")
+
+    def rows(target: ModelConfig, variant: Variant) -> int:
+        chosen = replace(growth, ligo_variant=variant)
+        config = replace(LONG, model=target, parallel=ParallelConfig(pipeline=2), growth=chosen)
         found = {phase.name: phase for phase in phases(Layout(config, 2), "cpu")[0]}
-        rows[variant] = found["ligo"].memory[0].parts.get("rows of an embedding", 0)
-    assert rows["full_rank"] > 4 * source.vocab_size * source.hidden_size > rows["tied"]
+        return found["ligo"].memory[0].parts.get("rows of an embedding", 0)
+
+    gathered = 4 * source.vocab_size * source.hidden_size
+    assert max(rows(target, "tied"), rows(target, "full_rank")) < gathered
+    assert rows(replace(target, vocab_size=target.vocab_size + 64), "full_rank") > gathered
