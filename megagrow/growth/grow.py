@@ -348,27 +348,42 @@ def _weighted_layers(
     recipe: Recipe, weights_PKJ: Tensor, leaf: str, fetch: Fetch, boxes: Mapping[str, Box]
 ) -> Iterator[Operand]:
     """Mixes the layers at the source's width; parts that are fused stand apart meanwhile."""
-    role, source = role_of(layer_name(0, leaf)), recipe.source
-    shape, (parts, unit) = shape_of(role, source), (len(role.parts), axis_unit(role.out, source))
-    sources_PJN = weights_PKJ.new_empty(parts, source.num_layers, math.prod(shape) // parts)
-    first = recipe.first_layers if needs_rms(recipe, layer_name(0, leaf)) else None
-    sizes = dict[int, float]()
-    for j in range(source.num_layers):
-        layer = fetch(layer_name(j, leaf))
-        sources_PJN[:, j] = layer.unflatten(0, (-1, parts, unit)).movedim(1, 0).flatten(1)
-        if first is not None and j in first.index:
-            sizes[j] = fetch.rms(layer_name(j, leaf)) if isinstance(fetch, Shards) else root_mean_square(layer)
-        del layer
+    shape, unit = shape_of(role_of(layer_name(0, leaf)), recipe.source), _unit(recipe, leaf)
     targets = [k for k in range(recipe.target.num_layers) if layer_name(k, leaf) in boxes]
+    sources_PJN, sizes = _read_layers(recipe, leaf, fetch, targets, weights_PKJ)
     mixed_PKN = None
     if targets and not torch.is_grad_enabled() and ops.serves("layer_mix", sources_PJN):  # all in one read
         mixed_PKN = torch.stack([ops.layer_mix(x, w[targets]) for x, w in zip(sources_PJN, weights_PKJ, strict=True)])
     for i, k in enumerate(targets):
         mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1) if mixed_PKN is None else mixed_PKN[:, i]
-        mixed = mixed_PN.reshape(parts, -1, unit, *shape[1:]).movedim(0, 1).reshape(shape)
-        rms = None if first is None else sizes[first.index[k]]
-        yield _whole(layer_name(k, leaf), mixed, boxes[layer_name(k, leaf)], rms)
+        mixed = mixed_PN.reshape(len(mixed_PN), -1, unit, *shape[1:]).movedim(0, 1).reshape(shape)
+        yield _whole(layer_name(k, leaf), mixed, boxes[layer_name(k, leaf)], sizes.get(k))
         del mixed
+
+
+def _read_layers(
+    recipe: Recipe, leaf: str, fetch: Fetch, targets: Collection[int], like: Tensor
+) -> tuple[Tensor, dict[int, float]]:
+    """One parameter of all source layers, [P, J, N]; and target layer -> how large its random entries are."""
+    num_parts, names = len(like), [layer_name(j, leaf) for j in range(recipe.source.num_layers)]
+    copied = recipe.first_layers if needs_rms(recipe, names[0]) else None
+    first = {} if copied is None else dict(enumerate(copied.index))
+    size = math.prod(shape_of(role_of(names[0]), recipe.source)) // num_parts
+    sources_PJN, sizes = like.new_empty(num_parts, len(names), size), dict[int, float]()
+    for j, name in enumerate(names):
+        layer = fetch(name)
+        sources_PJN[:, j] = layer.unflatten(0, (-1, num_parts, _unit(recipe, leaf))).movedim(1, 0).flatten(1)
+        if isinstance(fetch, Shards) and j in first.values():
+            sizes[j] = fetch.rms(name)
+        elif j in [first.get(k) for k in targets]:
+            sizes[j] = root_mean_square(layer)
+        del layer
+    return sources_PJN, {k: sizes[first[k]] for k in targets if k in first}
+
+
+def _unit(recipe: Recipe, leaf: str) -> int:
+    """Rows of one part that stand together in a fused parameter of the source."""
+    return axis_unit(role_of(layer_name(0, leaf)).out, recipe.source)
 
 
 def _widened_then_mixed(
