@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.growth.dims import Quantity
-from megagrow.growth.grow import Fetch, Ranges, counts
-from megagrow.growth.noise import root_mean_squares
+from megagrow.growth.grow import Fetch, Ranges, is_counted
+from megagrow.growth.noise import root_mean_squares_over
 from megagrow.growth.operator import copied_box, needs_rms
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
@@ -49,7 +49,7 @@ class Exchange:
         kinds: tuple[Quantity, ...] = ("value", "gradient")  # what is new in moments is 0, and needs nothing
         drawn_from = {recipe.source_name(n) for n in parameter_names(recipe.target) if needs_rms(recipe, n)}
         shapes = parameter_shapes(recipe.source)
-        self._drawn_from = {name: prod(shape) for name, shape in shapes.items() if name in drawn_from}
+        self._drawn_sizes = {name: prod(shape) for name, shape in shapes.items() if name in drawn_from}
         self._needs = {kind: self._ranks.gather(_needed(recipe, stored, kind)) for kind in kinds}
 
     def fetch(self, tensors: Mapping[str, Tensor], quantity: Quantity = "value") -> Fetch:
@@ -71,7 +71,7 @@ class Exchange:
             heartbeat.progress()
             return region
 
-        found = self._root_mean_squares(tensors) if quantity == "value" and self._drawn_from else {}
+        found = self._root_mean_squares(tensors) if quantity == "value" and self._drawn_sizes else {}
         return Ranges(read, lambda name: tuple(each.start for each in needed[name]), found.get)
 
     def moves(self) -> Iterator[tuple[int, int, int]]:
@@ -83,8 +83,8 @@ class Exchange:
 
     def _root_mean_squares(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """Those of the whole tensors that random numbers are as large as, the same bits in every layout."""
-        counted = {name: local(tensors[name]) for name in self._drawn_from if counts(name, tensors, self.mesh)}
-        return root_mean_squares(counted, self._drawn_from, self.mesh.world, self.mesh.device)
+        counted = {name: local(tensors[name]) for name in self._drawn_sizes if is_counted(name, tensors, self.mesh)}
+        return root_mean_squares_over(counted, self._drawn_sizes, self.mesh.world, self.mesh.device)
 
     def _moves(self, name: str, all_needs: Boxes, of: int | None = None) -> Iterator[tuple[int, int, Box]]:
         """(sender, receiver, range) of what is needed of a tensor: all, or what rank `of` may send or receive."""

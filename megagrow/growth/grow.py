@@ -18,7 +18,7 @@ from megagrow import ops
 from megagrow.config import ModelConfig
 from megagrow.growth.dims import Quantity
 from megagrow.growth.maps import LayerMap, LayerMix
-from megagrow.growth.noise import root_mean_square, root_mean_squares
+from megagrow.growth.noise import root_mean_square, root_mean_squares_over
 from megagrow.growth.operator import grow_box, grows_by_rows, needs_rms, write_box
 from megagrow.growth.recipe import Recipe
 from megagrow.parallel import heartbeat
@@ -70,7 +70,8 @@ class Shards:
     Attributes:
         read: gathers a whole tensor; a collective.
         piece: gives what this rank stores of a tensor; no collective.
-        rms: gives the root mean square of a whole tensor; a collective.
+        rms: gives the root mean square of a whole tensor, taken once; a collective the first time, so that all ranks
+            ask for the same names in the same order.
     """
 
     read: Fetch
@@ -213,7 +214,14 @@ def _whole(name: str, source: Tensor, wanted: Box, rms: float | None = None) -> 
 
 def _by_rows(fetch: Fetch, name: str, boxes: Mapping[str, Box], takes_rms: bool) -> Iterator[Operand]:
     """The rows of a wanted box in pieces, each with the rows of the source that stand in the same places."""
-    own, rms = _own_rows(fetch, name, boxes, takes_rms)
+    if isinstance(fetch, Shards):
+        rms = fetch.rms(name) if takes_rms else None
+        own = fetch.piece(name) if name in boxes else None
+    else:
+        whole = fetch(name)
+        rms = root_mean_square(whole) if takes_rms and name in boxes else None
+        own = whole[boxes[name][0]] if name in boxes else None
+        del whole
     if own is None:
         return
     first, *columns = boxes[name]
@@ -222,19 +230,6 @@ def _by_rows(fetch: Fetch, name: str, boxes: Mapping[str, Box], takes_rms: bool)
         rows = slice(start, min(start + ROWS, len(own)))
         place = slice(first.start + rows.start, first.start + rows.stop)
         yield Operand(name, (place, *columns), rows, own[rows], (place.start, 0), rms)
-
-
-def _own_rows(fetch: Fetch, name: str, boxes: Mapping[str, Box], takes_rms: bool) -> tuple[Tensor | None, float | None]:
-    """The rows of a source tensor that stand where those of the wanted box do, and how large all of it is.
-
-    None: it is not wanted; its size is not.
-    """
-    if isinstance(fetch, Shards):
-        rms = fetch.rms(name) if takes_rms else None
-        return fetch.piece(name) if name in boxes else None, rms
-    source = fetch(name)
-    rms = root_mean_square(source) if takes_rms and name in boxes else None
-    return source[boxes[name][0]] if name in boxes else None, rms
 
 
 def _copied_sources(recipe: Recipe, fetch: Fetch, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
@@ -257,7 +252,7 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
 
     Args:
         source_tensors: this rank's tensors by parameter name, of one dtype: parameters, or one of their Adam moments.
-            They must not change as long as they are read.
+            They must not change as long as they are read: what `rms` gives is taken once.
         source: the model that they belong to.
         mesh: where the rank stands.
     """
@@ -278,13 +273,13 @@ def mesh_fetch(source_tensors: Mapping[str, Tensor], source: ModelConfig, mesh: 
 
     @cache
     def rms(name: str) -> float:
-        counted = {name: piece(name)} if counts(name, source_tensors, mesh) else {}
-        return root_mean_squares(counted, {name: math.prod(shapes[name])}, mesh.world, mesh.device)[name]
+        counted = {name: piece(name)} if is_counted(name, source_tensors, mesh) else {}
+        return root_mean_squares_over(counted, {name: math.prod(shapes[name])}, mesh.world, mesh.device)[name]
 
     return Shards(fetch, piece, rms)
 
 
-def counts(name: str, tensors: Mapping[str, Tensor], mesh: Mesh) -> bool:
+def is_counted(name: str, tensors: Mapping[str, Tensor], mesh: Mesh) -> bool:
     """Whether this rank's piece of a tensor enters sums over all ranks; equal pieces of several ranks enter once."""
     if name not in tensors or (name == TIED_EMBEDDING and not mesh.pp.is_first):
         return False
@@ -315,6 +310,7 @@ def _layer_operands(
         return
     for name, source in _copied_layers(recipe, recipe.layers, leaf, fetch, boxes, read_for):
         yield _whole(name, source, boxes[name])
+        del source
 
 
 def _copied_layers(
@@ -358,7 +354,7 @@ def _weighted_layers(
         mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1) if mixed_PKN is None else mixed_PKN[:, i]
         mixed = mixed_PN.reshape(len(mixed_PN), -1, unit, *shape[1:]).movedim(0, 1).reshape(shape)
         yield _whole(layer_name(k, leaf), mixed, boxes[layer_name(k, leaf)], sizes.get(k))
-        del mixed
+        del mixed, mixed_PN
 
 
 def _read_layers(
@@ -366,17 +362,18 @@ def _read_layers(
 ) -> tuple[Tensor, dict[int, float]]:
     """One parameter of all source layers, [P, J, N]; and target layer -> how large its random entries are."""
     num_parts, names = len(like), [layer_name(j, leaf) for j in range(recipe.source.num_layers)]
-    copied = recipe.first_layers if needs_rms(recipe, names[0]) else None
+    # Told by what every rank has alike: of its layers' own maps it may hold some only.
+    takes_rms = recipe.fill.std == "source" and leaf in (recipe.fill_scales or {})
+    copied = recipe.first_layers if takes_rms else None
     first = {} if copied is None else dict(enumerate(copied.index))
+    sized = {*first.values()} if isinstance(fetch, Shards) else {first[k] for k in targets if k in first}
     size = math.prod(shape_of(role_of(names[0]), recipe.source)) // num_parts
     sources_PJN, sizes = like.new_empty(num_parts, len(names), size), dict[int, float]()
     for j, name in enumerate(names):
         layer = fetch(name)
         sources_PJN[:, j] = layer.unflatten(0, (-1, num_parts, _unit(recipe, leaf))).movedim(1, 0).flatten(1)
-        if isinstance(fetch, Shards) and j in first.values():
-            sizes[j] = fetch.rms(name)
-        elif j in [first.get(k) for k in targets]:
-            sizes[j] = root_mean_square(layer)
+        if j in sized:
+            sizes[j] = fetch.rms(name) if isinstance(fetch, Shards) else root_mean_square(layer)
         del layer
     return sources_PJN, {k: sizes[first[k]] for k in targets if k in first}
 

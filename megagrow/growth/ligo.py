@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megagrow.errors import CheckpointError, shown
-from megagrow.growth.grow import Fetch, counts, grow_into, grown_boxes
+from megagrow.growth.grow import Fetch, grow_into, grown_boxes, is_counted
 from megagrow.growth.ligo_maps import (
     Variant,
     base_map,
@@ -140,7 +140,7 @@ class Ligo:
         """
         for parameter in self.parameters().values():
             parameter.grad = None  # they come as those of the target go
-        boxes = {name: box(tensor) for name, tensor in targets.items() if counts(name, targets, mesh)}
+        boxes = {name: box(tensor) for name, tensor in targets.items() if is_counted(name, targets, mesh)}
         for name in gradients.keys() - boxes.keys():
             del gradients[name]
         with torch.enable_grad():

@@ -64,7 +64,7 @@ def root_mean_square(x: Tensor) -> float:
     return joined_root_mean_square(sum_of_squares(x, bound, size), bound, size)
 
 
-def root_mean_squares(
+def root_mean_squares_over(
     pieces: Mapping[str, Tensor], sizes: Mapping[str, int], axis: Axis, device: torch.device
 ) -> dict[str, float]:
     """`root_mean_square` of whole tensors that several ranks hold, the same bits however they are cut; a collective.

@@ -41,12 +41,12 @@ def grow_box(
     Args:
         recipe: gives the maps.
         name: of the target parameter.
-        source: the whole source tensor [O, I] or [O], mixed over layers already; two layers' rows laid end to end where
-            `recipe.reads_next`.
+        source: the source tensor [O, I] or [O], whole or from `origin` on, mixed over layers already; two layers' rows
+            laid end to end where `recipe.reads_next`.
         box: the wanted range of the target, one slice per dim, none empty.
         quantity: what the tensor is: the parameter, its gradient (or a mean of gradients), or the square of that.
         origin: where `source` begins in the whole source tensor, if it is a part of that: rows, where `grows_by_rows`.
-        rms: the whole source's root mean square, where `needs_rms`; None: it is taken here.
+        rms: the whole source's root mean square, where `needs_rms`; None: it is taken here, of a whole source.
 
     Returns:
         [R, C] or [R], in the source's dtype, or a wider one where it was computed in that.
@@ -315,7 +315,7 @@ def _with_random(recipe: Recipe, name: str, dims: Sequence[Dim], size: float, x:
     filled = torch.zeros_like(x) if learned else x
     for piece, wanted_RC, random_RC in _random_pieces(recipe, name, dims, size, box, x.dtype, x.device):
         filled[piece] = torch.where(wanted_RC, random_RC, filled[piece])
-    return x + filled * recipe.fill_scale(name).to(x.device) if learned else filled
+    return torch.addcmul(x, filled, recipe.fill_scale(name).to(x)) if learned else filled
 
 
 def _write_random(

@@ -48,8 +48,8 @@ class Recipe:
         layer_axes: target layer -> maps that replace all of `axes` there.
         source_axes: source layer -> maps that replace all of `axes` for its parameters, which are widened before layers
             are mixed.
-        first_layers: where learned layer maps started, as copies: a target layer's random entries are as large as this
-            source layer's. None: as large as what they stand beside.
+        first_layers: where learned layer maps started, as copies: random entries of a target layer that go by the
+            source's size (`Fill.std`) are as large as this source layer. None: as what they stand beside.
         fill_scales: leaf of a layer, or parameter outside the layers -> learned factors of its random entries, which
             are added to what the maps give then; None: they stand alone.
         next_rows: maps of the rows inside layers that point into the rows of a source layer and of the next one, laid

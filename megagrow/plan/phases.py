@@ -22,7 +22,7 @@ from megagrow.checks import check_chain, check_model, check_models_from
 from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.flops import Convention
 from megagrow.growth.grow import ROWS
-from megagrow.growth.ligo_maps import Variant, keeps_old_rows, map_shapes, start_recipe, width_maps
+from megagrow.growth.ligo_maps import Variant, initial_fill, keeps_old_rows, map_shapes, start_recipe, width_maps
 from megagrow.growth.recipe import Recipe
 from megagrow.plan.activations import Cached, DeviceType, scoring
 from megagrow.plan.layout import Layout
@@ -264,12 +264,13 @@ def _others_spread(layout: Layout, start: Recipe) -> int:
     """What growing one parameter outside the layers takes: rows, their gradient, and where they come from.
 
     An embedding whose rows do not grow is grown in pieces of them, from the rank's own shard; all else is gathered.
+    Random entries take as much again twice: they are made beside what the maps give, and their factor's gradient too.
     """
-    found = [0]
+    filled, found = initial_fill(start, layout.config.growth.ligo_variant), [0]
     for name in {name for stage in layout.stages for name in other_names(layout.model, stage)}:
         old, (rows, *columns) = parameter_shapes(start.source)[name], parameter_shapes(layout.model)[name]
-        stored = stored_elements(layout, name)
-        found.append(3 * min(stored, ROWS * prod(columns)) if rows == old[0] else prod(old) + 3 * stored)
+        stored, copies = stored_elements(layout, name), 5 if name in filled else 3
+        found.append(copies * min(stored, ROWS * prod(columns)) if rows == old[0] else prod(old) + copies * stored)
     return PARAMETER * max(found)
 
 

@@ -105,7 +105,7 @@ class MapLearner:
         small: the frozen source.
         part: the target; its weights are generated from the maps.
         ligo: the maps.
-        fetch: reads whole source tensors, a collective.
+        fetch: reads source tensors, whole ones by a collective; see `grow.mesh_fetch`.
         config: the run's configuration.
     """
 

@@ -170,9 +170,9 @@ def test_a_factor_of_random_entries_comes_to_their_device() -> None:
     recipe, asked = make_ligo(source, target, "full_rank").recipe(), list[torch.device]()
 
     class Elsewhere:
-        def to(self, device: torch.device) -> Tensor:
-            asked.append(device)
-            return torch.tensor(2.0)
+        def to(self, like: Tensor) -> Tensor:
+            asked.append(like.device)
+            return torch.tensor(2.0).to(like)
 
     name = "layers.1.mlp.down.weight"
     elsewhere = dataclasses.replace(recipe, fill_scales={"mlp.down.weight": [Elsewhere()] * 3})  # type: ignore[dict-item]
@@ -227,6 +227,7 @@ def learning_step(pair: str, variant: Variant, whole: Mapping[str, Tensor], mesh
 CASES: list[tuple[str, Variant]] = [
     *(("gqa", "tied"), ("everything", "tied"), ("everything", "source_layer")),
     *(("gqa", "target_layer"), ("bert", "target_layer"), ("everything", "full_rank")),
+    *(("ffn-only", "full_rank"), ("depth-only", "full_rank")),  # maps that only their own stage has
     *(("tokens of a bert", "source_layer"), ("kv-only", "tied")),
 ]
 LAYOUTS = [(2, 2, 1), (2, 1, 2), (4, 1, 2), (8, 2, 2)]  # ranks, tensor, pipeline

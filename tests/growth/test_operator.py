@@ -118,18 +118,19 @@ def test_root_mean_squares_are_the_same_bits_in_any_pieces(dtype: torch.dtype) -
 
 
 def spread_sizes(parallel: ParallelConfig) -> dict[str, float]:
-    """Of a matrix cut over two ranks, one with bad entries, and one that only the second rank has."""
+    """Of a matrix cut over two ranks, of one that only the second has, and of two with an entry that is no number."""
     mesh, x = make_mesh(parallel), torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    rank, bad = mesh.world.rank, torch.tensor([[1.0, torch.nan], [2.0, -torch.inf]])
-    pieces = {"cut": x[:3] if rank == 0 else x[3:], "bad": bad[rank], **({"second's": x} if rank else {})}
-    sizes = {"second's": x.numel(), "cut": x.numel(), "bad": bad.numel()}
-    return noise.root_mean_squares(pieces, sizes, mesh.world, mesh.device)
+    rank, bad = mesh.world.rank, torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
+    pieces = {"cut": x[:3] if rank == 0 else x[3:], "bad first": bad[rank], "bad second": bad[1 - rank]}
+    pieces |= {"second's": x} if rank else {}
+    sizes = {"second's": x.numel(), "cut": x.numel(), "bad first": bad.numel(), "bad second": bad.numel()}
+    return noise.root_mean_squares_over(pieces, sizes, mesh.world, mesh.device)
 
 
 def test_root_mean_squares_of_what_ranks_hold() -> None:
     whole = root_mean_square(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
     for found in run_ranks(spread_sizes, 2, ParallelConfig()):
-        assert math.isnan(found.pop("bad"))
+        assert math.isnan(found.pop("bad first")) and math.isnan(found.pop("bad second"))
         assert found == {"cut": whole, "second's": whole}
 
 
