@@ -89,21 +89,23 @@ class Line:
 class Record:
     """The lines of a file, which need not be there yet.
 
+    Suites with one target have scratch runs in common: a run that a file beside it has is copied from there.
+
     Raises:
         DataError: a line is damaged, or two say different things of one run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines: dict[str, Line] = {}
-        for number, raw in enumerate(_whole_lines(path), 1):
-            line = _parsed(raw, f"{path}: line {number}")
-            known = self._lines.setdefault(line.key, line)
-            if known.loss != line.loss:
-                raise DataError(f"{path}: two lines of {line.name} end at {known.loss} and {line.loss}; delete one")
+        self._lines = _read(path)
+        self._others: dict[str, Line] = {}
+        for other in sorted(path.parent.glob("*.jsonl")):
+            self._others |= _read(other) if other != path else {}
 
     def find(self, key: str) -> Line | None:
         """The line of a run, if it has ended."""
+        if key not in self._lines and key in self._others:
+            self.add(self._others[key])
         return self._lines.get(key)
 
     def add(self, line: Line) -> None:
@@ -171,6 +173,17 @@ def _whole_lines(path: Path) -> list[bytes]:
         return []
     with os_errors_as_data_errors(path):
         return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _read(path: Path) -> dict[str, Line]:
+    """Key -> line."""
+    lines: dict[str, Line] = {}
+    for number, raw in enumerate(_whole_lines(path), 1):
+        line = _parsed(raw, f"{path}: line {number}")
+        known = lines.setdefault(line.key, line)
+        if known.loss != line.loss:
+            raise DataError(f"{path}: two lines of {line.name} end at {known.loss} and {line.loss}; delete one")
+    return lines
 
 
 def _parsed(raw: bytes, where: str) -> Line:

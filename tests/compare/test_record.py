@@ -28,6 +28,15 @@ def test_lines_read_back(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_a_run_that_another_suite_has_is_copied_from_there(tmp_path: Path) -> None:
+    other, path = Record(tmp_path / "other.jsonl"), tmp_path / "record.jsonl"
+    other.add(line("a"))
+    assert Record(path).find("b") is None and not path.exists()
+    assert Record(path).find("a") == line("a")
+    (tmp_path / "other.jsonl").unlink()
+    assert Record(path).find("a") == line("a")
+
+
 def test_a_torn_last_line_is_ignored_and_replaced(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     Record(path).add(line("a"))
