@@ -210,7 +210,8 @@ def grow_llama_125m() -> Config:
 
     Cost: the large model's 1.38e19 FLOPs for 2.6B tokens, plus 4 % for learning the maps and teaching. Not yet run to
     its end here; the shares of learning and stage 1 are those of the papers. LiGO is of full rank, which ended lowest
-    of its variants at toy scale, within 0.005 nats of `rms_random+stack`, which learns nothing (docs/ligo.md).
+    of its variants at toy scale; `rms_random+stack`, which learns nothing, ended 0.008 nats lower, and SALT after
+    growing gave nothing there (docs/results.md).
     torchrun --nproc-per-node 8 -m megagrow grow_llama_125m --init.from runs/llama_125m --salt.teacher runs/llama_125m …
     """
     return dataclasses.replace(

@@ -297,7 +297,8 @@ def test_interpolation_passes_through_the_runs_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0 FLOP"), (950.0, "950 FLOP"), (1.234e15, "1.23 PFLOP"), (None, "unknown")]
+    ("value", "text"),
+    [(0.0, "0 FLOP"), (950.0, "950 FLOP"), (1.234e15, "1.23 PFLOP"), (999.6e9, "1 TFLOP"), (None, "unknown")],
 )
 def test_quantities_are_readable(value: float | None, text: str) -> None:
     assert quantity(value, "FLOP") == text

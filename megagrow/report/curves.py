@@ -68,8 +68,9 @@ def quantity(value: float | None, unit: str = "") -> str:
     """A number with a decimal prefix, e.g. "1.23 PFLOP", "4.56 M"; "unknown" for None."""
     if value is None:
         return "unknown"
-    factor, prefix = decimal_scale(value)
-    return f"{value / factor:.3g} {prefix}{unit}".rstrip()
+    rounded = float(f"{value:.3g}")  # first, or 999.9 G would be 1e+03 G
+    factor, prefix = decimal_scale(rounded)
+    return f"{rounded / factor:.3g} {prefix}{unit}".rstrip()
 
 
 def decimal_scale(value: float) -> tuple[float, str]:
