@@ -88,8 +88,11 @@ def write_box(
         rms: as in `grow_box`; needed where `source` is not the whole source tensor.
     """
     dims = dims_of(recipe, name, quantity)
+    factor, diagonals = _scales(recipe, name, dims, box, quantity)
     if not recipe.copies:
-        _write_learned(recipe, name, dims, source, box, target, quantity, origin, rms)
+        is_plain = quantity == "value" and not any(each is not None for each in diagonals)
+        if not (is_plain and write_densely(dims, source, _seen_from(origin, box), target, factor)):
+            target.copy_(grow_box(recipe, name, source, box, quantity, origin, rms))
         return
     if quantity == "value" and recipe.is_silent(name):
         target.zero_()
@@ -97,7 +100,6 @@ def write_box(
     indices = [dim.index(part) for dim, part in zip(dims, box, strict=True)]
     shifted = (torch.where(each == NEW, NEW, each - start) for each, start in zip(indices, origin, strict=False))
     rows_R, *columns = (index.to(source.device) for index in shifted)
-    factor, diagonals = _scales(recipe, name, dims, box, quantity)
     size = _size(recipe, name, dims, source, factor, quantity, rms)
     takes_noise = quantity == "value" and _takes_noise(recipe, dims)
     if takes_noise and target.dtype.itemsize < torch.float32.itemsize:  # rounded once, with the noise
@@ -118,23 +120,6 @@ def write_box(
         _add_noise(recipe, name, dims, size, target, box)
     if result is not target:
         result.copy_(target)
-
-
-def _write_learned(
-    recipe: Recipe,
-    name: str,
-    dims: Sequence[Dim],
-    source: Tensor,
-    box: Box,
-    target: Tensor,
-    quantity: Quantity,
-    origin: Sequence[int],
-    rms: float | None,
-) -> None:
-    factor, diagonals = _scales(recipe, name, dims, box, quantity)
-    is_plain = quantity == "value" and not any(each is not None for each in diagonals)
-    if not (is_plain and write_densely(dims, source, _seen_from(origin, box), target, factor)):
-        target.copy_(grow_box(recipe, name, source, box, quantity, origin, rms))
 
 
 def _seen_from(origin: Sequence[int], box: Box) -> Box:
