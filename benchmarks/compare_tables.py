@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 from megagrow.compare import SUITES
+from megagrow.compare.controls import CONTROLS
 from megagrow.compare.recipes import RECIPES
 from megagrow.compare.suite import SCRATCH
 
@@ -23,7 +24,7 @@ Cells = dict[tuple[str, str], list[str]]  # (arm, suite) -> one text for each se
 
 
 def tables(folder: Path = FOLDER) -> dict[str, str]:
-    """Heading -> markdown: a row for each arm, a column for each suite whose core size is there."""
+    """Heading -> markdown: a row for each arm or control, a column for each suite whose core size is there."""
     suites = [name for name in SUITES if (folder / name / "savings.csv").is_file()]
     return {heading: _table(suites, _read(folder, suites, column)) for heading, column in COLUMNS.items()}
 
@@ -39,7 +40,8 @@ def _read(folder: Path, suites: list[str], column: str) -> Cells:
 
 def _table(suites: list[str], cells: Cells) -> str:
     seeds = {suite: max(len(found) for (_, of), found in cells.items() if of == suite) for suite in suites}
-    arms = [arm for arm in RECIPES if arm != SCRATCH and any((arm, suite) in cells for suite in suites)]
+    known = [arm for arm in RECIPES if arm != SCRATCH]
+    arms = [arm for arm in [*known, *CONTROLS] if any((arm, suite) in cells for suite in suites)]
     lines = [["arm", *suites], ["---", *("---:" for _ in suites)]]
     lines += [[f"`{arm}`", *(_cell(cells.get((arm, suite)), seeds[suite]) for suite in suites)] for arm in arms]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

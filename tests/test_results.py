@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.compare_tables import FOLDER, tables
 from megagrow.compare import SUITES
-from megagrow.compare.suite import SMALL
+from megagrow.compare.controls import CONTROLS, controls_of
+from megagrow.compare.suite import NEVER_GROWN, SMALL
 from megagrow.compare.suites import suite
 from megagrow.ledger import Ledger
 from megagrow.report.savings import CONVENTIONS, pareto_front, saving_at
@@ -24,9 +25,11 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def record(name: str, corpus: str) -> list[dict[str, Any]]:
+def record(name: str, corpus: str) -> dict[str, dict[str, Any]]:
+    """Key -> line."""
     path = ROOT / "benchmarks" / "results" / "compare" / f"{name}-cpu-{corpus[:12]}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["key"]: line for line in lines}
 
 
 def test_the_tables_are_those_of_the_reports() -> None:
@@ -37,16 +40,18 @@ def test_the_tables_are_those_of_the_reports() -> None:
 
 @pytest.mark.parametrize("report", REPORTS)
 def test_each_line_of_a_report_is_on_record(report: str) -> None:
-    """With its loss, bit for bit; and every arm of the suite ran on every seed, or has diverged."""
+    """With its loss, bit for bit; and every arm and control of the suite ran on every seed, or has diverged."""
     found = rows(report)
     lines = record(report, found[0]["corpus"])
-    names = {line["loss"]: line["name"] for line in lines}
     for row in found:
-        name = NAME.fullmatch(names[float(row["loss"])])
+        name = NAME.fullmatch(lines[row["key"]]["name"])
         assert name is not None and name.groups() == (row["arm"], row["seed"])
+        assert lines[row["key"]]["loss"] == float(row["loss"])
     core = suite(report, "core")
-    wanted = {(arm, str(seed)) for arm in (SMALL, *core.scratch_arms, *core.arms) for seed in core.seeds}
-    diverged = {NAME.fullmatch(line["name"]).groups() for line in lines if line["reason"]}  # type: ignore[union-attr]
+    arms = SMALL, *core.scratch_arms, *controls_of(core.arms), *core.arms
+    wanted = {(arm, str(seed)) for arm in arms for seed in core.seeds}
+    names = [NAME.fullmatch(line["name"]) for line in lines.values() if line["reason"]]
+    diverged = {name.groups() for name in names if name}
     assert wanted - {(row["arm"], row["seed"]) for row in found} <= diverged
 
 
@@ -65,12 +70,14 @@ def test_savings_follow_from_the_record(name: str) -> None:
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_costs_are_those_of_the_ledgers(name: str) -> None:
-    """All-in, what a run inherits counts: every arm but the small model spent what it might, within a step."""
+    """All-in, what a run inherits counts: every arm spent what it might, within a step, and those uncharged more."""
     found = rows(name)
-    ledgers = {line["loss"]: line["ledger"] for line in record(name, found[0]["corpus"])}
-    budget = suite(name, "core").budget
+    lines = record(name, found[0]["corpus"])
+    core = suite(name, "core")
     for row in found:
-        ledger = Ledger.from_dict(ledgers[float(row["loss"])])
+        ledger = Ledger.from_dict(lines[row["key"]]["ledger"])
         assert ledger.totals()["all_in"]["flops"] == float(row["flops_all_in"])
-        if not row["arm"].startswith(("scratch-", SMALL)):
-            assert float(row["flops_all_in"]) == pytest.approx(budget, rel=0.01)
+        if row["arm"] in (NEVER_GROWN, *core.arms):
+            assert float(row["flops_all_in"]) == pytest.approx(core.budget, rel=0.01)
+        elif row["arm"] in CONTROLS:
+            assert core.budget < float(row["flops_all_in"]) < 1.2 * core.budget

@@ -19,7 +19,7 @@ def affordable_steps(build: Callable[[int], Config], source: ModelConfig, small:
         budget: FLOPs of the arm, all-in.
 
     Raises:
-        ConfigError: not even one step is left, or the configuration is refused.
+        ConfigError: fewer than two steps are left, or the configuration is refused.
     """
 
     def cost(steps: int) -> float:

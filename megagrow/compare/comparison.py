@@ -16,6 +16,7 @@ from megagrow.compare.suites import suite
 from megagrow.compare.sweep import Sweep
 from megagrow.config import require
 from megagrow.errors import DataError
+from megagrow.report.build import commit
 
 MACHINES = {"core": "cpu", "full": "cpu"}  # sizes that share their runs
 
@@ -91,13 +92,13 @@ def check(asked: Comparison, start: Start = in_another_process, tell: Callable[[
     tuned = set(recorded.arms) - set(recorded.sweep.diverging(recorded.arms))
     if not known.names or any(each.line is None for each in known.outcomes) or not recorded.sweep.knows(tuned):
         raise DataError(f"{recorded.runner.record.path}: holds no whole comparison to check against; run it first")
-    folder = recorded.folder / "again"
+    folder = recorded.folder / f"again-{commit()[:8]}"  # what another commit has run says nothing of this one
     runner = Runner(Record(folder / "record.jsonl"), asked.parallel, start, 60 * asked.minutes, tell)
     again = replace(recorded, folder=folder, runner=runner, only_reads=False)
     again.run_seeds()
     runner.raise_failures()
     found = disagreements(known, Results.of(again))
-    shutil.rmtree(folder)  # the next check is of the code as it is then
+    shutil.rmtree(folder)
     return found
 
 

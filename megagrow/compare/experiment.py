@@ -2,7 +2,8 @@
 
 1. The small model, the baseline at each of its budgets, then every arm: each is tuned on one seed, with the same number
    of tries.
-2. What ended lowest is run on the seeds that are reported, on which nothing was chosen: neither rates nor the best arm.
+2. What ended lowest is run on the seeds that are reported, on which nothing was chosen: neither rates nor the best arm;
+   and so are the controls, at the rates of what they are about.
 
 All is read from the record of ended runs; what is missing there is run.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from megagrow.checks import check, check_chain
 from megagrow.compare.budget import affordable_steps, run_flops
+from megagrow.compare.controls import CONTROLS, NEVER_GROWN, controls_of, without_learning
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.job import Job
 from megagrow.compare.questions import make_questions
@@ -75,9 +77,17 @@ class Experiment:
         """Settings and seeds of the runs that are reported."""
         suite, compared = self.suite, [SMALL, *self.suite.scratch_arms]
         winner = self.sweep.best_arm(self.arms)
-        names = dict.fromkeys(suite.seeds, [*compared, *self.arms])
-        names |= dict.fromkeys(suite.winner_seeds if winner else (), [*compared, *filter(None, [winner])])
-        return [(self.sweep.best(name), seed) for seed in names for name in names[seed] if self.sweep.knows([name])]
+        names = dict.fromkeys(suite.seeds, [*compared, *self.controls, *self.arms])
+        names |= dict.fromkeys(suite.winner_seeds if winner else (), [*compared, NEVER_GROWN, *filter(None, [winner])])
+        return [(self.chosen(name), seed) for seed in names for name in names[seed] if self.knows(name)]
+
+    def chosen(self, name: str) -> Try:
+        """The rates at which an arm or a control is reported."""
+        return replace(self.sweep.best(CONTROLS.get(name, name)), arm=name)
+
+    def knows(self, name: str) -> bool:
+        """Whether these are known."""
+        return self.sweep.knows([CONTROLS.get(name, name)])
 
     def ended(self, chosen: Try, seed: int) -> Line | None:
         """What is on record of a run."""
@@ -89,6 +99,11 @@ class Experiment:
         return [arm for arm in self.suite.arms if arm not in self.refused]
 
     @cached_property
+    def controls(self) -> list[str]:
+        """The controls that belong beside these arms."""
+        return controls_of(self.arms)
+
+    @cached_property
     def refused(self) -> dict[str, str]:
         """Why the other arms are not."""
         found = {}
@@ -98,6 +113,11 @@ class Experiment:
             except ConfigError as error:
                 found[arm] = str(error)
         return found
+
+    @property
+    def num_questions(self) -> int:
+        """Of each downstream task."""
+        return self.suite.num_questions if self.suite.target.is_causal else 0
 
     def job(self, chosen: Try, seed: int) -> Job:
         """The run of an arm at its rates."""
@@ -118,20 +138,12 @@ class Experiment:
             ConfigError: the arm is not for these models, or the budget is too small for it.
         """
         suite = self.suite
-        if chosen.arm == SMALL:
-            small = self._plain(chosen, seed, suite.source_steps)
+        if chosen.arm in suite.small_arms:
+            small = self._plain(chosen, seed, suite.small_arms[chosen.arm])
             return replace(small, model=suite.source, data=replace(small.data, seed=seed + SMALL_DATA))
         if chosen.arm in suite.scratch_arms:
             return self._plain(chosen, seed, suite.scratch_arms[chosen.arm])
-        recipe, pair = RECIPES[chosen.arm], suite.pair(self._placed(self._small_try, seed)[0].run.dir)
-
-        def build(steps: int) -> Config:
-            return recipe(self._plain(chosen, seed, steps), pair)
-
-        if chosen.arm not in self._steps:
-            cost = suite.source_steps * suite.step_flops(suite.source)
-            self._steps[chosen.arm] = affordable_steps(build, suite.source, cost, suite.budget)
-        config = build(self._steps[chosen.arm])
+        config = self._built(chosen, seed)
         if chosen.map_lr is None:
             return config
         return replace(config, growth=replace(config.growth, ligo_lr=chosen.map_lr))
@@ -145,10 +157,26 @@ class Experiment:
         config = self.config(chosen, seed)
         uses_small = bool(config.init.from_ or config.salt.teacher)
         small = key_of(self._placed(self._small_try, seed)[1]) if uses_small else ""
-        count = 0 if seed == TUNING_SEED else self._num_questions
+        count = 0 if seed == TUNING_SEED else self.num_questions
         settings = settings_of(config, self.corpus.sha256, count, small)
         place = self.folder / "runs" / f"{chosen.name}-seed{seed}-{key_of(settings)[:8]}"
         return replace(config, run=RunConfig(dir=str(place))), settings
+
+    def _built(self, chosen: Try, seed: int) -> Config:
+        """The run of a recipe, as long as its budget allows."""
+        suite, pair = self.suite, self.suite.pair(self._placed(self._small_try, seed)[0].run.dir)
+        recipe = RECIPES[CONTROLS.get(chosen.arm, chosen.arm)]
+
+        def build(steps: int) -> Config:
+            return recipe(self._plain(chosen, seed, steps), pair)
+
+        def charged(steps: int) -> Config:
+            return without_learning(build(steps)) if chosen.arm in CONTROLS else build(steps)
+
+        if chosen.arm not in self._steps:
+            cost = suite.source_steps * suite.step_flops(suite.source)
+            self._steps[chosen.arm] = affordable_steps(charged, suite.source, cost, suite.budget)
+        return build(self._steps[chosen.arm])
 
     def _plain(self, chosen: Try, seed: int, steps: int) -> Config:
         """A run of the large model from random weights."""
@@ -167,13 +195,9 @@ class Experiment:
         """The small model's settings; before it is tuned, any stand for them."""
         return self.sweep.best(SMALL) if self.sweep.knows([SMALL]) else Try(SMALL, self.suite.rates[0])
 
-    @property
-    def _num_questions(self) -> int:
-        return self.suite.num_questions if self.suite.target.is_causal else 0
-
     @cached_property
     def _questions(self) -> str:
-        count, corpus = self._num_questions, self.corpus
+        count, corpus = self.num_questions, self.corpus
         return str(make_questions(corpus.validation, corpus.tokenizer, corpus.folder / f"questions-{count}", count))
 
     def _tune(self, arms: Iterable[str], refines: bool) -> None:
@@ -203,7 +227,7 @@ class Experiment:
         if self.only_reads:
             return
         record = self.runner.record
-        missing = [job for job in (self.job(*each) for each in runs) if record.find(job.key) is None]
+        missing = [job for job in (self.job(*each) for each in runs) if record.adopt(job.key) is None]
         smalls = {str(small.directory): small for small in map(self.small, sorted({seed for _, seed in runs}))}
         starts = {job.config.init.from_ or job.config.salt.teacher for job in missing}
         self.runner.make_models([small for place, small in smalls.items() if place in starts])

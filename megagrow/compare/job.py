@@ -26,7 +26,7 @@ from megagrow.data.files import os_errors_as_data_errors, write_atomically
 from megagrow.errors import CheckpointError, ConfigError, MegagrowError, NonFiniteError
 from megagrow.json_file import parse_object
 from megagrow.metrics import read_exit
-from megagrow.report.build import commit, machine
+from megagrow.report.build import machine
 from megagrow.report.run import Json, Run, load_run
 from megagrow.train import run
 from megagrow.train.growing import maps_file
@@ -94,11 +94,12 @@ class Job:
         ended = read_exit(self.directory) if self.directory.is_dir() else None
         return None if ended is None else int(ended["code"])
 
-    def line(self, parallel: int) -> Line:
+    def line(self, parallel: int, commit: str) -> Line:
         """The ended run as the record keeps it.
 
         Args:
             parallel: runs that shared the machine.
+            commit: of the code when it began.
         """
         run, host = load_run(self.directory), machine()
         return Line(
@@ -113,7 +114,7 @@ class Job:
             settings=self.settings,
             machine=f"{host['accelerator'] or host['cpu']}, torch {host['torch']}",
             parallel=parallel,
-            commit=commit(),
+            commit=commit,
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megagrow.compare.results import Results
-from megagrow.compare.suite import SMALL
+from megagrow.compare.suite import NEVER_GROWN, SMALL
 from megagrow.report.curves import decimal_scale, matplotlib_parts, time_unit
 from megagrow.report.run import Run
 from megagrow.report.savings import loss_at_cost, scratch_front
@@ -53,14 +53,17 @@ def _draw_panel(panel: Any, results: Results, measure: str, factor: float) -> No
     arms = [name for name in results.names if name in results.experiment.arms]
     for place, arm in enumerate(arms):
         _draw_arm(panel, results, arm, measure, factor, place)
-    _draw_ends(panel, results, SMALL, measure, factor, {"color": "black", "marker": "o", "label": "the small model"})
+    black = {"color": "black", "marker": "o"}
+    _draw_ends(panel, results, SMALL, measure, factor, {**black, "label": "the small model"})
+    never = {**black, "markerfacecolor": "white", "label": "the small model, never grown"}
+    _draw_ends(panel, results, NEVER_GROWN, measure, factor, never)
     panel.margins(0.08)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_baseline(panel: Any, scratch: list[Run], measure: str, factor: float) -> None:
-    """What savings are read from: linear in log cost between the ends of finished runs."""
+    """What savings are read from: the baseline between the ends of finished runs."""
     front = scratch_front(scratch, "all_in", measure)
     if not front:
         return

@@ -89,7 +89,7 @@ class Line:
 class Record:
     """The lines of a file, which need not be there yet.
 
-    Suites with one target have scratch runs in common: a run that a file beside it has is copied from there.
+    Suites with one target have scratch runs in common: a run that a file beside it has need not be run again.
 
     Raises:
         DataError: a line is damaged, or two say different things of one run.
@@ -100,13 +100,19 @@ class Record:
         self._lines = _read(path)
         self._others: dict[str, Line] = {}
         for other in sorted(path.parent.glob("*.jsonl")):
-            self._others |= _read(other) if other != path else {}
+            for line in _read(other).values() if other != path else ():
+                _keep(self._others, line, other)
 
     def find(self, key: str) -> Line | None:
         """The line of a run, if it has ended."""
-        if key not in self._lines and key in self._others:
-            self.add(self._others[key])
-        return self._lines.get(key)
+        return self._lines.get(key, self._others.get(key))
+
+    def adopt(self, key: str) -> Line | None:
+        """The same; a line that another file has is copied from there."""
+        line = self.find(key)
+        if line is not None:
+            self.add(line)
+        return line
 
     def add(self, line: Line) -> None:
         """Appends a line, unless one of that run is there; it is on disk when this returns."""
@@ -179,11 +185,14 @@ def _read(path: Path) -> dict[str, Line]:
     """Key -> line."""
     lines: dict[str, Line] = {}
     for number, raw in enumerate(_whole_lines(path), 1):
-        line = _parsed(raw, f"{path}: line {number}")
-        known = lines.setdefault(line.key, line)
-        if known.loss != line.loss:
-            raise DataError(f"{path}: two lines of {line.name} end at {known.loss} and {line.loss}; delete one")
+        _keep(lines, _parsed(raw, f"{path}: line {number}"), path)
     return lines
+
+
+def _keep(lines: dict[str, Line], line: Line, path: Path) -> None:
+    known = lines.setdefault(line.key, line)
+    if known.loss != line.loss:
+        raise DataError(f"{path}: two lines of {line.name} end at {known.loss} and {line.loss}; delete one")
 
 
 def _parsed(raw: bytes, where: str) -> Line:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megagrow.compare.controls import ABOUT
 from megagrow.compare.picture import draw
 from megagrow.compare.questions import TASKS
 from megagrow.compare.recipes import RECIPES
@@ -47,7 +48,7 @@ def content(results: Results) -> Json:
     """What report.json holds."""
     experiment = results.experiment
     suite, sweep = experiment.suite, experiment.sweep
-    everyone = [SMALL, *suite.scratch_arms, *experiment.arms]
+    everyone = [SMALL, *suite.scratch_arms, *experiment.arms]  # who is tuned
     summaries = {name: results.summary(name) for name in results.names}
     baseline = [summary for name, summary in summaries.items() if name in suite.scratch_arms]
     return {
@@ -62,13 +63,17 @@ def content(results: Results) -> Json:
         "models": {"source": _model(suite.source), "target": _model(suite.target)},
         "budget_flops": suite.budget,
         "step_tokens": step_tokens(suite.base),
+        "eval_tokens": suite.base.train.eval_batches * step_tokens(suite.base),
+        "num_questions": experiment.num_questions,
         "seeds": list(suite.seeds),
         "winner_seeds": list(suite.winner_seeds),
         "winner": results.winner,
         "small": summaries.get(SMALL),
         "scratch": baseline,
+        "controls": [summary for name, summary in summaries.items() if name in experiment.controls],
         "arms": [summary for name, summary in summaries.items() if name in experiment.arms],
         "about_arms": {name: RECIPES[name].about for name in suite.arms},
+        "about_controls": {name: ABOUT[name] for name in experiment.controls},
         "refused": experiment.refused,
         "diverged": [_named(each) + f": {each.line.reason}" for each in results.diverged() if each.line]
         + [f"{arm}, at every learning rate" for arm in sweep.diverging(experiment.arms)],
@@ -82,7 +87,7 @@ def content(results: Results) -> Json:
 
 def to_csv(report: Json) -> str:
     """One line for each reported run."""
-    columns = ["suite", "size", "corpus", "arm", "seed", "lr", "map_lr", "steps", "loss"]
+    columns = ["suite", "size", "corpus", "key", "arm", "seed", "lr", "map_lr", "steps", "loss"]
     columns += [f"{measure}_{convention}" for convention in CONVENTIONS for measure in MEASURES]
     savings = [(c, m) for c in CONVENTIONS for m in MEASURES]
     columns += [f"saving_{measure}_{convention}" for convention, measure in savings]
@@ -148,6 +153,7 @@ def _caveats(results: Results) -> Iterator[str]:
         yield f"The longest run reads the corpus {epochs:.1f} times."
     if not suite.target.is_causal:
         yield "Encoders are asked no questions: they have no likelihood of a text."
+    yield "Controls are not tuned: each has the rates of what it is about."
     yield "Seconds are those of training steps, without start-up, evaluation and saving."
     parallel = _distinct(results, "parallel")
     if parallel and parallel != [1]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from megagrow.compare.experiment import Experiment
@@ -11,6 +13,8 @@ from megagrow.compare.suite import SMALL
 from megagrow.compare.sweep import Try
 from megagrow.report.run import Json, Run, check_comparable
 from megagrow.report.savings import CONVENTIONS, MEASURES, at_equal_cost, over_seeds, saving, spread
+
+_SEVERAL = "several kinds of machine, or on one that more runs shared"
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,20 @@ class Outcome:
         return self.chosen.arm
 
     def steps_to_recover(self) -> int | None:
-        """Steps after growing until an evaluation finds the small model's loss again; None: never, or nothing grew."""
+        """Steps, learning maps included, after which all evaluations find the small model's loss or a lower one.
+
+        None: never, or nothing grew.
+        """
         event = self.run.growth if self.run else None
         if self.run is None or event is None or event.get("loss_before") is None:
             return None
-        if (event.get("loss_after") or float("inf")) <= event["loss_before"]:
-            return 0
-        later = (line for line in self.run.lines if line["step"] > event["step"])
-        reached = (line["step"] for line in later if (line["validation_loss"] or 1e9) <= event["loss_before"])
-        step = next(reached, None)
-        return None if step is None else step - event["step"]
+        growth = self.run.config.growth
+        begun = event["step"] - growth.ligo_steps * growth.learns_maps
+        after = [(event["step"], event.get("loss_after"))]
+        after += [(each["step"], each["validation_loss"]) for each in self.run.lines if each["step"] > event["step"]]
+        known = [(step, loss) for step, loss in after if loss is not None]
+        recovered = list(takewhile(lambda each: each[1] <= event["loss_before"], reversed(known)))
+        return recovered[-1][0] - begun if recovered else None
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class Results:
         """
         found = [_outcome(experiment, chosen, seed) for chosen, seed in experiment.reported()]
         for seed in {each.seed for each in found}:
-            check_comparable([each.run for each in found if each.seed == seed and each.arm != SMALL and each.run])
+            large = (each for each in found if each.seed == seed and each.arm not in experiment.suite.small_arms)
+            check_comparable([each.run for each in large if each.run])
         return cls(experiment, found)
 
     def of_arm(self, arm: str) -> list[Outcome]:
@@ -85,13 +94,13 @@ class Results:
         found = self.experiment.sweep.best_arm(self.experiment.arms)
         return found if found in self.names else None
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
-        """All arms of which a run is finished: the small model, the baseline, the others by their mean loss.
+        """All of which a run is finished: the small model, the baseline, controls, arms by their mean loss.
 
-        Those of which a run diverged come last.
+        Arms of which a run diverged come last.
         """
-        fixed = [SMALL, *self.experiment.suite.scratch_arms]
+        fixed = [SMALL, *self.experiment.suite.scratch_arms, *self.experiment.controls]
         others = [arm for arm in self.experiment.arms if self.of_arm(arm)]
         others.sort(key=lambda arm: (bool(self.diverged(arm)), self.summary(arm)["loss"]["value"]))
         return [name for name in fixed if self.of_arm(name)] + others
@@ -101,7 +110,13 @@ class Results:
         run, line = outcome.run, outcome.line
         assert run is not None and line is not None, "a run that is there"
         event, chosen = run.growth or {}, outcome.chosen
-        settings: Json = {"arm": outcome.arm, "seed": outcome.seed, "lr": chosen.lr, "map_lr": chosen.map_lr}
+        settings: Json = {
+            "key": line.key,
+            "arm": outcome.arm,
+            "seed": outcome.seed,
+            "lr": chosen.lr,
+            "map_lr": chosen.map_lr,
+        }
         settings |= {"steps": run.config.train.steps, "loss": run.final_loss}
         costs = {c: {m: run.cost(c, m) for m in MEASURES} for c in CONVENTIONS}
         growth = {name: event.get(name) for name in ("loss_before", "loss_initial", "loss_after")}
@@ -143,14 +158,17 @@ class Results:
         savings = {c: {m: saving(run, scratch, c, m) for m in MEASURES} for c in CONVENTIONS}
         if len(self._machines(outcome)) > 1:
             for each in savings.values():
-                each["seconds"] = _unknown("it, its small model and scratch ran on several kinds of machine")
+                each["seconds"] = _unknown(
+                    "it, its small model and scratch ran on several kinds of machine or shared it"
+                )
         return {"nats_at_equal_flops": at_equal_cost(run, scratch)["nats"], "savings": savings}
 
-    def _machines(self, outcome: Outcome) -> set[str]:
-        """Of a run, of the small model that it uses, and of the baseline that it is compared with."""
+    def _machines(self, outcome: Outcome) -> set[tuple[str, int]]:
+        """Of a run, of its small model and its baseline: the kind of machine, and how many runs shared it."""
         uses_small = outcome.run is not None and (outcome.run.config.init.from_ or outcome.run.config.salt.teacher)
         small = [each for each in self.outcomes if uses_small and (each.arm, each.seed) == (SMALL, outcome.seed)]
-        return {each.line.machine for each in [outcome, *small, *self._scratch(outcome.seed)] if each.line}
+        lines = [each.line for each in [outcome, *small, *self._scratch(outcome.seed)] if each.line]
+        return {(line.machine, line.parallel) for line in lines}
 
 
 def _outcome(experiment: Experiment, chosen: Try, seed: int) -> Outcome:

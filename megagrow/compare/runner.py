@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from megagrow.compare.job import DIVERGED, DONE, Job, carry_out
 from megagrow.compare.record import Record
 from megagrow.errors import MegagrowError, Preempted
 from megagrow.metrics import duration
+from megagrow.report.build import commit
 
 POLL_SECONDS = 0.2
 LAST_LINES = 5  # of the log, shown when a run fails
@@ -140,7 +141,7 @@ class Runner:
 
     def _carry_out(self, jobs: Sequence[Job]) -> None:
         waiting = [job for job in jobs if job not in self._failures]
-        running: dict[Job, tuple[Process, float]] = {}
+        running: dict[Job, tuple[Process, _Begun]] = {}
         total = len(waiting)
         if waiting and self._since is None:
             self._since = time.monotonic()
@@ -149,11 +150,11 @@ class Runner:
                 while len(running) < self.parallel and (job := self._fitting(waiting)):
                     waiting.remove(job)
                     job.write()
-                    running[job] = self.start(job), time.monotonic()
-                for job, (process, since) in list(running.items()):
+                    running[job] = self.start(job), _Begun(time.monotonic(), commit())
+                for job, (process, begun) in list(running.items()):
                     if (code := process.poll()) is not None:
                         del running[job]
-                        self._note(job, code, f"{total - len(waiting) - len(running)}/{total}", since)
+                        self._note(job, code, f"{total - len(waiting) - len(running)}/{total}", begun)
                 if running:
                     time.sleep(POLL_SECONDS)
         finally:
@@ -170,17 +171,24 @@ class Runner:
         left = self._since + self._seconds - time.monotonic()
         return next((job for job in waiting if job.flops * self._slowest < left), None)
 
-    def _note(self, job: Job, code: int, place: str, since: float) -> None:
-        took = time.monotonic() - since
+    def _note(self, job: Job, code: int, place: str, begun: "_Begun") -> None:
+        took = time.monotonic() - begun.at
         if code in (DONE, DIVERGED):
             self._slowest = max(self._slowest, took / job.flops if job.flops else 0.0)
-            line = job.line(self.parallel)
+            line = job.line(self.parallel, begun.commit)
             self.record.add(line)
             ended = "diverged" if line.loss is None else f"loss {line.loss:.4f}"
         else:
             self._failures[job] = code
             ended = f"failed with exit code {code}, see {job.log}"
         self.tell(f"{place}  {job.name}: {ended}, {duration(took)}")
+
+
+class _Begun(NamedTuple):
+    """When a run began, and of which commit the code was then: it may have changed by its end."""
+
+    at: float
+    commit: str
 
 
 def _stop(processes: list[Process]) -> None:

@@ -7,7 +7,7 @@ from megagrow.compare.pair import Pair
 from megagrow.config import Config, ModelConfig, require
 from megagrow.timeline import step_tokens
 
-SMALL, SCRATCH = "small", "scratch"
+SMALL, SCRATCH, NEVER_GROWN = "small", "scratch", "never_grown"
 TUNING_SEED = 0  # on which rates are chosen; no figure is reported of it
 
 
@@ -70,6 +70,11 @@ class Suite:
     def source_steps(self) -> int:
         """Steps of the small model."""
         return max(round(self.source_share * self.budget / self.step_flops(self.source)), 1)
+
+    @property
+    def small_arms(self) -> dict[str, int]:
+        """The runs of the small model by name, and their steps: on its share of the budget, and on all of it."""
+        return {SMALL: self.source_steps, NEVER_GROWN: int(self.budget // self.step_flops(self.source))}
 
     @property
     def scratch_arms(self) -> dict[str, int]:

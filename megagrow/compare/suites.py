@@ -65,7 +65,7 @@ RATES = (1.4e-3, 2.8e-3, 5.6e-3)
 CPU = Scale(
     2048, 128, 8, 32, unit=1, depth=1, budget=5e12, evaluations=10, eval_batches=24, num_questions=400, rates=RATES
 )
-GPU = Scale(8192, 512, 128, 64, unit=2, depth=2, budget=2.5e15, evaluations=10, eval_batches=8, num_questions=1000)
+GPU = Scale(8192, 512, 32, 64, unit=2, depth=2, budget=2.5e15, evaluations=10, eval_batches=8, num_questions=1000)
 TINY = Scale(512, 64, 2, 8, unit=1, depth=1, budget=1e9, evaluations=3, eval_batches=2, num_questions=4)
 SCALES = {"core": CPU, "full": CPU, "gpu": GPU, "tiny": TINY}
 

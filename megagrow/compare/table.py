@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megagrow.compare.questions import TASKS
+from megagrow.compare.suite import NEVER_GROWN, SCRATCH
 from megagrow.metrics import duration
 from megagrow.report.curves import quantity
 from megagrow.report.run import Json
@@ -16,11 +17,16 @@ _HEADS = {
     ("all_in", "seconds"): "seconds saved, all-in",
 }
 
-
 _CONVENTIONS = (
     "Mean of the seeds, in brackets the least and the greatest. By the papers' convention a small model that is given "
     "and scoring cost nothing, while smaller stages of a run's own (mslt, bootstrap, progressive) count; all-in all "
     "counts. Each seed is compared with the scratch runs of its own, interpolated between the ends of finished runs."
+)
+
+
+_CHANCE = (
+    "Steps to recover count those that learn maps; from there on all evaluations find the small model's loss, or less. "
+    "Tasks have {0:,} questions each; by chance a quarter of multiple choice is right, and none of cloze."
 )
 
 
@@ -36,8 +42,10 @@ def to_markdown(report: Json) -> str:
         _CONVENTIONS,
         "## Losses",
         _losses(report),
+        f"Of the same {report['eval_tokens']:,} held-out tokens in all runs and seeds.",
         "## Growth and downstream tasks",
         _growth(report),
+        _CHANCE.format(report["num_questions"]) if report["num_questions"] else "",
         "## Arms",
         _arms(report),
         "## Learning rates",
@@ -62,7 +70,20 @@ def _headline(report: Json) -> str:
     also = "" if lowest == best["arm"] else f" The lowest mean loss of those seeds is that of {lowest}."
     return (
         f"**Best on the tuning seed: {best['arm']}. FLOPs that it saves at equal loss, on seeds {seeds}: "
-        f"{', '.join(said)}.**{also}"
+        f"{', '.join(said)}.**{also}{_never_grown(report, best)}"
+    )
+
+
+def _never_grown(report: Json, best: Json) -> str:
+    """What the small model comes to on the whole budget, beside the best arm and the large model from scratch."""
+    losses = {each["arm"]: each["loss"]["value"] for each in [*report["controls"], *report["scratch"]]}
+    if NEVER_GROWN not in losses:
+        return ""
+    scratch = losses.get(f"{SCRATCH}-1")
+    beside = f", the large one from scratch at {scratch:.4f}" if scratch else ""
+    return (
+        f" On the same budget the small model, never grown, ends at {losses[NEVER_GROWN]:.4f}, {best['arm']} at "
+        f"{best['loss']['value']:.4f}{beside}."
     )
 
 
@@ -82,11 +103,11 @@ def _setting(report: Json) -> str:
 def _savings(report: Json) -> str:
     rows = [
         [arm["arm"], *(_saved(arm["savings"][c][m]) for c, m in _HEADS), _spread(arm["nats_at_equal_flops"], "{:+.4f}")]
-        for arm in report["arms"]
+        for arm in _arms_and_controls(report)
     ]
     reasons = dict.fromkeys(
         f"- {arm['arm']}: {arm['savings'][c][m]['reason']}."
-        for arm in report["arms"]
+        for arm in _arms_and_controls(report)
         for c in CONVENTIONS
         for m in MEASURES
         if arm["savings"][c][m]["reason"]
@@ -97,7 +118,7 @@ def _savings(report: Json) -> str:
 
 def _losses(report: Json) -> str:
     rows = []
-    for arm in [*filter(None, [report["small"]]), *report["scratch"], *report["arms"]]:
+    for arm in _everyone(report):
         costs = arm["costs"]
         flops = [quantity(_mean(costs[c]["flops"]), "FLOP") for c in CONVENTIONS]
         seconds = [_time(_mean(costs[c]["seconds"])) for c in CONVENTIONS]
@@ -110,7 +131,7 @@ def _losses(report: Json) -> str:
 
 def _growth(report: Json) -> str:
     rows = []
-    for arm in [*filter(None, [report["small"]]), *report["scratch"], *report["arms"]]:
+    for arm in _everyone(report):
         losses = [_spread(arm[name], "{:.3f}") for name in ("loss_before", "loss_initial", "loss_after")]
         scores = [_spread(arm["scores"][task], "{:.1%}") for task in TASKS]
         rows.append([arm["arm"], *losses, _spread(arm["steps_to_recover"], "{:.0f}"), *scores])
@@ -119,11 +140,21 @@ def _growth(report: Json) -> str:
 
 
 def _arms(report: Json) -> str:
-    return "\n".join(f"- `{name}`: {text}" + _not_here(report, name) for name, text in report["about_arms"].items())
+    arms = [f"- `{name}`: {text}" + _not_here(report, name) for name, text in report["about_arms"].items()]
+    controls = [f"- `{name}`, a control: {text}" for name, text in report["about_controls"].items()]
+    return "\n".join([*arms, *controls])
 
 
 def _not_here(report: Json, name: str) -> str:
     return f" **Not possible here**: {report['refused'][name]}." if name in report["refused"] else ""
+
+
+def _arms_and_controls(report: Json) -> list[Json]:
+    return [*report["arms"], *report["controls"]]
+
+
+def _everyone(report: Json) -> list[Json]:
+    return [*filter(None, [report["small"]]), *report["scratch"], *_arms_and_controls(report)]
 
 
 def _sweep(report: Json) -> str:

@@ -195,7 +195,7 @@ def _draw_growth(panel: Any, trace: _Trace) -> None:
 
 
 def _draw_front(panel: Any, ends: list[Point]) -> None:
-    """What the report interpolates: linear in log cost, without runs that a cheaper one equals."""
+    """What the report interpolates, without runs that a cheaper one equals."""
     front = pareto_front(ends)
     if len(front) < 2:
         return

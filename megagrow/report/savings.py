@@ -1,8 +1,9 @@
 """What growing saves: cost at equal loss, and loss at equal cost, between finished runs.
 
-Between two finished scratch runs the loss is taken as linear in the logarithm of the cost. A scratch
-run that a cheaper one equals is left out, which favours the baseline. Nothing is extrapolated:
-outside of the range of the finished scratch runs a saving is null, with the reason and a bound.
+Between finished scratch runs the loss is taken as a parabola in the logarithm of the cost, through three of them: a
+chord lies above what is really a convex curve, and would flatter what is compared by 1 to 3 points. A scratch run that
+a cheaper one equals is left out, which favours the baseline. Nothing is extrapolated: outside of the range of the
+finished scratch runs a saving is null, with the reason and a bound.
 
 Of several seeds, each is compared with the scratch runs of its own; the spread is the least and the greatest saving.
 """
@@ -10,7 +11,8 @@ Of several seeds, each is compared with the scratch runs of its own; the spread 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megagrow.report.run import Json, Run
 
@@ -30,21 +32,74 @@ def pareto_front(points: list[tuple[float, float]]) -> Front:
 
 def cost_at_loss(front: Front, loss: float) -> float:
     """The cost at which the baseline reaches `loss`, which lies within the losses of the front."""
-    for (low, worse), (high, better) in zip(front, front[1:], strict=False):
-        if better <= loss <= worse:
-            share = (worse - loss) / (worse - better)
-            return low * (high / low) ** share
+    for piece in _pieces(front):
+        if piece.falls_to <= loss <= piece.loss:
+            return piece.cost_at(loss)
     assert loss == front[0][1], f"loss {loss} lies outside of the front"
     return front[0][0]
 
 
 def loss_at_cost(front: Front, cost: float) -> float:
     """The baseline's loss at `cost`, which is not below the front; beyond its end, the last loss."""
-    for (low, worse), (high, better) in zip(front, front[1:], strict=False):
-        if low <= cost <= high:
-            return worse + (better - worse) * math.log(cost / low) / math.log(high / low)
+    for piece in _pieces(front):
+        if piece.cost <= cost <= piece.next_cost:
+            return piece.loss_at(cost)
     assert cost >= front[-1][0], f"cost {cost} lies below the front"
     return front[-1][1]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The baseline between two of its runs: loss + slope·t + bend·t·(t − width), t the log of cost / first cost.
+
+    Attributes:
+        cost, loss: of the cheaper run.
+        next_cost, falls_to: of the dearer one.
+        bend: of the parabola; 0: a chord.
+    """
+
+    cost: float
+    loss: float
+    next_cost: float
+    falls_to: float
+    bend: float
+
+    @property
+    def width(self) -> float:
+        """In log cost."""
+        return math.log(self.next_cost / self.cost)
+
+    @property
+    def slope(self) -> float:
+        """Of the chord."""
+        return (self.falls_to - self.loss) / self.width
+
+    def loss_at(self, cost: float) -> float:
+        """The loss at a cost of the piece."""
+        t = math.log(cost / self.cost)
+        return self.loss + self.slope * t + self.bend * t * (t - self.width)
+
+    def cost_at(self, loss: float) -> float:
+        """The cost at a loss of the piece: the root that lies in it, in the form that does not cancel."""
+        fall, start = self.loss - loss, self.slope - self.bend * self.width
+        t = 2 * fall / (math.sqrt(start**2 - 4 * self.bend * fall) - start)
+        return self.cost * math.exp(t)
+
+
+def _pieces(front: Front) -> Iterator[_Piece]:
+    for place, ((cost, loss), (next_cost, falls_to)) in enumerate(zip(front, front[1:], strict=False)):
+        chord = _Piece(cost, loss, next_cost, falls_to, 0.0)
+        bend = _bend(front[max(place - 1, 0) :][:3])
+        falls_throughout = abs(bend) * chord.width < -chord.slope
+        yield replace(chord, bend=bend) if falls_throughout else chord
+
+
+def _bend(points: Front) -> float:
+    """Half of the second derivative of the parabola through three points, in log cost; 0 for fewer."""
+    if len(points) < 3:
+        return 0.0
+    (a, first), (b, second), (c, third) = ((math.log(cost), loss) for cost, loss in points)
+    return ((third - second) / (c - b) - (second - first) / (b - a)) / (c - a)
 
 
 def compare(grown: Run, scratch: list[Run]) -> Json:

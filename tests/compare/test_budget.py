@@ -4,7 +4,7 @@ import pytest
 
 from megagrow.compare.budget import affordable_steps, run_flops
 from megagrow.compare.experiment import Experiment
-from megagrow.compare.suite import SMALL
+from megagrow.compare.suite import NEVER_GROWN, SMALL
 from megagrow.compare.sweep import Try
 from megagrow.errors import ConfigError
 from megagrow.report.run import load_run
@@ -13,17 +13,17 @@ from tests.compare.conftest import ARMS
 RAN = [arm for arm in ARMS if arm != "clone_zero_pad"]
 
 
-@pytest.mark.parametrize("arm", [SMALL, "scratch-0.6", "scratch-1.7", *RAN])
+@pytest.mark.parametrize("arm", [SMALL, "scratch-0.6", "scratch-1.7", NEVER_GROWN, *RAN])
 def test_the_plan_is_what_the_ledger_says(arm: str, finished: Experiment) -> None:
     """With growth at the start and in mid-run, frozen layers, learned maps, a teacher, and data that it picks."""
-    job = finished.job(finished.sweep.best(arm), 1)
+    job = finished.job(finished.chosen(arm), 1)
     own = load_run(job.directory).ledger.own()["flops"]
     assert run_flops(job.config, finished.suite.source) == pytest.approx(own, rel=1e-12)
 
 
-@pytest.mark.parametrize("arm", RAN)
+@pytest.mark.parametrize("arm", [NEVER_GROWN, *RAN])
 def test_every_arm_takes_the_budget_to_a_step_and_no_more(arm: str, finished: Experiment) -> None:
-    spent = load_run(finished.job(finished.sweep.best(arm), 1).directory).cost("all_in", "flops")
+    spent = load_run(finished.job(finished.chosen(arm), 1).directory).cost("all_in", "flops")
     left = finished.suite.budget - spent
     assert 0 <= left < 2.5 * finished.suite.step_flops(finished.suite.target)
 

@@ -17,7 +17,7 @@ from megagrow.compare.record import Record, key_of
 from megagrow.compare.report import content, write_report
 from megagrow.compare.results import Results
 from megagrow.compare.runner import FailedRun, InThisProcess, Runner
-from megagrow.compare.suite import SMALL, TUNING_SEED, Suite
+from megagrow.compare.suite import NEVER_GROWN, SMALL, TUNING_SEED, Suite
 from megagrow.compare.suites import suite
 from megagrow.compare.sweep import Sweep
 from megagrow.compare.table import to_markdown
@@ -207,7 +207,7 @@ def test_evaluations_are_dense_right_after_growth(finished: Experiment) -> None:
 def test_each_run_is_a_line_of_the_table(report: Path, finished: Experiment) -> None:
     with (report / "savings.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 1 + 3 + len(ARMS) - 1
+    assert len(lines) == 1 + 3 + 1 + len(ARMS) - 1
     grown = next(line for line in lines if line["arm"] == "rms_random")
     assert float(grown["flops_papers_convention"]) < float(grown["flops_all_in"]) <= finished.suite.budget
     assert grown["saving_flops_all_in"] or grown["reason"]
@@ -248,7 +248,10 @@ def test_tuning_tries_the_baseline_first_and_reports_other_seeds(corpus: Corpus,
     begun = len(pretending.names)
     made.run_seeds()
     reported = pretending.names[begun:]
-    assert sorted(reported) == sorted(made.job(made.sweep.best(name), 1).name for name in names)
+    assert made.controls == [NEVER_GROWN, "ligo_uncharged"]
+    assert sorted(reported) == sorted(made.job(made.chosen(name), 1).name for name in [*names, *made.controls])
+    assert made.chosen(NEVER_GROWN).lr == made.sweep.best(SMALL).lr
+    assert (made.chosen("ligo_uncharged").lr, made.chosen("ligo_uncharged").map_lr) == (2e-3, 3e-4)
     assert made.sweep.best("ligo").map_lr == 3e-4
     made.tune()
     assert len(pretending.names) == begun + len(reported)
@@ -278,11 +281,11 @@ def test_a_comparison_that_is_interrupted_goes_on_from_its_record(two_arms: Suit
     assert len(file.read_text().splitlines()) == 9
     halfway = (compare(replace(asked, only_reports=True), start, str) / "report.md").read_text()
     assert "No arm is finished yet" in halfway
-    assert "scratch-1, seed 1; scratch-1.7, seed 1; scratch-0.6; fpi; ligo. " in " ".join(halfway.split())
+    assert "scratch-1.7, seed 1; never_grown, seed 1; scratch-0.6; fpi; ligo. " in " ".join(halfway.split())
     shutil.rmtree(next((tmp_path / "out").glob("bert*")))
     stop_at = 99
     folder = compare(asked, start, str)
-    tried, reported = 4 + 2 * (3 + 2), 1 + 3 + 2
+    tried, reported = 4 + 2 * (3 + 2), 1 + 3 + 2 + 2
     small_again = 1
     assert len(pretending.names) == tried + reported + small_again
     assert len(file.read_text().splitlines()) == tried + reported
@@ -325,6 +328,7 @@ def test_the_best_arm_is_chosen_on_the_tuning_seed_and_reported_on_others(corpus
     report = content(results)
     assert report["winner"] == "rms_random" and report["arms"][0]["arm"] == "aki"
     words = to_markdown(report)
+    assert "On the same budget the small model, never grown, ends at 3.0" in words
     assert "**Best on the tuning seed: rms_random. FLOPs that it saves at equal loss, on seeds 1, 2, 3:" in words
     assert "The lowest mean loss of those seeds is that of aki." in words
 
@@ -334,9 +338,9 @@ def test_of_all_arms_the_best_is_run_on_fresh_seeds(corpus: Corpus, tmp_path: Pa
     arms = ("aki", "rms_random", "salt")
     chosen = replace(suite("llama_both", "tiny"), arms=arms, seeds=(1,), winner_seeds=(2, 3), num_questions=0)
     found = content(Results.of(pretended(chosen, corpus, tmp_path, aki=-0.2)))
-    seeds = {each["arm"]: each["seeds"] for each in [found["small"], *found["scratch"], *found["arms"]]}
-    assert seeds == {
-        **dict.fromkeys((SMALL, *chosen.scratch_arms, "aki"), [1, 2, 3]),
+    everyone = [found["small"], *found["scratch"], *found["controls"], *found["arms"]]
+    assert {each["arm"]: each["seeds"] for each in everyone} == {
+        **dict.fromkeys((SMALL, *chosen.scratch_arms, NEVER_GROWN, "aki"), [1, 2, 3]),
         **dict.fromkeys(("rms_random", "salt"), [1]),
     }
 
@@ -367,22 +371,24 @@ def test_runs_that_diverge_are_told_and_leave_savings_unknown(corpus: Corpus, tm
     assert "| aki | 1 of 2 |" in words and "Diverged: aki, seed 2" in words
 
 
-def test_seconds_are_compared_on_one_kind_of_machine_only(corpus: Corpus, tmp_path: Path) -> None:
-    """Losses and FLOPs are compared across them."""
+@pytest.mark.parametrize("change", [{"machine": "other"}, {"parallel": 3}])
+def test_seconds_are_compared_on_one_kind_of_machine_only(
+    change: dict[str, object], corpus: Corpus, tmp_path: Path
+) -> None:
+    """Shared by as many runs; losses and FLOPs are compared across them."""
     chosen = replace(suite("llama_both", "tiny"), arms=("aki", "mslt"), num_questions=0)
     made = pretended(chosen, corpus, tmp_path)
-    here = made.runner.record.find(made.job(made.sweep.best("mslt"), 1).key).machine
     for arm, suffers in ((SMALL, {"aki"}), ("mslt", {"mslt"}), ("scratch-1", {"aki", "mslt"})):
         key = made.job(made.sweep.best(arm), 1).key
-        moved = tmp_path / f"{arm}.jsonl"
+        moved = tmp_path / arm / "record.jsonl"
+        moved.parent.mkdir()
         lines = [json.loads(line) for line in made.runner.record.path.read_text().splitlines()]
-        moved.write_text(
-            "".join(json.dumps(each | ({"machine": "other"} if each["key"] == key else {})) + "\n" for each in lines)
-        )
+        moved.write_text("".join(json.dumps(each | (change if each["key"] == key else {})) + "\n" for each in lines))
         elsewhere = replace(made, runner=Runner(Record(moved), tell=str))
         found = content(Results.of(elsewhere))
-        assert found["machines"] == sorted([here, "other"])
-        assert any("several kinds of machine" in caveat for caveat in found["caveats"])
+        caveats = " ".join(found["caveats"])
+        assert ("several kinds of machine" in caveats) == (len(found["machines"]) == 2) == ("machine" in change)
+        assert ("1 or 3 runs shared the machine" in caveats) == ("parallel" in change)
         for each in found["arms"]:
             for savings in each["savings"].values():
                 told = "several kinds of machine" in (savings["seconds"]["reason"] or "")
@@ -418,7 +424,7 @@ def test_what_is_run_again_is_checked_against_the_record(
     compare(asked, Pretending([], spread), str)
     (file,) = (tmp_path / "results").iterdir()
     before = file.read_text()
-    same, reported = Pretending([]), 2 * (1 + 3 + 2)
+    same, reported = Pretending([]), 2 * (1 + 3 + 1 + 2)
     assert check(asked, same, str) == [] and len(same.names) == reported
     assert file.read_text() == before
     (found,) = check(asked, Pretending([], {"stack-lr0.001-seed1": 0.03}), str)

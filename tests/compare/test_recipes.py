@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from megagrow.compare.budget import run_flops
+from megagrow.compare.controls import LEARNED
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.pair import Pair
 from megagrow.compare.recipes import RECIPES
 from megagrow.compare.record import Record
 from megagrow.compare.runner import Runner
-from megagrow.compare.suite import SCRATCH, TUNING_SEED
+from megagrow.compare.suite import NEVER_GROWN, SCRATCH, SMALL, TUNING_SEED
 from megagrow.compare.suites import SIZES, SUITES, suite
 from megagrow.compare.sweep import Sweep, Try
 from megagrow.config import Config, TrainConfig
@@ -127,3 +128,28 @@ def test_all_arms_of_a_budget_cost_it_within_a_step() -> None:
         inherited = small if config.init.from_ or config.salt.teacher else 0.0
         spent = run_flops(config, whole.source) + inherited
         assert 0 <= whole.budget - spent < 2.5 * whole.step_flops(whole.target), arm
+
+
+def test_a_control_trains_as_long_as_the_arm_that_learns_nothing_and_learns() -> None:
+    found = experiment("llama_both", "core")
+    learned, charged, unlearned = (
+        found.config(Try(arm, 1e-3, rate), 1)
+        for arm, rate in (("ligo_uncharged", 3e-4), ("ligo", 3e-4), ("ligo_0", None))
+    )
+    assert learned.train.steps == unlearned.train.steps > charged.train.steps
+    assert learned.growth == charged.growth and learned.growth.ligo_steps > 0
+
+
+def test_the_small_model_that_never_grows_has_the_whole_budget_and_samples_of_its_own() -> None:
+    found = experiment("llama_depth", "core")
+    small, never = (found.config(Try(arm, 1e-3), 1) for arm in (SMALL, NEVER_GROWN))
+    assert (never.model, never.data) == (small.model, small.data) and never.growth.method == "none"
+    assert run_flops(never, found.suite.source) == pytest.approx(found.suite.budget, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_has_its_controls(name: str) -> None:
+    found = experiment(name, "core")
+    arms = suite(name, "core").arms
+    beside = replace(found, suite=suite(name, "core")).controls
+    assert beside == [NEVER_GROWN, *(f"{arm}_uncharged" for arm in LEARNED if arm in arms)]

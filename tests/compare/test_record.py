@@ -31,10 +31,19 @@ def test_lines_read_back(tmp_path: Path) -> None:
 def test_a_run_that_another_suite_has_is_copied_from_there(tmp_path: Path) -> None:
     other, path = Record(tmp_path / "other.jsonl"), tmp_path / "record.jsonl"
     other.add(line("a"))
-    assert Record(path).find("b") is None and not path.exists()
-    assert Record(path).find("a") == line("a")
+    assert Record(path).adopt("b") is None
+    assert Record(path).find("a") == line("a") and not path.exists()  # a report writes nothing here
+    assert Record(path).adopt("a") == line("a")
     (tmp_path / "other.jsonl").unlink()
     assert Record(path).find("a") == line("a")
+
+
+def test_two_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    Record(tmp_path / "a.jsonl").add(line("a"))
+    Record(tmp_path / "b" / "b.jsonl").add(line("a", 3.5))
+    (tmp_path / "b" / "b.jsonl").rename(tmp_path / "b.jsonl")
+    with pytest.raises(DataError, match=r"b.jsonl: two lines of arm-a end at 3.0 and 3.5; delete one"):
+        Record(tmp_path / "new.jsonl")
 
 
 def test_a_torn_last_line_is_ignored_and_replaced(tmp_path: Path) -> None:
