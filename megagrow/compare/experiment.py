@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megagrow.checks import check, check_chain
 from megagrow.compare.budget import affordable_steps, run_flops
-from megagrow.compare.controls import CONTROLS, NEVER_GROWN, controls_of, without_learning
+from megagrow.compare.controls import NEVER_GROWN, as_charged, controls_of, small_of, tuned_as
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.job import Job
 from megagrow.compare.questions import make_questions
@@ -83,11 +83,11 @@ class Experiment:
 
     def chosen(self, name: str) -> Try:
         """The rates at which an arm or a control is reported."""
-        return replace(self.sweep.best(CONTROLS.get(name, name)), arm=name)
+        return replace(self.sweep.best(tuned_as(name)), arm=name)
 
     def knows(self, name: str) -> bool:
         """Whether these are known."""
-        return self.sweep.knows([CONTROLS.get(name, name)])
+        return self.sweep.knows([tuned_as(name)])
 
     def ended(self, chosen: Try, seed: int) -> Line | None:
         """What is on record of a run."""
@@ -125,7 +125,7 @@ class Experiment:
         return Job(
             config,
             questions=self._questions if settings["questions"] else "",
-            keeps_model=chosen.arm == SMALL,
+            keeps_model=chosen.arm in self.suite.small_arms,
             keeps_curve=seed != TUNING_SEED,
             flops=run_flops(config, self.suite.source),
             settings=settings,
@@ -148,15 +148,15 @@ class Experiment:
             return config
         return replace(config, growth=replace(config.growth, ligo_lr=chosen.map_lr))
 
-    def small(self, seed: int) -> Job:
-        """The small model of a seed."""
-        return self.job(self._small_try, seed)
+    def small(self, seed: int, of: str = SMALL) -> Job:
+        """The small model of a seed, on its share of the budget; `of` an arm: that which it starts or learns from."""
+        return self.job(self._small_try(of), seed)
 
     def _placed(self, chosen: Try, seed: int) -> tuple[Config, Json]:
         """The configuration of a run in its directory, and what decides the run: other settings, another directory."""
         config = self.config(chosen, seed)
         uses_small = bool(config.init.from_ or config.salt.teacher)
-        small = key_of(self._placed(self._small_try, seed)[1]) if uses_small else ""
+        small = key_of(self._placed(self._small_try(chosen.arm), seed)[1]) if uses_small else ""
         count = 0 if seed == TUNING_SEED else self.num_questions
         settings = settings_of(config, self.corpus.sha256, count, small)
         place = self.folder / "runs" / f"{chosen.name}-seed{seed}-{key_of(settings)[:8]}"
@@ -164,14 +164,14 @@ class Experiment:
 
     def _built(self, chosen: Try, seed: int) -> Config:
         """The run of a recipe, as long as its budget allows."""
-        suite, pair = self.suite, self.suite.pair(self._placed(self._small_try, seed)[0].run.dir)
-        recipe = RECIPES[CONTROLS.get(chosen.arm, chosen.arm)]
+        suite, recipe = self.suite, RECIPES[tuned_as(chosen.arm)]
+        pair = suite.pair(self._placed(self._small_try(chosen.arm), seed)[0].run.dir)
 
         def build(steps: int) -> Config:
             return recipe(self._plain(chosen, seed, steps), pair)
 
         def charged(steps: int) -> Config:
-            return without_learning(build(steps)) if chosen.arm in CONTROLS else build(steps)
+            return as_charged(chosen.arm, build(steps))
 
         if chosen.arm not in self._steps:
             cost = suite.source_steps * suite.step_flops(suite.source)
@@ -190,10 +190,10 @@ class Experiment:
             optim=replace(base.optim, lr=chosen.lr),
         )
 
-    @property
-    def _small_try(self) -> Try:
-        """The small model's settings; before it is tuned, any stand for them."""
-        return self.sweep.best(SMALL) if self.sweep.knows([SMALL]) else Try(SMALL, self.suite.rates[0])
+    def _small_try(self, arm: str) -> Try:
+        """The small model's settings as an arm uses it; before it is tuned, any stand for them."""
+        name = small_of(arm)
+        return self.chosen(name) if self.knows(name) else Try(name, self.suite.rates[0])
 
     @cached_property
     def _questions(self) -> str:
@@ -219,7 +219,7 @@ class Experiment:
     def _drop_models(self) -> None:
         """Removes small models that were only tried."""
         for row in self.sweep.rows:
-            if row.key != self._small_try:
+            if row.key != self._small_try(SMALL):
                 shutil.rmtree(self.job(row.key, TUNING_SEED).directory / "checkpoints", ignore_errors=True)
 
     def _carry_out(self, runs: Sequence[tuple[Try, int]]) -> None:
@@ -228,7 +228,8 @@ class Experiment:
             return
         record = self.runner.record
         missing = [job for job in (self.job(*each) for each in runs) if record.adopt(job.key) is None]
-        smalls = {str(small.directory): small for small in map(self.small, sorted({seed for _, seed in runs}))}
+        needed = [self.small(seed, chosen.arm) for chosen, seed in runs]
+        smalls = {str(small.directory): small for small in needed}
         starts = {job.config.init.from_ or job.config.salt.teacher for job in missing}
         self.runner.make_models([small for place, small in smalls.items() if place in starts])
         without = {place for place, small in smalls.items() if not small.has_model}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megagrow.compare.controls import ABOUT
+from megagrow.compare.controls import CONTROLS
 from megagrow.compare.picture import draw
 from megagrow.compare.questions import TASKS
 from megagrow.compare.recipes import RECIPES
@@ -73,7 +73,7 @@ def content(results: Results) -> Json:
         "controls": [summary for name, summary in summaries.items() if name in experiment.controls],
         "arms": [summary for name, summary in summaries.items() if name in experiment.arms],
         "about_arms": {name: RECIPES[name].about for name in suite.arms},
-        "about_controls": {name: ABOUT[name] for name in experiment.controls},
+        "about_controls": {name: CONTROLS[name].about for name in experiment.controls},
         "refused": experiment.refused,
         "diverged": [_named(each) + f": {each.line.reason}" for each in results.diverged() if each.line]
         + [f"{arm}, at every learning rate" for arm in sweep.diverging(experiment.arms)],

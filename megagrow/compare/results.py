@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
+from megagrow.compare.controls import small_of
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.questions import TASKS
 from megagrow.compare.record import Line
@@ -166,7 +167,8 @@ class Results:
     def _machines(self, outcome: Outcome) -> set[tuple[str, int]]:
         """Of a run, of its small model and its baseline: the kind of machine, and how many runs shared it."""
         uses_small = outcome.run is not None and (outcome.run.config.init.from_ or outcome.run.config.salt.teacher)
-        small = [each for each in self.outcomes if uses_small and (each.arm, each.seed) == (SMALL, outcome.seed)]
+        of_arm = small_of(outcome.arm), outcome.seed
+        small = [each for each in self.outcomes if uses_small and (each.arm, each.seed) == of_arm]
         lines = [each.line for each in [outcome, *small, *self._scratch(outcome.seed)] if each.line]
         return {(line.machine, line.parallel) for line in lines}
 

@@ -3,8 +3,8 @@
     llama_width    width x 2            llama_depth    depth x 2          llama_both    both
     gpt2           base to medium       bert           small to base      salt          a student of twice its teacher
 
-Four sizes each: `core` (six arms, three seeds; 40 minutes on two cores of 90 GFLOP/s), `full` (all arms, one seed, of
-the best three; up to 80 minutes), `gpu` (the arms of `core`, shapes for one large GPU) and `tiny` (seconds, for tests).
+Four sizes each: `core` (six arms, three seeds), `full` (all arms, one seed, of the best three), `gpu` (the arms of
+`core`, shapes for one large GPU) and `tiny` (seconds, for tests). What they take: docs/compare.md.
 """
 
 from collections.abc import Callable
@@ -59,13 +59,14 @@ class Scale:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
 
 
-# Scratch at 0.6 of llama_depth's budget ends at 5.247, 5.093, 5.084 and 5.496 for 1, 2, 4 and 8e-3, its small model at
-# 5.723, 5.458, 5.396 and 5.715: the best lies near 2.8e-3
-RATES = (1.4e-3, 2.8e-3, 5.6e-3)
+# The budget has to be one for which the large model is the better buy, or growing is a way of getting the wrong one: at
+# 5 TFLOP 3x32 ends at 2.805, 3x48 at 2.749, 6x48 at 2.714, 6x64 at 2.705. Rates: 6x64 ends at 3.070, 3.017 and 3.043
+# for 2.8, 5.6 and 11e-3 after 2 TFLOP, 3x32 at 3.043, 3.023 and 3.053 for 5.6, 11 and 22e-3 after 1.
+RATES = (3e-3, 6e-3, 1.2e-2)
 CPU = Scale(
-    2048, 128, 8, 32, unit=1, depth=1, budget=5e12, evaluations=10, eval_batches=24, num_questions=400, rates=RATES
+    512, 128, 8, 16, unit=1, depth=1, budget=5e12, evaluations=10, eval_batches=24, num_questions=400, rates=RATES
 )
-GPU = Scale(8192, 512, 32, 64, unit=2, depth=2, budget=2.5e15, evaluations=10, eval_batches=8, num_questions=1000)
+GPU = Scale(4096, 512, 32, 64, unit=1, depth=1, budget=1e15, evaluations=10, eval_batches=8, num_questions=1000)
 TINY = Scale(512, 64, 2, 8, unit=1, depth=1, budget=1e9, evaluations=3, eval_batches=2, num_questions=4)
 SCALES = {"core": CPU, "full": CPU, "gpu": GPU, "tiny": TINY}
 
@@ -99,7 +100,7 @@ def llama_width(size: str) -> Suite:
 def llama_depth(size: str) -> Suite:
     """A Llama that becomes twice as deep."""
     arms = "stack", "interleave", "mslt", "ligo", "ligo_0", "stack_salt"
-    return _make("llama_depth", size, llama, (3, 4), (6, 4), arms)
+    return _make("llama_depth", size, llama, (3, 3), (6, 3), arms)
 
 
 @_suite
@@ -131,9 +132,9 @@ def salt(size: str) -> Suite:
 
 
 def llama(scale: Scale, layers: int, heads: int) -> ModelConfig:
-    """A Llama, its FFN of 8/3 of the width rounded up to a multiple of 16."""
-    hidden = heads * scale.head_dim
-    ffn = -(-hidden * 8 // 3 // 16) * 16
+    """A Llama, its FFN of 8/3 of the width rounded up to pairs of heads, so that it doubles where the width does."""
+    hidden, pair = heads * scale.head_dim, 2 * scale.head_dim
+    ffn = -(-hidden * 8 // 3 // pair) * pair
     return llama_model(layers, hidden, scale.head_dim, ffn, scale.vocab_size, scale.seq_length)
 
 

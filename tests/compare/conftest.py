@@ -23,6 +23,7 @@ from megagrow.metrics import Metrics, write_exit
 
 ARMS = (
     "rms_random",
+    "salt",
     "ligo_salt",
     "ligo_taught",
     "progressive",

@@ -10,10 +10,11 @@ from megagrow.errors import ConfigError
 from megagrow.report.run import load_run
 from tests.compare.conftest import ARMS
 
+CONTROLS = [NEVER_GROWN, "salt_by_never_grown"]
 RAN = [arm for arm in ARMS if arm != "clone_zero_pad"]
 
 
-@pytest.mark.parametrize("arm", [SMALL, "scratch-0.6", "scratch-1.7", NEVER_GROWN, *RAN])
+@pytest.mark.parametrize("arm", [SMALL, "scratch-0.6", "scratch-1.7", *CONTROLS, *RAN])
 def test_the_plan_is_what_the_ledger_says(arm: str, finished: Experiment) -> None:
     """With growth at the start and in mid-run, frozen layers, learned maps, a teacher, and data that it picks."""
     job = finished.job(finished.chosen(arm), 1)
@@ -32,3 +33,12 @@ def test_a_budget_that_nothing_is_left_of_is_refused(finished: Experiment) -> No
     config, source = finished.config(Try("ligo", 1e-3), 1), finished.suite.source
     with pytest.raises(ConfigError, match="takes the budget of 1 FLOPs by itself"):
         affordable_steps(lambda steps: config, source, 0.0, 1.0)
+
+
+def test_a_control_with_a_finished_teacher_is_charged_that_teacher(finished: Experiment) -> None:
+    """All-in; by the papers' convention it costs what the arm does that it is about."""
+    runs = [load_run(finished.job(finished.chosen(arm), 1).directory) for arm in ("salt_by_never_grown", "salt")]
+    own = [run.ledger.own()["flops"] for run in runs]
+    assert own[0] == own[1]
+    given = runs[0].cost("all_in", "flops") - own[0]
+    assert given == pytest.approx(finished.suite.budget, rel=0.1)

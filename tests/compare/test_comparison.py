@@ -151,7 +151,8 @@ def test_other_settings_are_another_run(finished: Experiment) -> None:
 
 def test_only_small_models_keep_their_weights(finished: Experiment) -> None:
     kept = {path.parent.name for path in finished.folder.rglob("checkpoints")}
-    assert kept == {finished.small(1).name}
+    assert kept == {finished.small(1).name, finished.small(1, "salt_by_never_grown").name}
+    assert len(kept) == 2
 
 
 def test_the_small_model_reads_other_samples_than_those_that_grow_from_it(finished: Experiment) -> None:
@@ -207,7 +208,7 @@ def test_evaluations_are_dense_right_after_growth(finished: Experiment) -> None:
 def test_each_run_is_a_line_of_the_table(report: Path, finished: Experiment) -> None:
     with (report / "savings.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 1 + 3 + 1 + len(ARMS) - 1
+    assert len(lines) == 1 + 3 + 2 + len(ARMS) - 1
     grown = next(line for line in lines if line["arm"] == "rms_random")
     assert float(grown["flops_papers_convention"]) < float(grown["flops_all_in"]) <= finished.suite.budget
     assert grown["saving_flops_all_in"] or grown["reason"]
@@ -341,7 +342,7 @@ def test_of_all_arms_the_best_is_run_on_fresh_seeds(corpus: Corpus, tmp_path: Pa
     everyone = [found["small"], *found["scratch"], *found["controls"], *found["arms"]]
     assert {each["arm"]: each["seeds"] for each in everyone} == {
         **dict.fromkeys((SMALL, *chosen.scratch_arms, NEVER_GROWN, "aki"), [1, 2, 3]),
-        **dict.fromkeys(("rms_random", "salt"), [1]),
+        **dict.fromkeys(("rms_random", "salt", "salt_by_never_grown"), [1]),
     }
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from megagrow.compare.budget import run_flops
-from megagrow.compare.controls import LEARNED
 from megagrow.compare.corpus import Corpus
 from megagrow.compare.experiment import Experiment
 from megagrow.compare.pair import Pair
@@ -152,4 +151,13 @@ def test_every_suite_has_its_controls(name: str) -> None:
     found = experiment(name, "core")
     arms = suite(name, "core").arms
     beside = replace(found, suite=suite(name, "core")).controls
-    assert beside == [NEVER_GROWN, *(f"{arm}_uncharged" for arm in LEARNED if arm in arms)]
+    learned = [f"{arm}_uncharged" for arm in ("ligo", "ligo_full_rank", "ligo_target_layer") if arm in arms]
+    assert beside == [NEVER_GROWN, *learned, *([f"salt_by_{NEVER_GROWN}"] if name == "salt" else [])]
+
+
+def test_a_finished_teacher_teaches_for_as_many_steps() -> None:
+    found = experiment("salt", "core")
+    by_finished, by_small = (found.config(Try(arm, 1e-3), 1) for arm in (f"salt_by_{NEVER_GROWN}", "salt"))
+    teacher = by_finished.salt.teacher
+    assert f"/{NEVER_GROWN}-lr" in teacher and f"/{SMALL}-lr" in by_small.salt.teacher
+    assert by_finished == replace(by_small, run=by_finished.run, salt=replace(by_small.salt, teacher=teacher))

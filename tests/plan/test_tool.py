@@ -83,7 +83,8 @@ def test_every_broken_rule_is_told_with_its_remedy(plan: Plan, llama_70b: Path) 
 
 
 def test_presets_grow_and_learn_from_teachers_that_are_not_there_yet(plan: Plan) -> None:
-    done = plan("grow_llama_125m", "--world-size", "8", "--init.from", "runs/none", "--salt.teacher", "runs/none")
+    taught = "--salt.teacher", "runs/none", "--salt.steps", "1700"
+    done = plan("grow_llama_125m", "--world-size", "8", "--init.from", "runs/none", *taught)
     assert done.returncode == 0, done.stderr
     assert "salt: " in done.stdout and "train: " in done.stdout
     assert "note: the source, init.from=runs/none: no such folder yet" in done.stdout
