@@ -7,8 +7,9 @@ The files are those that `tools/compare.py SUITE --data TEXT` wrote.
 
 import csv
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 
 from megagrow.compare import SUITES
 from megagrow.compare.controls import CONTROLS
@@ -16,22 +17,48 @@ from megagrow.compare.recipes import RECIPES
 from megagrow.compare.suite import NEVER_GROWN, SCRATCH
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
-COLUMNS = {  # heading -> column, and how a figure is shown
-    "FLOPs saved by the papers' convention, %": ("saving_flops_papers_convention", 100, "{:.1f}"),
-    "FLOPs saved all-in, %": ("saving_flops_all_in", 100, "{:.1f}"),
-    "Held-out loss, nats per token": ("loss", 1, "{:.4f}"),
+ARMS = list(dict.fromkeys([NEVER_GROWN, *(arm for arm in RECIPES if arm != SCRATCH), *CONTROLS]))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table shows of each run.
+
+    Attributes:
+        column: of savings.csv.
+        rows: arms and controls, in order; those that no suite has are left out.
+        factor: of its figures.
+        digits: after the point.
+    """
+
+    column: str
+    rows: list[str]
+    factor: int
+    digits: int
+
+    def cell(self, found: list[str] | None, seeds: int) -> str:
+        """The mean, and the least and the greatest; a dash where a seed's is unknown, nothing where none ran."""
+        if found is None:
+            return ""
+        if not all(found) or len(found) < seeds:
+            return "–"
+        values = [self.factor * float(each) for each in found]
+        mean, low, high = (f"{each:.{self.digits}f}" for each in (fmean(values), min(values), max(values)))
+        return f"{mean} ({low} … {high})".replace("-", "−")
+
+
+TABLES = {
+    "FLOPs saved by the papers' convention, %": Table("saving_flops_papers_convention", ARMS, 100, 1),
+    "FLOPs saved all-in, %": Table("saving_flops_all_in", ARMS, 100, 1),
+    "Held-out loss, nats per token": Table("loss", [f"{SCRATCH}-1", *ARMS], 1, 4),
 }
-ROWS = list(dict.fromkeys([f"{SCRATCH}-1", NEVER_GROWN, *(arm for arm in RECIPES if arm != SCRATCH), *CONTROLS]))
 Cells = dict[tuple[str, str], list[str]]  # (arm, suite) -> one text for each seed
 
 
 def tables(folder: Path = FOLDER) -> dict[str, str]:
     """Heading -> markdown: a row for each arm or control, a column for each suite whose core size is there."""
     suites = [name for name in SUITES if (folder / name / "savings.csv").is_file()]
-    return {
-        heading: _table(suites, _read(folder, suites, column), factor, form)
-        for heading, (column, factor, form) in COLUMNS.items()
-    }
+    return {heading: _markdown(table, suites, _read(folder, suites, table.column)) for heading, table in TABLES.items()}
 
 
 def _read(folder: Path, suites: list[str], column: str) -> Cells:
@@ -43,27 +70,13 @@ def _read(folder: Path, suites: list[str], column: str) -> Cells:
     return cells
 
 
-def _table(suites: list[str], cells: Cells, factor: int, form: str) -> str:
+def _markdown(table: Table, suites: list[str], cells: Cells) -> str:
     seeds = {suite: max(len(found) for (_, of), found in cells.items() if of == suite) for suite in suites}
-    arms = [arm for arm in ROWS if any(any(cells.get((arm, suite), ())) for suite in suites)]
     lines = [["arm", *suites], ["---", *("---:" for _ in suites)]]
-    for arm in arms:
-        found = (cells.get((arm, suite)) for suite in suites)
-        lines.append(
-            [f"`{arm}`", *(_cell(each, seeds[of], factor, form) for each, of in zip(found, suites, strict=True))]
-        )
+    for arm in table.rows:
+        if any((arm, suite) in cells for suite in suites):
+            lines.append([f"`{arm}`", *(table.cell(cells.get((arm, suite)), seeds[suite]) for suite in suites)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(found: list[str] | None, seeds: int, factor: int, form: str) -> str:
-    """The mean, and the least and the greatest; a dash where a seed's is unknown, nothing where none ran."""
-    if found is None:
-        return ""
-    if not all(found) or len(found) < seeds:
-        return "–"
-    values = [factor * float(each) for each in found]
-    value, low, high = (form.format(each) for each in (mean(values), min(values), max(values)))
-    return f"{value} ({low} … {high})".replace("-", "−")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Tests ../megagrow/report/savings.py on curves whose savings are known."""
 
+import math
 import random
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -38,12 +40,32 @@ def test_cost_and_loss_of_the_baseline_are_each_others_inverse(cost: float) -> N
     assert cost_at_loss(front, loss_at_cost(front, cost)) == pytest.approx(cost, rel=1e-12)
 
 
-def test_a_parabola_that_rises_somewhere_is_a_chord_there() -> None:
-    """A steep fall, then hardly any: the parabola would have its lowest point in between, and no inverse."""
-    front = [(0.6, 4.0), (1.0, 3.0), (1.7, 2.99)]
-    assert cost_at_loss(front, 2.995) == pytest.approx(1.7**0.5)
-    losses = [loss_at_cost(front, 0.6 + 0.01 * step) for step in range(111)]
+@pytest.mark.parametrize("last", [2.0, 2.9, 2.99, 2.999999])
+def test_a_parabola_never_rises_between_budgets(last: float) -> None:
+    """After a steep fall hardly any: as bent as it may be, its lowest point is the last budget."""
+    front = [(0.6, 4.0), (1.0, 3.0), (1.7, last)]
+    losses = [loss_at_cost(front, 0.6 + 0.01 * step) for step in range(110)] + [last]
     assert losses == sorted(losses, reverse=True)
+    for loss in losses:
+        assert loss_at_cost(front, cost_at_loss(front, loss)) == pytest.approx(loss, abs=1e-9)
+
+
+def test_a_saving_does_not_jump_where_the_parabola_is_held_back() -> None:
+    """Its lowest point passes the last budget where the second slope is a third of the first, or so."""
+    savings = [
+        saving_at(0.85, (3.0 + last) / 2, [(0.6, 4.0), (1.0, 3.0), (1.7, last)], 1.7)["value"]
+        for last in (2.3 + 0.001 * step for step in range(690))
+    ]
+    assert max(abs(a - b) for a, b in pairwise(savings)) < 0.002
+
+
+@pytest.mark.parametrize("beyond", [1e-9, 1e-10, 1e-11, 1e-12, 1e-13, 1e-14, 0.0])
+def test_a_parabola_that_is_flat_at_a_budget_has_a_cost_there(beyond: float) -> None:
+    for lowest in (1.7, 1.8, 2.0, 3.0):
+        middle, vertex = math.sqrt(0.6 * lowest), math.log(lowest) + beyond
+        front = [(cost, 2 + (math.log(cost) - vertex) ** 2) for cost in (0.6, middle, lowest)]
+        for _, loss in front:
+            assert 0.6 * 0.999 < cost_at_loss(front, loss) < lowest * 1.001
 
 
 def test_two_budgets_are_joined_by_a_chord() -> None:

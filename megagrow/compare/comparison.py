@@ -90,9 +90,12 @@ def check(asked: Comparison, start: Start = in_another_process, tell: Callable[[
     recorded.tune()
     known = Results.of(recorded)
     tuned = set(recorded.arms) - set(recorded.sweep.diverging(recorded.arms))
-    if not known.names or any(each.line is None for each in known.outcomes) or not recorded.sweep.knows(tuned):
+    missing = [each for each in known.outcomes if each.line is None and not known.is_starved(each)]
+    if not known.names or missing or not recorded.sweep.knows(tuned):
         raise DataError(f"{recorded.runner.record.path}: holds no whole comparison to check against; run it first")
-    folder = recorded.folder / f"again-{commit()[:8]}"  # what another commit has run says nothing of this one
+    folder = recorded.folder / f"again-{commit()[:8]}"
+    for other in set(recorded.folder.glob("again-*")) - {folder}:
+        shutil.rmtree(other)  # what another commit has run says nothing of this one
     runner = Runner(Record(folder / "record.jsonl"), asked.parallel, start, 60 * asked.minutes, tell)
     again = replace(recorded, folder=folder, runner=runner, only_reads=False)
     again.run_seeds()

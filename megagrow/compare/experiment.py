@@ -1,9 +1,9 @@
 """A suite on a corpus, from the small model to the last seed; what has been run already is not run again.
 
-1. The small model, the baseline at each of its budgets, then every arm: each is tuned on one seed, with the same number
-   of tries.
+1. The small model, on its share of the budget and on all of it, the baseline at each of its budgets, then every arm:
+   each is tuned on one seed, with the same number of tries.
 2. What ended lowest is run on the seeds that are reported, on which nothing was chosen: neither rates nor the best arm;
-   and so are the controls, at the rates of what they are about.
+   and so are further controls, at the rates of what they are about.
 
 All is read from the record of ended runs; what is missing there is run.
 """
@@ -67,7 +67,7 @@ class Experiment:
         if not self.only_reads:
             self._drop_models()
         self._tune(suite.scratch_arms, suite.refines)
-        self._tune(self.arms, suite.refines)
+        self._tune([NEVER_GROWN, *self.arms], suite.refines)
 
     def run_seeds(self) -> None:
         """Runs the chosen settings on the seeds that are reported."""
@@ -125,7 +125,7 @@ class Experiment:
         return Job(
             config,
             questions=self._questions if settings["questions"] else "",
-            keeps_model=chosen.arm in self.suite.small_arms,
+            keeps_model=chosen.arm == SMALL or (chosen.arm in self._beginnings and seed != TUNING_SEED),
             keeps_curve=seed != TUNING_SEED,
             flops=run_flops(config, self.suite.source),
             settings=settings,
@@ -151,6 +151,11 @@ class Experiment:
     def small(self, seed: int, of: str = SMALL) -> Job:
         """The small model of a seed, on its share of the budget; `of` an arm: that which it starts or learns from."""
         return self.job(self._small_try(of), seed)
+
+    @cached_property
+    def _beginnings(self) -> set[str]:
+        """The runs of the small model that others start or learn from."""
+        return {small_of(name) for name in [*self.arms, *self.controls]}
 
     def _placed(self, chosen: Try, seed: int) -> tuple[Config, Json]:
         """The configuration of a run in its directory, and what decides the run: other settings, another directory."""
@@ -203,7 +208,7 @@ class Experiment:
     def _tune(self, arms: Iterable[str], refines: bool) -> None:
         names = list(arms)
         self.sweep.tune(names, self.suite.rates, self._measure, self._tunes_maps if refines else None)
-        if self.only_reads or names == self.arms:
+        if self.only_reads or NEVER_GROWN in names:  # what diverges at all rates is told by the report
             return
         if not self.sweep.knows(names):
             self.runner.raise_failures()
@@ -234,7 +239,7 @@ class Experiment:
         self.runner.make_models([small for place, small in smalls.items() if place in starts])
         without = {place for place, small in smalls.items() if not small.has_model}
         ready = [job for job in missing if (job.config.init.from_ or job.config.salt.teacher) not in without]
-        self.runner.carry_out(sorted(ready, key=lambda job: -job.config.train.steps))
+        self.runner.carry_out(sorted(ready, key=lambda job: -job.flops))
 
     def _tunes_maps(self, arm: str) -> bool:
         """Whether an arm learns maps at a rate that is not its point."""

@@ -98,14 +98,22 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = _read(path)
-        self._others: dict[str, Line] = {}
-        for other in sorted(path.parent.glob("*.jsonl")):
-            for line in _read(other).values() if other != path else ():
-                _keep(self._others, line, other)
+        others = (other for other in sorted(path.parent.glob("*.jsonl")) if other != path)
+        self._others = {other: _read(other) for other in others}
 
     def find(self, key: str) -> Line | None:
-        """The line of a run, if it has ended."""
-        return self._lines.get(key, self._others.get(key))
+        """The line of a run, if it has ended.
+
+        Raises:
+            DataError: it is not in this file, and two others say different things of it.
+        """
+        if key in self._lines:
+            return self._lines[key]
+        found = {other: lines[key] for other, lines in self._others.items() if key in lines}
+        if len({line.loss for line in found.values()}) > 1:
+            said = " and ".join(f"{line.loss} ({other})" for other, line in found.items())
+            raise DataError(f"{next(iter(found.values())).name} ends at {said}; delete all lines of it but one")
+        return next(iter(found.values()), None)
 
     def adopt(self, key: str) -> Line | None:
         """The same; a line that another file has is copied from there."""
@@ -185,14 +193,11 @@ def _read(path: Path) -> dict[str, Line]:
     """Key -> line."""
     lines: dict[str, Line] = {}
     for number, raw in enumerate(_whole_lines(path), 1):
-        _keep(lines, _parsed(raw, f"{path}: line {number}"), path)
+        line = _parsed(raw, f"{path}: line {number}")
+        known = lines.setdefault(line.key, line)
+        if known.loss != line.loss:
+            raise DataError(f"{path}: two lines of {line.name} end at {known.loss} and {line.loss}; delete one")
     return lines
-
-
-def _keep(lines: dict[str, Line], line: Line, path: Path) -> None:
-    known = lines.setdefault(line.key, line)
-    if known.loss != line.loss:
-        raise DataError(f"{path}: two lines of {line.name} end at {known.loss} and {line.loss}; delete one")
 
 
 def _parsed(raw: bytes, where: str) -> Line:

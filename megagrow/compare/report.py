@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megagrow.compare.controls import CONTROLS
+from megagrow.compare.controls import CONTROLS, tuned_as
 from megagrow.compare.picture import draw
 from megagrow.compare.questions import TASKS
 from megagrow.compare.recipes import RECIPES
 from megagrow.compare.results import Outcome, Results
-from megagrow.compare.suite import SMALL
+from megagrow.compare.suite import NEVER_GROWN, SMALL
 from megagrow.compare.suites import SUITES
 from megagrow.compare.table import to_markdown
 from megagrow.config import ModelConfig
@@ -48,7 +48,8 @@ def content(results: Results) -> Json:
     """What report.json holds."""
     experiment = results.experiment
     suite, sweep = experiment.suite, experiment.sweep
-    everyone = [SMALL, *suite.scratch_arms, *experiment.arms]  # who is tuned
+    everyone = [SMALL, *suite.scratch_arms, *experiment.controls, *experiment.arms]
+    starved = [each for each in results.outcomes if results.is_starved(each)]
     summaries = {name: results.summary(name) for name in results.names}
     baseline = [summary for name, summary in summaries.items() if name in suite.scratch_arms]
     return {
@@ -64,6 +65,7 @@ def content(results: Results) -> Json:
         "budget_flops": suite.budget,
         "step_tokens": step_tokens(suite.base),
         "eval_tokens": suite.base.train.eval_batches * step_tokens(suite.base),
+        "is_causal": suite.target.is_causal,
         "num_questions": experiment.num_questions,
         "seeds": list(suite.seeds),
         "winner_seeds": list(suite.winner_seeds),
@@ -76,9 +78,10 @@ def content(results: Results) -> Json:
         "about_controls": {name: CONTROLS[name].about for name in experiment.controls},
         "refused": experiment.refused,
         "diverged": [_named(each) + f": {each.line.reason}" for each in results.diverged() if each.line]
-        + [f"{arm}, at every learning rate" for arm in sweep.diverging(experiment.arms)],
-        "not_finished": [_named(each) for each in results.outcomes if each.line is None]
-        + [arm for arm in everyone if not sweep.knows([arm]) and arm not in sweep.diverging(everyone)],
+        + [f"{arm}, at every learning rate" for arm in sweep.diverging([NEVER_GROWN, *experiment.arms])]
+        + [f"the small model of {_named(each)}" for each in starved],
+        "not_finished": [_named(each) for each in results.outcomes if each.line is None and each not in starved]
+        + [arm for arm in everyone if not experiment.knows(arm) and tuned_as(arm) not in sweep.diverging(everyone)],
         "rows": [results.row(each) for each in results.outcomes if each.run is not None],
         "sweep": {"fixed": sweep.fixed, "rows": [vars(row) for row in sweep.rows]},
         "caveats": list(_caveats(results)),
@@ -144,16 +147,23 @@ def _caveats(results: Results) -> Iterator[str]:
     if sweep.fixed is not None:
         yield f"Nothing was tuned: every arm ran at a learning rate of {sweep.fixed:g}."
     for end in ("lowest", "highest"):
-        arms = [name for name in [SMALL, *suite.scratch_arms, *experiment.arms] if sweep.at_end(name) == end]
+        tuned = [SMALL, *suite.scratch_arms, NEVER_GROWN, *experiment.arms]
+        arms = [name for name in tuned if sweep.at_end(name) == end]
         if arms:
             yield f"The best learning rate is the {end} that was tried; one beyond may be better: {', '.join(arms)}."
-    largest = max(suite.scratch_arms.values()) * step_tokens(suite.base)
+    largest = max([*suite.scratch_arms.values(), *suite.small_arms.values()]) * step_tokens(suite.base)
     epochs = largest / int(experiment.corpus.facts()["train_tokens"])
     if epochs > 1:
         yield f"The longest run reads the corpus {epochs:.1f} times."
     if not suite.target.is_causal:
         yield "Encoders are asked no questions: they have no likelihood of a text."
-    yield "Controls are not tuned: each has the rates of what it is about."
+    yield f"Controls other than {NEVER_GROWN} are not tuned: each has the rates of what it is about."
+    chords = [str(seed) for seed in suite.seeds if 0 < len(results.front(seed)) < 3]
+    if chords:
+        yield (
+            f"Fewer than three scratch runs count on seeds {', '.join(chords)}, as others are missing or ended above a "
+            "cheaper one: savings there are read from a chord, which overstates them."
+        )
     yield "Seconds are those of training steps, without start-up, evaluation and saving."
     parallel = _distinct(results, "parallel")
     if parallel and parallel != [1]:

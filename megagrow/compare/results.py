@@ -13,9 +13,18 @@ from megagrow.compare.record import Line
 from megagrow.compare.suite import SMALL
 from megagrow.compare.sweep import Try
 from megagrow.report.run import Json, Run, check_comparable
-from megagrow.report.savings import CONVENTIONS, MEASURES, at_equal_cost, over_seeds, saving, spread
+from megagrow.report.savings import (
+    CONVENTIONS,
+    MEASURES,
+    Front,
+    at_equal_cost,
+    over_seeds,
+    saving,
+    scratch_front,
+    spread,
+)
 
-_SEVERAL = "several kinds of machine, or on one that more runs shared"
+_SEVERAL = "it, its small model and scratch ran on several kinds of machine, or shared it with more or fewer runs"
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,18 @@ class Results:
         """The finished runs of the baseline."""
         return [each.run for each in self._scratch(seed) if each.run]
 
+    def front(self, seed: int) -> Front:
+        """All-in FLOPs and losses from which savings of a seed are read."""
+        return scratch_front(self.scratch(seed), "all_in", "flops")
+
+    def is_starved(self, outcome: Outcome) -> bool:
+        """Whether a run cannot be carried out, because the small model that it needs has diverged."""
+        config = self.experiment.config(outcome.chosen, outcome.seed)
+        if outcome.line is not None or not (config.init.from_ or config.salt.teacher):
+            return False
+        small = small_of(outcome.arm), outcome.seed
+        return any((each.arm, each.seed) == small for each in self.diverged())
+
     @property
     def winner(self) -> str | None:
         """The arm that was best on the tuning seed, once its reported runs are finished."""
@@ -159,9 +180,7 @@ class Results:
         savings = {c: {m: saving(run, scratch, c, m) for m in MEASURES} for c in CONVENTIONS}
         if len(self._machines(outcome)) > 1:
             for each in savings.values():
-                each["seconds"] = _unknown(
-                    "it, its small model and scratch ran on several kinds of machine or shared it"
-                )
+                each["seconds"] = _unknown(_SEVERAL)
         return {"nats_at_equal_flops": at_equal_cost(run, scratch)["nats"], "savings": savings}
 
     def _machines(self, outcome: Outcome) -> set[tuple[str, int]]:

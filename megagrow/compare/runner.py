@@ -150,7 +150,8 @@ class Runner:
                 while len(running) < self.parallel and (job := self._fitting(waiting)):
                     waiting.remove(job)
                     job.write()
-                    running[job] = self.start(job), _Begun(time.monotonic(), commit())
+                    begun = _Begun(time.monotonic(), commit())
+                    running[job] = self.start(job), begun
                 for job, (process, begun) in list(running.items()):
                     if (code := process.poll()) is not None:
                         del running[job]
@@ -185,7 +186,7 @@ class Runner:
 
 
 class _Begun(NamedTuple):
-    """When a run began, and of which commit the code was then: it may have changed by its end."""
+    """When a run began, or went on, and the commit of the code then, which may have changed by its end."""
 
     at: float
     commit: str

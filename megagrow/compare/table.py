@@ -24,10 +24,10 @@ _CONVENTIONS = (
 )
 
 
-_CHANCE = (
-    "Steps to recover count those that learn maps; from there on all evaluations find the small model's loss, or less. "
-    "Tasks have {0:,} questions each; by chance a quarter of multiple choice is right, and none of cloze."
+_RECOVERED = (
+    "Steps to recover count those that learn maps; from there on all evaluations find the small model's loss, or less."
 )
+_CHANCE = "Tasks have {:,} questions each; by chance a quarter of multiple choice is right, and none of cloze."
 
 
 def to_markdown(report: Json) -> str:
@@ -42,9 +42,10 @@ def to_markdown(report: Json) -> str:
         _CONVENTIONS,
         "## Losses",
         _losses(report),
-        f"Of the same {report['eval_tokens']:,} held-out tokens in all runs and seeds.",
+        _held_out(report),
         "## Growth and downstream tasks",
         _growth(report),
+        _RECOVERED,
         _CHANCE.format(report["num_questions"]) if report["num_questions"] else "",
         "## Arms",
         _arms(report),
@@ -127,6 +128,11 @@ def _losses(report: Json) -> str:
         rows.append([arm["arm"], count, f"{arm['steps']:,}", _spread(arm["loss"], "{:.4f}"), *flops, *seconds])
     heads = ["compute", "all-in compute", "time", "all-in time"]
     return _table(["arm", "seeds", "steps", "validation loss (nats per token)", *heads], rows)
+
+
+def _held_out(report: Json) -> str:
+    of = "" if report["is_causal"] else "the masked among "
+    return f"Of {of}the same {report['eval_tokens']:,} held-out tokens in all runs and seeds."
 
 
 def _growth(report: Json) -> str:

@@ -82,16 +82,17 @@ class _Piece:
     def cost_at(self, loss: float) -> float:
         """The cost at a loss of the piece: the root that lies in it, in the form that does not cancel."""
         fall, start = self.loss - loss, self.slope - self.bend * self.width
-        t = 2 * fall / (math.sqrt(start**2 - 4 * self.bend * fall) - start)
+        t = 2 * fall / (math.sqrt(max(start**2 - 4 * self.bend * fall, 0.0)) - start)
         return self.cost * math.exp(t)
 
 
 def _pieces(front: Front) -> Iterator[_Piece]:
+    """The parabola of a piece goes through the run before it, too; that of the first one through the run after it."""
     for place, ((cost, loss), (next_cost, falls_to)) in enumerate(zip(front, front[1:], strict=False)):
         chord = _Piece(cost, loss, next_cost, falls_to, 0.0)
+        most = -chord.slope / chord.width  # beyond, the parabola would rise somewhere in the piece
         bend = _bend(front[max(place - 1, 0) :][:3])
-        falls_throughout = abs(bend) * chord.width < -chord.slope
-        yield replace(chord, bend=bend) if falls_throughout else chord
+        yield replace(chord, bend=max(-most, min(most, bend)))
 
 
 def _bend(points: Front) -> float:

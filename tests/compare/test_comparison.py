@@ -282,11 +282,11 @@ def test_a_comparison_that_is_interrupted_goes_on_from_its_record(two_arms: Suit
     assert len(file.read_text().splitlines()) == 9
     halfway = (compare(replace(asked, only_reports=True), start, str) / "report.md").read_text()
     assert "No arm is finished yet" in halfway
-    assert "scratch-1.7, seed 1; never_grown, seed 1; scratch-0.6; fpi; ligo. " in " ".join(halfway.split())
+    assert "scratch-1.7, seed 1; scratch-0.6; never_grown; ligo_uncharged; fpi; ligo. " in " ".join(halfway.split())
     shutil.rmtree(next((tmp_path / "out").glob("bert*")))
     stop_at = 99
     folder = compare(asked, start, str)
-    tried, reported = 4 + 2 * (3 + 2), 1 + 3 + 2 + 2
+    tried, reported = 4 + 2 * (3 + 1 + 2), 1 + 3 + 2 + 2
     small_again = 1
     assert len(pretending.names) == tried + reported + small_again
     assert len(file.read_text().splitlines()) == tried + reported
@@ -370,6 +370,47 @@ def test_runs_that_diverge_are_told_and_leave_savings_unknown(corpus: Corpus, tm
     assert saving["value"] is None and "1 of 2 seeds: the run diverged" in saving["reason"]
     words = to_markdown(found)
     assert "| aki | 1 of 2 |" in words and "Diverged: aki, seed 2" in words
+
+
+def test_a_run_whose_small_model_diverges_is_told_and_not_waited_for(corpus: Corpus, tmp_path: Path) -> None:
+    chosen = replace(suite("llama_both", "tiny"), arms=("aki", "mslt"), seeds=(1, 2), num_questions=0)
+    made = pretended(chosen, corpus, tmp_path, **{"small-lr0.0005-seed2": None})
+    found = content(Results.of(made))
+    assert found["diverged"] == ["small, seed 2: it ended with exit code 5: as told", "the small model of aki, seed 2"]
+    assert found["not_finished"] == []
+
+
+def test_the_commit_on_record_is_that_of_the_beginning(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code may change while a run goes on, which has loaded the old one."""
+    commits, pretending = ["old"], Pretending([])
+    monkeypatch.setattr("megagrow.compare.runner.commit", lambda: commits[-1])
+
+    def start(job: Job) -> InThisProcess:
+        commits.append("new")
+        return pretending(job)
+
+    chosen = replace(suite("llama_depth", "tiny"), arms=("stack",), num_questions=0)
+    made = Experiment(chosen, corpus, tmp_path, Runner(Record(tmp_path / "record.jsonl"), 1, start, tell=str), Sweep())
+    made.tune()
+    lines = [json.loads(line)["commit"] for line in made.runner.record.path.read_text().splitlines()]
+    assert lines == ["old"] + ["new"] * (len(lines) - 1)
+
+
+def test_a_chord_in_place_of_a_parabola_is_told(corpus: Corpus, tmp_path: Path) -> None:
+    """Where the dearest scratch run of a seed ends above a cheaper one."""
+    chosen = replace(suite("llama_depth", "tiny"), arms=("stack",), seeds=(1, 2), num_questions=0)
+    falling = {"scratch-0.6": 0.4, "scratch-1-": 0.2}
+    unlucky = {"scratch-1.7-lr0.001-seed2": 0.3, "stack": 0.25, **falling}
+    told = [
+        [each for each in content(Results.of(made))["caveats"] if "chord" in each]
+        for made in (
+            pretended(chosen, corpus, tmp_path / "a", **{**falling, "stack": 0.25}),
+            pretended(chosen, corpus, tmp_path / "b", **unlucky),
+        )
+    ]
+    assert told[0] == [] and "count on seeds 2, as others" in told[1][0]
 
 
 @pytest.mark.parametrize("change", [{"machine": "other"}, {"parallel": 3}])

@@ -151,7 +151,7 @@ def test_every_suite_has_its_controls(name: str) -> None:
     found = experiment(name, "core")
     arms = suite(name, "core").arms
     beside = replace(found, suite=suite(name, "core")).controls
-    learned = [f"{arm}_uncharged" for arm in ("ligo", "ligo_full_rank", "ligo_target_layer") if arm in arms]
+    learned = [f"{arm}_uncharged" for arm in ("ligo", "ligo_full_rank") if arm in arms]
     assert beside == [NEVER_GROWN, *learned, *([f"salt_by_{NEVER_GROWN}"] if name == "salt" else [])]
 
 
