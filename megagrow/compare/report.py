@@ -151,6 +151,9 @@ def _caveats(results: Results) -> Iterator[str]:
         arms = [name for name in tuned if sweep.at_end(name) == end]
         if arms:
             yield f"The best learning rate is the {end} that was tried; one beyond may be better: {', '.join(arms)}."
+    maps = [name for name in experiment.arms if sweep.maps_at_end(name)]
+    if maps:
+        yield f"The best rate of the maps is the lowest that was tried; one below may be better: {', '.join(maps)}."
     largest = max([*suite.scratch_arms.values(), *suite.small_arms.values()]) * step_tokens(suite.base)
     epochs = largest / int(experiment.corpus.facts()["train_tokens"])
     if epochs > 1:

@@ -2,7 +2,7 @@
 
 First each arm is tried at the suite's rates. Then, if the suite refines, two more tries follow from the best of them:
 half a step below and above; where it is the lowest or the highest, half a step and a whole one beyond; for arms that
-learn maps, two other rates of the maps. The lowest loss wins.
+learn maps, two lower rates of the maps. The lowest loss wins.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Literal
 
 from megagrow.errors import ConfigError
 
-MAP_RATES = (3e-4, 3e-3)  # beside the default
+MAP_RATES = (3e-4, 1e-4)  # beside the default, 1e-3; higher ones ended higher wherever they were tried (docs/ligo.md)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ class Sweep:
             return None
         best = self.best(arm).lr
         return "lowest" if best == min(rates) else "highest" if best == max(rates) else None
+
+    def maps_at_end(self, arm: str) -> bool:
+        """Whether the best rate of an arm's maps is the lowest that was tried."""
+        rates = [row.map_lr for row in self.rows if row.arm == arm and row.map_lr is not None]
+        return bool(rates) and self.knows([arm]) and self.best(arm).map_lr == min(rates)
 
     def diverging(self, arms: Iterable[str]) -> list[str]:
         """Those that diverged at every rate."""

@@ -13,13 +13,13 @@ RATES = (1e-3, 4e-3)
 
 
 def measure(tries: Sequence[Try]) -> list[Tried]:
-    """A loss that is lowest at 4e-3 and maps at 3e-3; `bad` diverges."""
+    """A loss that is lowest at 4e-3 and maps at 1e-4; `bad` diverges."""
     return [
         Tried(
             each.arm,
             each.lr,
             each.map_lr,
-            None if each.arm == "bad" else abs(each.lr - 4e-3) + abs((each.map_lr or 1e-3) - 3e-3),
+            None if each.arm == "bad" else abs(each.lr - 4e-3) + abs((each.map_lr or 1e-3) - 1e-4),
         )
         for each in tries
     ]
@@ -31,9 +31,9 @@ def test_every_arm_has_as_many_tries() -> None:
     plain, maps = ([row.key for row in sweep.rows if row.arm == arm] for arm in ("plain", "maps"))
     assert len(plain) == len(maps) == 4
     assert [each.lr for each in plain] == pytest.approx([1e-3, 4e-3, 8e-3, 16e-3])
-    assert [(each.lr, each.map_lr) for each in maps[2:]] == [(4e-3, 3e-4), (4e-3, 3e-3)]
+    assert [(each.lr, each.map_lr) for each in maps[2:]] == [(4e-3, 3e-4), (4e-3, 1e-4)]
     assert sweep.best("plain") == Try("plain", 4e-3)
-    assert sweep.best("maps") == Try("maps", 4e-3, 3e-3)
+    assert sweep.best("maps") == Try("maps", 4e-3, 1e-4)
     assert sweep.knows(["plain"]) and not sweep.knows(["plain", "other"])
 
 
