@@ -146,8 +146,8 @@ def _caveats(results: Results) -> Iterator[str]:
         yield f"Small scale ({quantity(parameters)} parameters): larger models need their own measurement."
     if sweep.fixed is not None:
         yield f"Nothing was tuned: every arm ran at a learning rate of {sweep.fixed:g}."
+    tuned = [SMALL, *suite.scratch_arms, NEVER_GROWN, *experiment.arms]
     for end in ("lowest", "highest"):
-        tuned = [SMALL, *suite.scratch_arms, NEVER_GROWN, *experiment.arms]
         arms = [name for name in tuned if sweep.at_end(name) == end]
         if arms:
             yield f"The best learning rate is the {end} that was tried; one beyond may be better: {', '.join(arms)}."
