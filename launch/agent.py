@@ -30,7 +30,7 @@ from megagrow.command_line import DRY_RUN, parse
 from megagrow.config import Config
 from megagrow.data.files import write_atomically
 from megagrow.errors import ConfigError, DataError, HangError, MegagrowError, Preempted
-from megagrow.metrics import clear_exit, read_exit, write_exit
+from megagrow.metrics import EXIT_FILE, clear_exit, read_exit, write_exit
 from megagrow.train.saving import root_of
 
 CRASH = 1  # no exit.json, or an error that the run did not foresee
@@ -49,26 +49,33 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse(command)
         directory = Path(config.run.dir)
-        refuse_crash_loop(directory, config)
-        clear_exit(directory)  # one that is left from before would be taken for this run's if it never starts
+        if is_first_node():  # for all: others may come when this start is noted already, or refused
+            refuse_crash_loop(directory, config)
+            clear_exit(directory)
     except MegagrowError as error:
         note_refusal(command, error)
         return tell(error.exit_code, str(error))
-    start = note_start(directory, config)
+    start = note_start(directory, config) if is_first_node() else None
     code, reason = run([*options, "-m", "megagrow", *command], directory)
     note_end(directory, start, code)
     return tell(code, reason)
 
 
+def is_first_node() -> bool:
+    """Whether this is the agent that sees to the run's directory."""
+    return os.environ.get("NODE_RANK", "0") == "0"
+
+
 def run(arguments: list[str], directory: Path) -> tuple[int, str]:
     """torchrun in this process; the exit code and its reason."""
+    before = stamp_of_exit(directory)  # one that is left would be taken for this run's if it never starts
     try:
         torchrun(arguments)
         return 0, "done"
     except (ChildFailedError, RendezvousError, SignalException) as error:
         failure = error
     with suppress(DataError):
-        if told := wait_for_exit(directory):
+        if told := wait_for_exit(directory, before):
             return told["code"], told["reason"]
     return code_of(failure), f"no exit.json: {failure}"
 
@@ -82,13 +89,24 @@ def dry_run(arguments: list[str]) -> int:
         return code_of(failure)
 
 
-def wait_for_exit(directory: Path) -> dict[str, Any] | None:
-    """exit.json; network file systems may show it a little late, and sooner when the directory is listed."""
+def stamp_of_exit(directory: Path) -> tuple[int, int] | None:
+    """What tells one exit.json from the next, which replaces it."""
+    with suppress(OSError):
+        found = (directory / EXIT_FILE).stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def wait_for_exit(directory: Path, before: tuple[int, int] | None) -> dict[str, Any] | None:
+    """exit.json, unless it is still the one of `before`.
+
+    Network file systems may show it a little late, and sooner when the directory is listed.
+    """
     deadline = time.monotonic() + EXIT_SECONDS
     while True:
         with suppress(OSError):
             os.listdir(directory)
-        told = read_exit(directory)
+        told = read_exit(directory) if stamp_of_exit(directory) != before else None
         if told or time.monotonic() > deadline:
             return told
         time.sleep(0.2)
@@ -131,8 +149,8 @@ def note_refusal(command: list[str], error: MegagrowError) -> None:
 
 
 def note_start(directory: Path, config: Config) -> dict[str, Any] | None:
-    """Adds a line to crashes.jsonl, the checkpoint that this start begins from; the first node does it for all."""
-    if "MAX_CRASHES" not in os.environ or os.environ.get("NODE_RANK", "0") != "0":
+    """Adds a line to crashes.jsonl, the checkpoint that this start begins from."""
+    if "MAX_CRASHES" not in os.environ:
         return None
     now, host = datetime.now(UTC).isoformat(timespec="microseconds"), socket.gethostname()
     start = {"date": now, "host": host, "code": None, "checkpoint": newest_checkpoint(config)}

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megagrow.errors import CheckpointError, Damaged
+from megagrow.errors import CheckpointError, Damaged, MegagrowError, Preempted
 
 T = TypeVar("T")
 
@@ -16,15 +16,16 @@ _NUM_NAMED = 3  # ranks or tensors that an error names before it only counts
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a rank has failed, as it travels to the others."""
+    """Why a rank has failed, as it travels to the others: whether by damage, or as a signal has asked it to stop."""
 
     text: str
     is_damage: bool
+    is_stop: bool
 
     @staticmethod
     def of(error: BaseException) -> "Cause":
-        """See `cause_of`; of what is damaged each rank keeps the class."""
-        return Cause(cause_of(error), isinstance(error, Damaged))
+        """See `cause_of`; each rank keeps what follows from the class."""
+        return Cause(cause_of(error), isinstance(error, Damaged), isinstance(error, Preempted | KeyboardInterrupt))
 
 
 class Ranks:
@@ -58,7 +59,7 @@ class Ranks:
 
         Raises:
             CheckpointError: on every rank, if it failed on any: `action`, the ranks, the causes; Damaged, if that is
-                what any rank has found.
+                what any rank has found; or Preempted, if a signal has ended it on any.
         """
         result, error = _attempt(function)
         causes = self.gather(Cause.of(error) if error else None)
@@ -71,7 +72,7 @@ class Ranks:
         """Runs `function` on the first rank and returns its result on every rank.
 
         Raises:
-            CheckpointError: on every rank, if it failed; Damaged, if that is what it raised.
+            CheckpointError: on every rank, if it failed; Damaged or Preempted, if that is what it raised.
         """
         result, error = _attempt(function) if self.is_first else (None, None)
         outcome = [(result, Cause.of(error) if error else None)]
@@ -84,9 +85,13 @@ class Ranks:
         return result  # type: ignore[return-value]
 
 
-def failure(action: str, causes: Mapping[int, Cause], world_size: int) -> CheckpointError:
+def failure(action: str, causes: Mapping[int, Cause], world_size: int) -> MegagrowError:
     """One line: what could not be done, where, why; ranks with the same cause stand together."""
-    kind = Damaged if any(cause.is_damage for cause in causes.values()) else CheckpointError
+    kind: type[MegagrowError] = CheckpointError
+    if any(cause.is_stop for cause in causes.values()):
+        kind = Preempted
+    elif any(cause.is_damage for cause in causes.values()):
+        kind = Damaged
     if world_size == 1:
         return kind(f"{action}: {causes[0].text}")
     ranks_of = defaultdict(list)
@@ -108,7 +113,7 @@ def cause_of(error: BaseException) -> str:
     torch.save, for example, replaces "No space left on device" by a remark on positions in its
     archive.
     """
-    if isinstance(error, CheckpointError):
+    if isinstance(error, CheckpointError | Preempted):
         return str(error)
     link: BaseException | None = error
     while link is not None:

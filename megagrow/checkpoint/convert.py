@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def convert(
     tokenizer = tokenizer_of(opened)
     fetch = opened.fetch if dtype is None else _rounding(opened.fetch, dtype)
     if to == "hf":
-        hf.write_hf_folder(target, opened.model, fetch, tokenizer, dtype, token_ids=token_ids_of(opened))
+        hf.write_hf_folder(target, opened.model, fetch, tokenizer, dtype, token_ids=opened.token_ids)
     else:
         _write_own(target, opened, fetch, tokenizer, dtype)
     return tokenizer is not None
@@ -182,7 +182,7 @@ def _write_own(
             config=to_dict(Config(model=source.model, data=DataConfig(tokenizer=tokenizer))),
             provenance={
                 "converted_from": {"path": str(source.path), "identity": source.identity},
-                "token_ids": token_ids_of(source),
+                "token_ids": source.token_ids,
             },
         )
         staged.publish()
@@ -190,14 +190,6 @@ def _write_own(
         raise cannot_be_written(target, error) from error
     finally:
         staged.discard()
-
-
-def token_ids_of(source: Source) -> dict[str, Any] | None:
-    """The special token ids that the source states; None: it states none."""
-    if hf.is_hf_folder(source.path):
-        return hf.HFReader(source.path).token_ids or None
-    stated = store.read_manifest(source.path).provenance.get("token_ids")
-    return stated if isinstance(stated, dict) else None
 
 
 def _random_tokens(model: ModelConfig, shape: tuple[int, int]) -> Tensor:

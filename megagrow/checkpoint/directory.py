@@ -3,6 +3,7 @@
     step-N.tmp-*/  is filled  ->  fsync  ->  rename to step-N/  ->  fsync  ->  `latest` replaced
     step-N.trash-*/           a checkpoint that is being deleted
     step-N.damaged-*/         one that failed its own digests, set aside for a newer one of the same step
+    step-N.left-*/            one that a roll-back has led past
 
 A process may die between any two calls here: what is then left beside complete checkpoints bears
 another name.
@@ -109,9 +110,9 @@ def clear(root: Path) -> None:
         _delete(path if remote(path) else _to_trash(path))
 
 
-def set_aside(path: Path) -> Path:
-    """Renames a damaged checkpoint, so that its step can be saved again; returns its new path."""
-    aside = _renamed(path, "damaged")
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Renames a checkpoint that no run is to go on from, so that its step can be saved again; returns its new path."""
+    aside = _renamed(path, why)
     pointer = path.parent / LATEST
     if pointer.is_file() and path.name in _latest_digest(pointer):
         pointer.unlink()  # else a death before `latest` is replaced leaves it to disown the new checkpoint

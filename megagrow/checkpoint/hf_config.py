@@ -151,9 +151,25 @@ def check_exportable(model: ModelConfig) -> None:
             )
 
 
-def special_token_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The special token ids that config.json states (an id, a list of ids, or nothing)."""
-    return {name: entries[name] for name in TOKEN_IDS if entries.get(name) is not None}
+def special_token_ids(entries: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The special token ids that config.json states (an id, a list of ids, or nothing).
+
+    Raises:
+        CheckpointError: one of them is something else.
+    """
+    found = {name: entries[name] for name in TOKEN_IDS if entries.get(name) is not None}
+    for name, value in found.items():
+        if not are_token_ids({name: value}):
+            raise CheckpointError(f"{where}: {name}={shown(value)} must be a token id, or a list of them; correct it")
+    return found
+
+
+def are_token_ids(data: Any) -> bool:
+    """Whether this is what `special_token_ids` gives, or None, where nobody states any."""
+    if not isinstance(data, dict) or not set(data) <= set(TOKEN_IDS):
+        return data is None
+    ids = [one for value in data.values() for one in (value if isinstance(value, list) else [value])]
+    return all(type(one) is int and -1 <= one < 2**31 for one in ids)  # -1: none, in some old folders
 
 
 def _family_of(entries: Mapping[str, Any], where: str) -> Family:

@@ -76,7 +76,7 @@ class HFReader:
         _check_no_adapter(self.folder)
         entries = read_json(self.folder / CONFIG_FILE)
         self.model = model_config_from_hf(self.folder)
-        self.token_ids = special_token_ids(entries)
+        self.token_ids = special_token_ids(entries, str(self.folder / CONFIG_FILE))
         self._family = FAMILIES[self.model.family]
         sizes = self.model.num_layers, self.model.max_seq_length
         self.window = check_windows(entries, self._family, *sizes, str(self.folder / CONFIG_FILE))

@@ -50,26 +50,27 @@ class Saver:
         self._thread: Thread | None = None
         self._written: Future[Path] = Future()
 
-    def save(self, root: Path, step: int, take: Callable[[], Snapshot]) -> None:
+    def save(self, root: Path, step: int, take: Callable[[], Snapshot], prunes: bool = True) -> None:
         """Saves what `take` gives on each rank; a collective, and so is the writing that may go on after it.
 
         Args:
             root: a directory that all ranks share.
             step: the checkpoint will be `root/step-N`.
             take: gives this rank's part (`store.snapshot`); its tensors may change once `save` has returned.
+            prunes: whether older checkpoints go, as `keep_last` says.
 
         Raises:
             CheckpointError: on every rank: the save before this one has failed; without `asynchronous` also this one.
         """
         self.wait()
         if not self.asynchronous:
-            self._write(root, step, take)
+            self._write(root, step, take, prunes)
             return
         taken = _outcome(lambda: self._copied(take()))
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._written = Future()
         self._thread = Thread(
-            target=self._run, args=(root, step, taken, device), name=f"checkpoint-{step}", daemon=True
+            target=self._run, args=(root, step, taken, prunes, device), name=f"checkpoint-{step}", daemon=True
         )
         self._thread.start()
 
@@ -98,17 +99,18 @@ class Saver:
         state = json.loads(json.dumps(taken.state))  # a copy; what JSON cannot hold has been refused
         return replace(taken, shards=self._copy.of(taken.shards), state=state)
 
-    def _run(self, root: Path, step: int, taken: "Future[Snapshot]", taken_on: int | None) -> None:
+    def _run(self, root: Path, step: int, taken: "Future[Snapshot]", prunes: bool, taken_on: int | None) -> None:
         with heartbeat.in_background(PHASE):
             try:
                 if taken_on is not None:
                     torch.cuda.set_device(taken_on)  # else torch's writer would take memory of the host's first GPU
-                self._written.set_result(self._write(root, step, taken.result))
+                self._written.set_result(self._write(root, step, taken.result, prunes))
             except BaseException as error:  # the main thread raises it
                 self._written.set_exception(error)
 
-    def _write(self, root: Path, step: int, take: Callable[[], Snapshot]) -> Path:
-        path = store.write(root, step, take, self.group, self.keep_last, self.keep_every, self.passed_over)
+    def _write(self, root: Path, step: int, take: Callable[[], Snapshot], prunes: bool) -> Path:
+        keep_last = self.keep_last if prunes else 0
+        path = store.write(root, step, take, self.group, keep_last, self.keep_every, self.passed_over)
         self.passed_over.discard(path.name)  # the damaged one of this step has another name now
         return path
 

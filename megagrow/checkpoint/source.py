@@ -54,6 +54,7 @@ class Source:
         has_just_grown: whether a tool grew it and nothing has trained it since, so that its moments wait to go on.
         dropped: parameters on disk that the model does without.
         window: tokens that its attention is bounded to where it comes from, and not here; None: nowhere.
+        token_ids: its special tokens by the names that a Hugging Face config.json has for them; None: it states none.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Source:
     has_just_grown: bool = False
     dropped: tuple[str, ...] = ()
     window: int | None = None
+    token_ids: dict[str, Any] | None = None
 
     @cached_property
     def identity(self) -> str:
@@ -217,10 +219,11 @@ def _open_hf(path: Path) -> Source:
         reader.dtype_of,
         lambda: _identity_of([*reader.files, path / "config.json"]),
         None,
-        str(path),
+        str(path.absolute()),  # a run remembers it
         reader.fetch,
         dropped=dropped,
         window=reader.window,
+        token_ids=reader.token_ids or None,
     )
 
 
@@ -239,15 +242,33 @@ def _open_own(path: Path) -> Source:
         return DTYPES[manifest.tensors[f"model.{name}"].dtype]
 
     data = manifest.config.get("data")
-    tokenizer = data.get("tokenizer") if isinstance(data, dict) else ""
-    tokenizer = tokenizer if isinstance(tokenizer, str) else ""
+    tokenizers = data.get("tokenizer") if isinstance(data, dict) else "", manifest.provenance.get("tokenizer")
+    tokenizer = next((each for each in tokenizers if isinstance(each, str) and each), "")
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
     optimizer = stored_optimizer(manifest.state.get("optimizer"), where) if has_moments else None
     ledger = manifest.state.get("ledger")
     has_just_grown = bool(manifest.provenance.get("grew_from")) and "train_step" not in manifest.state
     return Source(
-        path, model, fetch, dtype_of, lambda: manifest.sha256, ledger, tokenizer, read, optimizer, has_just_grown
+        path,
+        model,
+        fetch,
+        dtype_of,
+        lambda: manifest.sha256,
+        ledger,
+        tokenizer,
+        read,
+        optimizer,
+        has_just_grown,
+        token_ids=_stored_token_ids(manifest.provenance.get("token_ids"), where),
     )
+
+
+def _stored_token_ids(data: Any, where: str) -> dict[str, Any] | None:
+    if not hf.are_token_ids(data):
+        raise CheckpointError(
+            f"{where}: provenance.token_ids is {shown(data)}, must be token ids by name; restore the file"
+        )
+    return cast(dict[str, Any] | None, data)
 
 
 def stored_model(data: Any, where: str) -> ModelConfig:

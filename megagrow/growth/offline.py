@@ -18,7 +18,7 @@ from torch import Tensor
 from megagrow import command_line
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.agreement import Ranks
-from megagrow.checkpoint.convert import TOKENIZER_FOLDER, token_ids_of, tokenizer_of
+from megagrow.checkpoint.convert import TOKENIZER_FOLDER, tokenizer_of
 from megagrow.checkpoint.hf_config import CONFIG_FILE, model_config_from_hf, read_json
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.shards import Deferred
@@ -128,7 +128,7 @@ def _write_hf(source: Source, destination: Path, recipe: Recipe, mesh: Mesh) -> 
     def fetch(name: str) -> Tensor:
         return grow_whole(recipe, source.fetch, name) if mesh.is_main else torch.empty(0)
 
-    tokenizer, token_ids = tokenizer_of(source), token_ids_of(source)
+    tokenizer, token_ids = tokenizer_of(source), source.token_ids
     hf.write_hf_folder(destination, recipe.target, fetch, tokenizer, token_ids=token_ids, is_writer=mesh.is_main)
 
 
@@ -273,7 +273,7 @@ def _provenance(source: Source, recipe: Recipe) -> dict[str, Any]:
         "method": recipe.method,
         "model": to_dict(recipe.source),
     }
-    return {**code_version(), "grew_from": [grew_from], "token_ids": token_ids_of(source)}
+    return {**code_version(), "grew_from": [grew_from], "token_ids": source.token_ids}
 
 
 def target_model(name: str) -> ModelConfig:

@@ -68,7 +68,9 @@ class Beginning:
                 "make the models equal, or set growth.method to grow it"
             )
         check_models_from(source.model, config, str(source.path))
-        state = RunState(source.model, "small" if grows else "main")
+        state = RunState(
+            source.model, "small" if grows else "main", tokenizer=source.tokenizer, token_ids=source.token_ids
+        )
         growing.check_recipes(state, config)
         share_identity(source, self.mesh)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))

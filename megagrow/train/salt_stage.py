@@ -123,9 +123,11 @@ class SaltStage:
         """
         was_over = self._is_over
         self.state, self.teacher, self.cached = state, None, None
+        if self.config.salt.grown_teaches:
+            self.source = None  # a run that grows again writes it anew
         self._open()
-        if was_over and isinstance(self.stream, OnlineStream):
-            self.stream.begin_anew()  # stage 2 has trained on what came after the buffer
+        if isinstance(self.stream, OnlineStream) and (was_over or not self.is_on):
+            self.stream.begin_anew()  # others train, or have trained, on what comes after the buffer
 
     def teach(self, batch: Batch, drawn: Drawn, num_microbatches: int) -> Batch:
         """This rank's batch with what the teacher says of it, on the last stage; its cost goes into the ledger."""

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from megagrow.checkpoint import store
+from megagrow.checkpoint import directory, store
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.remote import as_path
@@ -35,14 +35,17 @@ def make_saver(config: Config, mesh: Mesh) -> Saver:
 
 
 def save(saver: Saver, learner: Learner, state: RunState, config: Config) -> None:
-    """Saves the run as it stands, perhaps in the background; a collective."""
+    """Saves the run as it stands, perhaps in the background; a collective.
+
+    Where bad steps have just been refused, a roll-back may have to lead to what was saved before: all of it stays.
+    """
 
     def take() -> store.Snapshot:
         state.optimizer = learner.state()
         facts = {**saver.facts, **provenance(state, config)}
         return store.snapshot(learner.tensors(), state.to_dict(), to_dict(config), facts, saver.group)
 
-    saver.save(root_of(config), state.step, take)
+    saver.save(root_of(config), state.step, take, prunes=state.guard.bad_steps == 0)
 
 
 def root_of(config: Config) -> Path:
@@ -51,11 +54,13 @@ def root_of(config: Config) -> Path:
 
 
 def provenance(state: RunState, config: Config) -> dict[str, Any]:
-    """Where a checkpoint comes from: what the run began with and grew from."""
+    """Where a checkpoint comes from: what the run began with and grew from, the tokenizer that it has from there."""
     return {
         "init": config.init.from_,
         "inherited": [{"label": each.label, "identity": each.identity} for each in state.ledger.inherited],
         "grew_from": grew_from(state),
+        "tokenizer": state.tokenizer,
+        "token_ids": state.token_ids,
     }
 
 
@@ -70,6 +75,17 @@ def newest(config: Config, mesh: Mesh, passed_over: Collection[str] = ()) -> Pat
     """
     root = root_of(config)
     return Ranks(mesh.checkpoint_group).first(f"cannot resume from {root}", lambda: store.newest(root, passed_over))
+
+
+def leave_behind(names: Collection[str], config: Config, mesh: Mesh) -> None:
+    """Sets checkpoints aside that a roll-back has led past, or the next start would go on from them; a collective."""
+    root = root_of(config)
+
+    def rename() -> None:
+        for name in names:
+            directory.set_aside(root / name, "left")
+
+    Ranks(mesh.checkpoint_group).first(f"cannot set checkpoints aside in {root}", rename)
 
 
 def saved_at_step(config: Config, mesh: Mesh) -> int | None:
@@ -95,6 +111,8 @@ def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunSt
     state = RunState.from_dict(manifest.state, f"{path}/manifest.json")
     if any(name in OBJECTIVE_FIELDS or name.startswith("salt.") for name, _, _ in changes):
         state.forget_losses()
+    if any(name == "data.validation" for name, _, _ in changes):
+        state.teacher_loss = None  # of other text
     return state
 
 
@@ -110,7 +128,11 @@ def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tup
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     # Other datasets are checked where the blend goes on (`streams.continue_blend`), which knows every one's cursor.
-    free = {"data.change_blend", "data.train"} if config.data.order == "megagrow" else {"data.change_blend"}
+    free = {"data.change_blend", "data.validation", "data.num_samples"}
+    if config.data.order == "megagrow":
+        free.add("data.train")
+    if config.model.is_causal:
+        free.add("data.tokenizer")  # of an encoder it decides what masks are drawn
     _check_order_size(old, config, path)
     for name, before, now in changes:
         if name.split(".")[0] in FIXED_SECTIONS and name not in free:
@@ -127,7 +149,7 @@ def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:
     if config.data.order == "megatron" and before != now:
         raise CheckpointError(
             f"{path}: data.order=megatron was made for {before} samples there, for {now} now, which would lose some "
-            f"samples and repeat others; set --data.num-samples {before}"
+            f"samples and repeat others; set --data.num-samples {before}, which a longer run needs to begin with"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import stored_model, stored_optimizer
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
@@ -45,6 +46,7 @@ class RunState:
         losses: those that the next growth waits to see flat.
         teacher_loss: the teacher's held-out loss, once it has been measured.
         stage_one_end: train_step before which stage 1 ended early; None: it ends as planned.
+        tokenizer, token_ids: of what the run began from, see `Source`.
     """
 
     model: ModelConfig
@@ -66,6 +68,8 @@ class RunState:
     losses: list[float] = field(default_factory=list)
     teacher_loss: float | None = None
     stage_one_end: int | None = None
+    tokenizer: str = ""
+    token_ids: dict[str, Any] | None = None
 
     def is_done(self, config: Config) -> bool:
         """Whether the schedule is at its end."""
@@ -98,6 +102,7 @@ class RunState:
         Raises:
             CheckpointError: fields are missing, unknown or break a rule.
         """
+        data = {"tokenizer": "", "token_ids": None, **data}  # older checkpoints have none
         known = set(cls.__dataclass_fields__)
         if set(data) != known:
             odd = ", ".join(named(name) for name in sorted(set(data) ^ known)[:4])
@@ -196,6 +201,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokens": _COUNT,
     "teacher_loss": (lambda v: v is None or _is_number(v), "a number or null"),
     "stage_one_end": (lambda v: v is None or _is_count(v), "a step or null"),
+    "tokenizer": (lambda v: isinstance(v, str), "a path, or empty"),
+    "token_ids": (hf.are_token_ids, "token ids by name, or null"),
     "cursors": (
         lambda v: isinstance(v, dict) and set(v) == {"all", "selected"} and all(map(_is_count, v.values())),
         "numbers of samples of the streams all and selected",

@@ -154,6 +154,33 @@ def make_evaluator(config: Config, masking: Masking | None = None) -> Evaluator 
     return Evaluator(dataset, train.global_batch_size, train.eval_batches, *how)
 
 
+def num_made(datasets: Sequence[Samples], config: Config) -> int | None:
+    """Samples that the run's order has, of the datasets that `open_training_data` opened; None: it does not end."""
+    if config.data.order == "megagrow":
+        return None
+    blend = parse_blend(config.data.train)
+    return _blend_size(datasets, blend, config) if _is_blend(blend, config.data) else datasets[0].num_samples
+
+
+def check_enough(datasets: Sequence[Samples], config: Config, needed: int) -> None:
+    """Raises ConfigError where the run takes more samples than its order has, which would show at its end only.
+
+    Args:
+        datasets: from `open_training_data`.
+        needed: samples that the run will have taken when it is done.
+    """
+    made = num_made(datasets, config)
+    if made is None or needed <= made:
+        return
+    why, remedy = f"data.num_samples={config.data.num_samples}", f"set --data.num-samples {needed} or more"
+    if made < order_size(config):
+        why, remedy = "a blend without weights ends with its datasets", "give each a weight"
+    raise ConfigError(
+        f"data.order=megatron has {made} samples here ({why}), and this run takes {needed}; {remedy} in a new run, or "
+        "train for fewer steps"
+    )
+
+
 def _megatron_sizes(blend: Blend, config: Config) -> list[int | None]:
     """For how many samples each dataset's order is made."""
     if not _is_blend(blend, config.data):
@@ -164,16 +191,19 @@ def _megatron_sizes(blend: Blend, config: Config) -> list[int | None]:
 
 
 def _megatron_draws(datasets: Sequence[Samples], weights: list[float], config: Config) -> MegatronDraws:
-    size = order_size(config)
-    if parse_blend(config.data.train).weights is None:
-        size = min(size, sum(dataset.num_samples for dataset in datasets))
-    else:
-        size = sum(blend_sizes(weights, size))
+    size = _blend_size(datasets, parse_blend(config.data.train), config)
     draws = MegatronDraws(weights, size)
     for dataset, count in zip(datasets, draws.counts(size).tolist(), strict=True):
         if count > dataset.num_samples:
             raise DataError(f"{dataset.prefix}: the blend draws {count} samples, but {dataset.num_samples} were made")
     return draws
+
+
+def _blend_size(datasets: Sequence[Samples], blend: Blend, config: Config) -> int:
+    """How many draws a blend has."""
+    if blend.weights is None:
+        return min(order_size(config), sum(dataset.num_samples for dataset in datasets))
+    return sum(blend_sizes(blend.weights, order_size(config)))
 
 
 def _is_blend(blend: Blend, data: DataConfig) -> bool:

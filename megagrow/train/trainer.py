@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from megagrow.parallel.context import local_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
-from megagrow.timeline import growth_settings, learning_steps, order_size, step_tokens
+from megagrow.timeline import growth_settings, learning_steps, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing, vocabulary
 from megagrow.train.beginning import Beginning
 from megagrow.train.clock import Clock
@@ -39,10 +39,12 @@ from megagrow.train.state import RunState
 from megagrow.train.stop import StopRequest
 from megagrow.train.streams import (
     blend_weights,
+    check_enough,
     continue_blend,
     describe_cursors,
     identities,
     make_evaluator,
+    num_made,
     open_stream,
     open_training_data,
 )
@@ -88,21 +90,29 @@ class Trainer:
         if self.state.blend.start == self.state.cursors["all"] > 0:
             self.state.forget_losses()
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
+        check_enough(self.datasets, config, self._samples_at_end(self.state))
         self.stream = open_stream(self.datasets, self.state.blend, config)
         vocabulary.check_before_growth(self.stream, self.datasets, self.state, config, mesh, self.progress.message)
         data = self.datasets, self.stream, self.evaluator
         self.salt = SaltStage(config, mesh, *data, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
-    def _resume(self) -> tuple[Learner, RunState] | None:
+    def _resume(self, among_good: bool = False) -> tuple[Learner, RunState] | None:
         """The newest checkpoint of the run that is whole; None when the run is new.
+
+        Args:
+            among_good: of those only that were not saved by a stop among bad steps, whose weights may be to blame.
 
         One that cannot be read just now, or does not fit the model, is not passed over: an older one would train again
         what is done, and may hold the model from before a growth.
         """
         problem: Damaged | None = None
-        while (path := self._newest()) is not None:
+        bad: set[str] = set()
+        while (path := self._newest(bad)) is not None:
             state = saving.read_state(path, self.config, self.progress.message)
+            if among_good and state.guard.bad_steps > 0:
+                bad.add(path.name)
+                continue
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
                 saving.load(path, learner, self.mesh)
@@ -115,13 +125,14 @@ class Trainer:
             growing.check_recipes(state, self.config)
             self.progress.message(f"resuming from {path}")
             self.saved_step = state.step
+            saving.leave_behind(bad, self.config, self.mesh)
             return learner, state
-        if problem is not None:
+        if problem is not None and not bad:
             raise problem
         return None
 
-    def _newest(self) -> Path | None:
-        return saving.newest(self.config, self.mesh, self.saver.passed_over)
+    def _newest(self, left_out: Collection[str] = ()) -> Path | None:
+        return saving.newest(self.config, self.mesh, self.saver.passed_over.union(left_out))
 
     def run(self, stop: StopRequest) -> None:
         """Trains to the end of the schedule, or until a stop is asked for.
@@ -394,7 +405,7 @@ class Trainer:
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
         del self.learner  # two models need not fit
         gc.collect()
-        found = self._resume()
+        found = self._resume(among_good=True) or self._resume()
         assert found is not None, "a checkpoint was there"
         self.learner, restored = found
         self._check_spare_samples(restored, what)
@@ -417,15 +428,20 @@ class Trainer:
     def _check_spare_samples(self, restored: RunState, what: str) -> None:
         """Megatron's order has an end, and steps that are done again take samples that nobody counted on."""
         config = self.config
-        learned = restored.ligo_step if restored.phase == "ligo" else 0
-        learning = learning_steps(config.growth, restored.growths) - learned
-        steps = config.train.steps - restored.train_step + learning
-        needed = self.state.cursors["all"] + steps * config.train.global_batch_size
-        if config.data.order == "megatron" and needed > order_size(config):
+        needed = self.state.cursors["all"] - restored.cursors["all"] + self._samples_at_end(restored)
+        made = num_made(self.datasets, config)
+        if made is not None and needed > made:
             raise NonFiniteError(
-                f"{what}; to roll back takes {needed} samples, data.order=megatron has {order_size(config)}: lower "
+                f"{what}; to roll back takes {needed} samples, data.order=megatron has {made}: lower "
                 f"optim.lr, or begin anew with --data.num-samples {needed} or more"
             )
+
+    def _samples_at_end(self, state: RunState) -> int:
+        """Samples that the run will have taken when it is done, if it goes on from this state."""
+        config = self.config
+        learned = state.ligo_step if state.phase == "ligo" else 0
+        steps = config.train.steps - state.train_step + learning_steps(config.growth, state.growths) - learned
+        return state.cursors["all"] + max(steps, 0) * config.train.global_batch_size
 
     def _save(self) -> None:
         self.clock.charge(self.state.ledger)

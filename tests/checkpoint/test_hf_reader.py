@@ -110,6 +110,13 @@ def test_token_ids_are_kept(llama) -> None:
     assert HFReader(llama).token_ids == {"bos_token_id": 3, "eos_token_id": [4, 5]}
 
 
+@pytest.mark.parametrize("ids", ["</s>", [4, "5"], 4.0, True, 2**31])
+def test_token_ids_that_are_none_are_refused(llama, ids) -> None:
+    edit(llama / "config.json", eos_token_id=ids)
+    with pytest.raises(CheckpointError, match=r"config\.json: eos_token_id=.* must be a token id"):
+        HFReader(llama)
+
+
 def test_buffers_are_passed_over(gpt2) -> None:
     rewrite(gpt2, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(4)}))
     HFReader(gpt2)

@@ -135,9 +135,45 @@ def test_stops_that_are_no_crash_do_not_count(starts, tmp_path) -> None:
     assert not (tmp_path / "crashes.jsonl").exists()
 
 
-def test_the_first_node_counts_for_all(starts, monkeypatch) -> None:
+def test_the_first_node_counts_for_all(starts, agent, tmp_path, monkeypatch) -> None:
+    """The other nodes' agents begin while its start is under way, and do not take that for one that crashed."""
+    here = "0"
+
+    def torchrun(arguments: list[str]) -> None:
+        nonlocal here
+        if here == "0":
+            here = "1"
+            monkeypatch.setenv("NODE_RANK", here)
+            assert agent.main([*COMMAND, str(tmp_path)]) == 1
+            write_exit(tmp_path, 1, "because", 7, 0, "host")
+            raise failure(1)
+        raise failure(1)
+
+    def start() -> int:
+        nonlocal here
+        here = "0"
+        monkeypatch.setenv("NODE_RANK", here)
+        monkeypatch.setattr(agent, "torchrun", torchrun)
+        return agent.main([*COMMAND, str(tmp_path)])
+
+    monkeypatch.setattr(agent, "EXIT_SECONDS", 0.0)
+    assert [start() for _ in range(3)] == [1, 1, 2]
+    assert len((tmp_path / "crashes.jsonl").read_text().splitlines()) == 2
+
+
+def test_another_node_neither_removes_nor_believes_what_is_left(agent, tmp_path, monkeypatch) -> None:
+    """It may be what the first node has just said of this start, or of the last one."""
     monkeypatch.setenv("NODE_RANK", "1")
-    assert [starts(1) for _ in range(3)] == [1, 1, 1]
+    monkeypatch.setattr(agent, "EXIT_SECONDS", 0.0)
+
+    def torchrun(arguments: list[str]) -> None:
+        raise failure(1)
+
+    monkeypatch.setattr(agent, "torchrun", torchrun)
+    write_exit(tmp_path, 2, "from before", 1, 0, "host")
+    assert agent.main([*COMMAND, str(tmp_path)]) == 1
+    told = read_exit(tmp_path)
+    assert told is not None and told["reason"] == "from before"
 
 
 def test_an_agent_that_is_killed_counts(starts, agent, tmp_path, monkeypatch) -> None:

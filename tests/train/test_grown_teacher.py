@@ -19,7 +19,7 @@ from megagrow.train.part import Part
 from tests.ranks import run_ranks
 from tests.train.runs import SMALL, make_config, metrics, run_on_ranks
 from tests.train.test_background_saves import writers
-from tests.train.test_run import assert_same_run, cut_back, grown, ledger, weights
+from tests.train.test_run import assert_same_run, cut_back, grown, ledger, poison, weights
 
 SALT = SaltConfig(teacher="grown", steps=2, weight=0.5)
 
@@ -140,3 +140,25 @@ def test_another_vocabulary_is_refused_before_training(
     assert run(config) == 2
     assert "the teacher has vocab_size=256, the model vocab_size=300" in capfd.readouterr().err
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_roll_back_across_the_growth_is_taught_by_what_it_grows_then(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step after growing is bad, and the small model that grows next has trained on other samples."""
+    poison(monkeypatch, {3})
+    teachers: list[dict[str, torch.Tensor]] = []
+    make = Teacher.__init__
+
+    def noted(self: Teacher, *args: Any) -> None:
+        make(self, *args)
+        teachers.append({name: parameter.clone() for name, parameter in self.model.named_parameters()})
+
+    monkeypatch.setattr(Teacher, "__init__", noted)
+    config = self_taught(corpus, tmp_path)
+    assert run(dataclasses.replace(config, optim=dataclasses.replace(config.optim, max_bad_steps=1))) == 0
+    assert [line["phase"] for line in metrics(tmp_path)] == ["small"] * 3 + ["salt"] * 2 + ["train"]
+    first, second = teachers
+    kept = weights(tmp_path / "checkpoints/teacher")
+    assert any(not torch.equal(first[name], second[name]) for name in second)
+    assert all(torch.equal(kept[name], second[name]) for name in second)

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -512,6 +513,38 @@ def test_a_stop_among_bad_steps_saves_all_the_same(
     assert newest.name == "step-5" and store.read_manifest(newest).state["guard"]["bad_steps"] == 2
 
 
+def test_a_roll_back_leads_past_what_stops_among_bad_steps_have_saved(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are to blame: from step 5 on all steps are bad, until the run is back at the checkpoint of step 4."""
+
+    def spoiled(self: Metrics, **values: Any) -> None:
+        note(self, **values)
+        if values["step"] in (6, 7) and len(calls) < 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def norm(parameters: dict[str, torch.nn.Parameter], *args: object) -> torch.Tensor:
+        weight = next(iter(parameters.values()))
+        calls.append(len(calls))
+        if len(calls) == 5:
+            weight.data[0, 0] = 1e9  # as if an update had led there
+        if weight.data[0, 0] == 1e9:
+            weight.grad[0, 0] = float("nan")
+        return whole(parameters, *args)
+
+    note, whole, calls = Metrics.log, learner.gradient_norm, list[int]()
+    monkeypatch.setattr(Metrics, "log", spoiled)
+    monkeypatch.setattr(learner, "gradient_norm", norm)
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=4)
+    config = make_config(corpus, tmp_path, 9, optim=optim, checkpoint=CheckpointConfig(interval=4, keep_last=2))
+    assert [run(config), run(config)] == [7, 7]
+    assert {path.name for path in store.candidates(tmp_path / "checkpoints")} >= {"step-4", "step-6", "step-7"}
+    assert run(config) == 0
+    assert [line["skipped"] for line in metrics(tmp_path)] == [False] * 9
+    found = store.candidates(tmp_path / "checkpoints")[0]
+    assert found.name == "step-9" and store.read_manifest(found).state["rolled_back_at"] == 8
+
+
 @pytest.mark.parametrize(("bad", "code"), [({3, 4, 10, 11}, 0), ({3, 4, 9, 10}, 5)])
 def test_a_run_rolls_back_again_once_it_has_come_further(
     bad: set[int], code: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -523,17 +556,82 @@ def test_a_run_rolls_back_again_once_it_has_come_further(
     assert run(make_config(corpus, tmp_path, 12, optim=optim, checkpoint=checkpoint)) == code
 
 
-@pytest.mark.parametrize("num_samples", [0, 8 * 4])
+@pytest.mark.parametrize(("is_blend", "num_samples", "code"), [(True, 0, 5), (True, 8 * 4, 0), (False, 0, 0)])
 def test_a_roll_back_in_megatrons_order_needs_spare_samples(
-    num_samples: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    is_blend: bool,
+    num_samples: int,
+    code: int,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Six steps of four samples, of which two are done again; that there are too few is told at once."""
+    """Six steps of four samples, of which two are done again; that there are too few is told at once.
+
+    A blend ends with its last draw, one dataset at the end of an epoch.
+    """
     optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
     poison(monkeypatch, {3, 4})
     config = make_config(corpus, tmp_path, optim=optim, checkpoint=CheckpointConfig(interval=3))
-    data = dataclasses.replace(config.data, order="megatron", num_samples=num_samples)
-    assert run(dataclasses.replace(config, data=data)) == (0 if num_samples else 5)
-    assert num_samples or "takes 32 samples, data.order=megatron has 24" in capfd.readouterr().err
+    names = ("1", corpus / "train", "1", corpus / "validation") if is_blend else (corpus / "train",)
+    train = " ".join(map(str, names))
+    data = dataclasses.replace(config.data, train=train, order="megatron", num_samples=num_samples)
+    assert run(dataclasses.replace(config, data=data)) == code
+    assert code == 0 or "takes 32 samples, data.order=megatron has 24" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("train", "num_samples", "told"),
+    [
+        ("{0}/train {0}/validation", 0, "a blend without weights ends with its datasets"),
+        (
+            "1 {0}/train 1 {0}/validation",
+            4000,
+            r"data\.num_samples=4000\), and this run takes 8000; set --data",
+        ),
+        ("{0}/train", 100, r"data\.num_samples=100\), and this run takes 8000; set --data\.num-samples 8000 or more"),
+    ],
+)
+def test_a_run_for_which_megatrons_order_is_too_short_does_not_begin(
+    train: str, num_samples: int, told: str, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(corpus, tmp_path, 2000)
+    data = dataclasses.replace(config.data, train=train.format(corpus), order="megatron", num_samples=num_samples)
+    assert run(dataclasses.replace(config, data=data)) == 2
+    assert re.search(told, capfd.readouterr().err)
+
+
+def test_megatrons_order_goes_on_at_another_length(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Shorter, and in larger batches, with the number that it was made for; longer where there are samples to spare."""
+
+    def begun(num_samples: int, **train: int) -> int:
+        config = make_config(corpus, tmp_path, 4)
+        names = f"1 {corpus / 'train'} 1 {corpus / 'validation'}"
+        data = dataclasses.replace(config.data, train=names, order="megatron", num_samples=num_samples)
+        return run(dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, **train)))
+
+    assert begun(0) == 0
+    cut_back(tmp_path, 2)
+    assert begun(0, steps=3) == 4
+    assert "set --data.num-samples 16" in capfd.readouterr().err
+    assert begun(16, steps=3) == 0
+    cut_back(tmp_path, 2)
+    assert begun(16, steps=3, global_batch_size=8) == 0
+    cut_back(tmp_path, 2)
+    assert begun(16, steps=5) == 2
+    assert "has 16 samples here (data.num_samples=16), and this run takes 20" in capfd.readouterr().err
+
+
+def test_held_out_data_and_tokenizer_may_be_elsewhere(corpus: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path / "run")
+    assert run(config) == 0
+    cut_back(tmp_path / "run", 2)
+    for name in ("validation.bin", "validation.idx"):
+        shutil.copy(corpus / name, tmp_path)
+    data = dataclasses.replace(config.data, validation=str(tmp_path / "validation"), tokenizer="byte")
+    assert run(dataclasses.replace(config, data=data)) == 0
 
 
 def test_steps_that_stay_bad_stop_the_run_with_5(

@@ -33,7 +33,7 @@ from tests.ranks import run_ranks
 from tests.salt.test_teacher import live_bytes
 from tests.train.resumed import train_on_rank
 from tests.train.runs import SMALL, final_loss, make_config, metrics, run_on_ranks
-from tests.train.test_run import assert_same_run, cut_back, ledger, poison
+from tests.train.test_run import assert_same_run, cut_back, grown, ledger, poison
 
 EVERY_STEP = CheckpointConfig(interval=1, keep_last=0)
 BATCH, LENGTH = 4, 16
@@ -299,6 +299,21 @@ def test_a_roll_back_into_the_midst_of_a_buffer_repeats_no_sample(
     assert [line["phase"] for line in metrics(tmp_path)] == ["salt"] * 3 + ["train"] * 2
     drawn = ids_drawn(tmp_path)
     assert len(drawn) == 4 + 3 and len(set(sum(drawn, []))) == 7 * BATCH
+
+
+def test_a_roll_back_across_the_growth_repeats_no_sample(
+    corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 4, the first of stage 1, is bad: the small model trains on what comes after the buffer that it began."""
+    poison(monkeypatch, {3})
+    optim, salt = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=1), online(trained, steps=2)
+    config = grown(
+        make_config(corpus, tmp_path, optim=optim, salt=salt, checkpoint=CheckpointConfig(interval=2)), "clone"
+    )
+    assert train_on_rank(config, None) == 0
+    assert [line["phase"] for line in metrics(tmp_path)] == ["small"] * 3 + ["salt"] * 2 + ["train"]
+    drawn = ids_drawn(tmp_path)
+    assert len(drawn) == 4 + 4 and len(set(sum(drawn, []))) == 8 * BATCH
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("blend.datasets", {**BLEND, "datasets": {"a": {"num_samples": 1, "sketch": "0" * 63}}}),
     ("blend.datasets", {**BLEND, "datasets": {"a": {"num_samples": 1}}}),
     ("rolled_back_at", -1.0),
+    ("token_ids", {"eos_token_id": "</s>"}),
+    ("token_ids", {"other_id": 1}),
     ("guard", {"losses": [HUGE, 1.0], "bad_steps": 0}),
     ("guard", {"losses": [1e308, 1e308], "bad_steps": 0}),
     ("optimizer.new_part", {"step": 1, "multipliers": {}, "new_part": {}}),
