@@ -85,7 +85,9 @@ def generate(
     ids = tokenizer.encode(prompt) or [tokenizer.eod_id or 0]
     sampling = Sampling(temperature)
     (new,) = continuations(model, [ids], max_new_tokens, [seed], sampling, lambda new: new[-1] == tokenizer.eod_id)
-    return prompt + tokenizer.decode(new)
+    # Alone the new tokens would lose a space that begins them.
+    whole, begun = tokenizer.decode([*ids, *new]), tokenizer.decode(ids)
+    return prompt + (whole.removeprefix(begun) if whole.startswith(begun) else tokenizer.decode(new))
 
 
 def continuations(

@@ -33,6 +33,24 @@ def test_a_prompt_is_continued_the_same_way_each_time() -> None:
     assert texts[0].startswith("def ")
 
 
+class Words:
+    """As sentencepiece's default: a word begins with a space, which is left out where it begins a text."""
+
+    vocab_size, eod_id = 3, None
+
+    def encode(self, text: str) -> list[int]:
+        return [["one", "two", "three"].index(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(["one", "two", "three"][i] for i in ids)
+
+
+def test_a_continuation_that_begins_with_a_space_keeps_it() -> None:
+    model = make(dataclasses.replace(BYTES, vocab_size=3)).float()
+    text = generate(model, Words(), "one two", 2)  # type: ignore[arg-type]
+    assert len(text.split()) == 4 and text.startswith("one two ")
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
     with pytest.raises(DataError, match="the tokenizer has 257 tokens, more than the model's vocab_size="):
         generate(make(LLAMA), ByteTokenizer(), "", 1)

@@ -118,8 +118,10 @@ def _scaling(settings: Mapping[str, Any], place: str, max_positions: int, where:
 def _of_yarn(settings: Mapping[str, Any], place: str, number: Callable[[str], float], where: str) -> dict[str, Any]:
     """Whether the ramp is rounded, and the scale that DeepSeek states by two factors of its logarithm."""
     fields: dict[str, Any] = {}
-    if settings.get("truncate") is not None:
-        fields["truncate"] = switch(settings["truncate"], f"{place}.truncate", where)
+    if "truncate" in settings:  # transformers takes null for no
+        fields["truncate"] = settings["truncate"] is not None and switch(
+            settings["truncate"], f"{place}.truncate", where
+        )
     scales = [number(key) for key in ("mscale", "mscale_all_dim") if settings.get(key) not in (None, 0)]
     if len(scales) == 2 and settings.get("attention_factor") is None:
         upper, lower = (0.1 * scale * math.log(number("factor")) + 1.0 for scale in scales)

@@ -127,6 +127,9 @@ class SentencePieceTokenizer:
         return text
 
     def save(self, folder: str | Path) -> None:
+        if self._path.with_name("tokenizer_config.json").is_file() and self._path.name == "tokenizer.model":
+            _copy_beside(self._path, Path(folder))  # of Hugging Face: transformers reads all of it, and so it stays
+            return
         fast = sentencepiece_export.to_hugging_face(self._model, str(self._path))
         end = None if self.eod_id is None else self._processor.id_to_piece(self.eod_id)
         write_atomically(Path(folder) / "tokenizer.model", self._model)
@@ -171,10 +174,8 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
-        beside = [self._path.with_name(name) for name in _HUGGING_FACE_FILES]
+        _copy_beside(self._path, folder)
         with os_errors_as_data_errors(folder):
-            for source in [file for file in beside if file.is_file()]:
-                write_atomically(folder / source.name, source.read_bytes())
             write_atomically(folder / "tokenizer.json", self._path.read_bytes())
         if not (folder / "tokenizer_config.json").exists():
             end = None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)
@@ -339,6 +340,14 @@ def _refuse_surrogates(text: str) -> None:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"lone surrogate at character {error.start}: not valid text") from error
+
+
+def _copy_beside(file: Path, folder: Path) -> None:
+    """Copies what a Hugging Face folder has of a tokenizer beside this file of it."""
+    with os_errors_as_data_errors(folder):
+        for source in (file.with_name(name) for name in _HUGGING_FACE_FILES):
+            if source.is_file():
+                write_atomically(folder / source.name, source.read_bytes())
 
 
 def _save_hugging_face(folder: Path, fast: tokenizers.Tokenizer, end: str | None) -> None:

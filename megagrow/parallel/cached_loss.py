@@ -87,16 +87,14 @@ def cached_distillation(
         hard_scale_C, smooth_C2 = hard_scales(weights_C * (1 - omega), student.hard, shard, options)
         kd_scale_C = weights_C * (omega * options.scale / sigma)
         if one_softmax:
-            _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, hard_scale_C, smooth_C2, shard)
-            label_scale_C = hard_scale_C if smooth_C2 is None else smooth_C2[:, 0]
-            _at_label(local_C).add_(soft_CV, -label_scale_C[:, None])
+            _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, hard_scale_C, local_C, smooth_C2, shard)
         else:
             ops.vocab_grad_(
                 logits_CV, local_C, student.hard.lse_C, hard_scale_C, smooth_T2=smooth_C2, fused=shard.fused
             )
             if omega > 0:
-                nothing_C = torch.zeros_like(hard_scale_C)
-                _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, nothing_C, None, shard)
+                nothing_C, nowhere_C = torch.zeros_like(hard_scale_C), torch.full_like(local_C, -1)
+                _soft_gradient_(soft_CV, entries, student, targets, kd_scale_C, nothing_C, nowhere_C, None, shard)
                 logits_CV.add_(soft_CV)
     return torch.stack([(1 - omega) * hard + omega * kd, ce, kd, entropy])
 
@@ -166,23 +164,32 @@ def _soft_gradient_(
     targets: CachedTargets,
     kd_scale_C: Tensor,
     hard_scale_C: Tensor,
+    local_C: Tensor,
     smooth_C2: Tensor | None,
     shard: VocabShard,
 ) -> None:
-    """Overwrites soft logits, of top_k with blanked entries, with kd·(q − p) + hard·q − what smoothing spreads.
+    """Overwrites soft logits, of top_k blanked at entries, with kd·(q − p) + hard·(q − label) and what smoothing adds.
 
-    In the tail p is τ·q / q_tail.
+    In the tail p is τ·q / q_tail. Terms of one entry, label included, are added up before they are rounded: where a
+    confident student agrees with its teacher they cancel.
     """
     both_C = kd_scale_C + hard_scale_C
+    label_scale_C = hard_scale_C if smooth_C2 is None else smooth_C2[:, 0]
     masses_CK, rest_C = targets.masses_TK1[:, :-1].to(both_C.dtype), targets.masses_TK1[:, -1].to(both_C.dtype)
-    values_CK, base_scale_C = -kd_scale_C[:, None] * masses_CK, both_C
-    if not targets.is_sample:
-        values_CK = values_CK + both_C[:, None] * (student.picked_CK - student.soft_lse_C[:, None]).exp()
+    base_scale_C = both_C
+    if targets.is_sample:
+        entries = LocalEntries(entries.columns_CK, entries.is_here_CK & (masses_CK > 0))  # each token once
+        entries.blank_(soft_CV)
+    else:
         base_scale_C = both_C * (student.base_C - student.soft_lse_C).exp() - kd_scale_C * rest_C
+    is_label_CK = entries.is_here_CK & (entries.columns_CK == local_C[:, None])
+    values_CK = both_C[:, None] * (student.picked_CK - student.soft_lse_C[:, None]).exp()
+    values_CK = values_CK - kd_scale_C[:, None] * masses_CK - label_scale_C[:, None] * is_label_CK
     base_C = student.base_C.masked_fill(student.base_C == -torch.inf, 0.0)  # no tail: -inf - -inf would be NaN
     nowhere_C = torch.full((len(soft_CV),), -1, device=soft_CV.device)
     ops.vocab_grad_(soft_CV, nowhere_C, base_C, base_scale_C, smooth_T2=smooth_C2, fused=shard.fused)
     entries.add_(soft_CV, values_CK)
+    _at_label(local_C.masked_fill(is_label_CK.any(1), -1)).add_(soft_CV, -label_scale_C[:, None])
 
 
 def _at_label(local_C: Tensor) -> LocalEntries:

@@ -41,6 +41,7 @@ class Beginning:
         """
         folder = self.config.init.from_
         learner, state = self._begin_from(open_source(folder)) if folder else self._begin_at_random()
+        growing.check_freezing(learner, state, self.config)
         if told := growing.warning(learner, state, self.config):
             self.say(told)
         return learner, state

@@ -200,10 +200,27 @@ def warning(learner: ModelLearner, state: RunState, config: Config) -> str:
     return ""
 
 
+def check_freezing(learner: ModelLearner, state: RunState, config: Config) -> None:
+    """Raises ConfigError where layers would stand still that have no moments when the model grows.
+
+    The count of updates goes on without them, so that Adam's correction of moments that began at zero would be missing
+    when they learn again. Under the policy `reset` the optimizer begins anew then (`timing.restarts`).
+    """
+    has_moments = learner.optimizer.step_count > 0
+    for number, growing in enumerate(growth_configs(config, state.model) if state.phase == "small" else []):
+        growth, has_moments = growing.growth, has_moments or latest_step(config, number) > 0
+        require(
+            has_moments or growth.freeze_steps == 0 or policy_of(growth) == "reset",
+            f"growth.freeze_steps={growth.freeze_steps}: the model has no moments when it grows, which "
+            f"growth.optimizer={policy_of(growth)} would keep; set --growth.optimizer reset",
+        )
+
+
 def _check_recipe(recipe: Recipe, growth: GrowthConfig) -> None:
     if not growth.learns_maps:
         grow_multipliers(recipe, policy_of(growth))
     if growth.freeze_steps:
+        require(not growth.learns_maps, "growth.freeze_steps: learned maps mix all layers, so that none is an old one")
         _check_freezable(recipe)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of a run, and resuming from the newest good one with the unchanged command."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunSt
     for name, before, now in changes:
         tell(f"{name} was {before} when {path.name} was saved and is {now} now")
     state = RunState.from_dict(manifest.state, f"{path}/manifest.json")
+    _check_seed(changes, state, path)
     if any(name in OBJECTIVE_FIELDS or name.startswith("salt.") for name, _, _ in changes):
         state.forget_losses()
     if any(name == "data.validation" for name, _, _ in changes):
@@ -141,6 +142,16 @@ def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tup
                 "use the saved value, or another --run.dir for a new run"
             )
     return changes
+
+
+def _check_seed(changes: Sequence[tuple[str, Any, Any]], state: RunState, path: Path) -> None:
+    """While maps learn, what they do not say of the model is drawn from the seed."""
+    for name, before, now in changes:
+        if name == "train.seed" and state.phase == "ligo":
+            raise CheckpointError(
+                f"{path}: train.seed was {before} there and is {now} now, and maps learn: the model that they make "
+                f"depends on it; set --train.seed {before} until it has grown"
+            )
 
 
 def _check_order_size(old: dict[str, Any], config: Config, path: Path) -> None:

@@ -10,6 +10,7 @@ import transformers
 from megagrow.checkpoint.hf import check_exportable, hf_config_from_model, model_config_from_hf
 from megagrow.config import ModelConfig, RopeScaling
 from megagrow.errors import CheckpointError, ConfigError
+from megagrow.model.rotary import rotary_frequencies
 from tests.checkpoint.hf_folders import (
     CLASSES,
     GPT2,
@@ -143,6 +144,24 @@ def test_a_window_that_reaches_the_whole_context_changes_nothing(family: str, st
 
 
 LLAMA3, YARN = ROPE_SCALINGS["llama3"], ROPE_SCALINGS["yarn"]
+
+
+@pytest.mark.parametrize("truncate", [None, False, True, "left out"])
+def test_whether_yarns_ramp_is_rounded_is_what_transformers_makes_of_it(truncate: bool | str | None) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = {**YARN, "beta_fast": 3.3, "beta_slow": 1.1, "truncate": truncate}
+    if truncate == "left out":
+        del settings["truncate"]
+    entries = {"model_type": "llama", **CLASSES["llama"][2], "head_dim": 64, "rope_parameters": settings}
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](transformers.LlamaConfig(**entries), torch.device("cpu"))
+    found = model_config_from_hf(entries)
+    other = replace(found, rope_scaling=replace(found.rope_scaling, truncate=not found.rope_scaling.truncate))
+    ours, opposite = (rotary_frequencies(each)[0].float() for each in (found, other))
+    assert not torch.allclose(opposite, theirs, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
 WINDOWED = ["full_attention", "sliding_attention", "full_attention"]
 REFUSED = [
     ("llama", {"model_type": "mamba"}, "model_type='mamba' is not supported; use one of llama, mistral, "),

@@ -209,6 +209,20 @@ def test_foreign_models_export_with_the_same_ids(library: list[Document], name: 
         assert fast.encode(text, add_special_tokens=False).ids == processor.encode(text)
 
 
+def test_of_a_hugging_face_folder_everything_stays(library: list[Document], tmp_path: Path) -> None:
+    """BOS, chat template and added tokens stand beside the model, where transformers looks for them."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(foreign_model(library, model_type="bpe", vocab_size=600))
+    (folder / "tokenizer_config.json").write_text(
+        '{"add_bos_token": true, "bos_token": "<s>", "chat_template": "{{ x }}"}'
+    )
+    (folder / "added_tokens.json").write_text('{"<tool>": 600}')
+    load_tokenizer(folder).save(tmp_path / "copy")
+    contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (folder, tmp_path / "copy")]
+    assert contents[0] == contents[1]
+
+
 def test_models_without_an_equivalent_are_refused(library: list[Document], tmp_path: Path) -> None:
     (tmp_path / "c.model").write_bytes(foreign_model(library, model_type="char", vocab_size=90))
     with pytest.raises(DataError, match=r"c.model: only BPE and unigram"):

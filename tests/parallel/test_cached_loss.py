@@ -2,6 +2,7 @@
 
 # Shape suffix legend: T = tokens, H = hidden, V = vocabulary, K = entries of a token.
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -181,6 +182,25 @@ def test_bfloat16_stays_near_the_truth(world: int) -> None:
     cases += [(targets, replace(options, **SMOOTH[2])) for targets, options in cases]
     for (targets, options), result in zip(cases, on_ranks(p, cases, world), strict=True):
         assert_matches(result, oracle(p, targets, options), 2e-2)
+
+
+@pytest.mark.parametrize("is_sample", [False, True], ids=["top_k", "sampled"])
+@pytest.mark.parametrize("q", [0.9, 0.99, 0.999])
+def test_bfloat16_rounds_the_gradient_of_a_confident_label_once(q: float, is_sample: bool) -> None:
+    """Student and teacher agree: what the label and p take from q nearly cancels, and must not be rounded before."""
+    vocab, omega = 32, 0.5
+    logits_TV = torch.zeros(1, vocab, dtype=torch.double)
+    logits_TV[0, 3] = math.log(q / (1 - q) * (vocab - 1))
+    hidden_TH = logits_TV.bfloat16().requires_grad_()
+    p_TV = hidden_TH.detach().double().softmax(-1)
+    masses = [p_TV[0, 3].item(), 1 - p_TV[0, 3].item() if not is_sample else 0.1]
+    targets = CachedTargets(torch.tensor([[3]]), torch.tensor([masses]).double(), is_sample)
+    label, weight_T = torch.tensor([3]), torch.ones(1)
+    given = torch.eye(vocab, dtype=torch.bfloat16), label, weight_T, vocab, Axis()
+    loss, _ = vocab_parallel_loss(hidden_TH, *given, targets=targets, options=LossOptions(omega))
+    loss.backward()
+    expected = (1 - omega) * (p_TV[0, 3] - 1)  # of the labels' term; the divergence is at its minimum
+    assert hidden_TH.grad[0, 3].item() == pytest.approx(expected.item(), rel=2**-7)
 
 
 def test_more_ranks_than_vocabulary_chunks() -> None:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagrow import flops
-from megagrow.checkpoint import store
+from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.source import open_source
 from megagrow.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     GrowthConfig,
+    InitConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -234,6 +236,27 @@ def test_methods_that_move_older_layers_are_refused_before_training(
     assert run(make_config(corpus, tmp_path, 6, model=LARGE, growth=growth)) == 2
     assert "growth.freeze_steps: clone does not leave the source's 2 layers" in capfd.readouterr().err
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_learned_maps_leave_no_older_layer_to_freeze(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    growth = GrowthConfig("ligo", source=SMALL, at_step=2, freeze_steps=2, ligo_steps=2)
+    deep = dataclasses.replace(SMALL, num_layers=4)
+    assert run(make_config(corpus, tmp_path, 6, model=deep, growth=growth)) == 2
+    assert "growth.freeze_steps: learned maps mix all layers" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("policy", "at_step", "code"), [("", 0, 2), ("", 1, 0), ("reset", 0, 0)])
+def test_layers_without_moments_stand_still_only_where_the_optimizer_begins_anew(
+    policy: Any, at_step: int, code: int, corpus: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A Hugging Face folder brings no moments: when its layers learn again, Adam would not correct the new ones."""
+    hf.write_hf_folder(tmp_path / "hf", SMALL, open_source(trained).fetch)
+    growth = GrowthConfig("stack", at_step=at_step, freeze_steps=2, optimizer=policy)
+    deep, init = dataclasses.replace(SMALL, num_layers=4), InitConfig(str(tmp_path / "hf"))
+    assert run(make_config(corpus, tmp_path / "run", 4, model=deep, growth=growth, init=init)) == code
+    assert ("set --growth.optimizer reset" in capfd.readouterr().err) == (code == 2)
 
 
 @pytest.mark.parametrize("frozen", [0, FROZEN])

@@ -624,6 +624,21 @@ def test_megatrons_order_goes_on_at_another_length(
     assert "has 16 samples here (data.num_samples=16), and this run takes 20" in capfd.readouterr().err
 
 
+def test_the_seed_stays_while_maps_learn(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Blocks of maps that are not learned are drawn from it."""
+
+    def begun(seed: int) -> int:
+        config = grown(make_config(corpus, tmp_path, checkpoint=CheckpointConfig(interval=1, keep_last=0)), "ligo")
+        return run(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)))
+
+    assert begun(0) == 0
+    for step, code in ((5, 4), (8, 0), (2, 0)):  # as maps learn, when the model has grown, and before
+        cut_back(tmp_path, step)
+        assert begun(1) == code, step
+        assert ("set --train.seed 0 until it has grown" in capfd.readouterr().err) == (code == 4)
+        assert code == 0 or begun(0) == 0
+
+
 def test_held_out_data_and_tokenizer_may_be_elsewhere(corpus: Path, tmp_path: Path) -> None:
     config = make_config(corpus, tmp_path / "run")
     assert run(config) == 0
