@@ -142,7 +142,8 @@ def refuse_crash_loop(directory: Path, config: Config) -> None:
 
 def note_refusal(command: list[str], error: MegagrowError) -> None:
     """Writes exit.json for a run that is not started: a scheduler that ends the other agents sees their codes, too."""
-    *_, name = ["", *(value for option, value in pairwise(command) if option == "--run.dir")]
+    given = (value for option, value in pairwise([*command, ""]) if option == "--run.dir")
+    *_, name = ["", *given, *(each.partition("=")[2] for each in command if each.startswith("--run.dir="))]
     if name and Path(name).is_dir():
         with suppress(MegagrowError, OSError):
             write_exit(Path(name), error.exit_code, str(error), 0, 0, socket.gethostname())

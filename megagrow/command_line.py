@@ -1,7 +1,7 @@
 """From `PRESET_OR_FILE [--section.field VALUE …]` to a configuration, with errors that fit on one line."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +20,36 @@ from megagrow.yaml_text import read_yaml
 USAGE = "usage: python -m megagrow PRESET_OR_FILE [--init.from CKPT] [--section.field VALUE ...] [--dry-run]"
 DRY_RUN = "--dry-run"
 EARLIER = "growth.earlier"
+OF_MEGATRON = {  # what its users reach for
+    "tensor-model-parallel-size": "parallel.tensor",
+    "pipeline-model-parallel-size": "parallel.pipeline",
+    "context-parallel-size": "parallel.context",
+    "sequence-parallel": "parallel.sequence_parallel true",
+    "micro-batch-size": "train.microbatch_size",
+    "global-batch-size": "train.global_batch_size",
+    "train-iters": "train.steps",
+    "seq-length": "data.seq_length",
+    "data-path": "data.train",
+    "split": "data.split",
+    "num-layers": "model.num_layers",
+    "hidden-size": "model.hidden_size",
+    "ffn-hidden-size": "model.ffn_size",
+    "num-attention-heads": "model.num_heads",
+    "num-query-groups": "model.num_kv_heads",
+    "max-position-embeddings": "model.max_seq_length",
+    "lr": "optim.lr",
+    "min-lr": "optim.min_lr_ratio, a share of optim.lr",
+    "lr-warmup-iters": "optim.warmup_steps",
+    "weight-decay": "optim.weight_decay",
+    "clip-grad": "optim.clip_norm",
+    "bf16": "train.precision bf16",
+    "seed": "train.seed",
+    "save": "checkpoint.dir",
+    "load": "init.from",
+    "save-interval": "checkpoint.interval",
+    "eval-interval": "train.eval_interval",
+    "eval-iters": "train.eval_batches",
+}
 OF_ONE_GROWTH = re.compile(rf"(?<={re.escape(EARLIER)})[.][0-9]{{1,4}}(?=[.])")  # its place in the list, inside a name
 
 
@@ -97,16 +127,44 @@ def _checked(base: Config, arguments: list[str]) -> dict[str, Any]:
         option, has_value, value = pending.pop(0).partition("=")
         name = option.removeprefix("--").replace("-", "_")
         field = OF_ONE_GROWTH.sub("", name)
-        if not option.startswith("--") or field not in known:
-            raise ConfigError(f"command line: unknown option {option}{nearest(field, known)}")
+        if not option.startswith("--"):
+            raise ConfigError(
+                f'command line: {option} is no option; a value with spaces stands in quotes, as in --data.train "a b"'
+            )
+        if field not in known:
+            raise ConfigError(f"command line: unknown option {option}{_meant(option, known)}")
         if name.startswith("growth.source") and (name == "growth.source" or base.growth.source is None):
             raise ConfigError(f"command line: {option}: growth.source is a whole model; write it into a YAML file")
         if field == name and name.startswith(f"{EARLIER}."):
             raise _not_whole(option, f"is a list; say of which growth, as in --{EARLIER}.0.at-step")
-        if not has_value and not pending:
-            raise ConfigError(f"command line: {option} needs a value")
+        if not has_value and (not pending or _is_option(pending[0], known)):
+            raise ConfigError(f"command line: {option} needs a value, as in {option} {_example(base, field)}")
         checked[name] = _value(field, value if has_value else pending.pop(0))
     return checked
+
+
+def _is_option(text: str, known: Collection[str]) -> bool:
+    """Whether this begins the next option, and is no value."""
+    name = text.partition("=")[0].removeprefix("--").replace("-", "_")
+    return text.startswith("--") and OF_ONE_GROWTH.sub("", name) in known
+
+
+def _example(base: Config, field: str) -> str:
+    """A value that the option takes."""
+    value: Any = to_dict(base)
+    for part in field.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return "true" if isinstance(value, bool) else "VALUE"
+
+
+def _meant(option: str, known: Collection[str]) -> str:
+    """What an unknown option may stand for, in words."""
+    name = option.removeprefix("--").replace("_", "-")
+    if name in OF_MEGATRON:
+        return f"; here it is --{OF_MEGATRON[name]}"
+    if name == "parallel.data":
+        return "; the data axis is what the other axes leave of the ranks"
+    return nearest(name.replace("-", "_"), list(known))
 
 
 def _not_whole(option: str, problem: str) -> ConfigError:

@@ -247,7 +247,9 @@ class Progress:
         phase: str,
         loss: float | None,
         lr: float | None = None,
+        grad_norm: float | None = None,
         tokens_per_second: float | None = None,
+        mfu: float | None = None,
         total_steps: int | None = None,
     ) -> None:
         """Shows that `step` is done, of `total_steps` where a phase has steps of its own."""
@@ -260,7 +262,14 @@ class Progress:
             self._history.clear()
         self._phase = phase
         self._history.append((now, step))
-        status = _status(loss, lr, tokens_per_second, self._time_left(step, total))
+        left = self._time_left(step, total)
+        shown: dict[str, float | str | None] = {"loss {:.4f}": loss, "lr {:.2e}": lr, "grad norm {:.3g}": grad_norm}
+        shown |= {
+            "{:,.0f} tok/s": tokens_per_second,
+            "mfu {:.1%}": mfu,
+            "{} left": None if left is None else duration(left),
+        }
+        status = "  ".join(text.format(value) for text, value in shown.items() if value is not None)
         if self._bar is not None:
             self._bar.start()
             self._bar.update(
@@ -303,14 +312,6 @@ def _bar(stream: TextIO) -> RichProgress:
         console=Console(file=stream),
         redirect_stdout=sys.stdout.isatty(),  # what goes into a pipe stays out of the bar's stream
     )
-
-
-def _status(loss: float | None, lr: float | None, tokens_per_second: float | None, left: float | None) -> str:
-    parts = [f"loss {loss:.4f}" if loss is not None else ""]
-    parts += [f"lr {lr:.2e}" if lr is not None else ""]
-    parts += [f"{tokens_per_second:,.0f} tok/s" if tokens_per_second is not None else ""]
-    parts += [f"{duration(left)} left" if left is not None else ""]
-    return "  ".join(part for part in parts if part)
 
 
 def duration(seconds: float) -> str:

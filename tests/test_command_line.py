@@ -1,11 +1,13 @@
 """Tests command_line.py: growths that stand in a list, on the command line and in --help. The rest: test_config.py."""
 
 import dataclasses
+import re
 
 import pytest
 
 from megagrow import presets
-from megagrow.command_line import parse
+from megagrow.command_line import OF_MEGATRON, parse
+from megagrow.config_file import option_names
 from megagrow.earlier_growth import EarlierGrowth
 from megagrow.errors import ConfigError
 
@@ -47,6 +49,37 @@ def test_what_is_no_field_of_a_growth_gets_one_line(arguments: list[str], words:
         parse(arguments)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.train", "0.7", "data/a", "0.3"], "data/a is no option; a value with spaces stands in quotes"),
+        (["--parallel.sequence_parallel", "--run.dir", "x"], "needs a value, as in --parallel.sequence_parallel true"),
+        (["--optim.lr", "--run.dir=x"], "needs a value, as in --optim.lr VALUE"),
+        (["--growth.earlier.0.at-step", "--run.dir", "x"], "--growth.earlier.0.at-step needs a value"),
+        (["--parallel.data", "8"], "unknown option --parallel.data; the data axis is what the other axes leave"),
+        (
+            ["--tensor-model-parallel-size", "2"],
+            "unknown option --tensor-model-parallel-size; here it is --parallel.ten",
+        ),
+        (["--train-iters=5"], "unknown option --train-iters; here it is --train.steps"),
+        (["--optim.lrr", "1"], "did you mean optim.lr?"),
+    ],
+)
+def test_what_users_of_other_programs_type_gets_an_answer(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        parse([PRESET, *arguments])
+
+
+def test_every_answer_to_a_name_of_megatrons_is_an_option() -> None:
+    names = {answer.split()[0].rstrip(",") for answer in OF_MEGATRON.values()}
+    assert names <= set(option_names())
+
+
+@pytest.mark.parametrize("value", ["--", "-1", "--unknown"])
+def test_a_value_may_begin_with_a_dash(value: str) -> None:
+    assert parse([PRESET, "--run.wandb", value]).run.wandb == value
 
 
 @pytest.mark.parametrize(

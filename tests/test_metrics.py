@@ -165,7 +165,7 @@ class Terminal(io.StringIO):
 def show(stream: io.StringIO, **options: Any) -> str:
     with Progress(3, stream=stream, **options) as progress:
         for step in (1, 2, 3):
-            progress.update(step, phase="train", loss=4.5, lr=1e-3, tokens_per_second=12_345.6)
+            progress.update(step, phase="train", loss=4.5, lr=1e-3, grad_norm=0.5, tokens_per_second=12_345.6, mfu=0.4)
         progress.message("saved [bold]step-3[/bold]")
     return stream.getvalue()
 
@@ -175,7 +175,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert "\x1b" not in shown
     assert "\r" not in shown
     first, *_, last = shown.splitlines()
-    assert first == "train step 1/3  loss 4.5000  lr 1.00e-03  12,346 tok/s"
+    assert first == "train step 1/3  loss 4.5000  lr 1.00e-03  grad norm 0.5  12,346 tok/s  mfu 40.0%"
     assert last == "saved [bold]step-3[/bold]"
 
 

@@ -84,7 +84,7 @@ def text_and_fields(record: bytes, is_json: bool, json_key: str) -> tuple[str, d
     if not isinstance(fields, dict):
         raise BadRecord(f"must be a JSON object, is {type(fields).__name__}")
     if json_key not in fields:
-        raise BadRecord(f"has no key {json_key!r}, only {', '.join(map(repr, fields))[:80]}")
+        raise BadRecord(f"has no key {json_key!r}, only {', '.join(map(repr, fields))[:80]} (--json-key says which)")
     if not isinstance(fields[json_key], str):
         raise BadRecord(f"{json_key!r} must be a string, is {type(fields[json_key]).__name__}")
     # The file is UTF-8, which has no surrogates: only escapes can make them.

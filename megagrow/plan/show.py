@@ -44,6 +44,20 @@ def plan_tables(plan: Plan) -> Iterator[Table | str]:
     yield _communication(plan)
     yield from (f"note: {note}" for note in plan.notes)
     yield assumptions(plan.machine)
+    if told := overflow(plan):
+        yield told
+
+
+def overflow(plan: Plan) -> str:
+    """One line where the fullest rank needs more than a GPU has to give; else nothing."""
+    machine, held = plan.machine, plan.fullest
+    if held.total <= machine.usable * machine.memory:
+        return ""
+    when = next(phase.title for phase in plan.phases if held in phase.memory)
+    return (
+        f"warning: does not fit: pipeline rank {held.rank} needs {held.total / GIB:.1f} GiB ({when}), and tensors can "
+        f"have {machine.usable * machine.memory / GIB:.1f} GiB of a GPU; --suggest names layouts that fit"
+    )
 
 
 def suggestion_table(found: list[Suggestion], world_size: int, count: int) -> Table:

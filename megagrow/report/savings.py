@@ -19,6 +19,7 @@ from megagrow.report.run import Json, Run
 CONVENTIONS = ("papers_convention", "all_in")
 MEASURES = ("flops", "seconds")  # of which something is saved
 Front = list[tuple[float, float]]  # (cost, loss) of finished runs: costs rise, losses fall
+_NO_BASELINE = "no scratch run is finished; its directory is called scratch, or scratch-…"
 
 
 def pareto_front(points: list[tuple[float, float]]) -> Front:
@@ -127,6 +128,8 @@ def saving(grown: Run, scratch: list[Run], convention: str, measure: str) -> Jso
     front = scratch_front(scratch, convention, measure)
     if loss is None:
         return _null(f"{grown.name} is not finished: {grown.unfinished}")
+    if not scratch:
+        return _null(_NO_BASELINE)
     if spent is None:
         return _null(f"the {measure} of what {grown.name} builds on are unknown")
     if not front:
@@ -195,7 +198,9 @@ def at_equal_cost(grown: Run, scratch: list[Run]) -> Json:
     flops, loss = grown.cost("all_in", "flops"), grown.final_loss
     front = scratch_front(scratch, "all_in", "flops")
     beats, scratch_loss = None, None
-    if not front or loss is None:
+    if not scratch:
+        why = _NO_BASELINE
+    elif not front or loss is None:
         why = "a run is not finished"
     elif flops is None:
         why = f"what {grown.name} builds on has an unknown cost"

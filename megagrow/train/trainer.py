@@ -307,6 +307,10 @@ class Trainer:
             self.validation_loss = validation
             self.salt.judge(validation)
         self._log(phase, result, seconds, validation)
+        if not result.accepted:
+            self.progress.message(f"step {state.step} is refused: loss {result.loss}, gradient norm {result.grad_norm}")
+        if validation is not None:
+            self.progress.message(f"step {state.step}: validation loss {validation:.4f}")
         if state.guard.bad_steps >= config.optim.max_bad_steps:
             self._roll_back(result)
         elif self._save_is_due():
@@ -379,7 +383,14 @@ class Trainer:
         else:
             done, total = state.train_step, config.train.steps
         self.progress.update(
-            done, phase=phase, loss=result.loss, lr=result.lr, tokens_per_second=rate, total_steps=total
+            done,
+            phase=phase,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens_per_second=rate,
+            mfu=self._mfu(rate),
+            total_steps=total,
         )
 
     def _mfu(self, tokens_per_second: float) -> float | None:

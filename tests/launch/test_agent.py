@@ -96,6 +96,9 @@ def test_a_command_that_cannot_be_read_never_starts_and_is_told_to_the_scheduler
     told = read_exit(tmp_path)
     assert told is not None and told["code"] == 2 and "--train.stepz" in told["reason"]
     assert "--train.stepz" in capsys.readouterr().err
+    (tmp_path / "exit.json").unlink()
+    assert agent.main([*COMMAND[:-1], f"--run.dir={tmp_path}", "--train.stepz", "5"]) == 2
+    assert read_exit(tmp_path) == told
     assert agent.main([*COMMAND, str(tmp_path / "new"), "--train.stepz", "5"]) == 2
     assert not (tmp_path / "new").exists()
 

@@ -81,12 +81,20 @@ def test_a_run_that_never_starts_does_not_count_as_finished(programs, directory)
     assert not (directory / "exit.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [(), ("--run.dir",), ("--run.dir=there",)])
+@pytest.mark.parametrize("arguments", [(), ("--run.dir",), ("--run.dir=",)])
 def test_without_a_directory_nothing_is_started(programs, arguments) -> None:
     programs.add("srun")
     done = programs.run("bash", str(LAUNCH / "slurm.sbatch"), "llama_125m", *arguments, **JOB)
     assert done.returncode == 2 and "--run.dir" in done.stderr
     assert programs.calls("srun") == [] and not requeued(programs)
+
+
+def test_the_directory_may_stand_behind_an_equals_sign(programs, directory) -> None:
+    programs.add("srun", end_with(directory, 5, 5))
+    done = programs.run(
+        "bash", str(LAUNCH / "slurm.sbatch"), "llama_125m", f"--run.dir={directory}", "--train.steps=7", **JOB
+    )
+    assert done.returncode == 5 and f"{directory} ended with code 5" in done.stdout
 
 
 def test_a_refused_requeue_is_told(programs, directory) -> None:

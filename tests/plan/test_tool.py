@@ -91,6 +91,12 @@ def test_presets_grow_and_learn_from_teachers_that_are_not_there_yet(plan: Plan)
     assert "note: salt.teacher=runs/none" in done.stdout
 
 
+def test_what_does_not_fit_is_told(plan: Plan, llama_70b: Path) -> None:
+    found = [plan(llama_70b, "--world-size", "1024", *memory).stdout for memory in ((), ("--gpu-memory", "20"))]
+    assert ["warning: does not fit" in each for each in found] == [False, True]
+    assert "(train" in found[1] and "and tensors can have 18.0 GiB of a GPU" in found[1].replace("\n", " ")
+
+
 def test_suggestions(plan: Plan, tmp_path: Path) -> None:
     given = ("llama_125m", "--world-size", "8", "--suggest", "--count", "3", "--json", tmp_path / "found.json")
     done = plan(*given, "--gpu-memory", "80")
