@@ -147,6 +147,7 @@ def load(
     *,
     group: ProcessGroup | None = None,
     strict: bool = True,
+    manifest: Manifest | None = None,
 ) -> dict[str, Any]:
     """Fills `tensors` in place from a checkpoint and returns its state; a collective over `group`.
 
@@ -157,6 +158,7 @@ def load(
         tensors: plain tensors (filled whole) or DTensors, on any device and in any layout.
         strict: whether the checkpoint and the tensors of all ranks must have the same names;
             otherwise what both have is loaded. Shapes and dtypes must agree in any case.
+        manifest: what `read_manifest` returned; with many ranks and tensors reading it takes its time.
 
     Raises:
         Damaged: on every rank: any of them has found that the checkpoint is not whole.
@@ -164,7 +166,7 @@ def load(
     """
     path, ranks = as_path(path), Ranks(group)
     action = f"cannot load {path}"
-    manifest, shards = ranks.together(action, lambda: (read_manifest(path), local_shards(tensors)))
+    manifest, shards = ranks.together(action, lambda: (manifest or read_manifest(path), local_shards(tensors)))
     seen = ranks.gather((manifest.sha256, bytes(name in tensors for name in manifest.tensors)))
 
     def check() -> None:

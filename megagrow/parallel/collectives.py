@@ -183,6 +183,10 @@ def told_by_first(flag: bool, axis: Axis, device: torch.device) -> bool:
     return bool(broadcast_from(torch.tensor(float(flag), device=device), 0, axis).item())
 
 
-def any_over(flag: bool, axis: Axis) -> bool:
-    """Whether the flag is set on any rank of the axis."""
-    return bool(max_over(torch.tensor(float(flag)), axis).item()) if axis.size > 1 else flag
+def any_over(flag: bool, axis: Axis, device: torch.device | None = None) -> bool:
+    """Whether the flag is set on any rank of the axis.
+
+    Args:
+        device: that the ranks speak through; None: the CPU, whose sums pass through all ranks one after the other.
+    """
+    return bool(max_over(torch.tensor(float(flag), device=device), axis).item()) if axis.size > 1 else flag

@@ -7,6 +7,7 @@ from typing import Any
 
 from megagrow.checkpoint import directory, store
 from megagrow.checkpoint.agreement import Ranks
+from megagrow.checkpoint.format import Manifest
 from megagrow.checkpoint.provenance import code_version
 from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.saver import Saver
@@ -96,15 +97,14 @@ def saved_at_step(config: Config, mesh: Mesh) -> int | None:
     return at_step if type(at_step) is int and at_step > 0 else None
 
 
-def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunState:
+def read_state(manifest: Manifest, path: Path, config: Config, tell: Callable[[str], None]) -> RunState:
     """The state in a checkpoint, after making sure that it is of the same run; `tell` gets what else has changed.
 
     Where that is what training minimises, the state has no losses to compare with.
 
     Raises:
-        CheckpointError: damaged, or a fixed part of the configuration has changed.
+        CheckpointError: malformed, or a fixed part of the configuration has changed.
     """
-    manifest = store.read_manifest(path)
     changes = allowed_changes(manifest.config, config, path)
     for name, before, now in changes:
         tell(f"{name} was {before} when {path.name} was saved and is {now} now")
@@ -117,9 +117,9 @@ def read_state(path: Path, config: Config, tell: Callable[[str], None]) -> RunSt
     return state
 
 
-def load(path: Path, learner: Learner, mesh: Mesh) -> None:
+def load(manifest: Manifest, path: Path, learner: Learner, mesh: Mesh) -> None:
     """Fills the learner's tensors from a checkpoint; a collective."""
-    store.load(path, learner.tensors(), group=mesh.checkpoint_group)
+    store.load(path, learner.tensors(), group=mesh.checkpoint_group, manifest=manifest)
 
 
 def allowed_changes(old: dict[str, Any], config: Config, path: Path) -> list[tuple[str, Any, Any]]:

@@ -74,4 +74,4 @@ class StopRequest:
 
     def agreed(self, mesh: Mesh, for_own_reason: bool = False) -> bool:
         """Whether any rank has been asked to stop, or has a reason of its own; a collective, so that all stop alike."""
-        return any_over(bool(self.name) or for_own_reason, mesh.world)
+        return any_over(bool(self.name) or for_own_reason, mesh.world, mesh.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megagrow import flops, ops
 from megagrow.adamw import check_optimizer_backend
-from megagrow.checkpoint import hf
+from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.config import Config, ModelConfig
 from megagrow.data.mlm import make_masking
@@ -100,22 +100,23 @@ class Trainer:
     def _resume(self, among_good: bool = False) -> tuple[Learner, RunState] | None:
         """The newest checkpoint of the run that is whole; None when the run is new.
 
-        Args:
-            among_good: of those only that were not saved by a stop among bad steps, whose weights may be to blame.
-
         One that cannot be read just now, or does not fit the model, is not passed over: an older one would train again
         what is done, and may hold the model from before a growth.
+
+        Args:
+            among_good: of those only that were not saved by a stop among bad steps, whose weights may be to blame.
         """
         problem: Damaged | None = None
         bad: set[str] = set()
         while (path := self._newest(bad)) is not None:
-            state = saving.read_state(path, self.config, self.progress.message)
+            manifest = store.read_manifest(path)
+            state = saving.read_state(manifest, path, self.config, self.progress.message)
             if among_good and state.guard.bad_steps > 0:
                 bad.add(path.name)
                 continue
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
-                saving.load(path, learner, self.mesh)
+                saving.load(manifest, path, learner, self.mesh)
             except Damaged as error:
                 self.progress.message(f"warning: {error}; trying the one before it")
                 self.saver.passed_over.add(path.name)

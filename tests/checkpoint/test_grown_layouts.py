@@ -47,11 +47,12 @@ def load_all(configs: list[Config], tensor: int, pipeline: int) -> list[int]:
 
 def load_and_compare(config: Config, mesh: object) -> int:
     path = saving.root_of(config) / f"step-{STEPS}"
-    state = saving.read_state(path, config, lambda text: None)
+    manifest = checkpoint.read_manifest(path)
+    state = saving.read_state(manifest, path, config, lambda text: None)
     learner = growing.learner_for(state, config, mesh)  # type: ignore[arg-type]
     for tensor in learner.tensors().values():
         tensor.zero_()
-    saving.load(path, learner, mesh)  # type: ignore[arg-type]
+    saving.load(manifest, path, learner, mesh)  # type: ignore[arg-type]
     shards = local_shards(learner.tensors())
     whole = checkpoint.read_full(path, shards)
     for name, shard in shards.items():

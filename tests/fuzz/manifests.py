@@ -125,6 +125,8 @@ def _state_fields(folder: Path) -> Iterator[Field]:
         guard=StepGuard([1.5], 1),
         pending_event={"reason": "step", "loss_before": 2.0, "loss_initial": None},
         losses=[1.5],
+        tokenizer="small",
+        token_ids={"eos_token_id": [2, 3]},
         ledger=ledger,
         optimizer={"step": 3, "multipliers": {"head.weight": {"lr": 1.0, "eps": 2.0, "weight_decay": 1.0}}},
     )
@@ -133,16 +135,25 @@ def _state_fields(folder: Path) -> Iterator[Field]:
     )
     record = json.loads((path / "manifest.json").read_bytes())
     config = Config(model=SCALED)
-    read_state(path, config, print)
+    read_state(checkpoint.read_manifest(path), path, config, print)
     for place, accepts in {**_state_rules(), **_ledger_rules(("ledger",))}.items():
         of_one = place[:2] in (("blend", "weights"), ("blend", "firsts")) and len(place) > 2  # of its datasets
-        texts = texts_with(record, ("state", *place), rejecting(accepts), required=not of_one)
+        is_new = place[0] in ("tokenizer", "token_ids")  # which older checkpoints lack
+        texts = texts_with(record, ("state", *place), rejecting(accepts), required=not (of_one or is_new))
         name = ".".join("N" if isinstance(key, int) else key for key in ("state", *place))
         says = str(place[-1] if isinstance(place[-1], str) else place[-2])
         says = place[0] if place[0] in ("optimizer", "blend", "pending_event") else says
         says = "cursors|blend" if place[0] == "cursors" else says
         file = path / "manifest.json"
-        yield Field("manifest.json", name, file, texts, lambda: read_state(path, config, print), says, _signed(path))
+        yield Field(
+            "manifest.json",
+            name,
+            file,
+            texts,
+            lambda: read_state(checkpoint.read_manifest(path), path, config, print),
+            says,
+            _signed(path),
+        )
     for name, accepts in accepts_of("model.").items():
         if name != "model.rope_scaling":
             keys = name.split(".")[1:]
@@ -155,6 +166,10 @@ def is_size(value: Any) -> bool:
     return is_number(value) and abs(value) < 1e30
 
 
+def _are_token_ids(value: Any) -> bool:
+    return all(type(each) is int and -1 <= each < 2**31 for each in (value if isinstance(value, list) else [value]))
+
+
 def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
     counts = ("step", "train_step", "ligo_step", "tokens", "growths", "layers_before")
     return {
@@ -165,6 +180,9 @@ def _state_rules() -> dict[tuple[str | int, ...], Callable[[Any], bool]]:
         ("grown_at",): lambda value: value is None or is_count(value),
         ("teacher_loss",): lambda value: value is None or is_number(value),
         ("stage_one_end",): lambda value: value is None or is_count(value),
+        ("tokenizer",): lambda value: isinstance(value, str),
+        ("token_ids",): lambda value: value is None or value == {},
+        ("token_ids", "eos_token_id"): _are_token_ids,
         ("cursors",): lambda value: False,
         ("cursors", "all"): lambda value: is_count(value) and value >= 5,  # where the blend starts
         ("cursors", "selected"): is_count,
