@@ -1,6 +1,6 @@
 """Converts a model between megagrow's checkpoints and Hugging Face folders.
 
-    python tools/convert_checkpoint.py SRC DST --to {hf,megagrow} [--dtype D] [--no-verify]
+    python tools/convert_checkpoint.py SRC DST --to {hf,megagrow} [--dtype D] [--tokenizer T] [--no-verify]
 
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST is a new folder. Tensors
 keep their dtype unless --dtype says otherwise, and no more than one of them is in memory. Both are
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("dst", type=local_path, help="folder to write; must not exist or be empty")
     parser.add_argument("--to", required=True, choices=["hf", "megagrow"], help="format of DST")
     parser.add_argument("--dtype", choices=[*convert.DTYPES], help="of all tensors of DST (default: as in SRC)")
+    parser.add_argument("--tokenizer", type=local_path, metavar="T", help="of DST (default: that of SRC)")
     parser.add_argument(
         "--verify", action=BooleanOptionalAction, default=True, help="compare the logits of SRC and DST (default)"
     )
@@ -31,8 +32,9 @@ def main() -> None:
     dst, dtype = arguments.dst, convert.DTYPES.get(arguments.dtype)
     os.environ["HF_HUB_OFFLINE"] = "1"
     source = open_source(arguments.src)  # once: a run that goes on has another newest checkpoint in a minute
-    has_tokenizer = convert.convert(source, dst, arguments.to, dtype, tell=print)
-    print(f"wrote {dst} from {source.path}" + ("" if has_tokenizer else ", without a tokenizer: none found with SRC"))
+    has_tokenizer = convert.convert(source, dst, arguments.to, dtype, tell=print, tokenizer=arguments.tokenizer)
+    without = "" if has_tokenizer else ", without a tokenizer: none found with SRC, and none given (--tokenizer)"
+    print(f"wrote {dst} from {source.path}{without}")
     if not arguments.verify:
         return
     compared = convert.compare(source, dst, dtype)

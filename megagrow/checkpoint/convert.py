@@ -47,6 +47,7 @@ def convert(
     to: Format,
     dtype: torch.dtype | None = None,
     tell: Callable[[str], None] = lambda _: None,
+    tokenizer: Path | None = None,
 ) -> bool:
     """Writes the model at `source` to the new folder `target`, one tensor after the other.
 
@@ -57,9 +58,10 @@ def convert(
             tokenizer beside it in `target/tokenizer`.
         dtype: of all tensors; None: each keeps that in which it is stored.
         tell: takes what the user has to know: tensors and moments of the source that are left out.
+        tokenizer: that comes along; None: the model's, if it is found.
 
     Returns:
-        Whether the model's tokenizer was found and came along.
+        Whether a tokenizer came along.
 
     Raises:
         CheckpointError: the source is unusable, or the target is taken or cannot be written.
@@ -71,7 +73,7 @@ def convert(
         tell(opened.note)
     if to == "megagrow" and opened.optimizer is not None:
         tell(f"{opened.path}: the moments of Adam are left behind; training starts with fresh ones")
-    tokenizer = tokenizer_of(opened)
+    tokenizer = tokenizer or tokenizer_of(opened)
     fetch = opened.fetch if dtype is None else _rounding(opened.fetch, dtype)
     if to == "hf":
         hf.write_hf_folder(target, opened.model, fetch, tokenizer, dtype, token_ids=opened.token_ids)

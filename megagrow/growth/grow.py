@@ -43,6 +43,7 @@ from megagrow.roles import (
 Fetch = Callable[[str], Tensor]
 
 ROWS = 4096  # of an embedding or output matrix, that are grown at a time
+MOST_MIXED_LAYERS = 128  # of a source, which the kernel that mixes them holds in registers
 
 
 @dataclass(frozen=True)
@@ -347,11 +348,14 @@ def _weighted_layers(
     shape, unit = shape_of(role_of(layer_name(0, leaf)), recipe.source), _unit(recipe, leaf)
     targets = [k for k in range(recipe.target.num_layers) if layer_name(k, leaf) in boxes]
     sources_PJN, sizes = _read_layers(recipe, leaf, fetch, targets, weights_PKJ)
-    mixed_PKN = None
-    if targets and not torch.is_grad_enabled() and ops.serves("layer_mix", sources_PJN):  # all in one read
-        mixed_PKN = torch.stack([ops.layer_mix(x, w[targets]) for x, w in zip(sources_PJN, weights_PKJ, strict=True)])
+    of_parts, fits = list[Tensor](), sources_PJN.shape[1] <= MOST_MIXED_LAYERS
+    if targets and fits and not torch.is_grad_enabled() and ops.serves("layer_mix", sources_PJN):  # all in one read
+        of_parts = [ops.layer_mix(x, w[targets]) for x, w in zip(sources_PJN, weights_PKJ, strict=True)]
     for i, k in enumerate(targets):
-        mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1) if mixed_PKN is None else mixed_PKN[:, i]
+        if of_parts:
+            mixed_PN = torch.stack([mixed_KN[i] for mixed_KN in of_parts])
+        else:
+            mixed_PN = (weights_PKJ[:, k : k + 1] @ sources_PJN).squeeze(1)
         mixed = mixed_PN.reshape(len(mixed_PN), -1, unit, *shape[1:]).movedim(0, 1).reshape(shape)
         yield _whole(layer_name(k, leaf), mixed, boxes[layer_name(k, leaf)], sizes.get(k))
         del mixed, mixed_PN

@@ -140,7 +140,19 @@ def test_the_comparison_can_be_left_out(tmp_path, tool, monkeypatch) -> None:
     monkeypatch.setattr(convert, "compare", None)
     before, own = save_folder(tmp_path / "before", "llama"), tmp_path / "own"
     code, printed, _ = tool(before, own, "--to", "megagrow", "--no-verify")
-    assert (code, printed) == (0, f"wrote {own} from {before}, without a tokenizer: none found with SRC\n")
+    without = "without a tokenizer: none found with SRC, and none given (--tokenizer)"
+    assert (code, printed) == (0, f"wrote {own} from {before}, {without}\n")
+
+
+def test_a_tokenizer_can_be_given(tmp_path, tool) -> None:
+    before, other = save_folder(tmp_path / "before", "llama"), tmp_path / "other"
+    other.mkdir()
+    save_tokenizer(other)
+    for to in ("hf", "megagrow"):
+        assert tool(before, tmp_path / to, "--to", to, "--tokenizer", other, "--no-verify")[0] == 0
+    assert tool(tmp_path / "megagrow", tmp_path / "again", "--to", "hf", "--no-verify")[0] == 0
+    for folder in ("hf", "again"):
+        assert load_tokenizer(tmp_path / folder).fingerprint == load_tokenizer(other).fingerprint
 
 
 def save_sharded(root: str, model: ModelConfig) -> None:

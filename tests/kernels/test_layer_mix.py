@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from megagrow import torch_growth_ops
+from megagrow.growth.grow import MOST_MIXED_LAYERS
 from megagrow_kernels.launch import ANY
-from megagrow_kernels.layer_mix import LAYERS_AT_ONCE, layer_mix, layer_mix_ref
+from megagrow_kernels.layer_mix import LAYERS_AT_ONCE, MOST_LAYERS, layer_mix, layer_mix_ref
 from tests.kernels.accuracy import assert_as_good_as_twin
 
 pytestmark = pytest.mark.interpreted
@@ -102,3 +103,7 @@ def test_it_is_a_sound_operation() -> None:
     torch.library.opcheck(
         torch.ops.megagrow_kernels.layer_mix, (given["sources"].requires_grad_(), given["weights"].requires_grad_())
     )
+
+
+def test_growing_knows_how_many_layers_it_holds() -> None:
+    assert MOST_MIXED_LAYERS == MOST_LAYERS
