@@ -50,7 +50,7 @@ from megagrow.checkpoint.format import FileEntry, Item, Manifest, TensorEntry
 from megagrow.checkpoint.remote import num_bytes, remote, unreadable
 from megagrow.checkpoint.shards import DTYPES, LocalShard
 from megagrow.data.files import os_errors_name
-from megagrow.errors import CheckpointError, Damaged
+from megagrow.errors import CheckpointError, Damaged, Preempted
 from megagrow.parallel import heartbeat
 
 _BLOCK_BYTES = 1 << 20
@@ -189,6 +189,8 @@ class ItemReader(dcp.FileSystemReader):
             self.verify(item)
             try:
                 super().read_data(dataclasses.replace(plan, items=of_item), planner)
+            except Preempted:  # which a signal raises, wherever it comes
+                raise
             except OSError as error:
                 raise unreadable(self.folder / item.file, error) from error
             except Exception as error:

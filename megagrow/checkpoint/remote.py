@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 import fsspec
 
-from megagrow.errors import CheckpointError, Damaged
+from megagrow.errors import CheckpointError, Damaged, Preempted
 
 SEPARATOR = "://"
 LOCAL = ("file", "local")
@@ -139,7 +139,7 @@ class RemotePath:
         """Whatever fsspec raises becomes an OSError that names the URL; what is missing stays FileNotFoundError."""
         try:
             yield
-        except MISSING:
+        except (*MISSING, Preempted):
             raise
         except Exception as error:
             reason = isinstance(error, OSError) and error.strerror

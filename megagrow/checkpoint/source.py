@@ -219,7 +219,7 @@ def _open_hf(path: Path) -> Source:
         reader.dtype_of,
         lambda: _identity_of([*reader.files, path / "config.json"]),
         None,
-        str(path.absolute()),  # a run remembers it
+        str(path),
         reader.fetch,
         dropped=dropped,
         window=reader.window,

@@ -194,8 +194,8 @@ def newest(root: Path, passed_over: Collection[str] = ()) -> Path | None:
         passed_over: names of those that are known to be damaged.
 
     Raises:
-        CheckpointError: there are checkpoints, and the manifests of all of them are damaged; or one cannot be read just
-            now, and might be the newest.
+        Damaged: there are checkpoints, and the manifests of all of them are damaged.
+        CheckpointError: one cannot be read just now, and might be the newest.
     """
     return next(_intact(as_path(root), passed_over), None)
 
@@ -224,7 +224,7 @@ def _intact(root: Path, passed_over: Collection[str]) -> Iterator[Path]:
         are_all_bad = False
         yield path
     if problems and are_all_bad:
-        raise CheckpointError(f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away")
+        raise Damaged(f"no usable checkpoint in {root}: {some(problems, '; ')}; restore one or move it away")
 
 
 def _warn_of(problems: list[str]) -> None:

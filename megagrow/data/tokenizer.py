@@ -127,13 +127,18 @@ class SentencePieceTokenizer:
         return text
 
     def save(self, folder: str | Path) -> None:
-        if self._path.with_name("tokenizer_config.json").is_file() and self._path.name == "tokenizer.model":
-            _copy_beside(self._path, Path(folder))  # of Hugging Face: transformers reads all of it, and so it stays
+        if self._is_of_hugging_face():
+            _copy_beside(self._path, Path(folder))  # transformers reads all of it, and so all of it stays
             return
         fast = sentencepiece_export.to_hugging_face(self._model, str(self._path))
         end = None if self.eod_id is None else self._processor.id_to_piece(self.eod_id)
         write_atomically(Path(folder) / "tokenizer.model", self._model)
         _save_hugging_face(Path(folder), fast, end)
+
+    def _is_of_hugging_face(self) -> bool:
+        """Whether the model is what a Hugging Face folder has, and not one that stands beside a `tokenizer.json`."""
+        has = [self._path.with_name(name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")]
+        return self._path.name == "tokenizer.model" and has == [True, False]
 
 
 class HuggingFaceTokenizer:

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.source import Source, judge_fit, known_samples, open_source, share_identity
 from megagrow.checks import check_chain, check_models_from
 from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.dataset import Samples
 from megagrow.data.mlm import Masking
+from megagrow.data.tokenizer import ByteTokenizer
 from megagrow.errors import CheckpointError
 from megagrow.evaluate import mean_loss
 from megagrow.growth.bootstrap import explain
@@ -69,9 +71,8 @@ class Beginning:
                 "make the models equal, or set growth.method to grow it"
             )
         check_models_from(source.model, config, str(source.path))
-        state = RunState(
-            source.model, "small" if grows else "main", tokenizer=source.tokenizer, token_ids=source.token_ids
-        )
+        state = RunState(source.model, "small" if grows else "main")
+        state.tokenizer, state.token_ids = _place_of_tokenizer(source), source.token_ids
         growing.check_recipes(state, config)
         share_identity(source, self.mesh)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
@@ -97,6 +98,14 @@ class Beginning:
             loss = mean_loss(part.engine, tokens, batch_size, self.mesh, masking=masking)
             judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
             self.say(f"source {source.path}: loss {loss:.3f} on {where}")
+
+
+def _place_of_tokenizer(source: Source) -> str:
+    """Where the tokenizer of a source lies, from wherever that is asked later; what it names where it is not there."""
+    found = tokenizer_of(source)
+    if found is None or str(found) == ByteTokenizer.name:
+        return source.tokenizer
+    return str(found.absolute())
 
 
 def first_difference(old: ModelConfig, new: ModelConfig) -> str:

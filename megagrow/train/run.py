@@ -153,6 +153,8 @@ def _end_of(error: Exception, stop: StopRequest, watchdog: Watchdog) -> End:
         if broken and ending is not None:
             print(own, end="", file=sys.stderr, flush=True)
             return End(ending.code, ending.reason, foreign=True)
+    if isinstance(error, CheckpointError) and stop.name and not stop.is_stepping:
+        return End(Preempted.exit_code, str(error))  # whatever the signal has become on its way
     if isinstance(error, MegagrowError):
         return End(error.exit_code, str(error), agreed)
     return End(1, f"{type(error).__name__}: {error}")

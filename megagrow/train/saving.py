@@ -22,6 +22,8 @@ from megagrow.train.state import RunState
 CHECKPOINTS = "checkpoints"
 # What may not change under a run: another model, other data, another way of growing is another run.
 FIXED_SECTIONS = ("model", "data", "growth")
+# What held-out losses are measured on, and may change.
+HELD_OUT_FIELDS = ("data.validation", "train.eval_batches", "train.global_batch_size")
 # With the section `salt`: what the training loss is made of, and may change.
 OBJECTIVE_FIELDS = ("train.label_smoothing", "train.z_loss", "train.dropout")
 
@@ -112,7 +114,7 @@ def read_state(manifest: Manifest, path: Path, config: Config, tell: Callable[[s
     _check_seed(changes, state, path)
     if any(name in OBJECTIVE_FIELDS or name.startswith("salt.") for name, _, _ in changes):
         state.forget_losses()
-    if any(name == "data.validation" for name, _, _ in changes):
+    if any(name in HELD_OUT_FIELDS for name, _, _ in changes):
         state.teacher_loss = None  # of other text
     return state
 

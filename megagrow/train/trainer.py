@@ -97,22 +97,23 @@ class Trainer:
         self.salt = SaltStage(config, mesh, *data, self.state, self.progress.message)
         self.metrics = Metrics(self.dir, config, resume_step=self.state.step or None, enabled=mesh.is_main)
 
-    def _resume(self, among_good: bool = False) -> tuple[Learner, RunState] | None:
+    def _resume(self, good_until: int | None = None) -> tuple[Learner, RunState] | None:
         """The newest checkpoint of the run that is whole; None when the run is new.
 
         One that cannot be read just now, or does not fit the model, is not passed over: an older one would train again
         what is done, and may hold the model from before a growth.
 
         Args:
-            among_good: of those only that were not saved by a stop among bad steps, whose weights may be to blame.
+            good_until: the step before bad ones; what stops have saved among these is set aside, since its weights may
+                be to blame. Where nothing else is whole, None.
         """
         problem: Damaged | None = None
-        bad: set[str] = set()
+        bad: list[str] = []
         while (path := self._newest(bad)) is not None:
             manifest = store.read_manifest(path)
             state = saving.read_state(manifest, path, self.config, self.progress.message)
-            if among_good and state.guard.bad_steps > 0:
-                bad.add(path.name)
+            if good_until is not None and state.step > good_until and state.guard.bad_steps > 0:
+                bad.append(path.name)
                 continue
             learner = growing.learner_for(state, self.config, self.mesh)
             try:
@@ -126,14 +127,21 @@ class Trainer:
             growing.check_recipes(state, self.config)
             self.progress.message(f"resuming from {path}")
             self.saved_step = state.step
-            saving.leave_behind(bad, self.config, self.mesh)
+            if bad:
+                saving.leave_behind(bad, self.config, self.mesh)
+                self.progress.message(f"saved among the bad steps, and set aside: {', '.join(bad)}")
             return learner, state
         if problem is not None and not bad:
             raise problem
         return None
 
     def _newest(self, left_out: Collection[str] = ()) -> Path | None:
-        return saving.newest(self.config, self.mesh, self.saver.passed_over.union(left_out))
+        try:
+            return saving.newest(self.config, self.mesh, self.saver.passed_over.union(left_out))
+        except Damaged:
+            if left_out:
+                return None
+            raise
 
     def run(self, stop: StopRequest) -> None:
         """Trains to the end of the schedule, or until a stop is asked for.
@@ -417,7 +425,7 @@ class Trainer:
             raise NonFiniteError(f"{what}; lower optim.lr or look at the data around sample {state.cursors['all']}")
         del self.learner  # two models need not fit
         gc.collect()
-        found = self._resume(among_good=True) or self._resume()
+        found = self._resume(good_until=state.step - state.guard.bad_steps) or self._resume()
         assert found is not None, "a checkpoint was there"
         self.learner, restored = found
         self._check_spare_samples(restored, what)

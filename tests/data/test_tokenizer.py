@@ -221,6 +221,9 @@ def test_of_a_hugging_face_folder_everything_stays(library: list[Document], tmp_
     load_tokenizer(folder).save(tmp_path / "copy")
     contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (folder, tmp_path / "copy")]
     assert contents[0] == contents[1]
+    (folder / "tokenizer.json").write_text("{}")
+    load_tokenizer(folder / "tokenizer.model").save(tmp_path / "export")
+    assert "added_tokens" in json.loads((tmp_path / "export/tokenizer.json").read_text())
 
 
 def test_models_without_an_equivalent_are_refused(library: list[Document], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Here torchrun is the real one, and what happens to a rank happens in faulty.py. 
 import gc
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +21,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from fsspec.implementations.memory import MemoryFileSystem
 from torch.distributed import distributed_c10d
 
 from megagrow.checkpoint import directory, source, store
-from megagrow.checkpoint.dcp_io import ItemReader
-from megagrow.config import Config, ParallelConfig, TrainConfig
+from megagrow.config import CheckpointConfig, Config, ParallelConfig, TrainConfig
 from megagrow.errors import Preempted
 from megagrow.parallel import board, heartbeat, watchdog
 from megagrow.parallel.board import Board, StoreSilentError
@@ -361,25 +361,27 @@ def test_a_run_that_is_stopped_while_it_loads_is_to_be_started_again(
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("place", ["one rank's decision", "all ranks' decision", "torch's collective"])
+@pytest.mark.parametrize("place", ["one rank's decision", "all ranks' decision", "torch's reader", "a store"])
 def test_a_run_that_is_stopped_while_a_checkpoint_loads_is_to_be_started_again(
     place: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever gathers errors there passes it on for what it is."""
-    config = make_config(corpus, tmp_path)
+    root = f"memory://{tmp_path.name}" if place == "a store" else str(tmp_path / "checkpoints")
+    config = make_config(corpus, tmp_path, checkpoint=CheckpointConfig(dir=root))
     assert run(config) == 0
-    shutil.rmtree(tmp_path / "checkpoints/step-6")
     where, name = {
         "one rank's decision": (store, "newest"),
         "all ranks' decision": (store, "_check_files"),
-        "torch's collective": (ItemReader, "read_data"),
+        "torch's reader": (dcp.FileSystemReader, "read_data"),
+        "a store": (MemoryFileSystem, "info"),
     }[place]
     monkeypatch.setattr(where, name, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert run(config) == 7
     ended = json.loads((tmp_path / "exit.json").read_text())
     assert ended["code"] == 7 and "stopped by SIGTERM before the first step" in ended["reason"]
     monkeypatch.undo()
-    assert run(config) == 0
+    assert run(replace(config, train=replace(config.train, steps=7))) == 0
+    assert [line["step"] for line in metrics(tmp_path)] == [*range(1, 8)]
 
 
 ENDLESS = """

@@ -513,15 +513,24 @@ def test_a_stop_among_bad_steps_saves_all_the_same(
     assert newest.name == "step-5" and store.read_manifest(newest).state["guard"]["bad_steps"] == 2
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Asks the run to stop after each of these steps, once."""
+    note, left = Metrics.log, set(steps)
+
+    def log(self: Metrics, **values: Any) -> None:
+        note(self, **values)
+        if values["step"] in left:
+            left.remove(values["step"])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "log", log)
+
+
 def test_a_roll_back_leads_past_what_stops_among_bad_steps_have_saved(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The weights are to blame: from step 5 on all steps are bad, until the run is back at the checkpoint of step 4."""
-
-    def spoiled(self: Metrics, **values: Any) -> None:
-        note(self, **values)
-        if values["step"] in (6, 7) and len(calls) < 8:
-            os.kill(os.getpid(), signal.SIGTERM)
+    whole, calls = learner.gradient_norm, list[int]()
 
     def norm(parameters: dict[str, torch.nn.Parameter], *args: object) -> torch.Tensor:
         weight = next(iter(parameters.values()))
@@ -532,17 +541,35 @@ def test_a_roll_back_leads_past_what_stops_among_bad_steps_have_saved(
             weight.grad[0, 0] = float("nan")
         return whole(parameters, *args)
 
-    note, whole, calls = Metrics.log, learner.gradient_norm, list[int]()
-    monkeypatch.setattr(Metrics, "log", spoiled)
+    stop_at(monkeypatch, {6, 7})
     monkeypatch.setattr(learner, "gradient_norm", norm)
     optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=4)
     config = make_config(corpus, tmp_path, 9, optim=optim, checkpoint=CheckpointConfig(interval=4, keep_last=2))
     assert [run(config), run(config)] == [7, 7]
     assert {path.name for path in store.candidates(tmp_path / "checkpoints")} >= {"step-4", "step-6", "step-7"}
     assert run(config) == 0
+    assert "saved among the bad steps, and set aside: step-7, step-6" in capfd.readouterr().err
     assert [line["skipped"] for line in metrics(tmp_path)] == [False] * 9
     found = store.candidates(tmp_path / "checkpoints")[0]
     assert found.name == "step-9" and store.read_manifest(found).state["rolled_back_at"] == 8
+
+
+@pytest.mark.parametrize("is_older_damaged", [False, True])
+def test_a_roll_back_leads_no_further_than_it_must(
+    is_older_damaged: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To what a stop after one bad step has saved: good steps have come since, or nothing else is whole."""
+    stop_at(monkeypatch, {5})
+    poison(monkeypatch, {4, 6, 7} if not is_older_damaged else {4, 5})
+    optim = OptimConfig(lr=1e-2, warmup_steps=2, max_bad_steps=2)
+    config = make_config(corpus, tmp_path, 9, optim=optim, checkpoint=CheckpointConfig(interval=4, keep_last=0))
+    assert run(config) == 7
+    if is_older_damaged:
+        (tmp_path / "checkpoints/step-4/manifest.json").write_text("{}")
+    assert run(config) == 0
+    state = store.read_manifest(tmp_path / "checkpoints/step-9").state
+    assert state["rolled_back_at"] == (6 if is_older_damaged else 8)
+    assert [line["skipped"] for line in metrics(tmp_path)] == [False] * 4 + [True] + [False] * 4
 
 
 @pytest.mark.parametrize(("bad", "code"), [({3, 4, 10, 11}, 0), ({3, 4, 9, 10}, 5)])

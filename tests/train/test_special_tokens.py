@@ -55,3 +55,14 @@ def test_a_run_hands_them_on(
         assert_handed_on(tmp_path / "first", tmp_path / f"from-{step}", small)
     assert run(make_config(corpus, tmp_path / "next", model=first.model, init=InitConfig(str(tmp_path / "first")))) == 0
     assert_handed_on(tmp_path / "next", tmp_path / "last", small)
+
+
+def test_of_a_checkpoint_that_was_moved_too(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """It has its tokenizer beside it."""
+    small = tmp_path / "small"
+    hf.write_hf_folder(small, SMALL, open_source(trained).fetch, token_ids=IDS)
+    save_tokenizer(small)
+    assert convert(small, tmp_path / "here", "megagrow")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run(make_config(corpus, tmp_path / "run", 2, init=InitConfig(str(tmp_path / "there")))) == 0
+    assert_handed_on(tmp_path / "run", tmp_path / "out", small)
