@@ -40,11 +40,14 @@ _CHOSEN = 0.15625  # of an encoder's tokens have logits: 20 of 128
 
 # Dense bf16 FLOP/s from the vendors' data sheets; the first name that occurs in the device's.
 _PEAK_BF16 = (
+    ("GB200", 2500e12),
     ("B200", 2250e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
     ("H100", 989e12),
+    ("H800 PCIe", 756e12),
     ("H800", 989e12),
     ("A100", 312e12),
     ("A800", 312e12),

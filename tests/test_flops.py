@@ -97,6 +97,9 @@ def test_mfu_has_no_denominator_where_the_peak_is_unknown() -> None:
     assert flops.peak_flops_per_second("NVIDIA H100 PCIe", "bf16") == 756e12
     assert flops.peak_flops_per_second("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert flops.peak_flops_per_second("NVIDIA H200", "fp32") is None
+    names = ("NVIDIA GB200", "NVIDIA B200", "NVIDIA H200 NVL", "NVIDIA H200", "NVIDIA H800 PCIe", "NVIDIA H800")
+    peaks = [flops.peak_flops_per_second(name, "bf16") for name in names]
+    assert peaks == [2500e12, 2250e12, 835e12, 989e12, 756e12, 989e12]
     assert flops.peak_flops_per_second("AMD Instinct MI250X / MI250", "bf16") == 191.5e12, "one die of the card's two"
     assert flops.peak_flops_per_second("AMD EPYC", "bf16") is None
 

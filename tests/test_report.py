@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ def make_run(
     inherited: dict[str, Ledger] | None = None,
     growth: dict[str, Any] | None = None,
     convention: str = "full",
+    **data: Any,
 ) -> Ledger:
     """A run directory whose last validation loss is `loss`; a second of work does 1e12 FLOPs."""
     run_dir.mkdir(parents=True)
-    config = Config(model=model, data=DataConfig(train="data/train", validation=validation), train=TrainConfig(steps=4))
+    data = {"train": "data/train", "validation": validation, **data}
+    config = Config(model=model, data=DataConfig(**data), train=TrainConfig(steps=4))
     (run_dir / "config.json").write_text(dump(config))
     ledger = Ledger(convention)
     for identity, cost in (inherited or {}).items():
@@ -213,6 +216,8 @@ def test_without_baseline_or_growth_there_is_a_report_and_no_number(tmp_path: Pa
     [
         ({"model": SMALL}, "grown_salt has parameters="),
         ({"validation": "data/other"}, r"grown_salt has data\.validation="),
+        ({"validation": "", "order": "megatron", "split": "9,1"}, r"grown_salt has data\.validation="),
+        ({"mask_documents": True}, r"grown_salt has data\.mask_documents and \.reset_positions=\(True, False\)"),
         ({"convention": "causal", "inherited": {}}, "ledger convention=causal"),
     ],
 )
@@ -221,6 +226,20 @@ def test_losses_that_do_not_compare_are_refused(options: dict[str, Any], message
     with pytest.raises(DataError, match=message):
         build_report(sorted(runs, reverse=True)[:3] + runs[:1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", [{"seed": 2}, {"split": "90,10"}, {"train": "data/other"}, {}], ids=str)
+def test_shares_that_are_held_out_have_to_be_the_same(field: dict[str, Any], tmp_path: Path) -> None:
+    given = {"validation": "", "order": "megatron", "split": "99,1"}
+    small = make_run(tmp_path / "small", 2e12, 4.5, model=SMALL)
+    make_run(tmp_path / "scratch-1", 8e12, 4.0, **given)
+    make_run(tmp_path / "grown", 8e12, 3.9, inherited={"s": small}, **{**given, **field})
+    build = partial(build_report, [tmp_path / "scratch-1", tmp_path / "grown"], tmp_path / "out")
+    if field:
+        with pytest.raises(DataError, match=r"grown has data\.split, of train and seed="):
+            build()
+    else:
+        build()
 
 
 def test_curves_are_a_picture_with_something_on_it(tmp_path: Path) -> None:

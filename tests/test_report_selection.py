@@ -189,3 +189,9 @@ def test_bars_are_as_long_as_their_bins_are_full() -> None:
     assert len(lines) == NUM_BINS
     assert lines[0].split() == ["0.0000", "." * 40, "8,", "0", "kept"]
     assert lines[-1].split() == ["0.9375", "#" * 20, "4,", "4", "kept"]
+
+
+def test_scores_a_last_bit_apart_have_a_histogram() -> None:
+    values = np.array([3.1415925, 3.1415927, 3.1415927], np.float32)
+    found = histogram(values, values > values[0])
+    assert sum(found["all"]) == 3 and sum(found["kept"]) == 2

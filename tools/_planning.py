@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from _command import Arguments, local_path
 from rich.console import Console
@@ -92,6 +93,9 @@ def growing_run(config: Config, source: Source, options: argparse.Namespace) -> 
         config.growth.method == "none",
         f"growth.method={config.growth.method} is what --source is to choose; leave growth out of CONFIG",
     )
+    own = Path(config.run.dir).absolute()
+    is_own = options.write and own in (source.path.absolute(), *source.path.absolute().parents)
+    require(not is_own, f"run.dir={config.run.dir} holds the source; give the run another, --run.dir DIR")
     if options.budget_tokens:
         steps = math.ceil(options.budget_tokens / step_tokens(config))
         config = replace(config, train=replace(config.train, steps=steps))

@@ -20,8 +20,10 @@ from _command import Arguments, local_path, refuse_options, run
 from _planning import TARGETS, add_machine, add_targets, machine_of, show_targets
 from rich.console import Console
 
+from megagrow.checks import problems
 from megagrow.command_line import parse
 from megagrow.config import Config, require
+from megagrow.growth.bootstrap import bootstrapped
 from megagrow.plan import Plan, dry_run, make_plan, show, suggest, to_dict
 
 
@@ -51,7 +53,10 @@ def main() -> None:
 
 
 def suggestions(config: Config, options: argparse.Namespace, console: Console) -> None:
+    config = bootstrapped(config)
     found = suggest.suggest(config, options.world_size, machine_of(options))
+    broken = [] if found else problems(config, options.world_size)
+    require(not broken, "; ".join(broken))
     require(
         bool(found),
         f"no layout of this model on {options.world_size} ranks fits into --gpu-memory {options.gpu_memory:g} GiB; use "

@@ -6,13 +6,13 @@ Inputs by name: .jsonl, .ndjson, .json (one JSON object per line), anything else
 decompressed. Nothing but an earlier dataset PREFIX is replaced. Exit codes: 0 done, 2 usage, 3 data.
 """
 
-from _command import Arguments, run
-
 from megagrow.data.preprocess import preprocess_files
 from megagrow.errors import named
 
 
 def main() -> None:
+    from _command import Arguments  # here: workers import this file again, and need no torch
+
     parser = Arguments(description="Tokenize text into PREFIX.bin/.idx (Megatron's format).")
     parser.add_argument("--input", nargs="+", required=True, help=".jsonl[.gz|.zst] or text files")
     parser.add_argument("--tokenizer", required=True, help="*.model, tokenizer.json, folder or byte")
@@ -55,4 +55,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from _command import run
+
     run(main)

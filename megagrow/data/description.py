@@ -77,8 +77,13 @@ def describe(prefix: str | Path) -> Description | None:
     return cast(Description, fields)
 
 
+def readable(text: str) -> str:
+    """The text, with question marks for bytes and halves of surrogate pairs that no file may hold as text."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def encode_description(description: Description) -> bytes:
     """The bytes of PREFIX.json; of a very long source the beginning."""
-    if len(description["source"]) > _MAX_SOURCE:
-        description = {**description, "source": description["source"][:_MAX_SOURCE] + "…"}
+    source = readable(description["source"])
+    description = {**description, "source": source[:_MAX_SOURCE] + "…" * (len(source) > _MAX_SOURCE)}
     return (json.dumps(description, indent=2, sort_keys=True) + "\n").encode()

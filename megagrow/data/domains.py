@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from megagrow.data.dataset import PackedDataset
+from megagrow.data.description import readable
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
 from megagrow.data.indexed import IndexedDataset
 from megagrow.data.output import DOMAINS, domains_path
@@ -122,7 +123,7 @@ def collect_domains(inputs: Sequence[str | Path], json_key: str, domain_key: str
                 except BadRecord:
                     continue
                 if text and not text.isspace():
-                    name = _domain(fields, domain_key) if batch.is_json else Path(batch.path).name
+                    name = readable(_domain(fields, domain_key) if batch.is_json else Path(batch.path).name)
                     ids.append(numbers.setdefault(name, len(numbers)))
             if len(numbers) > MAX_DOMAINS:
                 raise DataError(
@@ -141,6 +142,8 @@ def joined_domains(datasets: Sequence[IndexedDataset]) -> Domains:
     for dataset in datasets:
         own = _own_domains(dataset, short[dataset.prefix] if are_distinct else dataset.prefix)
         places = [numbers.setdefault(name, len(numbers)) for name in own.names]
+        if len(numbers) > MAX_DOMAINS:
+            raise DataError(f"{dataset.prefix}: with its domains there are more than {MAX_DOMAINS}; merge fewer")
         parts.append(np.array(places, np.int32)[own.ids])
     return Domains(tuple(numbers), np.concatenate(parts))
 

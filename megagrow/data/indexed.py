@@ -359,7 +359,9 @@ class IndexedWriter:
 
     def suspend(self) -> None:
         """Stop and leave the temporary file; another writer can `resume` what was synced."""
-        self._remove(self._temporary[1:])
+        # Where a commit has ended after the old index went, this one says that the tokens without one are unfinished.
+        is_cut_off = self._final[0].exists() and not self._final[-1].exists()
+        self._remove(self._temporary[1:-1] if is_cut_off else self._temporary[1:])
 
     def discard(self) -> None:
         """Remove what was written; an earlier dataset of that name stays."""

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -141,7 +142,8 @@ class JournaledWriter:
             self.writer.discard()
             self._forget()
         self._hashing.shutdown(cancel_futures=True)
-        self._lengths_file.close()
+        with suppress(OSError) if kind is not None else nullcontext():  # the first error is the one to tell
+            self._lengths_file.close()
 
     def _hash(self, digest: Callable[[], bytes], of_lengths: bytes, tokens: NDArray[Any]) -> None:
         self._input.update(digest())

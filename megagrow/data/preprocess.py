@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -273,8 +274,17 @@ _worker_encoder: _Encoder
 def _start_worker(tokenizer_path: str | Path, json_key: str, append_eod: bool) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the parent, which ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = _Encoder(load_tokenizer(tokenizer_path), json_key, append_eod)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed ends no pool, and workers never see that nothing comes any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(batch: Batch) -> _Encoded:

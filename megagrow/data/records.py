@@ -5,6 +5,7 @@ import gzip
 import importlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,8 @@ def _records(path: Path, stored: IO[bytes], is_json: bool, limit: int) -> Iterat
     damage: list[type[Exception]] = [EOFError, zlib.error, gzip.BadGzipFile]
     if path.suffix.lower() == ".zst":
         damage.append(_zstandard(path).ZstdError)
+    if path.suffix.lower() in _COMPRESSED and os.fstat(stored.fileno()).st_size == 0:
+        raise DataError(f"{path}: compressed file is empty, which none is that was written to its end")
     try:
         stream = _decompressed(path, stored)
         read = stream.readline if is_json else stream.read

@@ -14,7 +14,7 @@ import tokenizers
 
 from megagrow.data import sentencepiece_export
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError, DataError, named
 from megagrow.json_file import parse_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -110,7 +110,11 @@ class SentencePieceTokenizer:
             raise DataError(f"{path}: not a sentencepiece model") from error
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
         vocab = {piece: i for i, piece in enumerate(pieces)}
-        self.eod_id: int | None = _named(vocab, _END_NAMES, self._processor.eos_id())
+        end = self._processor.eos_id()
+        if self._is_of_hugging_face():
+            _check_nothing_is_added(self._path, vocab)
+            end = vocab.get(_declared(self._path, "eos_token") or "", end)
+        self.eod_id: int | None = _named(vocab, _END_NAMES, end)
         self.mask_id: int | None = _named(vocab, _MASK_NAMES)
         self.pad_id: int | None = _named(vocab, (), self._processor.pad_id())
         marks = (i for i in range(self.vocab_size) if self._processor.is_control(i) or self._processor.is_unknown(i))
@@ -160,9 +164,15 @@ class HuggingFaceTokenizer:
         if not vocab:
             raise DataError(f"{path}: the vocabulary is empty")
         self.vocab_size = max(vocab.values()) + 1
-        self.eod_id: int | None = _named(vocab, _END_NAMES, vocab.get(self._declared("eos_token") or "", -1))
-        self.mask_id: int | None = _named(vocab, _MASK_NAMES, vocab.get(self._declared("mask_token") or "", -1))
-        self.pad_id: int | None = _named(vocab, _PAD_NAMES, vocab.get(self._declared("pad_token") or "", -1))
+        end = _declared(self._path, "eos_token")
+        if end is not None and end not in vocab:
+            raise DataError(
+                f"{path}: lacks eos_token={named(end)}, which the files beside it name; save the tokenizer with "
+                "transformers, which adds it"
+            )
+        self.eod_id: int | None = _named(vocab, _END_NAMES, -1 if end is None else vocab[end])
+        self.mask_id: int | None = _named(vocab, _MASK_NAMES, vocab.get(_declared(self._path, "mask_token") or "", -1))
+        self.pad_id: int | None = _named(vocab, _PAD_NAMES, vocab.get(_declared(self._path, "pad_token") or "", -1))
         added = self._tokenizer.get_added_tokens_decoder()
         marks = (i for i, token in added.items() if token.special)
         self.special_ids: tuple[int, ...] = _sorted_ids(*marks, self.eod_id, self.mask_id)
@@ -194,20 +204,6 @@ class HuggingFaceTokenizer:
         found = {role: next((name for name in names if name in vocab), None) for role, names in _ROLES.items()}
         found["mask_token"] = self._tokenizer.id_to_token(self.mask_id)
         return {role: name for role, name in found.items() if name is not None}
-
-    def _declared(self, role: str) -> str | None:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            path = self._path.with_name(name)
-            if not path.is_file():
-                continue
-            with os_errors_as_data_errors(path):
-                content = path.read_bytes()
-            token = parse_object(content, path, DataError, "restore the file").get(role)
-            if isinstance(token, dict):
-                token = token.get("content")
-            if isinstance(token, str):
-                return token
-        return None
 
 
 class ByteTokenizer:
@@ -345,6 +341,41 @@ def _refuse_surrogates(text: str) -> None:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"lone surrogate at character {error.start}: not valid text") from error
+
+
+def _declared(file: Path, role: str) -> str | None:
+    """The token that the files beside one of a tokenizer name for a role."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _beside(file, name).get(role)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            return token
+    return None
+
+
+def _beside(file: Path, name: str) -> dict[str, Any]:
+    """What a file beside one of a tokenizer holds; nothing where there is none."""
+    path = file.with_name(name)
+    if not path.is_file():
+        return {}
+    with os_errors_as_data_errors(path):
+        content = path.read_bytes()
+    return parse_object(content, path, DataError, "restore the file")
+
+
+def _check_nothing_is_added(file: Path, vocab: Mapping[str, int]) -> None:
+    """Raises DataError where transformers gives ids to tokens that a sentencepiece model does not have."""
+    decoder = _beside(file, "tokenizer_config.json").get("added_tokens_decoder")
+    entries = decoder.values() if isinstance(decoder, dict) else ()
+    contents = [entry.get("content") for entry in entries if isinstance(entry, dict)]
+    added = [*_beside(file, "added_tokens.json"), *contents, _declared(file, "eos_token")]
+    lacking = [token for token in added if isinstance(token, str) and token not in vocab]
+    if lacking:
+        raise DataError(
+            f"{file}: lacks {named(lacking[0])}, which the files beside it add; make tokenizer.json of them first "
+            "(transformers' fast tokenizers write it when they are saved)"
+        )
 
 
 def _copy_beside(file: Path, folder: Path) -> None:

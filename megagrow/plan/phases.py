@@ -17,9 +17,11 @@ from math import prod
 from pathlib import Path
 
 from megagrow import flops
+from megagrow.checkpoint.remote import as_path
 from megagrow.checkpoint.source import open_source
 from megagrow.checks import check_chain, check_model, check_models_from
 from megagrow.config import Config, ModelConfig, ParallelConfig
+from megagrow.errors import CheckpointError
 from megagrow.flops import Convention
 from megagrow.growth.grow import ROWS
 from megagrow.growth.ligo_maps import Variant, initial_fill, keeps_old_rows, map_shapes, start_recipe, width_maps
@@ -106,11 +108,8 @@ def phases(layout: Layout, device: DeviceType = "cuda") -> tuple[list[Phase], li
         if source:
             check_chain(config, source)
             check_models_from(source, config, "the source")
-            found += _growths(layout, source, device)
+            found += _growths(layout, source, device, _teacher(config, notes) if salt.map_weight else None)
             frozen = Frozen(last_source(config, source).num_layers, growth.freeze_steps)
-            teacher = _teacher(config, notes) if salt.map_weight else None
-            if teacher:
-                found[-1] = _taught_maps(found[-1], layout, teacher)
         elif growth.freeze_steps:
             notes.append(
                 "growth.freeze_steps: how many layers stand still is not known, so all count as if they learned"
@@ -131,10 +130,18 @@ def _teacher(config: Config, notes: list[str]) -> ModelConfig | None:
 
 
 def _model_at(path: str, what: str, notes: list[str]) -> ModelConfig | None:
-    if Path(path).is_dir():
+    if path and _is_there(path):
         return _read_model(path)
     notes.append(f"{what}={path or '(empty)'}: no such folder yet; its memory and FLOPs are left out")
     return None
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is such a folder, which may be remote; CheckpointError where its store does not answer."""
+    try:
+        return as_path(path).is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 @lru_cache(maxsize=8)
@@ -152,21 +159,22 @@ def _training_flops(layout: Layout, frozen_layers: int) -> dict[Convention, floa
     return {c: flops.training_flops(*how, c, frozen_layers) for c in CONVENTIONS}
 
 
-def _growths(layout: Layout, source: ModelConfig, device: DeviceType) -> list[Phase]:
-    """Training up to each growth, which is taken to come as late as it may, and the growth."""
+def _growths(layout: Layout, source: ModelConfig, device: DeviceType, teacher: ModelConfig | None) -> list[Phase]:
+    """Training up to each growth, which is taken to come as late as it may, and the growth; the last one is taught."""
     found: list[Phase] = []
     begun, small, frozen = 0, source, Frozen()
     for number, config in enumerate(growth_configs(layout.config, source)):
         latest, trained = latest_step(layout.config, number), layout.of_model(small)
         found += frozen.phases(latest - begun, partial(_training, "small", trained, device))
-        found.append(_growing(Layout(config, layout.world_size), small, device))
+        is_last = number == num_growths(layout.config.growth) - 1
+        found.append(_growing(Layout(config, layout.world_size), small, device, teacher if is_last else None))
         begun, small, frozen = latest, config.model, Frozen(small.num_layers, config.growth.freeze_steps)
     return found
 
 
-def _growing(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
+def _growing(layout: Layout, source: ModelConfig, device: DeviceType, teacher: ModelConfig | None) -> Phase:
     if layout.config.growth.method == "ligo":
-        return _learning_maps(layout, source, device)
+        return _learning_maps(layout, source, device, teacher)
     memory = [_growing_rank(layout, source, rank) for rank in range(layout.pipeline)]
     return Phase("growing", 0, {c: 0.0 for c in CONVENTIONS}, memory)
 
@@ -186,15 +194,22 @@ def _growing_rank(layout: Layout, source: ModelConfig, rank: int) -> RankMemory:
             *((stored_elements(of_source, n), prod(shape_of(role_of(n), source))) for n in names), strict=True
         )
     )
+    host = Parts()
+    if layout.config.optim.offload:  # both optimizers, with the weights that they update, are in the host's memory
+        host = Parts({"moments": old + new, "weights": PARAMETER * (old + new) // MOMENTS})
+        old = new = 0
     weights = Parts({"parameters": small + large, "moments": old, "a tensor of the source": whole})
     moments = Parts({"parameters": large, "moments": old + new, "a tensor of the source": needed})
     kinds = {"weights grow": weights, "moments grow": moments}
     moment = max(kinds, key=lambda kind: kinds[kind].total())
-    return RankMemory(rank, stages, large // PARAMETER, kinds[moment], moment, (), Parts())
+    return RankMemory(rank, stages, large // PARAMETER, kinds[moment], moment, (), host)
 
 
-def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> Phase:
-    """A step, or a moment after it in which gradients are taken to the maps, whichever is fullest."""
+def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType, teacher: ModelConfig | None) -> Phase:
+    """A step, or a moment after it in which gradients are taken to the maps, whichever is fullest.
+
+    A teacher that has a word in it costs a forward pass.
+    """
     config, variant = layout.config, layout.config.growth.ligo_variant
     start = start_recipe(config.growth.maps_start, source, layout.model)
     static, saved = {}, {}
@@ -207,8 +222,10 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
         moments = MAP_MOMENTS * (shared + -(-(maps - shared) * layout.pipeline // layout.world_size))
         static[rank] = Parts({"source": small, "maps": 2 * MAP * maps + moments})
         saved[rank] = small + MAP * maps + moments
+    for rank, of_teacher in (_of_teacher(layout, teacher) if teacher else {}).items():
+        static[rank] += of_teacher
     memory = []
-    for held in step_memory(layout, device, Extra(static, has_moments=False)):
+    for held in step_memory(layout, device, Extra(static, teacher=teacher, has_moments=False)):
         stages = layout.rank_stages(held.rank)
         others = PARAMETER * sum(other_unit(layout, stage).stored for stage in stages)
         parts = static[held.rank] + Parts(parameters=held.parts["parameters"])
@@ -223,19 +240,18 @@ def _learning_maps(layout: Layout, source: ModelConfig, device: DeviceType) -> P
     length = config.data.seq_length
     pair, tokens = (source, layout.model), layout.step_tokens
     per_step = {c: flops.ligo_step_flops(*pair, tokens, length, c, variant) for c in CONVENTIONS}
+    if teacher:
+        per_step = {c: per_step[c] + flops.forward_flops(teacher, tokens, length, c) for c in CONVENTIONS}
     return Phase("ligo", config.growth.ligo_steps, per_step, memory)
 
 
-def _taught_maps(learning: Phase, layout: Layout, teacher: ModelConfig) -> Phase:
-    """The same with a teacher that has a word in it; its weights come on top of every rank's fullest moment."""
-    length = layout.config.data.seq_length
-    passes = {c: flops.forward_flops(teacher, layout.step_tokens, length, c) for c in CONVENTIONS}
-    weights = Parts({"teacher": layout.width * tensor_elements(layout.of_model(teacher))})
-    return replace(
-        learning,
-        flops={convention: spent + passes[convention] for convention, spent in learning.flops.items()},
-        memory=[replace(held, parts=held.parts + weights) for held in learning.memory],
-    )
+def _of_teacher(layout: Layout, teacher: ModelConfig) -> dict[int, Parts]:
+    """What a teacher holds on each pipeline rank: its weights, and on the last stage what it says of a whole step."""
+    weights = layout.width * tensor_elements(layout.of_model(teacher))
+    found = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}
+    hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
+    found[layout.stages[-1].rank]["teacher's hidden states"] = hidden
+    return found
 
 
 def map_elements(start: Recipe, variant: Variant, layers: Collection[int]) -> int:
@@ -288,10 +304,7 @@ def _stage_one(layout: Layout, device: DeviceType, notes: list[str], frozen_laye
     passes += salt.online_buffer / salt.kept_batches if salt.online_buffer else 0.0
     for convention in CONVENTIONS:
         per_step[convention] += passes * flops.forward_flops(teacher, layout.step_tokens, length, convention)
-    weights = layout.width * tensor_elements(layout.of_model(teacher))
-    hidden = layout.tokens * layout.num_microbatches * teacher.hidden_size * layout.width
-    static = {rank: Parts({"teacher": weights}) for rank in range(layout.pipeline)}
-    static[layout.stages[-1].rank]["teacher's hidden states"] = hidden
+    static = _of_teacher(layout, teacher)
     memory = step_memory(layout, device, Extra(static, teacher=teacher, frozen_layers=frozen_layers))
     if salt.online_buffer:
         memory = [_or_scoring(held, layout, teacher, device) for held in memory]

@@ -48,10 +48,15 @@ def suggest(config: Config, world_size: int, machine: Machine) -> list[Suggestio
     best: dict[tuple[int, ...], Suggestion] = {}
     for mesh in _meshes(config, world_size, machine):
         for variants in _growing_variants(config, mesh, world_size, machine):
+            is_full = False
             for variant in variants:
+                # What follows needs more, unless it takes one microbatch, for which gradients are not kept whole.
+                if is_full and Layout(variant, world_size).num_microbatches > 1:
+                    continue
                 found = _judge(variant, world_size, machine)
                 if found is None:
-                    break  # the variants that follow need more memory
+                    is_full = True
+                    continue
                 key = (mesh.tensor, mesh.context, mesh.pipeline)
                 if key not in best or found.time.step < best[key].time.step:
                     best[key] = found

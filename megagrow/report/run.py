@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagrow.config import Config
+from megagrow.config import Config, DataConfig
 from megagrow.config_file import load_file
 from megagrow.errors import DataError
 from megagrow.ledger import Ledger
@@ -98,10 +98,20 @@ def check_comparable(runs: list[Run]) -> None:
                 )
 
 
+def _held_out_share(data: DataConfig) -> tuple[Any, ...] | None:
+    """What a split's held-out samples follow from; None where they have files of their own."""
+    return (data.split, data.train, data.seed) if data.split and not data.validation else None
+
+
 _COMPARABLE: dict[str, Callable[[Run], Any]] = {
     "parameters": lambda run: num_parameters(run.config.model),
     "vocab_size": lambda run: run.config.model.vocab_size,
     "data.validation": lambda run: os.path.abspath(run.config.data.validation),
+    "data.split, of train and seed": lambda run: _held_out_share(run.config.data),
+    "data.mask_documents and .reset_positions": lambda run: (
+        run.config.data.mask_documents,
+        run.config.data.reset_positions,
+    ),
     "data.seq_length": lambda run: run.config.data.seq_length,
     "validation samples": lambda run: run.config.train.eval_batches * run.config.train.global_batch_size,
     "ledger convention": lambda run: run.ledger.convention,

@@ -71,6 +71,7 @@ def rule_in_words(salt: SaltConfig) -> str:
 
 def histogram(values: Values, is_kept: NDArray[np.bool_] | None) -> Json:
     """{"edges": [bins + 1], "all": [bins], "kept": [bins] or None}."""
+    values = values.astype(np.float64)  # a range of a few last bits has no 30 float32 edges
     edges = np.histogram_bin_edges(values, NUM_BINS)
     kept = None if is_kept is None else np.histogram(values[is_kept], edges)[0].tolist()
     return {"edges": edges.tolist(), "all": np.histogram(values, edges)[0].tolist(), "kept": kept}

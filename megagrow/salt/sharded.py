@@ -169,7 +169,7 @@ class Shards:
 
 def wait_for_all(mesh: Mesh) -> None:
     """Returns when every rank has come here."""
-    sum_over(torch.zeros(1, device=mesh.device), mesh.world)
+    sum_over(torch.zeros(1, device=mesh.device), mesh.world).item()  # on a GPU the sum alone would only be queued
 
 
 def check_reader(source: Source, dataset: PackedDataset, mesh: Mesh, work: str) -> None:

@@ -2,7 +2,15 @@
 
 import time
 
+import torch
+
 from megagrow.ledger import Ledger
+
+
+def settle(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given, so that the seconds are charged to whoever gave it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Clock:

@@ -26,6 +26,7 @@ from megagrow.salt.schedule import is_stage_one, teacher_weight
 from megagrow.salt.select import Values
 from megagrow.salt.teacher import Teacher, check_teacher
 from megagrow.timeline import last_source, latest_step, learning_steps, may_grow_early, num_growths
+from megagrow.train.clock import settle
 from megagrow.train.grown_teacher import is_kept, teacher_folder
 from megagrow.train.learner import Learner
 from megagrow.train.part import compute_dtype
@@ -140,6 +141,7 @@ class SaltStage:
         else:
             hidden = self.teacher.hidden(batch.ids, num_microbatches, batch.documents, batch.positions)
             taught = replace(batch, teacher_hidden=hidden)
+            settle(self.mesh.device)  # what it computes is the teacher's, not the step's
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self._charge("teacher", self.config.train.global_batch_size, seconds)

@@ -30,7 +30,7 @@ from megagrow.roles import num_parameters
 from megagrow.timeline import growth_settings, learning_steps, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing, vocabulary
 from megagrow.train.beginning import Beginning
-from megagrow.train.clock import Clock
+from megagrow.train.clock import Clock, settle
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
 from megagrow.train.part import compute_dtype
@@ -222,6 +222,7 @@ class Trainer:
         began = time.perf_counter()
         yield
         gc.collect()  # the small model's modules hold each other
+        settle(self.mesh.device)
         spent = 0.0
         if generates:
             spent = flops.ligo_generation_flops(source, growth.model, growth.growth.ligo_variant)
@@ -257,6 +258,7 @@ class Trainer:
             self.learner.restart()
         phase = state.phase if state.phase != "main" else "salt" if salt_on else "train"
         result = self._learn(salt_on)
+        settle(self.mesh.device)
         seconds = time.perf_counter() - began - self.salt.seconds
         self._count(phase, seconds)
         timing.note_loss(state, result, config)

@@ -1,6 +1,7 @@
 """Tests megagrow/data/domains.py: which domain documents and samples are of."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from megagrow.data import domains as domains_module
 from megagrow.data.dataset import PackedDataset
-from megagrow.data.domains import Domains, domains_path, read_domains, write_domains
+from megagrow.data.description import describe
+from megagrow.data.domains import Domains, domains_path, joined_domains, read_domains, write_domains
 from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.data.merge import merge_datasets
 from megagrow.data.preprocess import preprocess_files
@@ -174,3 +176,23 @@ def test_files_that_are_no_such_files(make_dataset: MakeDataset, tmp_path: Path,
         path.write_bytes(content)
     with pytest.raises(DataError, match=r"/x: (not a safetensors file|no such file)"):
         read_domains(path, IndexedDataset(make_dataset([[1]])))
+
+
+def test_names_that_are_no_text_become_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "src": "caf\\ud800"}\n{"text": "two", "src": "b"}\n')
+    other = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    other.write_text("three")
+    preprocess_files([tmp_path / "a.jsonl", other], "byte", tmp_path / "out", domain_key="src")
+    dataset = IndexedDataset(tmp_path / "out")
+    assert read_domains(domains_path(tmp_path / "out"), dataset).names == ("caf?", "b", "caf?.txt")
+    assert describe(tmp_path / "out")["source"] == "a.jsonl, caf?.txt"
+
+
+def test_more_domains_than_a_file_may_have_are_not_merged(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = [IndexedDataset(make_dataset([[number]], name=name)) for number, name in enumerate("abc")]
+    monkeypatch.setattr(domains_module, "MAX_DOMAINS", 2)
+    assert len(joined_domains(datasets[:2]).names) == 2
+    with pytest.raises(DataError, match="c: with its domains there are more than 2; merge fewer"):
+        joined_domains(datasets)

@@ -5,7 +5,9 @@ import io
 import json
 import os
 import runpy
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,6 +150,48 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match="a tokenizing process died"):
         preprocess_files([lines], "byte", tmp_path / "out", workers=2)
     assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+ENDLESS = """
+import sys, time
+from megagrow.data import preprocess
+def workers():
+    return [process.pid for process in __import__("multiprocessing").active_children()]
+def endless():
+    while True:
+        yield from preprocess.read_batches([sys.argv[1]])
+if __name__ == "__main__":
+    for _ in preprocess._encode_in_processes(endless(), 2, ("byte", "text", True)):
+        print(*workers(), flush=True)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(ENDLESS)
+    (tmp_path / "a.txt").write_text("text")
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "a.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there, and is no zombie that nobody has asked for its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_of_the_tool_need_no_torch() -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__mp_main__'); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(TOOLS / "preprocess_data.py")], check=True)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

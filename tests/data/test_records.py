@@ -89,6 +89,13 @@ def test_damaged_gzip_is_named(tmp_path: Path, damage: str) -> None:
         list(read_texts([tmp_path / "a.jsonl.gz"]))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.jsonl.zst"])
+def test_a_compressed_file_without_a_byte_is_damaged(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"{name}: compressed file is empty"):
+        list(read_batches([tmp_path / name]))
+
+
 def test_record_size_is_bounded(tmp_path: Path) -> None:
     """A small compressed file can hold an endless line; what comes after it is read."""
     path = tmp_path / "a.jsonl.gz"

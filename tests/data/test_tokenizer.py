@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,21 +210,43 @@ def test_foreign_models_export_with_the_same_ids(library: list[Document], name: 
         assert fast.encode(text, add_special_tokens=False).ids == processor.encode(text)
 
 
-def test_of_a_hugging_face_folder_everything_stays(library: list[Document], tmp_path: Path) -> None:
-    """BOS, chat template and added tokens stand beside the model, where transformers looks for them."""
+@pytest.fixture
+def folder(library: list[Document], tmp_path: Path) -> Path:
+    """A Hugging Face folder whose tokenizer is a sentencepiece model with files beside it."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(foreign_model(library, model_type="bpe", vocab_size=600))
-    (folder / "tokenizer_config.json").write_text(
-        '{"add_bos_token": true, "bos_token": "<s>", "chat_template": "{{ x }}"}'
-    )
-    (folder / "added_tokens.json").write_text('{"<tool>": 600}')
-    load_tokenizer(folder).save(tmp_path / "copy")
+    model = foreign_model(library, model_type="bpe", vocab_size=600, control_symbols=["<end>"], **FOREIGN["llama 2"])
+    (folder / "tokenizer.model").write_bytes(model)
+    config = {"add_bos_token": True, "bos_token": "<s>", "eos_token": {"content": "<end>"}, "chat_template": "{{ x }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_of_a_hugging_face_folder_everything_stays(folder: Path, tmp_path: Path) -> None:
+    """BOS and chat template stand beside the model, where transformers looks for them, and so does what ends a text."""
+    tokenizer = load_tokenizer(folder)
+    processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert tokenizer.eod_id == processor.piece_to_id("<end>") != processor.eos_id()
+    tokenizer.save(tmp_path / "copy")
     contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (folder, tmp_path / "copy")]
     assert contents[0] == contents[1]
     (folder / "tokenizer.json").write_text("{}")
     load_tokenizer(folder / "tokenizer.model").save(tmp_path / "export")
     assert "added_tokens" in json.loads((tmp_path / "export/tokenizer.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<tool>": 600}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "<unk>"}, "600": {"content": "<tool>"}}}),
+        ("tokenizer_config.json", {"eos_token": "<tool>"}),
+    ],
+)
+def test_tokens_that_are_added_beside_a_model_are_not_passed_over(folder: Path, name: str, content: Any) -> None:
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"tokenizer\.model: lacks <tool>, .* make tokenizer\.json of them first"):
+        load_tokenizer(folder)
 
 
 def test_models_without_an_equivalent_are_refused(library: list[Document], tmp_path: Path) -> None:
@@ -262,6 +285,9 @@ def test_end_of_document_of_a_tokenizer_json(tmp_path: Path) -> None:
     for content in ({"eos_token": "[X]"}, {"eos_token": {"content": "[X]"}}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
         assert load_tokenizer(tmp_path).eod_id == 3
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "[Y]"}')
+    with pytest.raises(DataError, match=r"lacks eos_token=\[Y\], which the files beside it name"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     word_level(tmp_path, "</s>")
     assert load_tokenizer(tmp_path).eod_id == 3

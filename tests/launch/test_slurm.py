@@ -116,6 +116,7 @@ def test_srun_starts_one_agent_on_each_node_with_the_same_command(programs, dire
     agent = programs.add("agent")
     for node in ("0", "1"):
         environment = {**JOB, "SLURM_NODEID": node, "SLURM_RESTART_COUNT": "3", "PYTHON": str(agent)}
+        environment |= {"NODE_RANK": "0", "LOCAL_ADDR": "10.0.0.9"}  # left in the shell that has submitted it
         script, arguments = (
             str(LAUNCH / "slurm.sbatch"),
             ["grow_llama_125m", "--run.dir", str(directory), "--train.steps", "7"],
@@ -130,6 +131,7 @@ def test_srun_starts_one_agent_on_each_node_with_the_same_command(programs, dire
         assert f"is_host={is_host}" in options["--rdzv-conf"]
         assert command_of(call["arguments"]) == arguments
         assert call["environment"]["MAX_CRASHES"] == "3"
+        assert "--local-addr" not in options
     assert (first["environment"]["NODE_RANK"], second["environment"]["NODE_RANK"]) == ("0", "1")
 
 

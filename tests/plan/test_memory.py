@@ -22,6 +22,7 @@ from megagrow.config import (
     Config,
     DataConfig,
     GrowthConfig,
+    InitConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -310,3 +311,37 @@ def test_only_an_embedding_of_more_tokens_is_gathered_whole() -> None:
     gathered = 4 * source.vocab_size * source.hidden_size
     assert max(rows(target, "tied"), rows(target, "full_rank")) < gathered
     assert rows(replace(target, vocab_size=target.vocab_size + 64), "full_rank") > gathered
+
+
+def test_a_teacher_of_maps_holds_what_it_says_of_a_step() -> None:
+    source = replace(MODEL, hidden_size=64, num_layers=3, num_kv_heads=2, head_dim=32, ffn_size=176)
+    growth = GrowthConfig(method="ligo", source=source, at_step=1, optimizer="reset")
+    salt = SaltConfig(teacher="grown", steps=1, map_weight=0.5)
+    layouts = [Layout(replace(LONG, growth=growth, **more), 1) for more in ({}, {"salt": salt})]
+    plain, taught = ({p.name: p for p in phases(layout, "cpu")[0]}["ligo"].memory[0] for layout in layouts)
+    hidden = layouts[0].tokens * layouts[0].num_microbatches * source.hidden_size * layouts[0].width
+    assert taught.parts["teacher's hidden states"] == hidden > 0
+    assert taught.total >= plain.total + hidden + taught.parts["teacher"]
+
+
+def test_growing_with_moments_in_host_memory_needs_none_for_them() -> None:
+    source = replace(MODEL, num_layers=2)
+    growth = GrowthConfig(method="stack", source=source, at_step=1)
+    found = []
+    for offload in (False, True):
+        config = replace(LONG, growth=growth, optim=replace(LONG.optim, offload=offload))
+        (held,) = {phase.name: phase for phase in phases(Layout(config, 1), "cpu")[0]}["growing"].memory
+        found.append(held)
+    there, on_host = found
+    assert there.parts["moments"] == on_host.host["moments"] > 0 == on_host.parts["moments"]
+    assert on_host.host["weights"] == on_host.host["moments"] / 2
+
+
+def test_a_source_by_its_url_is_read_as_by_its_path(tmp_path: Path) -> None:
+    source = replace(MODEL, num_layers=2)
+    shapes = parameter_shapes(source)
+    write_hf_folder(tmp_path / "small", source, lambda name: torch.zeros(shapes[name]))
+    for place in (str(tmp_path / "small"), f"file://{tmp_path / 'small'}"):
+        config = replace(LONG, growth=GrowthConfig("stack"), init=InitConfig(place))
+        found, notes = phases(Layout(config, 1), "cpu")
+        assert [phase.name for phase in found] == ["growing", "train"] and not notes

@@ -49,6 +49,19 @@ def test_more_memory_takes_nothing_away() -> None:
     assert large[0].time.step <= small[0].time.step
 
 
+def test_one_microbatch_is_tried_where_fewer_samples_at_once_do_not_fit() -> None:
+    """Sharded gradients of several microbatches are kept whole until the last, those of one are not."""
+    model = replace(LLAMA_8B, hidden_size=5120, num_layers=40, num_heads=40, num_kv_heads=40, ffn_size=13_824)
+    config = replace(CONFIG, model=replace(model, vocab_size=32_000), data=DataConfig(seq_length=4096))
+    config = replace(config, train=replace(config.train, global_batch_size=32))
+    limit = 48 * 2**30
+    plain = [each for each in suggest(config, 8, Machine(memory=limit)) if each.config.parallel.model_ranks == 1]
+    (whole,) = plain
+    assert Layout(whole.config, 8).num_microbatches == 1 and whole.memory <= 0.9 * limit
+    halved = replace(whole.config, train=replace(whole.config.train, microbatch_size=2))
+    assert max(held.total for held in step_memory(Layout(halved, 8))) > 0.9 * limit
+
+
 def test_nothing_fits_into_nothing() -> None:
     assert suggest(CONFIG, WORLD, Machine(memory=2**30)) == []
 

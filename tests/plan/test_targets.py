@@ -171,6 +171,7 @@ def test_why_growth_is_refused_is_told() -> None:
         ((*ASKING, "2e6..2e7", "--budget-tokens", "inf"), "invalid amount value"),
         ((*ASKING, "2e6..2e7", "--count", "0"), "--count 0 must be positive"),
         ((*ASKING, "2e6..2e7", "--write", "missing/x"), "its folder does not exist"),
+        ((*ASKING, "2e6..2e7", "--write", "large.json", "--run.dir", "HERE"), "holds the source; give the run another"),
         ((*ASKING, "2e6..2e7", "--suggest"), "--suggest has no effect with --source"),
         (
             ("--source", "HERE", "--target-params", "2e6..2e7", "--growth.method", "stack"),

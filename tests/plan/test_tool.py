@@ -118,6 +118,18 @@ def test_the_options_of_a_suggestion_take_back_a_split_into_stages(plan: Plan, t
     assert done.returncode == 0, done.stderr
 
 
+def test_suggestions_for_a_run_that_makes_its_own_small_model(plan: Plan) -> None:
+    done = plan(
+        "llama_125m", "--world-size", "8", "--growth.method", "stack", "--growth.bootstrap", "true", "--suggest"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rule_that_no_layout_mends_is_told_instead_of_memory(plan: Plan) -> None:
+    done = plan("llama_125m", "--world-size", "8", "--salt.teacher", "x", "--suggest")
+    assert done.returncode == 2 and "salt." in done.stderr and "--gpu-memory" not in done.stderr
+
+
 def test_no_layout_fits(plan: Plan) -> None:
     done = plan("llama_125m", "--world-size", "8", "--suggest", "--gpu-memory", "0.01")
     assert done.returncode == 2

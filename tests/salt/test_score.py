@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -396,3 +397,11 @@ def test_a_cpu_keeps_its_memory_while_it_scores(tmp_path: Path, corpus: Path) ->
     with mock.patch.object(sharded, "keep_freed_memory") as keep:
         score(corpus, tmp_path / "scores")
     keep.assert_called_once_with()
+
+
+def test_waiting_for_all_reads_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL only queues it: nobody would have waited for anybody."""
+    read: list[str] = []
+    monkeypatch.setattr(sharded, "sum_over", lambda *_: SimpleNamespace(item=lambda: read.append("item")))
+    sharded.wait_for_all(Mesh.single())
+    assert read == ["item"]
