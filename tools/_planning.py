@@ -75,9 +75,8 @@ def show_targets(config: Config, options: argparse.Namespace, console: Console) 
     source = open_source(options.source)
     config, machine = growing_run(config, source, options), machine_of(options)
     found = find_targets(config, source.model, options.target_params, options.world_size, machine, options.count)
-    console.print(show.target_table(found, options.world_size))
-    for note in (*show.target_notes(found, config.optim.lr), show.assumptions(machine)):
-        console.print(note)
+    notes = *show.target_notes(found, config.optim.lr), show.assumptions(machine)
+    console.print(show.target_table(found, options.world_size), *notes, sep="\n")
     if options.json:
         options.json.write_text(json.dumps([targets.to_dict(each) for each in found], indent=1) + "\n")
     fitting = [each for each in found if each.suggestion]
@@ -89,12 +88,9 @@ def show_targets(config: Config, options: argparse.Namespace, console: Console) 
 
 def growing_run(config: Config, source: Source, options: argparse.Namespace) -> Config:
     """The run from the source, on as many tokens as were asked for, with the source's tokenizer."""
-    require(
-        config.growth.method == "none",
-        f"growth.method={config.growth.method} is what --source is to choose; leave growth out of CONFIG",
-    )
-    own = Path(config.run.dir).absolute()
-    is_own = options.write and own in (source.path.absolute(), *source.path.absolute().parents)
+    chosen = config.growth.method
+    require(chosen == "none", f"growth.method={chosen} is what --source is to choose; leave growth out of CONFIG")
+    is_own = options.write and source.path.absolute().is_relative_to(Path(config.run.dir).absolute())
     require(not is_own, f"run.dir={config.run.dir} holds the source; give the run another, --run.dir DIR")
     if options.budget_tokens:
         steps = math.ceil(options.budget_tokens / step_tokens(config))

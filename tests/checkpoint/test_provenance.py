@@ -44,7 +44,8 @@ def test_a_run_tells_code_source_and_costs(tmp_path: Path) -> None:
     assert run(config) == 0
     manifest = checkpoint.read_manifest(tmp_path / "run/checkpoints/step-2")
     code = {"version": __version__, "torch": torch.__version__, **provenance._commit(provenance.ROOT)}
-    assert manifest.provenance == {**code, "init": "", "inherited": [], "grew_from": []}
+    begun = {"init": "", "inherited": [], "grew_from": [], "tokenizer": "", "token_ids": None}
+    assert manifest.provenance == {**code, **begun}
     assert manifest.config["train"]["steps"] == 2 and manifest.state["ledger"]["phases"]
 
 
