@@ -90,7 +90,7 @@ def growing_run(config: Config, source: Source, options: argparse.Namespace) -> 
     """The run from the source, on as many tokens as were asked for, with the source's tokenizer."""
     chosen = config.growth.method
     require(chosen == "none", f"growth.method={chosen} is what --source is to choose; leave growth out of CONFIG")
-    is_own = options.write and source.path.absolute().is_relative_to(Path(config.run.dir).absolute())
+    is_own = options.write and Path(str(source.path.absolute())).is_relative_to(Path(config.run.dir).absolute())
     require(not is_own, f"run.dir={config.run.dir} holds the source; give the run another, --run.dir DIR")
     if options.budget_tokens:
         steps = math.ceil(options.budget_tokens / step_tokens(config))
