@@ -51,8 +51,7 @@ DECODERS: dict[Kind, Way] = {
         "stack",
         "33 to 35 %",
         "published as speed-ups of 49 to 55 % at 1.1B, 3B and 7B, the small model charged: G_stack (Du et al., 2024); "
-        "here, at toy scale and with a large model for which the budget was too small, 32 %, and 15 % with the small "
-        "model charged (docs/results.md)",
+        "here, at toy scale, 48 %, and 35 % with the small model charged (docs/results.md)",
     ),
     "both": Way(
         "rms_random+stack",
