@@ -230,7 +230,7 @@ def mslt_llama_125m() -> Config:
     which stand still, so that their backward pass is left out; the last stage trains all.
 
     Cost: 75 % of the FLOPs of `llama_125m`. Not yet run to its end here. At toy scale, with stages of these shares, it
-    saved 17 % of the FLOPs, the most of six arms that end with one depth (docs/results.md, llama_depth).
+    saved 46 % of the FLOPs, the most of six arms that end with one depth (docs/results.md, llama_depth).
     torchrun --nproc-per-node 8 -m megagrow mslt_llama_125m --data.train PREFIX --data.validation PREFIX …
     """
     whole = llama_125m()
