@@ -3,6 +3,7 @@
 import dataclasses
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,21 +34,22 @@ def test_a_prompt_is_continued_the_same_way_each_time() -> None:
     assert texts[0].startswith("def ")
 
 
-class Words:
+class Words(ByteTokenizer):
     """As sentencepiece's default: a word begins with a space, which is left out where it begins a text."""
 
-    vocab_size, eod_id = 3, None
+    vocab_size = 3
+    eod_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return [["one", "two", "three"].index(word) for word in text.split()]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         return " ".join(["one", "two", "three"][i] for i in ids)
 
 
 def test_a_continuation_that_begins_with_a_space_keeps_it() -> None:
     model = make(dataclasses.replace(BYTES, vocab_size=3)).float()
-    text = generate(model, Words(), "one two", 2)  # type: ignore[arg-type]
+    text = generate(model, Words(), "one two", 2)
     assert len(text.split()) == 4 and text.startswith("one two ")
 
 

@@ -14,7 +14,7 @@ from megagrow.data.blend import BlendStart, DatasetIdentity
 from megagrow.errors import CheckpointError, named, shown
 from megagrow.ledger import Ledger
 from megagrow.optim import StepGuard
-from megagrow.timeline import growth_config
+from megagrow.timeline import growth_config, learning_steps
 
 Phase = Literal["small", "ligo", "main"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -74,6 +74,12 @@ class RunState:
     def is_done(self, config: Config) -> bool:
         """Whether the schedule is at its end."""
         return self.phase == "main" and self.train_step >= config.train.steps
+
+    def samples_at_end(self, config: Config) -> int:
+        """Samples of `all` data that the run will have taken when it is done, where none are passed over."""
+        learned = self.ligo_step if self.phase == "ligo" else 0
+        steps = config.train.steps - self.train_step + learning_steps(config.growth, self.growths) - learned
+        return self.cursors["all"] + max(steps, 0) * config.train.global_batch_size
 
     def forget_losses(self) -> None:
         """Empties what is compared with the losses that come: those will be of something else."""

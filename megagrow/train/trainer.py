@@ -27,7 +27,7 @@ from megagrow.parallel.context import local_positions
 from megagrow.parallel.mesh import Mesh
 from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
-from megagrow.timeline import growth_settings, learning_steps, step_tokens
+from megagrow.timeline import growth_settings, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing, vocabulary
 from megagrow.train.beginning import Beginning
 from megagrow.train.clock import Clock, settle
@@ -90,7 +90,7 @@ class Trainer:
         if self.state.blend.start == self.state.cursors["all"] > 0:
             self.state.forget_losses()
             self.progress.message(f"goes on: {describe_cursors(self.state.blend, self.state.cursors['all'])}")
-        check_enough(self.datasets, config, self._samples_at_end(self.state))
+        check_enough(self.datasets, config, self.state.samples_at_end(config))
         self.stream = open_stream(self.datasets, self.state.blend, config)
         vocabulary.check_before_growth(self.stream, self.datasets, self.state, config, mesh, self.progress.message)
         data = self.datasets, self.stream, self.evaluator
@@ -450,20 +450,13 @@ class Trainer:
     def _check_spare_samples(self, restored: RunState, what: str) -> None:
         """Megatron's order has an end, and steps that are done again take samples that nobody counted on."""
         config = self.config
-        needed = self.state.cursors["all"] - restored.cursors["all"] + self._samples_at_end(restored)
+        needed = self.state.cursors["all"] - restored.cursors["all"] + restored.samples_at_end(config)
         made = num_made(self.datasets, config)
         if made is not None and needed > made:
             raise NonFiniteError(
                 f"{what}; to roll back takes {needed} samples, data.order=megatron has {made}: lower "
                 f"optim.lr, or begin anew with --data.num-samples {needed} or more"
             )
-
-    def _samples_at_end(self, state: RunState) -> int:
-        """Samples that the run will have taken when it is done, if it goes on from this state."""
-        config = self.config
-        learned = state.ligo_step if state.phase == "ligo" else 0
-        steps = config.train.steps - state.train_step + learning_steps(config.growth, state.growths) - learned
-        return state.cursors["all"] + max(steps, 0) * config.train.global_batch_size
 
     def _save(self) -> None:
         self.clock.charge(self.state.ledger)

@@ -9,7 +9,7 @@ import torch
 from megagrow import checkpoint
 from megagrow.checkpoint.shards import local_shards
 from megagrow.config import CheckpointConfig, Config, GrowthConfig, ParallelConfig
-from megagrow.parallel.mesh import make_mesh
+from megagrow.parallel.mesh import Mesh, make_mesh
 from megagrow.train import growing, saving
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, make_config, make_corpus, run_on_ranks
@@ -45,14 +45,14 @@ def load_all(configs: list[Config], tensor: int, pipeline: int) -> list[int]:
     return [load_and_compare(dataclasses.replace(config, parallel=parallel), mesh) for config in configs]
 
 
-def load_and_compare(config: Config, mesh: object) -> int:
+def load_and_compare(config: Config, mesh: Mesh) -> int:
     path = saving.root_of(config) / f"step-{STEPS}"
     manifest = checkpoint.read_manifest(path)
     state = saving.read_state(manifest, path, config, lambda text: None)
-    learner = growing.learner_for(state, config, mesh)  # type: ignore[arg-type]
+    learner = growing.learner_for(state, config, mesh)
     for tensor in learner.tensors().values():
         tensor.zero_()
-    saving.load(manifest, path, learner, mesh)  # type: ignore[arg-type]
+    saving.load(manifest, path, learner, mesh)
     shards = local_shards(learner.tensors())
     whole = checkpoint.read_full(path, shards)
     for name, shard in shards.items():
