@@ -356,7 +356,9 @@ class GrowthConfig:
     ligo_init: str = ""
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
     ligo_steps: int = 100  # steps that learn the maps
-    ligo_lr: float = 1e-3  # of the maps' AdamW; falls linearly to zero over ligo_steps
+    # Of the maps' AdamW; falls linearly to zero over ligo_steps. Of 1e-3, 3e-4 and 1e-4 the last ended lowest with
+    # full_rank, and as low as any with tied (docs/results.md: llama_both, llama_width)
+    ligo_lr: float = 1e-4
     ligo_warmup_steps: int = 0  # linear warm-up of ligo_lr, before it falls
     ligo_weight_decay: float = 0.0  # of all maps
     ligo_beta1: float = 0.9

@@ -365,7 +365,7 @@ def quickstart_grown_salt() -> Config:
     return dataclasses.replace(
         _quickstart("grown_salt", _quickstart_large_model(), steps=200, lr=1e-3),
         init=InitConfig(from_=f"{QUICKSTART}/small"),
-        growth=GrowthConfig(method="ligo", optimizer="reset", ligo_steps=10),
+        growth=GrowthConfig(method="ligo", optimizer="reset", ligo_steps=10, ligo_lr=1e-3),
         salt=SaltConfig(
             teacher=f"{QUICKSTART}/small", steps=60, weight=0.3, scores=f"{QUICKSTART}/scores", keep_fraction=0.5
         ),
@@ -390,6 +390,7 @@ def quickstart_whole() -> Config:
             optimizer="reset",
             rewarmup_steps=10,
             ligo_steps=10,
+            ligo_lr=1e-3,
         ),
         salt=SaltConfig(teacher=GROWN, steps=60, weight=0.3, online_buffer=8, keep_fraction=0.5),
         optim=dataclasses.replace(whole.optim, decay_fraction=80 / 600),

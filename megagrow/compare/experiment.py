@@ -24,8 +24,8 @@ from megagrow.compare.recipes import RECIPES
 from megagrow.compare.record import Line, key_of, settings_of
 from megagrow.compare.runner import Runner
 from megagrow.compare.suite import SMALL, TUNING_SEED, Suite
-from megagrow.compare.sweep import Sweep, Tried, Try
-from megagrow.config import Config, GrowthConfig, RunConfig
+from megagrow.compare.sweep import MAP_RATES, Sweep, Tried, Try
+from megagrow.config import Config, RunConfig
 from megagrow.errors import ConfigError
 from megagrow.report.run import Json
 from megagrow.train.growing import check_recipes
@@ -244,7 +244,7 @@ class Experiment:
     def _tunes_maps(self, arm: str) -> bool:
         """Whether an arm learns maps at a rate that is not its point."""
         growth = self.config(self.sweep.best(arm), TUNING_SEED).growth
-        return growth.learns_maps and growth.ligo_steps > 0 and growth.ligo_lr == GrowthConfig().ligo_lr
+        return growth.learns_maps and growth.ligo_steps > 0 and growth.ligo_lr == MAP_RATES[0]
 
     def _check(self, config: Config) -> None:
         """Raises ConfigError where the run would be refused when it begins."""

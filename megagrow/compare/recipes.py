@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Literal
 
 from megagrow.compare.pair import Pair
+from megagrow.compare.sweep import MAP_RATES
 from megagrow.config import Config, GrowthConfig, SaltConfig, require
 from megagrow.earlier_growth import SIZES, EarlierGrowth
 from megagrow.growth.bootstrap import bootstrapped
@@ -206,14 +207,15 @@ def clone_noise(config: Config, pair: Pair) -> Config:
 
 def _ligo(config: Config, pair: Pair, times: float = 1, **ligo: Any) -> Config:
     """LiGO with `times` the usual learning steps; as by default, its maps are of full rank."""
-    return _grown(config, pair, "ligo", **({"ligo_steps": round(times * pair.ligo_steps)} | ligo))
+    usual = {"ligo_steps": round(times * pair.ligo_steps), "ligo_lr": MAP_RATES[0]}
+    return _grown(config, pair, "ligo", **(usual | ligo))
 
 
 def _ligo_by(config: Config, pair: Pair, variant: str, init: str, times: float, lr: float) -> Config:
     return _ligo(config, pair, times, ligo_variant=variant, ligo_init=init, ligo_lr=lr)
 
 
-_TIED = {"variant": "tied", "init": "clone", "times": 1, "lr": GrowthConfig().ligo_lr}
+_TIED = {"variant": "tied", "init": "clone", "times": 1, "lr": MAP_RATES[0]}
 _ABOUT = "LiGO (Wang et al., 2023), maps {variant} from {init}, {times} x the usual learning steps at {lr:g}"
 _variants(
     _ligo_by,

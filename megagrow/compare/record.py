@@ -21,7 +21,7 @@ from megagrow.json_file import parse_object
 from megagrow.ledger import Ledger
 from megagrow.report.run import Json, Run
 
-GENERATION = 1  # raised when the same settings come to give other runs: by a changed default, or by the trainer itself
+GENERATION = 2  # raised when the same settings come to give other runs: by a changed default, or by the trainer itself
 _REMEDY = "restore the file, or delete the line to run it again"
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 from megagrow.errors import ConfigError
 
-MAP_RATES = (3e-4, 1e-4)  # beside the default, 1e-3; higher ones ended higher wherever they were tried (docs/ligo.md)
+# The first is that of the first round; higher ones ended higher wherever they were tried (docs/ligo.md)
+MAP_RATES = (1e-3, 3e-4, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _loss(row: Tried) -> float:
 def _second(best: Try, rates: Sequence[float], tunes_maps: bool) -> list[Try]:
     """The tries that follow from the best of the first ones."""
     if tunes_maps:
-        return [replace(best, map_lr=lr) for lr in MAP_RATES]
+        return [replace(best, map_lr=lr) for lr in MAP_RATES[1:]]
     half = math.sqrt(rates[1] / rates[0])
     ends = {min(rates): (1 / half, 1 / half**2), max(rates): (half, half**2)}
     return [replace(best, lr=best.lr * factor) for factor in ends.get(best.lr, (1 / half, half))]

@@ -64,8 +64,7 @@ DECODERS: dict[Kind, Way] = {
         "20 to 35 %, or nothing",
         "published: SPARKLING (2026) on a mixture of experts, grown in mid-run with the old units' moments, which a "
         "growth at start-up does not have; Du et al. (2024) found no growth in width that beat scratch at equal FLOPs; "
-        "here, at toy scale and with a large model for which the budget was too small, 26 %, and 8 % with the small "
-        "model charged (docs/results.md)",
+        "here, at toy scale, 24 %, and 6 % with the small model charged, of three seeds -9 to 25 (docs/results.md)",
     ),
 }
 ENCODERS: dict[Kind, Way] = {
