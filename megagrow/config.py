@@ -357,7 +357,7 @@ class GrowthConfig:
     ligo_noise: float = 0.3  # breaks the symmetry of copies: std of new map rows, relative to 1/sqrt(source size)
     ligo_steps: int = 100  # steps that learn the maps
     # Of the maps' AdamW; falls linearly to zero over ligo_steps. Of 1e-3, 3e-4 and 1e-4 the last ended lowest with
-    # full_rank, and as low as any with tied (docs/results.md: llama_both, llama_width)
+    # full_rank; tied would rather have 3e-4, by 0.003 to 0.011 nats (docs/results.md: llama_both, llama_width)
     ligo_lr: float = 1e-4
     ligo_warmup_steps: int = 0  # linear warm-up of ligo_lr, before it falls
     ligo_weight_decay: float = 0.0  # of all maps

@@ -229,8 +229,8 @@ def mslt_llama_125m() -> Config:
     Multi-stage layerwise training (MSLT, Yang et al., 2020): the new layers, on top, are copies of the older ones,
     which stand still, so that their backward pass is left out; the last stage trains all.
 
-    Cost: 75 % of the FLOPs of `llama_125m`. Not yet run to its end here. At toy scale, with stages of these shares, it
-    saved 46 % of the FLOPs, the most of six arms that end with one depth (docs/results.md, llama_depth).
+    Cost: 75 % of the FLOPs of `llama_125m`. Not yet run to its end here. At toy scale, with stages of these steps, it
+    saved 46 % of the FLOPs all-in, the most of six arms that end with one depth (docs/results.md, llama_depth).
     torchrun --nproc-per-node 8 -m megagrow mslt_llama_125m --data.train PREFIX --data.validation PREFIX …
     """
     whole = llama_125m()
@@ -283,7 +283,7 @@ def inherit_llama_125m() -> Config:
     The paper's settings: temperature 2 in both models, the teacher's share falls from 1 to 0 over the first 44 % of the
     run. Cost: 4.80e18 FLOPs for 2.6B tokens, plus 7.1 % for the teacher. Not yet run to its end here. Rests on
     docs/results.md, salt (`ki`): at toy scale it saved 21 % of the FLOPs where the teacher was a gift, SALT 7 %; with
-    one that took a fifth of the budget charged, it saved nothing.
+    one that took a fifth of the budget charged, it saved 1 %, which three seeds do not tell from nothing.
     torchrun --nproc-per-node 8 -m megagrow inherit_llama_125m --salt.teacher runs/llama_125m --data.train PREFIX …
     """
     return dataclasses.replace(

@@ -3,7 +3,7 @@
     python tools/grow_checkpoint.py runs/small grown --target large.yaml --method clone
     torchrun --nproc-per-node 8 tools/grow_checkpoint.py SRC DST … --tensor 2
     python tools/grow_checkpoint.py SRC DST … --method net2net+insert_identity --breaker noise
-    python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100 --lr 3e-3
+    python tools/grow_checkpoint.py SRC DST … --method ligo --data PREFIX --steps 100
 
 SRC is an own checkpoint, a run directory or a Hugging Face folder; DST gets the same format. CONFIG is a preset, a YAML
 file or a Hugging Face config.json. `ligo` learns its maps on --data and leaves them beside DST, or applies maps learned
