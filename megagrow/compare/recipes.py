@@ -216,7 +216,9 @@ def _ligo_by(config: Config, pair: Pair, variant: str, init: str, times: float, 
 
 
 _TIED = {"variant": "tied", "init": "clone", "times": 1, "lr": MAP_RATES[0]}
-_ABOUT = "LiGO (Wang et al., 2023), maps {variant} from {init}, {times} x the usual learning steps at {lr:g}, unless tuned"
+_ABOUT = (
+    "LiGO (Wang et al., 2023), maps {variant} from {init}, {times} x the usual learning steps at {lr:g}, unless tuned"
+)
 _variants(
     _ligo_by,
     _ABOUT,
