@@ -15,7 +15,7 @@ from megagrow.compare.record import Record
 from megagrow.compare.runner import Runner
 from megagrow.compare.suite import NEVER_GROWN, SCRATCH, SMALL, TUNING_SEED
 from megagrow.compare.suites import SIZES, SUITES, suite
-from megagrow.compare.sweep import Sweep, Try
+from megagrow.compare.sweep import MAP_RATES, Sweep, Try
 from megagrow.config import Config, TrainConfig
 from megagrow.errors import ConfigError
 from megagrow.roles import num_parameters
@@ -81,6 +81,12 @@ def test_growth_starts_from_the_shared_small_model_and_forgets_moments() -> None
     unlearned = RECIPES["ligo_0"](*pair()).growth
     assert (unlearned.method, unlearned.ligo_steps) == ("ligo", 0)
     assert replace(unlearned, ligo_steps=RECIPES["ligo"](*pair()).growth.ligo_steps) == RECIPES["ligo"](*pair()).growth
+
+
+def test_arms_that_learn_maps_begin_at_the_first_rate_but_those_about_a_rate() -> None:
+    learning = {name: RECIPES[name](*pair()).growth for name in RECIPES if name.startswith("ligo") and name != "ligo_0"}
+    rates = {name: growth.ligo_lr for name, growth in learning.items() if growth.ligo_lr != MAP_RATES[0]}
+    assert len(learning) >= 8 and rates == {"ligo_slow": 3e-4, "ligo_fast": 1e-2}
 
 
 def test_arms_without_a_small_model_name_none() -> None:
