@@ -25,9 +25,9 @@ LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
         ("a.jsonl", LINES),
         ("a.ndjson", LINES.rstrip(b"\n")),
         ("Y.JSONL", LINES),
-        ("Y.JsonL.GZ", gzip.compress(LINES)),
+        ("Y.JsonL.GZ", gzip.compress(LINES, mtime=0)),
         ("a.JSONL.gz.jsonl", b"\xef\xbb\xbf" + LINES),
-        ("a.jsonl.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
+        ("a.jsonl.gz", gzip.compress(LINES[:40], mtime=0) + gzip.compress(LINES[40:], mtime=0)),
     ],
 )
 def test_json_lines(tmp_path: Path, name: str, content: bytes) -> None:
