@@ -2,7 +2,8 @@
 
     faulty.py CORPUS DIRECTORY TIMEOUT FAULT RANK STEP
 
-The fault comes after the batch has been read, when STEP steps are done. DIRECTORY.fault is made just before it.
+The fault comes after the batch has been read, when STEP steps are done. DIRECTORY.fault is as old as the last progress
+before it.
 """
 
 import ctypes
@@ -57,8 +58,8 @@ def faulty_run(config: Config, fault: str, rank: int, step: int) -> int:
     def faulty(*args: Any, **kwargs: Any) -> Any:
         batch = make_batch(*args, **kwargs)
         if heartbeat.here.step == step and int(os.environ.get("RANK", "0")) == rank:
+            Path(f"{config.run.dir}.fault").touch()  # now: the last mark is as old as this
             time.sleep(2 * PUBLISH_SECONDS)  # what others will say of this rank is what it has told them
-            Path(f"{config.run.dir}.fault").touch()
             FAULTS[fault]()
         return batch
 
