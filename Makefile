@@ -70,10 +70,11 @@ peers: setup .peers/.installed ## kernels, data and exchange against liger-kerne
 	$(pip) --no-deps --target .peers --requirement $<
 	touch $@
 
-# With the python that is there, from the source tree: torch has to be one that sees the GPU.
-gpu: ## kernels and training steps on one GPU (ten minutes); results in benchmarks/results
-	PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) benchmarks/gpu_kernels.py --seconds 240
-	PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) benchmarks/gpu_train.py
+# With the python that is there, from the source tree: torch has to be one that sees the GPU, and the README's packages
+# beside it or in PYTHONPATH. GPU_OUTPUT is a folder for copies of the results.
+gpu: ## kernels and training steps on one GPU (nine minutes); results in benchmarks/results
+	PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) benchmarks/gpu_kernels.py --seconds 200 $(GPU_OUTPUT:%=--output %)
+	PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) benchmarks/gpu_train.py $(GPU_OUTPUT:%=--output %)
 
 clean: ## remove what was built and cached, not .venv and runs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

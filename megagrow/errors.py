@@ -1,6 +1,6 @@
 """What can go wrong for a user, and the exit code that each case ends the program with.
 
-Every message is one line: what, where, the rule, the remedy. The traceback is shown only with `--run.debug`.
+Every message is one line: what, where, the rule, the remedy. The traceback is shown only with `--run.debug true`.
 """
 
 import reprlib

@@ -1,6 +1,6 @@
 """Compare ways of getting a large model, at matched cost, each with its own learning rate.
 
-    python tools/compare.py llama_depth                      # six arms, three seeds: 40 minutes on two CPU cores
+    python tools/compare.py llama_depth                      # six arms, three seeds: 80 minutes on two CPU cores
     python tools/compare.py llama_depth --full               # all arms, one seed; of the best, three
     python tools/compare.py llama_depth --gpu --minutes 10   # shapes for a GPU; again, until it says that it is done
     python tools/compare.py llama_depth --data TEXT          # a folder of text instead of the built-in corpus

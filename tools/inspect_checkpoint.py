@@ -1,4 +1,4 @@
-"""Show what a checkpoint holds: step, layout, configuration, provenance and tensors.
+"""Show what a checkpoint holds: step, layout, costs, configuration, provenance and tensors.
 
     python tools/inspect_checkpoint.py runs/quickstart/small --verify
 
@@ -23,6 +23,7 @@ from megagrow.checkpoint.source import Source, open_source
 from megagrow.config import require
 from megagrow.config_file import to_dict
 from megagrow.errors import CheckpointError
+from megagrow.ledger import Ledger
 from megagrow.roles import num_parameters
 
 
@@ -70,10 +71,17 @@ def facts(path: Path, manifest: Manifest) -> Table:
     table.add_row("step", f"{manifest.step:,}")
     table.add_row("on disk", f"{on_disk:,} bytes in {len(manifest.files)} files")
     rows = {"saved by": manifest.layout, "provenance": manifest.provenance}
+    rows |= {f"cost.{name}": totals for name, totals in costs(path, manifest).items()}
     rows |= {f"config.{name}": section for name, section in manifest.config.items()}
     for name, value in rows.items():
         table.add_row(name, summary(value))
     return table
+
+
+def costs(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """FLOPs, tokens and seconds by both conventions, where a ledger came along; None: not known."""
+    kept = manifest.state.get("ledger")
+    return Ledger.from_dict(kept, f"{path}: ledger").totals() if kept else {}
 
 
 def summary(value: Any) -> str:

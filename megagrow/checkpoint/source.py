@@ -199,7 +199,7 @@ def judge_fit(loss: float, vocab_size: int, name: str, skip: bool) -> float:
         raise DataError(
             f"{name} has loss {loss:.3f} on the data, chance is {math.log(vocab_size):.3f} and the limit {limit:.3f}: "
             "its tokenizer or weights do not fit this data; use data made with its tokenizer, "
-            "or --init.skip-source-check (--skip-source-check of tools) to go on all the same"
+            "or --init.skip-source-check true (--skip-source-check of tools) to go on all the same"
         )
     return loss
 

@@ -26,6 +26,7 @@ from megagrow.json_file import parse_object
 HELD_OUT = ("valid", "validation")  # names of the folder
 TOKENIZER_BYTES = 16 << 20  # of text that the tokenizer is trained on
 DONE = "corpus.json"
+TEXT_FILES = "text files"  # the kind of a corpus whose facts name none
 
 
 @dataclass(frozen=True)
@@ -82,26 +83,29 @@ def make_corpus(data: Path | None, output: Path, vocab_size: int, limit_bytes: i
         build_corpus(folder, vocab_size, limit_bytes)
         description = IndexedDataset(folder / "train").description
         assert description is not None, "it has just been written"
-        return Corpus(folder, "built-in", str(description["source_settings"]["documents_sha256"]))
+        corpus = Corpus(folder, "built-in", str(description["source_settings"]["documents_sha256"]))
+        if not _is_complete(corpus, vocab_size):
+            _complete(corpus, vocab_size)
+        return corpus
     if (data / DONE).is_file():
         return _made_elsewhere(data, vocab_size)
     files = _files(data)
     sha256 = _hash_of(files, data)
     folder = output / f"{sha256[:12]}-{vocab_size}"
-    corpus = Corpus(folder, "text files", sha256)
-    facts: dict[str, str | int] = {"sha256": sha256, "vocab_size": vocab_size}
-    if not _is_complete(folder, facts):
+    corpus = Corpus(folder, TEXT_FILES, sha256)
+    if not _is_complete(corpus, vocab_size):
         _write(corpus, files, data, vocab_size)
-        write_atomically(folder / DONE, (json.dumps(facts) + "\n").encode())
+        _complete(corpus, vocab_size)
     return corpus
 
 
 def _made_elsewhere(folder: Path, vocab_size: int) -> Corpus:
     path = folder / DONE
     facts = parse_object(path.read_bytes(), path, DataError, "tokenize the text again")
-    if set(facts) != {"sha256", "vocab_size"} or facts["vocab_size"] != vocab_size:
+    corpus = Corpus(folder, str(facts.get("kind", TEXT_FILES)), str(facts.get("sha256")))
+    if facts != _facts(corpus, vocab_size):
         raise DataError(f"{path}: is not of tokens of {vocab_size} kinds, which this comparison is about: {facts}")
-    return Corpus(folder, "text files", str(facts["sha256"]))
+    return corpus
 
 
 def _files(data: Path) -> list[Path]:
@@ -128,9 +132,21 @@ def _hash_of(files: list[Path], data: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_complete(folder: Path, facts: dict[str, str | int]) -> bool:
-    path = folder / DONE
-    return path.is_file() and parse_object(path.read_bytes(), path, DataError, "remove its folder") == facts
+def _facts(corpus: Corpus, vocab_size: int) -> dict[str, str | int]:
+    kind = {} if corpus.kind == TEXT_FILES else {"kind": corpus.kind}
+    return {**kind, "sha256": corpus.sha256, "vocab_size": vocab_size}
+
+
+def _is_complete(corpus: Corpus, vocab_size: int) -> bool:
+    path = corpus.folder / DONE
+    if not path.is_file():
+        return False
+    return parse_object(path.read_bytes(), path, DataError, "remove its folder") == _facts(corpus, vocab_size)
+
+
+def _complete(corpus: Corpus, vocab_size: int) -> None:
+    """Says what the token files are of, once they are there."""
+    write_atomically(corpus.folder / DONE, (json.dumps(_facts(corpus, vocab_size)) + "\n").encode())
 
 
 def _write(corpus: Corpus, files: list[Path], data: Path, vocab_size: int) -> None:

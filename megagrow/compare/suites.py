@@ -214,6 +214,8 @@ def _base(scale: Scale, model: ModelConfig, steps: int, size: str) -> Config:
             eval_after_growth=interval,  # how soon a loss is recovered is told to a factor of two
             eval_batches=scale.eval_batches,
             threads=0 if is_gpu else 1,
+            # Chunks of 1,024 tokens would be most of the launches of a step of such models
+            loss_chunk=scale.batch * scale.seq_length if is_gpu else TrainConfig.loss_chunk,
         ),
         optim=OptimConfig(warmup_steps=max(steps // 30, 1), decay_fraction=0.4),
         checkpoint=CheckpointConfig(interval=max(steps // 4, 1), keep_last=1),

@@ -94,7 +94,7 @@ def continue_blend(
     if not may_change:
         raise CheckpointError(
             f"data.train was {describe_blend(saved.weights)} when the run was saved and is {describe_blend(weights)} "
-            "now; restore it, or set --data.change-blend to go on with other data (data.order=megagrow only)"
+            "now; restore it, or set --data.change-blend true to go on with other data (data.order=megagrow only)"
         )
     return saved.changed(weights, cursor, datasets)
 
@@ -106,7 +106,7 @@ def _check_unchanged(saved: Mapping[str, DatasetIdentity], datasets: Mapping[str
             raise CheckpointError(
                 f"{prefix}: is not the dataset that the run was saved with, which had {before.num_samples} samples and "
                 f"has {now.num_samples} now: its cursor means nothing in another; put it back, or give the new one a "
-                "name of its own and set --data.change-blend (data.order=megagrow only)"
+                "name of its own and set --data.change-blend true (data.order=megagrow only)"
             )
 
 

@@ -10,8 +10,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from megagrow.checkpoint.remote import as_path
 from megagrow.config_file import load_file
+from megagrow.ledger import Ledger, Phase
 from megagrow.roles import num_parameters
-from tests.checkpoint.samples import save_step
+from tests.checkpoint.samples import rewrite_manifest, save_step
 from tests.growth.test_offline import SOURCE, save_hf
 
 TOOL = Path(__file__).parents[2] / "tools" / "inspect_checkpoint.py"
@@ -65,6 +66,20 @@ def test_a_run_on_a_store_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect("nosuch://bucket/run") == 4
     assert "nosuch://bucket/run: " in capsys.readouterr().err
     MemoryFileSystem.store.clear()
+
+
+def test_it_shows_what_a_run_has_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(phases=[Phase("train", steps=2, tokens=1000, flops=3e9, seconds=1.5)])
+    ledger.inherit("source", "a folder", Ledger.outside(flops=1e9))
+    path = save_step(tmp_path, 2)
+    rewrite_manifest(path, lambda record: record["state"].update(ledger=ledger.to_dict()))
+    assert inspect(path) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "│ cost.papers_convention │ flops=3000000000.0, tokens=1000, seconds=1.5 │" in shown
+    assert "│ cost.all_in │ flops=4000000000.0, tokens=None, seconds=None │" in shown
+    rewrite_manifest(path, lambda record: record["state"]["ledger"]["phases"][0].update(flops=-1))
+    assert inspect(path) == 4
+    assert "flops=-1 must be finite and not negative" in capsys.readouterr().err
 
 
 def test_damage_is_one_line_and_exit_code_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,9 +50,11 @@ def test_without_such_folders_some_texts_are_held_out_by_their_hash(tmp_path: Pa
 
 
 def test_the_built_in_corpus_has_a_hash_of_its_documents(tmp_path: Path) -> None:
-    corpus = make_corpus(None, tmp_path, 512, limit_bytes=200_000)
+    corpus = make_corpus(None, tmp_path / "out", 512, limit_bytes=200_000)
     assert corpus.kind == "built-in" and len(corpus.sha256) == 64
-    assert make_corpus(None, tmp_path, 512, limit_bytes=200_000) == corpus
+    assert make_corpus(None, tmp_path / "out", 512, limit_bytes=200_000) == corpus
+    moved = shutil.copytree(corpus.folder, tmp_path / "tokens")
+    assert make_corpus(moved, tmp_path / "none", 512) == replace(corpus, folder=moved)
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_source_that_does_not_fit_the_data(
     corpus: Path, untrained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(corpus, tmp_path / "run", init=InitConfig(from_=str(untrained)))
-    expect(config, 3, ["do not fit", "--init.skip-source-check"], capfd, tmp_path)
+    expect(config, 3, ["do not fit", "--init.skip-source-check true"], capfd, tmp_path)
     init = InitConfig(from_=str(untrained), skip_source_check=True)
     assert run(make_config(corpus, tmp_path / "anyway", steps=1, init=init)) == 0
 

@@ -43,7 +43,7 @@ def test_a_blend_changes_when_the_user_says_so(
     longer = dataclasses.replace(before, train=dataclasses.replace(before.train, steps=8))
     after = with_data(longer, train=f"1 {corpus}/part1 1 {corpus}/part2")
     assert run(after) == 4
-    assert "set --data.change-blend to go on with other data" in capfd.readouterr().err
+    assert "set --data.change-blend true to go on with other data" in capfd.readouterr().err
     assert run(with_data(after, change_blend=True)) == 0
     shown = capfd.readouterr()
     assert f"data.train was {blend} when step-4 was saved and is 1 {corpus}/part1 1" in shown.err + shown.out
