@@ -395,9 +395,11 @@ def limit_collectives(timeout: float) -> None:
     Groups that torch makes for a mesh have limits of their own, 30 minutes on gloo and 10 on NCCL.
     """
     limit = timedelta(seconds=COLLECTIVE_FACTOR * timeout)
+    public = getattr(dist, "set_timeout", None)  # torch 2.14 has it, and warns of the other
+    set_timeout = public or distributed_c10d._set_pg_timeout
     for group, (backend, _) in distributed_c10d._world.pg_map.items():
         if "gloo" in backend or "nccl" in backend:
-            distributed_c10d._set_pg_timeout(limit, group)
+            set_timeout(limit, group)
 
 
 def _blame(beat: Beat) -> tuple[bool, bool, int, float]:

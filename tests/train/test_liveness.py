@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -287,6 +289,15 @@ def time_limits() -> set[float]:
 
 def test_no_collective_of_any_group_gives_up_before_the_watchdog() -> None:
     assert run_ranks(time_limits, 4) == [{2400.0}] * 4
+
+
+def test_collectives_are_limited_by_the_public_name_where_torch_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[tuple[timedelta, str]]()
+    groups = {"a": ("gloo", None), "b": ("fake", None), "c": ("cpu:gloo,cuda:nccl", None)}
+    monkeypatch.setattr(watchdog, "distributed_c10d", SimpleNamespace(_world=SimpleNamespace(pg_map=groups)))
+    monkeypatch.setattr(dist, "set_timeout", lambda limit, group: given.append((limit, group)), raising=False)
+    limit_collectives(2.0)
+    assert given == [(timedelta(seconds=8), "a"), (timedelta(seconds=8), "c")]
 
 
 class SilentStore:
