@@ -202,7 +202,7 @@ class Engine:
         return broadcast_from(sum_over(sums, self.mesh.tokens), self.mesh.loss_rank, self.mesh.pp)
 
     def _make_stages(self, activation: Tensor, ids: Tensor) -> list[PipelineStage]:
-        loss = torch.empty(1, dtype=torch.float32, device="meta")
+        loss = torch.empty(1, dtype=torch.promote_types(activation.dtype, torch.float32), device="meta")
         return [
             PipelineStage(
                 module,

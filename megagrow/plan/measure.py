@@ -37,7 +37,7 @@ def kept_memory(run: Callable[[], Any]) -> int:
 
 def _record(run: Callable[[], Any]) -> list[Any]:
     gc.collect()  # what an earlier recording has seen would count when it is freed in this one
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:  # 2.11 warns
         result = run()
     events = recorded.profiler.kineto_results.events()
     del result
