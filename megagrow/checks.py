@@ -4,6 +4,8 @@ Each rule raises ConfigError with the value, the rule and the remedy. `check` st
 `problems` lists all of them, for planning.
 """
 
+import torch
+
 from megagrow.config import (
     Config,
     ModelConfig,
@@ -26,6 +28,8 @@ from megagrow.timeline import (
     settling_steps,
     step_tokens,
 )
+
+SPLITS_BACKWARD_SINCE = (2, 13)  # of torch; 2.11 asks nodes of autograd.Function for what only its own nodes have
 
 # Fields of a model that growth keeps: what kind of model it is, and sizes that nothing can stretch.
 KIND_FIELDS = (
@@ -172,6 +176,11 @@ def check_schedule(config: Config, world_size: int) -> None:
     parallel, train = config.parallel, config.train
     if not parallel.splits_backward:
         return
+    require(
+        tuple(map(int, torch.__version__.split(".")[:2])) >= SPLITS_BACKWARD_SINCE,
+        f"parallel.schedule={parallel.schedule} needs torch 2.13; {torch.__version__}, which is here, cannot make "
+        "weights' gradients apart from those of inputs; use Interleaved1F1B or 1F1B",
+    )
     require(
         train.recompute == "none",
         f"train.recompute={train.recompute} with parallel.schedule={parallel.schedule} would run each block again for "

@@ -230,6 +230,15 @@ class Ledger:
         return cls.from_dict(data, str(path))
 
 
+def costs_of(state: dict[str, Any], where: str) -> dict[str, Totals]:
+    """The totals of the ledger that came along in a checkpoint's state; {}: none did.
+
+    Raises:
+        CheckpointError: see `Ledger.from_dict`.
+    """
+    return Ledger.from_dict(state["ledger"], f"{where}: ledger").totals() if state.get("ledger") else {}
+
+
 def _sum(values: list[Any]) -> Any:
     return None if any(v is None for v in values) else sum(values)
 

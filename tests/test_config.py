@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megagrow import presets
 from megagrow.checks import check, problems
@@ -502,6 +503,23 @@ def test_the_default_microbatch_divides_the_share(share: int, pipeline: int, siz
 
 FINITE = ("lr", "eps", "weight_decay", "clip_norm", "spike_sigma", "min_lr_ratio")
 YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 8}
+
+
+@pytest.mark.parametrize(
+    ("version", "serves"),
+    [("2.11.0+cu128", False), ("2.12.1", False), ("2.13.0a0+nv26.5", True), ("2.13.0+cpu", True), ("3.0.0", True)],
+)
+def test_an_older_torch_is_refused_schedules_that_split_the_backward_pass(
+    version: str, serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    check(config_with(parallel=ParallelConfig(pipeline=2, schedule="Interleaved1F1B", stages_per_rank=2)), 2)
+    split = config_with(parallel=ParallelConfig(pipeline=2, schedule="DualPipeV"))
+    if serves:
+        check(split, 2)
+    else:
+        with pytest.raises(ConfigError, match=r"DualPipeV needs torch 2\.13; 2\.1.*; use Interleaved1F1B or 1F1B"):
+            check(split, 2)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from megagrow.checkpoint.source import Source, open_source
 from megagrow.config import require
 from megagrow.config_file import to_dict
 from megagrow.errors import CheckpointError
-from megagrow.ledger import Ledger
+from megagrow.ledger import costs_of
 from megagrow.roles import num_parameters
 
 
@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CKPT")
     parser.add_argument("--verify", action="store_true", help="compare every byte with its digest")
     options = parser.parse_args()
-
     if is_hf_folder(as_path(options.checkpoint)):
         require(not options.verify, "--verify: a Hugging Face folder holds no digests to compare with")
         show_folder(open_source(options.checkpoint))
@@ -67,21 +66,15 @@ def show(path: Path, manifest: Manifest) -> None:
 def facts(path: Path, manifest: Manifest) -> Table:
     """One row per fact and per section of the configuration."""
     table = Table(title=str(path), show_header=False)
-    on_disk = sum(entry.num_bytes for entry in manifest.files.values())
     table.add_row("step", f"{manifest.step:,}")
-    table.add_row("on disk", f"{on_disk:,} bytes in {len(manifest.files)} files")
+    sizes = [entry.num_bytes for entry in manifest.files.values()]
+    table.add_row("on disk", f"{sum(sizes):,} bytes in {len(sizes)} files")
     rows = {"saved by": manifest.layout, "provenance": manifest.provenance}
-    rows |= {f"cost.{name}": totals for name, totals in costs(path, manifest).items()}
+    rows |= {f"cost.{name}": spent for name, spent in costs_of(manifest.state, str(path)).items()}
     rows |= {f"config.{name}": section for name, section in manifest.config.items()}
     for name, value in rows.items():
         table.add_row(name, summary(value))
     return table
-
-
-def costs(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """FLOPs, tokens and seconds by both conventions, where a ledger came along; None: not known."""
-    kept = manifest.state.get("ledger")
-    return Ledger.from_dict(kept, f"{path}: ledger").totals() if kept else {}
 
 
 def summary(value: Any) -> str:
@@ -96,9 +89,9 @@ def tensors(manifest: Manifest) -> Table:
     table.add_column("bytes", justify="right")
     for name, entry in sorted(manifest.tensors.items()):
         table.add_row(name, entry.dtype, str(list(entry.shape)), f"{entry.num_bytes:,}")
-    total = sum(entry.num_bytes for entry in manifest.tensors.values())
     table.add_section()
-    table.add_row(f"{len(manifest.tensors):,} tensors", "", "", f"{total:,}")
+    sizes = [entry.num_bytes for entry in manifest.tensors.values()]
+    table.add_row(f"{len(sizes):,} tensors", "", "", f"{sum(sizes):,}")
     return table
 
 
