@@ -7,7 +7,7 @@ autograd really saves. All figures are bytes of one microbatch on one rank.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megagrow import ops
+from megagrow import cpu_ops, ops
 from megagrow.config import ModelConfig
 from megagrow.parallel.loss import CACHES, tokens_at_once
 from megagrow.parallel.loss_terms import teacher_tokens
@@ -317,8 +317,8 @@ def loss(
 ) -> Loss:
     """The gradients that the loss computes in its forward pass, and what that takes.
 
-    Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. The gradient of the output
-    matrix is summed in float32, piece by piece; a CPU converts each.
+    Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. What the passes over them
+    take is gone when the states' gradient is computed, and that when the output matrix's is.
     """
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
@@ -329,12 +329,23 @@ def loss(
     taught = min(logits, teacher_tokens(rows, width, device) * rows) if teacher is not None else 0
     kept = size.whole + 4 * summed + (0 if model.is_causal else 4 * rows)  # gradients of states, matrix and bias
     copy = width * matrix if layout.casts_at_use else 0
-    piece = min(rows, ops.piece_rows(device, model.hidden_size, width)) if head_learns else 0
-    added = (width + (4 if device == "cpu" and width == 2 else 0)) * piece * model.hidden_size
-    working = copy + width * (logits + taught) + max(added, size.whole)
-    working += _twin_rows(layout, taught or logits, device, with_teacher=teacher is not None)
-    working += _of_cached(layout, cached, chunk, logits) if cached is not None else 0
+    passes = width * taught + _twin_rows(layout, taught or logits, device, with_teacher=teacher is not None)
+    passes += _of_cached(layout, cached, chunk, logits) if cached is not None else 0
+    added = _of_head_gradient(layout, device, rows, chunk) if head_learns else 0
+    working = copy + width * logits + max(passes, added, size.whole)
     return Loss(kept, kept + working, kept + (size.whole * size.wide if width == 2 and device == "cpu" else 0))
+
+
+def _of_head_gradient(layout: Layout, device: DeviceType, rows: int, chunk: int) -> int:
+    """A piece of the output matrix's gradient, which is summed in float32, piece by piece; a CPU converts each.
+
+    oneDNN lays out anew the logits that a piece comes from.
+    """
+    width, hidden = layout.width, layout.model.hidden_size
+    piece = min(rows, ops.piece_rows(device, hidden, width))
+    converted = 4 if device == "cpu" and width == 2 else 0
+    laid_out = width * chunk if device == "cpu" and width == 4 and cpu_ops.TAKES_FLOAT32 else 0
+    return piece * ((width + converted) * hidden + laid_out)
 
 
 def _of_cached(layout: Layout, cached: Cached, chunk: int, logits: int) -> int:
@@ -364,7 +375,8 @@ def _twin_rows(layout: Layout, logits: int, device: DeviceType, with_teacher: bo
     serving = ops.chosen(train.kernels) if device == "cuda" else ()
     if train.compile or ("distill_loss" if with_teacher else "vocab_loss") in serving:
         return 0
-    arrays = 2 if not with_teacher else 5 if layout.width == 4 else 7  # of narrow logits, wide copies too
+    own, taught = (1, 5) if layout.width == 4 else (2, 7)  # of narrow logits, wide copies too
+    arrays = taught if with_teacher else own
     return 4 * arrays * min(logits, chunk_logits(device))
 
 

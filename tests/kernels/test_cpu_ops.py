@@ -1,5 +1,8 @@
 """The CPU's own operations against their definitions, in every direction, and as a compiler sees them."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,6 +37,12 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplies, whatever processor the tests have."""
+    monkeypatch.setattr(cpu_ops, "TAKES_FLOAT32", True)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_and_its_gradients(bias: bool) -> None:
     x, weight = normal(2, 3, 8).requires_grad_(), normal(5, 8).requires_grad_()
@@ -66,6 +75,24 @@ def test_float32_goes_to_onednn_and_empty_factors_do_not() -> None:
     ):
         assert not cpu_ops.serves_product(a_MK, b_NK)
         assert ops.product(a_MK, b_NK).shape == ops.linear(a_MK, b_NK).shape == (len(a_MK), len(b_NK))
+
+
+def test_without_avx_512_float32_stays_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_ops, "TAKES_FLOAT32", False)
+    assert not cpu_ops.serves_product(normal(2, 3), normal(4, 3))
+    test_linear_and_its_gradients(bias=True)
+    test_product_of_strided_factors(torch.float32)
+    out_MN = torch.empty(7, 5)[:, :4].fill_(torch.nan)
+    assert ops.product(normal(7, 3), normal(4, 3), out_MN) is out_MN
+    torch.testing.assert_close(out_MN, normal(7, 3) @ normal(4, 3).T)
+
+
+@pytest.mark.parametrize(("capability", "takes"), [("avx2", False), ("default", True)])
+def test_who_multiplies_follows_from_the_processor(capability: str, takes: bool) -> None:
+    code = "from megagrow import cpu_ops; print(cpu_ops.TAKES_FLOAT32)"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(takes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
