@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megagrow import ops
 from megagrow.config import OptimConfig
-from megagrow.errors import ConfigError
+from megagrow.errors import ConfigError, one_line
 from megagrow.parallel.shards import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -251,17 +251,13 @@ def _apex_problem(device: torch.device) -> str | None:
     try:
         import amp_C  # noqa: F401
     except Exception as error:
-        return f"needs the CUDA extensions of NVIDIA Apex, which do not load ({_one_line(error)}); {BUILD_APEX}"
+        return f"needs the CUDA extensions of NVIDIA Apex, which do not load ({one_line(error)}); {BUILD_APEX}"
     return None
 
 
 def _other_apex(error: Exception, package: Any = None) -> str:
     where = f" in {package.__path__[0]}" if getattr(package, "__path__", None) else ""
     return (
-        f"finds no FusedAdam in the installed package apex{where} ({_one_line(error)}); the registry's package of that "
+        f"finds no FusedAdam in the installed package apex{where} ({one_line(error)}); the registry's package of that "
         f"name is unrelated: pip uninstall apex, then {BUILD_APEX}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

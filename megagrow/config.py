@@ -267,7 +267,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # selective keeps the results of matrix products
     compile: bool = False  # torch.compile, block by block
     attention: Literal["sdpa", "flash_attn"] = "sdpa"  # sdpa: torch's own, and FlexAttention for document masks
-    kernels: Literal["measured", "all", "none"] = "measured"  # Triton's on a GPU; measured: those shown to be faster
+    kernels: Literal["measured", "all", "none"] = "measured"  # Triton's on a GPU; measured: MEASURED of serving.py
     dropout: float = 0.0  # on embeddings and both residual branches; the mask depends on (seed, step, token) only
     label_smoothing: float = 0.0  # share of each label's probability that is spread over the whole vocabulary
     z_loss: float = 0.0  # weight of the square of the logits' log-sum-exp beside the cross-entropy (PaLM: 1e-4)

@@ -7,6 +7,9 @@ import reprlib
 from itertools import islice
 from typing import Any
 
+# How long other ranks wait with an error that all share: the first tells it, and its end makes torchrun end them.
+SHARED_ERROR_SECONDS = 3.0
+
 
 class MegagrowError(Exception):
     """Base of all errors that a user can cause and mend; `exit_code` is what the program exits with."""
@@ -99,6 +102,11 @@ def shown(value: Any) -> str:
     """A value from a file as a message shows it: `repr`, cut to a short line."""
     text = _short.repr(value)
     return text if len(text) <= 120 else f"{text[:100]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def named(name: str) -> str:

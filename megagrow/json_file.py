@@ -79,6 +79,11 @@ def _problems(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
         yield named(name), "holds half a surrogate pair, which is no text"
 
 
+def is_count(value: Any) -> bool:
+    """A whole number from 0 on, of 63 bits at most."""
+    return type(value) is int and 0 <= value < 2**63
+
+
 def is_text(value: str) -> bool:
     """Whether it can be written as UTF-8: half a surrogate pair cannot."""
     try:

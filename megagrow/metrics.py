@@ -18,7 +18,7 @@ from rich.progress import Progress as RichProgress
 from megagrow.config import Config
 from megagrow.config_file import to_dict
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import ConfigError, DataError, shown
+from megagrow.errors import ConfigError, DataError, one_line, shown
 from megagrow.json_file import parse_object
 
 KEYS = (  # of a line of metrics.jsonl, always present, null where there is nothing to say
@@ -185,7 +185,7 @@ class _WandB:
             self.run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:
             print(
-                f"W&B cannot be reached ({_one_line(error)}); its data go to {run_dir / 'wandb'}",
+                f"W&B cannot be reached ({one_line(error)}); its data go to {run_dir / 'wandb'}",
                 file=sys.stderr,
             )
             self.run = wandb.init(mode="offline", **options)
@@ -195,10 +195,6 @@ class _WandB:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 class Progress:

@@ -11,6 +11,7 @@ one FFN neuron, stand together, so that a contiguous slice of rows is a whole nu
     mlp.gate_up          [ffn · 2, hidden]                        (neuron, gate | up)
 """
 
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -223,10 +224,4 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 @lru_cache(maxsize=64)  # each step names its model by it
 def num_parameters(model: ModelConfig) -> int:
     """Number of parameters; a tied embedding counts once."""
-    total = 0
-    for shape in parameter_shapes(model).values():
-        size = 1
-        for n in shape:
-            size *= n
-        total += size
-    return total
+    return sum(math.prod(shape) for shape in parameter_shapes(model).values())

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megagrow.errors import ConfigError
 
-# Files of kernels. On a GPU those of MEASURED serve by default: benchmarks/results/gpu_kernels.json shows that they
-# beat their twins, eager and compiled. The others are asked for by `train.kernels`.
+# Files of kernels. On a GPU those of MEASURED serve by default: those that beat their twins, eager and compiled, in the
+# figures that `make gpu` writes. There are none before it has run. `train.kernels=all` asks for the others.
 KERNELS = frozenset(
     {
         *("norm", "glu", "gelu", "dropout_add", "rope", "vocab_loss", "distill_loss", "adamw"),

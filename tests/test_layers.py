@@ -1,6 +1,7 @@
 """The order of imports and the sizes of files: read from the syntax, nothing is run."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -170,6 +171,15 @@ CHECKS = [order_errors, outside_errors, size_errors]
 def test_the_project_keeps_its_rules(check) -> None:
     errors = list(check(ROOT))
     assert not errors, "\n" + "\n".join(errors)
+
+
+def test_the_readme_and_the_packages_name_their_files() -> None:
+    tree = (ROOT / "README.md").read_text()
+    assert not [name for name in ORDER if not re.search(rf"^ .*\b{name}(\.py|/)", tree, re.MULTILINE)]
+    for package in ("growth", "plan", "train"):
+        folder = ROOT / "megagrow" / package
+        named = set(re.findall(r"\b\w+\.py", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""))
+        assert named == {path.name for path in folder.glob("*.py")} - {"__init__.py"}, package
 
 
 def test_the_walk_sees_the_project() -> None:

@@ -12,11 +12,9 @@ from megagrow.checkpoint.convert import tokenizer_of
 from megagrow.checkpoint.remote import LOCAL, SEPARATOR, as_path
 from megagrow.checkpoint.source import Source
 from megagrow.config import Breaker, ModelConfig, require
-from megagrow.errors import DataError, MegagrowError
+from megagrow.errors import SHARED_ERROR_SECONDS, DataError, MegagrowError
 from megagrow.growth.methods import make_recipe
 from megagrow.growth.recipe import Recipe
-
-SHARED_ERROR_SECONDS = 3.0
 
 
 class Arguments(argparse.ArgumentParser):

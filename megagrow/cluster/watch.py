@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megagrow.cluster.report import NUM_NAMED, place
-from megagrow.errors import HangError
+from megagrow.errors import SHARED_ERROR_SECONDS, HangError
 
 LIMIT_SECONDS = 170.0  # with the start of the processes under three minutes
-SHARED_ERROR_SECONDS = 3.0
 STORE_SECONDS = 5.0  # after which the store counts as silent
 REMEDY = "look at these hosts and their network, or start without them"
 

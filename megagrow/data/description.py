@@ -8,7 +8,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from megagrow.data.files import os_errors_as_data_errors
 from megagrow.errors import DataError, shown
-from megagrow.json_file import parse_object
+from megagrow.json_file import is_count, parse_object
 
 TOKENIZERS = ("sentencepiece", "huggingface", "byte")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -32,17 +32,13 @@ class Description(TypedDict):
     source_settings: NotRequired[dict[str, str | int | None]]  # what a rebuild would need to be equal
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokenizer": (lambda v: v in TOKENIZERS, f"one of {', '.join(TOKENIZERS)}"),
     "tokenizer_sha256": (lambda v: isinstance(v, str) and bool(_SHA256.fullmatch(v)), "a sha256 in hexadecimal"),
-    "vocab_size": (lambda v: _is_count(v) and v > 0, "a positive whole number"),
-    "eod_id": (lambda v: v is None or _is_count(v), "a token id or null"),
-    "num_documents": (_is_count, "a whole number from 0 on"),
-    "num_tokens": (_is_count, "a whole number from 0 on"),
+    "vocab_size": (lambda v: is_count(v) and v > 0, "a positive whole number"),
+    "eod_id": (lambda v: v is None or is_count(v), "a token id or null"),
+    "num_documents": (is_count, "a whole number from 0 on"),
+    "num_tokens": (is_count, "a whole number from 0 on"),
     "split": (lambda v: isinstance(v, str), "text"),
     "source": (lambda v: isinstance(v, str), "text"),
 }

@@ -14,7 +14,7 @@ import tokenizers
 
 from megagrow.data import sentencepiece_export
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import ConfigError, DataError, named
+from megagrow.errors import ConfigError, DataError, named, one_line
 from megagrow.json_file import parse_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -157,7 +157,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises the bare class
-            raise DataError(f"{path}: not a tokenizer.json ({_one_line(error)})") from error
+            raise DataError(f"{path}: not a tokenizer.json ({one_line(error)})") from error
         self._tokenizer.no_truncation()  # the file may ask for either; a corpus wants neither
         self._tokenizer.no_padding()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -281,7 +281,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = _one_line(error).split("] ")[-1] or "no usable text"
+        reason = one_line(error).split("] ")[-1] or "no usable text"
         raise DataError(f"cannot train {vocab_size} pieces on this text: {reason}") from error
     write_atomically(f"{output_prefix}.model", trained.getvalue())
     return SentencePieceTokenizer(f"{output_prefix}.model")
@@ -407,7 +407,3 @@ def _byte_characters() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (chr(256 + i) for i in range(256))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

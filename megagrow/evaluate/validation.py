@@ -25,7 +25,7 @@ class Evaluates(Protocol):
     """What losses are asked of: an `Engine`, or a teacher."""
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """The global sums [loss, CE, KD] of a batch, without gradients, the same on every rank."""
+        """The global sums [loss, CE, KD, teacher's entropy] of a batch, without gradients, the same on every rank."""
 
 
 @dataclass(frozen=True)

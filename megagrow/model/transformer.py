@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.mlp_norm = Norm(model)
         self.mlp = make_mlp(model, mesh)
         self.dropout, self.index = train.dropout, index
-        self.adds_only = train.dropout == 0 and self.attention.output.bias is None  # what a norm can do on the way
+        self.adds_only = train.dropout == 0 and self.attention.output.bias is None  # then the norm adds on the way
         self.recompute, self.compiled = train.recompute, train.compile
 
     def forward(self, x_BLH: Tensor, tokens: Tokens) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megagrow import ops
+from megagrow.cpu_ops import wide_dtype
 from megagrow.parallel.loss_terms import Hard, LossOptions, hard_scales, hard_term, with_total
 from megagrow.parallel.vocab_shard import LocalEntries, VocabShard, logsumexp
 
@@ -101,7 +102,7 @@ def cached_distillation(
 
 def _soft_logits(logits_CV: Tensor, sigma: float, shard: VocabShard) -> Tensor:
     """A copy over sigma, in which nothing counts the tokens that the teacher lacks."""
-    soft_CV = logits_CV.to(_wide(logits_CV)) / sigma
+    soft_CV = logits_CV.to(wide_dtype(logits_CV)) / sigma
     soft_CV[:, shard.common_rows :] = -torch.inf
     return soft_CV
 
@@ -194,7 +195,3 @@ def _soft_gradient_(
 
 def _at_label(local_C: Tensor) -> LocalEntries:
     return LocalEntries(local_C.clamp(min=0)[:, None], (local_C >= 0)[:, None])
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -12,6 +12,7 @@ suggest.py        valid layouts, the fastest that fit first
 targets.py        larger models that a small one can grow into
 dry_run.py        the real model of a rank, without memory
 plan.py, show.py  all of it together, as data and as tables
+measure.py        live memory of real steps on a CPU, which tests compare
 """
 
 from megagrow.plan import dry_run, show, suggest, targets

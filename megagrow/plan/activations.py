@@ -317,8 +317,9 @@ def loss(
 ) -> Loss:
     """The gradients that the loss computes in its forward pass, and what that takes.
 
-    Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. What the passes over them
-    take is gone when the states' gradient is computed, and that when the output matrix's is.
+    Logits exist for `train.loss_chunk` tokens at a time, the teacher's for a piece of them. They are written, passed
+    over, and multiplied for the gradients of the states and of the output matrix: what one of these takes is gone when
+    the next begins.
     """
     size, model, width = sizes(layout), layout.model, layout.width
     rows = -(-model.vocab_size // layout.tensor)
@@ -331,21 +332,24 @@ def loss(
     copy = width * matrix if layout.casts_at_use else 0
     passes = width * taught + _twin_rows(layout, taught or logits, device, with_teacher=teacher is not None)
     passes += _of_cached(layout, cached, chunk, logits) if cached is not None else 0
-    added = _of_head_gradient(layout, device, rows, chunk) if head_learns else 0
-    working = copy + width * logits + max(passes, added, size.whole)
+    copied = _of_logits_piece(layout, device, chunk, rows)
+    added = copied + _of_head_gradient(layout, device, rows) if head_learns else 0
+    working = copy + width * logits + max(passes, copied, size.whole, added)
     return Loss(kept, kept + working, kept + (size.whole * size.wide if width == 2 and device == "cpu" else 0))
 
 
-def _of_head_gradient(layout: Layout, device: DeviceType, rows: int, chunk: int) -> int:
-    """A piece of the output matrix's gradient, which is summed in float32, piece by piece; a CPU converts each.
+def _of_logits_piece(layout: Layout, device: DeviceType, chunk: int, rows: int) -> int:
+    """oneDNN's copy of a piece of the logits: when they are written, and when the output matrix's gradient reads it."""
+    if device != "cpu" or layout.width != 4 or not cpu_ops.TAKES_FLOAT32:
+        return 0
+    return layout.width * chunk * min(rows, cpu_ops.PIECE_ROWS)
 
-    oneDNN lays out anew the logits that a piece comes from.
-    """
-    width, hidden = layout.width, layout.model.hidden_size
-    piece = min(rows, ops.piece_rows(device, hidden, width))
+
+def _of_head_gradient(layout: Layout, device: DeviceType, rows: int) -> int:
+    """A piece of the output matrix's gradient, which is summed in float32, piece by piece; a CPU converts each."""
+    hidden, width = layout.model.hidden_size, layout.width
     converted = 4 if device == "cpu" and width == 2 else 0
-    laid_out = width * chunk if device == "cpu" and width == 4 and cpu_ops.TAKES_FLOAT32 else 0
-    return piece * ((width + converted) * hidden + laid_out)
+    return (width + converted) * hidden * min(rows, ops.piece_rows(device, hidden, width))
 
 
 def _of_cached(layout: Layout, cached: Cached, chunk: int, logits: int) -> int:

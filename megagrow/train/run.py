@@ -19,7 +19,14 @@ from megagrow.checks import check
 from megagrow.config import Config
 from megagrow.config_file import dump
 from megagrow.data.files import write_atomically
-from megagrow.errors import CheckpointError, ConfigError, HangError, MegagrowError, Preempted
+from megagrow.errors import (
+    SHARED_ERROR_SECONDS,
+    CheckpointError,
+    ConfigError,
+    HangError,
+    MegagrowError,
+    Preempted,
+)
 from megagrow.growth.bootstrap import bootstrapped
 from megagrow.metrics import EXIT_FILE, clear_exit, read_exit, write_exit
 from megagrow.parallel import heartbeat
@@ -31,12 +38,10 @@ from megagrow.train import saving
 from megagrow.train.stop import StopRequest
 from megagrow.train.trainer import Trainer
 
-SHARED_ERROR_SECONDS = 3.0
 END_SECONDS = 60.0  # which this process gets to end once it has said why
 EXIT_SECONDS = 3.0  # which a file system gets for exit.json, which launchers read: a busy disk may need more than one
-JOIN_SECONDS = (
-    60.0  # which ranks may be apart at least when they meet, however short `run.timeout` is: they import first
-)
+# Which ranks may be apart at least when they meet, however short `run.timeout` is: they import first.
+JOIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from megagrow.config import Config, ModelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.blend import BlendStart, DatasetIdentity
 from megagrow.errors import CheckpointError, named, shown
+from megagrow.json_file import is_count
 from megagrow.ledger import Ledger
 from megagrow.optim import StepGuard
 from megagrow.timeline import growth_config, learning_steps
@@ -139,7 +140,7 @@ def _blend(data: Any, cursor: int, where: str) -> BlendStart:
     weights, start, firsts, datasets = (data[name] for name in ("weights", "start", "firsts", "datasets"))
     if not isinstance(weights, dict) or not weights or not all(_is_size(w) and w > 0 for w in weights.values()):
         raise CheckpointError(f"{where}: state.blend.weights must be positive numbers by dataset, below 1e30")
-    if not isinstance(firsts, dict) or not all(_is_count(n) for n in (start, *firsts.values())):
+    if not isinstance(firsts, dict) or not all(is_count(n) for n in (start, *firsts.values())):
         raise CheckpointError(f"{where}: state.blend.start and .firsts must be numbers of samples")
     if start > cursor:
         raise CheckpointError(f"{where}: state.blend.start is {start}, beyond state.cursors.all, which is {cursor}")
@@ -161,15 +162,11 @@ def _is_size(value: Any) -> bool:
     return _is_number(value) and abs(value) < 1e30
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
 def _is_identity(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and set(value) == set(DatasetIdentity.__dataclass_fields__)
-        and _is_count(value["num_samples"])
+        and is_count(value["num_samples"])
         and isinstance(value["sketch"], str)
         and bool(_SHA256.fullmatch(value["sketch"]))
     )
@@ -179,7 +176,7 @@ def _is_guard(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and set(value) == set(StepGuard.__dataclass_fields__)
-        and _is_count(value["bad_steps"])
+        and is_count(value["bad_steps"])
         and isinstance(value["losses"], list)
         and all(map(_is_size, value["losses"]))
     )
@@ -194,7 +191,7 @@ def _is_event(value: Any) -> bool:
     )
 
 
-_COUNT = (_is_count, "a whole number from 0 on")
+_COUNT = (is_count, "a whole number from 0 on")
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "phase": (lambda v: v in get_args(Phase), f"one of {', '.join(get_args(Phase))}"),
     "step": _COUNT,
@@ -203,14 +200,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "growths": _COUNT,
     "layers_before": _COUNT,
     "losses": (lambda v: isinstance(v, list) and all(map(_is_size, v)), "a list of numbers below 1e30"),
-    "grown_at": (lambda v: v is None or _is_count(v), "a step or null"),
+    "grown_at": (lambda v: v is None or is_count(v), "a step or null"),
     "tokens": _COUNT,
     "teacher_loss": (lambda v: v is None or _is_number(v), "a number or null"),
-    "stage_one_end": (lambda v: v is None or _is_count(v), "a step or null"),
+    "stage_one_end": (lambda v: v is None or is_count(v), "a step or null"),
     "tokenizer": (lambda v: isinstance(v, str), "a path, or empty"),
     "token_ids": (hf.are_token_ids, "token ids by name, or null"),
     "cursors": (
-        lambda v: isinstance(v, dict) and set(v) == {"all", "selected"} and all(map(_is_count, v.values())),
+        lambda v: isinstance(v, dict) and set(v) == {"all", "selected"} and all(map(is_count, v.values())),
         "numbers of samples of the streams all and selected",
     ),
     "guard": (_is_guard, "losses, a list of numbers below 1e30, and bad_steps, a whole number"),

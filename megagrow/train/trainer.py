@@ -202,10 +202,10 @@ class Trainer:
                 grown_teacher.keep(self.learner.part, state, config, self.mesh)
             with self._growing(generates=state.growing(config).growth.learns_maps):
                 self.learner = growing.begin(self.learner, state, config, self.mesh)
-            after = self._loss_for_event()  # where no maps have to learn
+            after = self._loss_for_event()  # final unless maps are learned next
             state.pending_event = {"reason": reason, "loss_before": before, "loss_initial": after}
         if state.phase == "ligo" and state.ligo_step >= config.growth.ligo_steps:
-            with self._growing(generates=False):  # the last step has
+            with self._growing(generates=False):  # the last step of the maps has generated the weights
                 self.learner = growing.finish(self.learner, state, config, self.progress.message)
             after = self._loss_for_event()
         if state.phase != "ligo" and state.pending_event is not None:
@@ -333,12 +333,12 @@ class Trainer:
     def _evaluation_is_due(self) -> bool:
         """At its interval, and right after growing, where the loss changes fast, at powers of two."""
         train, grown_at = self.config.train, self.state.grown_at
-        learns_maps = self.state.phase == "ligo"  # while the step stands still
+        learns_maps = self.state.phase == "ligo"  # meanwhile `train_step` stands still
         since = 0 if grown_at is None or learns_maps else self.state.train_step - grown_at
         return self._is_due(train.eval_interval) or (0 < since <= train.eval_after_growth and since.bit_count() == 1)
 
     def _save_is_due(self) -> bool:
-        """Bad steps hold a save up: a roll-back would lead to what it has saved, back among them."""
+        """A save that is due waits while steps are bad: rolling back to it would land among them."""
         self._owes_save |= self._is_due(self.config.checkpoint.interval)
         return self._owes_save and self.state.guard.bad_steps == 0 and not self.state.is_done(self.config)
 
@@ -440,7 +440,7 @@ class Trainer:
         self.progress.message(f"{what}; rolled back to step {restored.step}, skipping the samples in between")
 
     def _may_roll_back(self) -> bool:
-        """Once, and again where the run has come so far beyond the last time that another place is to blame."""
+        """Once, and again after so many further steps that other data must be the cause."""
         state, config = self.state, self.config
         if state.rolled_back_at < 0:
             return True

@@ -118,8 +118,13 @@ def test_token_ids_that_are_none_are_refused(llama, ids) -> None:
 
 
 def test_buffers_are_passed_over(gpt2) -> None:
+    def parameters() -> dict[str, torch.Tensor]:
+        reader = HFReader(gpt2)
+        return {name: reader.fetch(name) for name in parameter_names(reader.model)}
+
+    before = parameters()
     rewrite(gpt2, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(4)}))
-    HFReader(gpt2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parameters().items())
 
 
 def test_a_stored_copy_of_a_tied_head_is_compared(gpt2) -> None:

@@ -172,10 +172,10 @@ def test_what_is_no_hugging_face_folder_is_never_replaced(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     (tmp_path / "file").touch()
-    for name in ("out", "file"):
-        with pytest.raises(CheckpointError):
+    for name, refusal in (("out", "out: is not empty"), ("file", "file: is not a folder")):
+        with pytest.raises(CheckpointError, match=refusal):
             write_hf_folder(tmp_path / name, OWN_GPT2, random_fetch(OWN_GPT2), overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").exists()
+    assert (tmp_path / "out" / "thesis.tex").exists() and (tmp_path / "file").is_file()
 
 
 def test_what_cannot_be_expressed_is_refused_before_the_first_fetch(tmp_path) -> None:

@@ -178,8 +178,10 @@ def test_many_small_tensors() -> None:
 @pytest.mark.parametrize("shapes", [(), ((0,), (3, 0))])
 def test_nothing_to_update(shapes: tuple[tuple[int, ...], ...]) -> None:
     for update in (adamw_, torch_ops.adamw_):
-        one_step(update, state(shapes), normal(4, shapes))
-        one_step(update, state(shapes, BF16), normal(4, shapes), scale=torch.tensor(2.0), skip=torch.tensor(False))
+        for copies, how in ((None, {}), (BF16, {"scale": torch.tensor(2.0), "skip": torch.tensor(False)})):
+            named = state(shapes, copies)
+            one_step(update, named, normal(4, shapes), **how)
+            assert [tuple(x.shape) for x in named["params"]] == list(shapes)
 
 
 def test_not_a_number_is_not_hidden() -> None:

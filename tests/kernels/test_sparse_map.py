@@ -67,7 +67,8 @@ def test_as_good_as_the_twin(case: Case) -> None:
     actual, twin = (written(write, case, sources, maps) for write in (sparse_map_, torch_growth_ops.sparse_map_))
     rows_R, columns_C, *scales = maps
     truth = sparse_map_ref([x.double() for x in sources], rows_R, columns_C, *(x.double() for x in scales))
-    for name, *found in zip(NAMES, actual, twin, truth, strict=False):
+    for name, *found in zip(NAMES[: len(sources)], actual, twin, truth, strict=True):
+        assert found[0].shape == (case.R, case.C)
         if case.R:
             assert_as_good_as_twin(*found, name)
 
