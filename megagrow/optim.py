@@ -217,7 +217,7 @@ def lr_at(step: int, total: int, config: OptimConfig) -> float:
         return config.lr
     if config.schedule == "wsd":
         decay = max(round(total * config.decay_fraction), 1)
-        share = min((total - step) / decay, 1.0)
+        share = min(max((total - step) / decay, 0.0), 1.0)  # a growth that had to wait may end later than planned
     else:
         progress = (step - config.warmup_steps) / max(total - config.warmup_steps, 1)
         share = (1 + math.cos(math.pi * min(progress, 1.0))) / 2

@@ -27,7 +27,7 @@ class SaltConfig:
     # with the same gradients
     divergence: Literal["forward_kl", "reverse_kl", "cross_entropy"] = "forward_kl"
     cache: str = ""  # folder of cache_teacher.py in place of the teacher; of a blend one for each dataset, in any order
-    share: float = 0.0  # of train.steps (and so of their tokens) that stage 1 takes, instead of salt.steps
+    share: float = 0.0  # of train.steps that stage 1 takes, instead of salt.steps; as the run began, if extended
     map_weight: float = 0.0  # omega while LiGO's maps are learned, from the same teacher; 0: from the data alone
     end_when_better: bool = False  # stage 1 ends once an evaluation finds the model better than the teacher
     # Which data stage 1 is trained on (docs/selection.md); all where neither scores nor online_buffer is set.

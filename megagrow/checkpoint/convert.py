@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megagrow.checkpoint import hf, store
+from megagrow.checkpoint.hf_tokenizer import token_ids_with, tokenizer_note
 from megagrow.checkpoint.remote import remote
 from megagrow.checkpoint.shards import Deferred
 from megagrow.checkpoint.source import Source, load_model, open_source
@@ -73,12 +74,16 @@ def convert(
         tell(opened.note)
     if to == "megagrow" and opened.optimizer is not None:
         tell(f"{opened.path}: the moments of Adam are left behind; training starts with fresh ones")
-    tokenizer = tokenizer or tokenizer_of(opened)
+    own = tokenizer_of(opened)
+    tokenizer = tokenizer or own
+    token_ids = token_ids_with(opened, own, tokenizer)
+    if to == "hf" and (note := tokenizer_note(opened.model.family, tokenizer)):
+        tell(note)
     fetch = opened.fetch if dtype is None else _rounding(opened.fetch, dtype)
     if to == "hf":
-        hf.write_hf_folder(target, opened.model, fetch, tokenizer, dtype, token_ids=opened.token_ids)
+        hf.write_hf_folder(target, opened.model, fetch, tokenizer, dtype, token_ids=token_ids)
     else:
-        _write_own(target, opened, fetch, tokenizer, dtype)
+        _write_own(target, opened, fetch, tokenizer, dtype, token_ids)
     return tokenizer is not None
 
 
@@ -164,6 +169,7 @@ def _write_own(
     fetch: Callable[[str], Tensor],
     tokenizer_source: Path | None,
     dtype: torch.dtype | None,
+    token_ids: dict[str, Any] | None,
 ) -> None:
     tensors = {
         f"model.{name}": Deferred(shape, dtype or source.dtype_of(name), partial(fetch, name))
@@ -184,7 +190,7 @@ def _write_own(
             config=to_dict(Config(model=source.model, data=DataConfig(tokenizer=tokenizer))),
             provenance={
                 "converted_from": {"path": str(source.path), "identity": source.identity},
-                "token_ids": source.token_ids,
+                "token_ids": token_ids,
             },
         )
         staged.publish()

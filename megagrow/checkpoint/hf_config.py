@@ -20,6 +20,7 @@ from megagrow.errors import CheckpointError, ConfigError, shown
 from megagrow.json_file import parse_object
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Entries that change the logits in some family and have no counterpart here, with what they may be.
 ONLY_ANYWHERE: dict[str, tuple[Any, ...]] = {

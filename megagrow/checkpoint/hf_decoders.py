@@ -148,7 +148,10 @@ GPT2 = Family(
         "head_dim": lambda model: model.hidden_size // model.num_heads,
     },
     switches={},
-    activation=("activation_function", {"gelu": ("gelu_new", "gelu_pytorch_tanh")}),
+    activation=(
+        "activation_function",
+        {"gelu": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_erf": ("gelu",)},
+    ),
     only={
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),

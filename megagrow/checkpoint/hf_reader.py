@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megagrow.checkpoint.hf_config import (
     CONFIG_FILE,
+    GENERATION_FILE,
     model_config_from_hf,
     read_json,
     special_token_ids,
@@ -61,7 +62,7 @@ class HFReader:
     Attributes:
         folder: the folder.
         model: its configuration.
-        token_ids: the special token ids that config.json states.
+        token_ids: the special token ids that generation_config.json states, else config.json.
         window: tokens that some layer's attention is bounded to, no less than the stated context; None: all are seen.
         files: those that hold its tensors.
         dropped: tensors that the model has no place for, and that its logits do not depend on.
@@ -76,7 +77,7 @@ class HFReader:
         _check_no_adapter(self.folder)
         entries = read_json(self.folder / CONFIG_FILE)
         self.model = model_config_from_hf(self.folder)
-        self.token_ids = special_token_ids(entries, str(self.folder / CONFIG_FILE))
+        self.token_ids = _special_token_ids(self.folder, entries)
         self._family = FAMILIES[self.model.family]
         sizes = self.model.num_layers, self.model.max_seq_length
         self.window = check_windows(entries, self._family, *sizes, str(self.folder / CONFIG_FILE))
@@ -196,6 +197,13 @@ def is_hf_folder(path: Path | str) -> bool:
         return "model_type" in read_json(path / CONFIG_FILE)
     except CheckpointError:
         return any((path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def _special_token_ids(folder: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Text ends at those of generation_config.json, of which chat models have more than config.json says."""
+    stated = special_token_ids(entries, str(folder / CONFIG_FILE))
+    path = folder / GENERATION_FILE
+    return stated | (special_token_ids(read_json(path), str(path)) if path.is_file() else {})
 
 
 def _check_no_adapter(folder: Path) -> None:

@@ -25,7 +25,12 @@ NUMBERS: dict[str, dict[str, str]] = {
     "yarn": {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor"},
 }
 REQUIRED = {"llama3": ("low_freq_factor", "high_freq_factor")}
-OTHERS = {"llama3": {ORIGINAL}, "yarn": {ORIGINAL, "truncate", "mscale", "mscale_all_dim"}}
+# What is read otherwise, or what transformers does not look at either (linear's ORIGINAL, "finetuned").
+OTHERS = {
+    "linear": {ORIGINAL},
+    "llama3": {ORIGINAL},
+    "yarn": {ORIGINAL, "truncate", "mscale", "mscale_all_dim", "finetuned"},
+}
 
 
 def read_rope(entries: Mapping[str, Any], rope: Rope, max_positions: int, where: str) -> dict[str, Any]:

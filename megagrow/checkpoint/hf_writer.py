@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagrow.checkpoint.hf_config import CONFIG_FILE, check_exportable, hf_config_from_model
+from megagrow.checkpoint.hf_config import CONFIG_FILE, GENERATION_FILE, check_exportable, hf_config_from_model
 from megagrow.checkpoint.hf_families import FAMILIES
 from megagrow.checkpoint.hf_reader import INDEX_FILE, WEIGHTS_FILE, is_hf_folder
 from megagrow.checkpoint.hf_tensors import FamilyTensors, written_tensors
@@ -20,7 +20,6 @@ from megagrow.data.tokenizer import Tokenizer, load_tokenizer
 from megagrow.errors import CheckpointError, MegagrowError
 from megagrow.roles import num_parameters, parameter_names
 
-GENERATION_FILE = "generation_config.json"
 SHARD_BYTES = 5 * 10**9
 _ASSUMED_ITEM_BYTES = 4  # where only the tensors themselves will tell
 

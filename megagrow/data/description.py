@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+from megagrow.config import DataConfig
+from megagrow.data.blend import parse_blend
 from megagrow.data.files import os_errors_as_data_errors
+from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import DataError, shown
 from megagrow.json_file import is_count, parse_object
 
@@ -71,6 +74,27 @@ def describe(prefix: str | Path) -> Description | None:
     if not isinstance(settings, dict):
         raise DataError(f"{path}: field source_settings is {shown(settings)}, must be an object; {_REMEDY}")
     return cast(Description, fields)
+
+
+def check_one_tokenizer(data: DataConfig) -> None:
+    """Raises DataError unless all datasets that say what made them name one tokenizer, that of `data.tokenizer` if set.
+
+    Ids of another are in range as often as not, and mean other text: the loss would not tell.
+    """
+    fields = {"data.train": data.train, "data.validation": data.validation}
+    prefixes = [prefix for field, value in fields.items() if value for prefix in parse_blend(value, field).prefixes]
+    described = {prefix: found for prefix in prefixes if (found := describe(prefix))}
+    if data.tokenizer:
+        wanted, whose = load_tokenizer(data.tokenizer).fingerprint, f"data.tokenizer={data.tokenizer}"
+    elif described:
+        first, found = next(iter(described.items()))
+        wanted, whose = found["tokenizer_sha256"], f"that of {first}"
+    for prefix, found in described.items():
+        if found["tokenizer_sha256"] != wanted:
+            raise DataError(
+                f"{description_path(prefix)}: the dataset was made with another tokenizer than {whose}; give the one "
+                "that made it, or preprocess the corpus again"
+            )
 
 
 def readable(text: str) -> str:

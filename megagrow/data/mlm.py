@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megagrow.config import DataConfig, ModelConfig, require
 from megagrow.data.blend import parse_blend
-from megagrow.data.description import describe, description_path
+from megagrow.data.description import describe
 from megagrow.data.tokenizer import Tokenizer, load_tokenizer
-from megagrow.errors import ConfigError, DataError
+from megagrow.errors import ConfigError
 from megagrow.model.dropout import token_keys
 from megagrow.torch_ops import mix
 
@@ -81,12 +81,11 @@ def make_masking(data: DataConfig, model: ModelConfig) -> Masking:
     Raises:
         ConfigError: no mask token is known, one of the tokens is none of the model's vocabulary, or the model's
             positions do not go with the tokenizer (`check_positions`).
-        DataError: the tokenizer or a dataset's description cannot be read, or another tokenizer made a dataset.
+        DataError: the tokenizer or a dataset's description cannot be read.
     """
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
     check_positions(model, tokenizer)
     described = [found for found in map(describe, parse_blend(data.train).prefixes) if found]
-    _check_datasets(data, tokenizer)
     mask_id = data.mask_token if data.mask_token >= 0 else tokenizer.mask_id if tokenizer else None
     named = f"data.tokenizer={data.tokenizer} has" if data.tokenizer else "without data.tokenizer there is"
     require(
@@ -121,18 +120,6 @@ def check_positions(model: ModelConfig, tokenizer: Tokenizer | None) -> None:
         f"model.position_offset={model.position_offset} makes token {padding} the padding of the exported model, but "
         f"to the tokenizer it is an ordinary one; {remedy}, one more than the id of its padding token"
     )
-
-
-def _check_datasets(data: DataConfig, tokenizer: Tokenizer | None) -> None:
-    """Raises DataError when a dataset says that another tokenizer made it."""
-    given = {"data.train": data.train, "data.validation": data.validation}
-    for prefix in [prefix for field, value in given.items() if value for prefix in parse_blend(value, field).prefixes]:
-        described = describe(prefix)
-        if tokenizer and described and described["tokenizer_sha256"] != tokenizer.fingerprint:
-            raise DataError(
-                f"{description_path(prefix)}: the dataset was made with another tokenizer than "
-                f"data.tokenizer={data.tokenizer}; give the one that made it, or preprocess the corpus again"
-            )
 
 
 def _uniform(bits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import tokenizers
 
 from megagrow.data import sentencepiece_export
 from megagrow.data.files import os_errors_as_data_errors, write_atomically
-from megagrow.errors import ConfigError, DataError, named, one_line
+from megagrow.errors import ConfigError, DataError, named, one_line, shown
 from megagrow.json_file import parse_object
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -127,7 +127,7 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._processor.decode([int(i) for i in ids])
+        text: str = self._processor.decode([int(i) for i in ids if i < self.vocab_size])  # a padded vocabulary has more
         return text
 
     def save(self, folder: str | Path) -> None:
@@ -158,6 +158,8 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises the bare class
             raise DataError(f"{path}: not a tokenizer.json ({one_line(error)})") from error
+        stated = json.loads(content)
+        self.steps: dict[str, Any] = {name: stated.get(name) for name in ("normalizer", "pre_tokenizer")}
         self._tokenizer.no_truncation()  # the file may ask for either; a corpus wants neither
         self._tokenizer.no_padding()
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -192,9 +194,24 @@ class HuggingFaceTokenizer:
         _copy_beside(self._path, folder)
         with os_errors_as_data_errors(folder):
             write_atomically(folder / "tokenizer.json", self._path.read_bytes())
-        if not (folder / "tokenizer_config.json").exists():
-            end = None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)
-            write_atomically(folder / "tokenizer_config.json", _tokenizer_config(end, self._roles()))
+        stated = _beside(self._path, "tokenizer_config.json")
+        filled = {**self._lacking(stated), **stated, **self._undeclared_end()}
+        if filled != stated:
+            write_atomically(folder / "tokenizer_config.json", _as_json(filled))
+
+    def _lacking(self, stated: Mapping[str, Any]) -> dict[str, Any]:
+        """What a configuration without a class lacks: transformers would take that of the model's family, whatever
+        made the ids."""
+        if stated.get("tokenizer_class") is not None:
+            return {}
+        roles = {role: name for role, name in self._roles().items() if _declared(self._path, role) is None}
+        return _tokenizer_config(None, roles)
+
+    def _undeclared_end(self) -> dict[str, str]:
+        """The token that ends documents, where the files beside this one do not name it."""
+        if self.eod_id is None or _declared(self._path, "eos_token") is not None:
+            return {}
+        return {"eos_token": str(self._tokenizer.id_to_token(self.eod_id))}
 
     def _roles(self) -> dict[str, str]:
         """Special tokens by what they are for, of an encoder's tokenizer."""
@@ -344,13 +361,17 @@ def _refuse_surrogates(text: str) -> None:
 
 
 def _declared(file: Path, role: str) -> str | None:
-    """The token that the files beside one of a tokenizer name for a role."""
+    """The token that the files beside one of a tokenizer name for a role. Raises DataError where it is no text."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = _beside(file, name).get(role)
         if isinstance(token, dict):
             token = token.get("content")
         if isinstance(token, str):
             return token
+        if token is not None:
+            raise DataError(
+                f"{file.with_name(name)}: {role} is {shown(token)}, must be the text of a token; correct it"
+            )
     return None
 
 
@@ -388,18 +409,16 @@ def _copy_beside(file: Path, folder: Path) -> None:
 
 def _save_hugging_face(folder: Path, fast: tokenizers.Tokenizer, end: str | None) -> None:
     write_atomically(folder / "tokenizer.json", fast.to_str(pretty=True).encode("utf-8"))
-    write_atomically(folder / "tokenizer_config.json", _tokenizer_config(end))
+    write_atomically(folder / "tokenizer_config.json", _as_json(_tokenizer_config(end)))
 
 
-def _tokenizer_config(end: str | None, roles: Mapping[str, str] | None = None) -> bytes:
-    fields: dict[str, Any] = {
-        **(roles or {}),
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    if end is not None:
-        fields["eos_token"] = end
-    return (json.dumps(fields, indent=2) + "\n").encode()
+def _tokenizer_config(end: str | None, roles: Mapping[str, str] | None = None) -> dict[str, Any]:
+    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return {**(roles or {}), **fixed, **({} if end is None else {"eos_token": end})}
+
+
+def _as_json(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _byte_characters() -> list[str]:

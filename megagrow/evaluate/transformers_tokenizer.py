@@ -25,11 +25,9 @@ def load_transformers_tokenizer(path: Path | str) -> Any:
     except ImportError:
         raise ConfigError(f"tasks need the package transformers, which is not installed; {INSTALL}") from None
     with tempfile.TemporaryDirectory() as folder:
-        ours, source = load_tokenizer(path), path  # says what is wrong better than transformers does
-        if not (Path(path) / "config.json").is_file():
-            ours.save(folder)
-            source = folder
+        # Without config.json, by which transformers chooses classes; ours says what is wrong better than it does, too.
+        load_tokenizer(path).save(folder)
         try:
-            return transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever stumbles over the files beside the tokenizer's
             raise DataError(f"{path}: transformers cannot load the tokenizer ({shown(str(error))})") from error

@@ -78,13 +78,28 @@ def promises_gradients(recipe: Recipe) -> bool:
     """Whether the gradients of what is copied are R(grad)/n_out: equal copies that keep the function, and no more.
 
     Cancelling noise changes what flows back; so do unequal shares of the residual stream, and means beside its units,
-    through every norm. Copies of a key/value head that share out its queries get the gradients of their own ones.
+    through every norm. Copies of a key/value head that share out its queries get the gradients of their own ones, as do
+    those that the query heads of a group read in unequal shares.
     """
     hidden = recipe.axes.get("hidden")
     shares = hidden.in_scale if isinstance(hidden, SparseMap) else 1.0
     is_even = not isinstance(shares, Tensor) or bool((shares == shares[0]).all())
     has_means = ("hidden", "out") in recipe.fill.average
+    is_even = is_even and _groups_are_even(recipe)
     return recipe.keeps_function and not (recipe.noise or recipe.splits_groups or has_means) and is_even
+
+
+def _groups_are_even(recipe: Recipe) -> bool:
+    """Whether every copy of a key/value head is read in one share by all query heads of its group."""
+    heads, source, target = recipe.axes.get("heads"), recipe.source, recipe.target
+    if not isinstance(heads, SparseMap) or not isinstance(heads.in_scale, Tensor):
+        return True
+    by_head = heads.in_scale.view(target.num_heads, -1)[:, 0], heads.index.view(target.num_heads, -1)[:, 0]
+    share_KG, index_KG = (x.view(target.num_kv_heads, -1) for x in by_head)
+    read_KN = share_KG.new_zeros(target.num_kv_heads, source.num_heads)
+    head_KG = index_KG.clamp(min=0) // source.head_dim
+    read_KN.scatter_add_(1, head_KG, share_KG.where(index_KG >= 0, 0.0))
+    return all(torch.allclose(row[row != 0], row.max()) for row in read_KN)
 
 
 def gradient_errors(recipe: Recipe, small: Mapping[str, Tensor], grown: Mapping[str, Tensor]) -> dict[str, float]:

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megagrow.checkpoint.convert import tokenizer_of
+from megagrow.checkpoint.format import Manifest
+from megagrow.checkpoint.hf_tokenizer import token_ids_with, tokenizer_note
 from megagrow.checkpoint.source import Source, judge_fit, known_samples, open_source, share_identity
 from megagrow.checks import check_chain, check_models_from
 from megagrow.config import Config, ModelConfig
@@ -11,12 +14,12 @@ from megagrow.config_file import to_dict
 from megagrow.data.dataset import Samples
 from megagrow.data.mlm import Masking
 from megagrow.data.tokenizer import ByteTokenizer
-from megagrow.errors import CheckpointError
+from megagrow.errors import CheckpointError, Damaged
 from megagrow.evaluate import mean_loss
 from megagrow.growth.bootstrap import explain
 from megagrow.parallel.mesh import Mesh
-from megagrow.train import growing, vocabulary
-from megagrow.train.learner import ModelLearner
+from megagrow.train import growing, saving, vocabulary
+from megagrow.train.learner import Learner, ModelLearner
 from megagrow.train.part import Part, build_part, initialize_part, load_part
 from megagrow.train.salt_costs import ledger_of
 from megagrow.train.state import RunState
@@ -41,6 +44,8 @@ class Beginning:
         Raises:
             ConfigError, CheckpointError: the source does not fit the run, or does not know its data.
         """
+        if note := tokenizer_note(self.config.model.family, self.config.data.tokenizer):
+            self.say(note)
         folder = self.config.init.from_
         learner, state = self._begin_from(open_source(folder)) if folder else self._begin_at_random()
         growing.check_freezing(learner, state, self.config)
@@ -72,7 +77,8 @@ class Beginning:
             )
         check_models_from(source.model, config, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
-        state.tokenizer, state.token_ids = _place_of_tokenizer(source), source.token_ids
+        state.tokenizer = _place_of_tokenizer(source)
+        state.token_ids = token_ids_with(source, tokenizer_of(source), config.data.tokenizer or None)
         growing.check_recipes(state, config)
         share_identity(source, self.mesh)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
@@ -98,6 +104,16 @@ class Beginning:
             loss = mean_loss(part.engine, tokens, batch_size, self.mesh, masking=masking)
             judge_fit(loss, vocab_size, name, self.config.init.skip_source_check)
             self.say(f"source {source.path}: loss {loss:.3f} on {where}")
+
+
+def resumed_learner(manifest: Manifest, path: Path, state: RunState, config: Config, mesh: Mesh) -> Learner | Damaged:
+    """A learner with what a checkpoint holds, or what is wrong with it: without the traceback, which keeps tensors."""
+    learner = growing.learner_for(state, config, mesh)
+    try:
+        saving.load(manifest, path, learner, mesh)
+    except Damaged as error:
+        return Damaged(str(error))
+    return learner
 
 
 def _place_of_tokenizer(source: Source) -> str:

@@ -15,6 +15,7 @@ from megagrow.checkpoint.source import Source, judge_fit, known_samples
 from megagrow.checks import check
 from megagrow.config import Config, DataConfig, GrowthConfig, ModelConfig, ParallelConfig, TrainConfig, require
 from megagrow.data.dataset import Samples
+from megagrow.data.description import check_one_tokenizer
 from megagrow.data.loader import Stream, shuffled
 from megagrow.data.mlm import Masking, make_masking
 from megagrow.errors import NonFiniteError
@@ -87,6 +88,7 @@ def learn_maps(
     check(config, mesh.world.size)
     start_recipe(config.growth.maps_start, source.model, target)  # refuses before anything is read
     dataset = open_dataset(how.data, target, config)
+    check_one_tokenizer(config.data)
     masking = None if target.is_causal else make_masking(config.data, target)
     small = build_part(source.model, config, mesh)
     load_part(small, source.fetch)

@@ -105,7 +105,7 @@ def _join(config: Config, watchdog: Watchdog) -> None:
 
 def _train(given: Config, config: Config, watchdog: Watchdog, stop: StopRequest) -> None:
     mesh = _prepare(config, watchdog)
-    if config.growth != given.growth:
+    if config != given:
         config = _as_begun(given, config, mesh)
     trainer = Trainer(config, mesh)
     if mesh.is_main:
@@ -114,11 +114,15 @@ def _train(given: Config, config: Config, watchdog: Watchdog, stop: StopRequest)
 
 
 def _as_begun(given: Config, config: Config, mesh: Mesh) -> Config:
-    """The run grows when `growth.bootstrap` said when it began, whatever `train.steps` has become since."""
-    at_step = saving.saved_at_step(config, mesh)
-    if given.growth.at_step or given.growth.at_tokens or at_step is None:
-        return config
-    config = replace(config, growth=replace(config.growth, at_step=at_step))
+    """With the steps that `growth.bootstrap` and `salt.share` gave as the run began, whatever `train.steps` is now."""
+    at_step, salt_steps = saving.saved_steps(config, mesh)
+    if config.growth != given.growth and not (given.growth.at_step or given.growth.at_tokens) and at_step is not None:
+        config = replace(config, growth=replace(config.growth, at_step=at_step))
+    if given.salt.share and salt_steps is not None and salt_steps != config.salt.steps:
+        if mesh.is_main:
+            kept = f"stage 1 keeps its {salt_steps} steps, as the run began; set salt.steps to change that"
+            print(f"salt.share={given.salt.share:g}: {kept}", file=sys.stderr, flush=True)
+        config = replace(config, salt=replace(config.salt, steps=salt_steps))
     check(config, mesh.world.size)
     return config
 

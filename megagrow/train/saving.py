@@ -91,12 +91,18 @@ def leave_behind(names: Collection[str], config: Config, mesh: Mesh) -> None:
     Ranks(mesh.checkpoint_group).first(f"cannot set checkpoints aside in {root}", rename)
 
 
-def saved_at_step(config: Config, mesh: Mesh) -> int | None:
-    """`growth.at_step` of the run as its newest checkpoint has it; None when the run is new; a collective."""
+def saved_steps(config: Config, mesh: Mesh) -> tuple[int | None, int | None]:
+    """`growth.at_step` and `salt.steps` of the run as its newest checkpoint has them, None where there is none; a
+    collective."""
     path = newest(config, mesh)
-    growth = None if path is None else store.read_manifest(path).config.get("growth")
-    at_step = growth.get("at_step") if isinstance(growth, dict) else None
-    return at_step if type(at_step) is int and at_step > 0 else None
+    saved = {} if path is None else store.read_manifest(path).config
+
+    def step(section: str, name: str) -> int | None:
+        fields = saved.get(section)
+        value = fields.get(name) if isinstance(fields, dict) else None
+        return value if type(value) is int and value > 0 else None
+
+    return step("growth", "at_step"), step("salt", "steps")
 
 
 def read_state(manifest: Manifest, path: Path, config: Config, tell: Callable[[str], None]) -> RunState:

@@ -16,6 +16,7 @@ from megagrow.adamw import check_optimizer_backend
 from megagrow.checkpoint import hf, store
 from megagrow.checkpoint.agreement import Ranks
 from megagrow.config import Config, ModelConfig
+from megagrow.data.description import check_one_tokenizer
 from megagrow.data.mlm import make_masking
 from megagrow.errors import Damaged, NonFiniteError, Preempted
 from megagrow.evaluate import make_batch, make_masked_batch
@@ -29,7 +30,7 @@ from megagrow.profiling import Profiling, check_profiling
 from megagrow.roles import num_parameters
 from megagrow.timeline import growth_settings, step_tokens
 from megagrow.train import growing, grown_teacher, saving, timing, vocabulary
-from megagrow.train.beginning import Beginning
+from megagrow.train.beginning import Beginning, resumed_learner
 from megagrow.train.clock import Clock, settle
 from megagrow.train.garbage import collect_if_due, collected_between_steps
 from megagrow.train.learner import Learner, ModelLearner, StepResult, map_lr
@@ -69,6 +70,7 @@ class Trainer:
         check_device(config, mesh.device)
         ops.let_kernels_serve(config.train.kernels)
         self.datasets = open_training_data(config)
+        check_one_tokenizer(config.data)
         self.masking = None if config.model.is_causal else make_masking(config.data, config.model)
         self.evaluator = make_evaluator(config, self.masking)
         self.saver = saving.make_saver(config, mesh)
@@ -115,13 +117,12 @@ class Trainer:
             if good_until is not None and state.step > good_until and state.guard.bad_steps > 0:
                 bad.append(path.name)
                 continue
-            learner = growing.learner_for(state, self.config, self.mesh)
-            try:
-                saving.load(manifest, path, learner, self.mesh)
-            except Damaged as error:
-                self.progress.message(f"warning: {error}; trying the one before it")
+            learner = resumed_learner(manifest, path, state, self.config, self.mesh)
+            if isinstance(learner, Damaged):
+                gc.collect()  # two models need not fit
+                self.progress.message(f"warning: {learner}; trying the one before it")
                 self.saver.passed_over.add(path.name)
-                problem = error
+                problem = learner
                 continue
             growing.after_load(learner, state)
             growing.check_recipes(state, self.config)

@@ -11,16 +11,20 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
 
 from megagrow.checkpoint import convert, hf, source, store
 from megagrow.checkpoint.convert import Comparison
+from megagrow.checkpoint.hf import HFReader
+from megagrow.checkpoint.hf_tokenizer import tokenizer_note
 from megagrow.checkpoint.remote import as_path
 from megagrow.config import Config, ModelConfig, ParallelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import CheckpointError
+from megagrow.evaluate.transformers_tokenizer import load_transformers_tokenizer
 from megagrow.model.transformer import Transformer, initialize
 from megagrow.parallel.mesh import make_mesh
 from megagrow.plan.measure import peak_memory
@@ -153,6 +157,49 @@ def test_a_tokenizer_can_be_given(tmp_path, tool) -> None:
     assert tool(tmp_path / "megagrow", tmp_path / "again", "--to", "hf", "--no-verify")[0] == 0
     for folder in ("hf", "again"):
         assert load_tokenizer(tmp_path / folder).fingerprint == load_tokenizer(other).fingerprint
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_another_tokenizer_brings_its_own_special_ids(tmp_path, tool, own) -> None:
+    """The source's end of text would never come: to the new tokenizer its id is other text."""
+    before = save_folder(tmp_path / "before", "llama", eos_token_id=[40, 41], bos_token_id=39)
+    if own:
+        save_tokenizer(before, "<own>")
+    save_tokenizer(tmp_path / "other")
+    tool(before, tmp_path / "kept", "--to", "hf", "--no-verify")
+    assert HFReader(tmp_path / "kept").token_ids == {"bos_token_id": 39, "eos_token_id": [40, 41]}
+    assert tool(before, tmp_path / "own", "--to", "megagrow", "--tokenizer", tmp_path / "other", "--no-verify")[0] == 0
+    for start, more in ((before, ["--tokenizer", tmp_path / "other"]), (tmp_path / "own", [])):
+        target = tmp_path / f"from-{start.name}"
+        assert tool(start, target, "--to", "hf", "--no-verify", *more)[0] == 0
+        assert HFReader(target).token_ids == {"eos_token_id": load_tokenizer(tmp_path / "other").eod_id}
+
+
+def test_the_same_tokenizer_leaves_the_special_ids_as_they_are(tmp_path, tool) -> None:
+    end = load_tokenizer(save_tokenizer(tmp_path / "same")).eod_id
+    before = save_folder(tmp_path / "before", "llama", eos_token_id=[40, end], bos_token_id=39)
+    for beside in (False, True):
+        if beside:
+            save_tokenizer(before)
+        target = tmp_path / f"{beside}"
+        assert tool(before, target, "--to", "hf", "--no-verify", "--tokenizer", tmp_path / "same")[0] == 0
+        assert HFReader(target).token_ids == {"bos_token_id": 39, "eos_token_id": [40, end]}
+
+
+def test_a_tokenizer_that_transformers_would_rebuild_is_told(tmp_path, tool) -> None:
+    before = save_folder(tmp_path / "before", "qwen2")
+    save_tokenizer(before)
+    _, _, _ = tool(before, tmp_path / "own", "--to", "megagrow", "--no-verify")
+    code, printed, _ = tool(tmp_path / "own", tmp_path / "hf", "--to", "hf", "--no-verify")
+    assert code == 0 and "AutoTokenizer of transformers 5 cuts text as Qwen does" in printed
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "grow the small model"
+    ids = load_tokenizer(tmp_path / "hf").encode(text)
+    assert theirs.decode(ids) != text, "transformers has changed: the note may go"
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf").decode(ids) == text
+    assert load_transformers_tokenizer(tmp_path / "hf").decode(ids) == text
+    transformers.Qwen2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1}, merges=[]).save_pretrained(tmp_path / "qwen")
+    assert not tokenizer_note("qwen2", tmp_path / "qwen") and not tokenizer_note("llama", tmp_path / "hf")
 
 
 def save_sharded(root: str, model: ModelConfig) -> None:

@@ -162,6 +162,25 @@ def test_whether_yarns_ramp_is_rounded_is_what_transformers_makes_of_it(truncate
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("gelu", "gelu_erf"), ("gelu_new", "gelu"), ("gelu_fast", "gelu")])
+def test_gpt2_with_either_gelu(theirs: str, ours: str) -> None:
+    """Cerebras-GPT has the exact one."""
+    model = model_config_from_hf({"model_type": "gpt2", **CLASSES["gpt2"][2], "activation_function": theirs})
+    assert model.activation == ours
+    written = hf_config_from_model(model)["activation_function"]
+    assert written == ("gelu" if ours == "gelu_erf" else "gelu_new")
+
+
+@pytest.mark.parametrize("stated", [{"finetuned": True}, {"finetuned": False}, {}])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_what_transformers_does_not_read_of_a_rotation_is_passed_over(kind: str, stated: dict) -> None:
+    stated = stated if kind == "yarn" else {"original_max_position_embeddings": 16} if stated else {}
+    settings = YARN if kind == "yarn" else {"rope_type": "linear", "factor": 2.0}
+    entries = {"model_type": "llama", **CLASSES["llama"][2]}
+    plain, more = (model_config_from_hf(entries | {"rope_scaling": each}) for each in (settings, settings | stated))
+    assert plain == more
+
+
 WINDOWED = ["full_attention", "sliding_attention", "full_attention"]
 REFUSED = [
     ("llama", {"model_type": "mamba"}, "model_type='mamba' is not supported; use one of llama, mistral, "),
@@ -225,7 +244,7 @@ REFUSED = [
     ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a positive number"),
     ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05"),
     ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
-    ("gpt2", {"activation_function": "gelu"}, "activation_function='gelu' is not supported"),
+    ("gpt2", {"activation_function": "silu"}, "activation_function='silu' is not supported"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),

@@ -110,6 +110,15 @@ def test_token_ids_are_kept(llama) -> None:
     assert HFReader(llama).token_ids == {"bos_token_id": 3, "eos_token_id": [4, 5]}
 
 
+def test_token_ids_of_generation_go_first(llama) -> None:
+    """Chat models end their turn with a token that config.json does not name."""
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 4], "pad_token_id": 6, "top_p": 0.8}))
+    assert HFReader(llama).token_ids == {"bos_token_id": 3, "eos_token_id": [7, 4], "pad_token_id": 6}
+    (llama / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id='</s>' must be a token id"):
+        HFReader(llama)
+
+
 @pytest.mark.parametrize("ids", ["</s>", [4, "5"], 4.0, True, 2**31])
 def test_token_ids_that_are_none_are_refused(llama, ids) -> None:
     edit(llama / "config.json", eos_token_id=ids)

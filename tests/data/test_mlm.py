@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megagrow import torch_ops
 from megagrow.config import DataConfig, ModelConfig
-from megagrow.data.description import description_path
+from megagrow.data.description import check_one_tokenizer, description_path
 from megagrow.data.mlm import Masking, make_masking
 from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
 from megagrow.errors import ConfigError, DataError
@@ -179,13 +179,15 @@ def test_datasets_of_another_tokenizer_are_refused(folder: Path, field: str) -> 
     described("huggingface", fingerprint, folder / "same")
     described("byte", ByteTokenizer().fingerprint, folder / "other")
     data = DataConfig(train=f"{folder}/same {folder}/unknown", tokenizer=str(folder))
-    assert make_masking(data, MODEL).mask_id == 4
-    with pytest.raises(
-        DataError, match=r"other\.json: .* made with another tokenizer than data\.tokenizer="
-    ) as refused:
-        make_masking(replace(data, **{field: f"{folder}/same {folder}/other"}), MODEL)
-    assert "\n" not in str(refused.value)
-    assert make_masking(replace(data, train=f"{folder}/other", tokenizer="", mask_token=4), MODEL).mask_id == 4
+    check_one_tokenizer(data)
+    for tokenizer, whose in ((str(folder), r"data\.tokenizer="), ("", "that of ")):
+        changed = replace(data, **{field: f"{folder}/same {folder}/other"}, tokenizer=tokenizer)
+        with pytest.raises(DataError, match=rf"other\.json: .* made with another tokenizer than {whose}") as refused:
+            check_one_tokenizer(changed)
+        assert "\n" not in str(refused.value)
+    check_one_tokenizer(replace(data, train=f"{folder}/other", tokenizer=""))
+    with pytest.raises(DataError, match="absent: no such tokenizer"):
+        check_one_tokenizer(replace(data, tokenizer="absent"))
 
 
 def described(kind: str, fingerprint: str, prefix: Path) -> None:

@@ -128,7 +128,7 @@ def test_training_errors_are_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", ["none", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["none", "llama", "gpt2", "mistral", "qwen3", "gpt_neox", "bert", "roberta"])
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte"])
 def test_transformers_gives_the_same_ids(
     trained: SentencePieceTokenizer,
@@ -138,12 +138,12 @@ def test_transformers_gives_the_same_ids(
     family: str,
 ) -> None:
     """Also beside a config.json, whose model type makes transformers choose other classes."""
-    from transformers import AutoTokenizer, GPT2Config, LlamaConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     ours: Tokenizer = trained if kind == "sentencepiece" else ByteTokenizer()
     ours.save(tmp_path)
     if family != "none":
-        {"llama": LlamaConfig, "gpt2": GPT2Config}[family]().save_pretrained(tmp_path)
+        AutoConfig.for_model(family).save_pretrained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == ours.eod_id and len(theirs) == ours.vocab_size
     for text in [*SAMPLES, *(file.text for file in library[:10])]:
@@ -152,6 +152,43 @@ def test_transformers_gives_the_same_ids(
         assert theirs.decode(ids) == text
     theirs.save_pretrained(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize("stated", [None, {"model_max_length": 1024}, {"eos_token": None}])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3", "gpt_neox", "bert", "roberta"])
+def test_a_tokenizer_of_another_family_keeps_its_ids_and_its_end(
+    library: list[Document], tmp_path: Path, family: str, stated: dict[str, Any] | None
+) -> None:
+    """GPT-2's own tokenizer_config.json names neither a class nor the end of a text."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    fast.train_from_iterator([file.text for file in library[:5]], trainer)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    if stated is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    ours.save(tmp_path / "out")
+    AutoConfig.for_model(family).save_pretrained(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.eos_token_id == ours.eod_id and len(theirs) == ours.vocab_size
+    assert theirs.model_max_length == (stated or {}).get("model_max_length", theirs.model_max_length)
+    for text in SAMPLES:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+
+
+def test_ids_of_a_padded_vocabulary_are_no_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("text")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 100]) == "text"
 
 
 @pytest.fixture(scope="module")

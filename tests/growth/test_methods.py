@@ -1,6 +1,7 @@
 """Named methods: what each keeps on every family, which units and layers it copies, and what is refused."""
 
 import dataclasses
+from typing import cast
 
 import pytest
 import torch
@@ -194,6 +195,20 @@ def test_methods_keep_what_they_promise_on_every_family(method: str) -> None:
             errors = gradient_errors(recipe, gradients_of(small, ids), gradients_of(large, ids))
             assert max(errors.values()) <= 1e-11, (family, max(errors, key=errors.__getitem__))
     assert refused == NO_EXACT_ANSWER.get(method, set())
+
+
+def test_shares_that_differ_within_a_group_promise_no_gradients() -> None:
+    """Of a key/value head's two query heads one has twice as many copies in the group: split, its share is another."""
+    source = dataclasses.replace(models.LLAMA, num_heads=4, num_kv_heads=2)
+    target = dataclasses.replace(source, num_heads=12, num_kv_heads=4)
+    small, ids = make(source), make_ids(source)
+    for breaker, keeps in (("none", True), ("split", False)):
+        recipe = make_recipe("clone", source, target, cast(Breaker, breaker))
+        large = grown(recipe, small)
+        assert function_change(small, large, ids[:, :-1]) <= KEPT
+        assert promises_gradients(recipe) is keeps, breaker
+        errors = gradient_errors(recipe, gradients_of(small, ids), gradients_of(large, ids))
+        assert (max(errors.values()) <= 1e-9) is keeps, breaker
 
 
 def test_which_methods_promise_gradients() -> None:

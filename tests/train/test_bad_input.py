@@ -1,7 +1,9 @@
 """What a user can get wrong: each gives one readable line and its exit code, and leaves nothing half-written behind."""
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import pytest
 from megagrow.__main__ import main
 from megagrow.config import Config, DataConfig, GrowthConfig, InitConfig, ModelConfig, ParallelConfig, SaltConfig
 from megagrow.config_file import dump
-from megagrow.data.indexed import IndexedWriter
+from megagrow.data.description import Description, description_path, encode_description
+from megagrow.data.indexed import IndexedDataset, IndexedWriter
 from megagrow.errors import ConfigError
 from megagrow.train import run
 from tests.train.runs import LARGE, SMALL, make_config
@@ -151,6 +154,23 @@ def test_teacher_of_another_vocabulary(
     model = dataclasses.replace(SMALL, vocab_size=300)
     config = make_config(corpus, tmp_path / "run", model=model, salt=SaltConfig(teacher=str(trained), steps=1))
     expect(config, 2, ["vocab_size=256", "vocab_size=300"], capfd, tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", ["absent", "byte", ""])
+def test_data_of_another_tokenizer(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], tokenizer: str
+) -> None:
+    """Its ids are in range, so the loss would not tell."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    for part, kind in (("train", "a"), ("validation", "b")):
+        dataset = IndexedDataset(tmp_path / "corpus" / part)
+        facts = {"num_documents": dataset.num_documents, "num_tokens": dataset.num_tokens, "vocab_size": 256}
+        facts |= {"tokenizer": "byte", "tokenizer_sha256": kind * 64, "eod_id": None, "split": part, "source": "test"}
+        description_path(dataset.prefix).write_bytes(encode_description(cast(Description, facts)))
+    config = make_config(tmp_path / "corpus", tmp_path / "run")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    words = ["absent: no such tokenizer"] if tokenizer == "absent" else ["was made with another tokenizer than"]
+    expect(config, 3, words, capfd, tmp_path)
 
 
 def test_unusable_run_directory(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

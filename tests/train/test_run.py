@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from megagrow.metrics import Metrics
 from megagrow.optim import StepGuard
 from megagrow.roles import parameter_names
 from megagrow.salt.teacher import Teacher
-from megagrow.train import learner, run, trainer
+from megagrow.train import growing, learner, run, trainer
 from megagrow.train.learner import ModelLearner
 from tests.ranks import run_ranks
 from tests.train.runs import LARGE, SMALL, make_config, metrics
@@ -359,6 +360,44 @@ def test_only_damage_is_a_reason_to_fall_back(
     assert "step-6" in told and ("do not fit" in told or "Stale file handle" in told)
     assert "trying the one before" not in told
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == before
+
+
+def test_falling_back_holds_one_learner_at_a_time(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else a run that fills its GPUs could never come back from a damaged checkpoint."""
+    config = make_config(corpus, tmp_path / "run")
+    assert run(config) == 0
+    (file,) = (tmp_path / "run/checkpoints/step-6").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-1])
+    made: list[weakref.ref[learner.Learner]] = []
+    alive: list[bool] = []
+
+    def learner_for(*given: Any) -> learner.Learner:
+        alive.extend(each() is not None for each in made)
+        found = build(*given)
+        made.append(weakref.ref(found))
+        return found
+
+    build = growing.learner_for
+    monkeypatch.setattr(growing, "learner_for", learner_for)
+    assert run(config) == 0
+    assert "trying the one before it" in capfd.readouterr().err
+    assert alive == [False]
+
+
+def test_stage_one_keeps_its_length_when_the_run_is_extended(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Or a run in stage 2 would go back to its teacher."""
+    assert run(make_config(corpus, tmp_path / "teacher")) == 0
+    salt = SaltConfig(teacher=str(tmp_path / "teacher"), share=0.5)
+    config = make_config(corpus, tmp_path / "run", 4, salt=salt)
+    assert run(config) == 0
+    assert "stage 1 keeps" not in capfd.readouterr().err
+    assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))) == 0
+    assert "salt.share=0.5: stage 1 keeps its 2 steps, as the run began; set salt.steps" in capfd.readouterr().err
+    assert [line["phase"] for line in metrics(tmp_path / "run")] == ["salt"] * 2 + ["train"] * 6
 
 
 def test_a_growth_whose_losses_are_not_finite_can_be_saved(
