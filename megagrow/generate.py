@@ -57,7 +57,13 @@ class Sampling:
 
 
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float = 0.8, seed: int = 0
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    begin_ids: Sequence[int] = (),
 ) -> str:
     """Continues a prompt as text.
 
@@ -68,6 +74,7 @@ def generate(
         max_new_tokens: tokens to add; an end-of-document token ends earlier.
         temperature: of the sampling; 0 takes the most likely token.
         seed: of the sampling.
+        begin_ids: tokens that stood before every text that the model was trained on (`Tokenizer.begin_ids`).
 
     Returns:
         Prompt and continuation.
@@ -82,9 +89,13 @@ def generate(
             f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocab_size="
             f"{model.config.vocab_size}; give the tokenizer that the model was trained with"
         )
-    ids = tokenizer.encode(prompt) or [tokenizer.eod_id or 0]
+    ids = tokenizer.encode(prompt)
+    if not ids and not begin_ids:
+        ids = [tokenizer.eod_id or 0]
     sampling = Sampling(temperature)
-    (new,) = continuations(model, [ids], max_new_tokens, [seed], sampling, lambda new: new[-1] == tokenizer.eod_id)
+    (new,) = continuations(
+        model, [[*begin_ids, *ids]], max_new_tokens, [seed], sampling, lambda new: new[-1] == tokenizer.eod_id
+    )
     # Alone the new tokens would lose a space that begins them.
     whole, begun = tokenizer.decode([*ids, *new]), tokenizer.decode(ids)
     return prompt + (whole.removeprefix(begun) if whole.startswith(begun) else tokenizer.decode(new))

@@ -1,6 +1,7 @@
 """Tests megagrow/generate.py and tools/generate.py."""
 
 import dataclasses
+import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from megagrow.checkpoint import hf
-from megagrow.data.tokenizer import ByteTokenizer
+from megagrow.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, load_tokenizer
 from megagrow.errors import ConfigError, DataError
 from megagrow.generate import Sampling, continuations, generate
 from tests.growth.models import LLAMA, make, tensors_of
@@ -51,6 +53,30 @@ def test_a_continuation_that_begins_with_a_space_keeps_it() -> None:
     model = make(dataclasses.replace(BYTES, vocab_size=3)).float()
     text = generate(model, Words(), "one two", 2)
     assert len(text.split()) == 4 and text.startswith("one two ")
+
+
+def test_a_hugging_face_folder_is_prompted_as_transformers_does(tmp_path: Path) -> None:
+    """Llama's and Mistral's models have seen no text without the token that begins it."""
+    ByteTokenizer().save(tmp_path)
+    plain = load_tokenizer(tmp_path)
+    assert plain.begin_ids == ()
+    stated = json.loads((tmp_path / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": END_OF_DOCUMENT, "type_id": 0}}
+    entry = {"id": END_OF_DOCUMENT, "ids": [256], "tokens": [END_OF_DOCUMENT]}
+    stated["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {END_OF_DOCUMENT: entry},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stated))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.begin_ids == (256,) and tokenizer.encode("ab") == [97, 98]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("ab")["input_ids"] == [256, 97, 98]
+    model = make(BYTES).float()
+    (new,) = continuations(model, [[256, *b"def "]], 5, [0], Sampling(), lambda new: False)
+    assert generate(model, tokenizer, "def ", 5, 0, begin_ids=(256,)) == "def " + tokenizer.decode(new)
+    assert generate(model, plain, "def ", 5, 0) != generate(model, plain, "def ", 5, 0, begin_ids=(256,))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:

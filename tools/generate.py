@@ -7,6 +7,7 @@ CKPT is an own checkpoint, a run directory or a Hugging Face folder. Exit codes:
 
 from _command import Arguments, find_tokenizer, run
 
+from megagrow.checkpoint import hf
 from megagrow.checkpoint.source import load_model, open_source
 from megagrow.config import require
 from megagrow.data.tokenizer import load_tokenizer
@@ -29,7 +30,9 @@ def main() -> None:
     source = open_source(options.checkpoint)
     tokenizer = load_tokenizer(find_tokenizer(options.tokenizer, source))
     model = load_model(source, Mesh.single())
-    print(generate(model, tokenizer, options.prompt, options.tokens, options.temperature, options.seed))
+    begin_ids = tokenizer.begin_ids if hf.is_hf_folder(source.path) else ()  # as transformers does
+    how = options.tokens, options.temperature, options.seed
+    print(generate(model, tokenizer, options.prompt, *how, begin_ids))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ _HUGGING_FACE_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+_PROBE = "a"  # any text
 _CHUNK_CHARACTERS = 2048  # text is sampled for training in pieces of whole lines of about this size
 
 
@@ -50,6 +52,7 @@ class Tokenizer(Protocol):
     mask_id: int | None  # the id that hides a token from an encoder, likewise
     pad_id: int | None  # the id that fills up, likewise
     special_ids: tuple[int, ...]  # ids that stand for no text, in order
+    begin_ids: tuple[int, ...]  # what transformers puts before a text; `encode` and megagrow's own data do not
     fingerprint: str  # sha256 over (id, piece): what an id means, whatever file says it
 
     def encode(self, text: str) -> list[int]:
@@ -119,6 +122,7 @@ class SentencePieceTokenizer:
         self.pad_id: int | None = _named(vocab, (), self._processor.pad_id())
         marks = (i for i in range(self.vocab_size) if self._processor.is_control(i) or self._processor.is_unknown(i))
         self.special_ids: tuple[int, ...] = _sorted_ids(*marks, self.eod_id, self.mask_id)
+        self.begin_ids: tuple[int, ...] = self._begin_ids() if self._is_of_hugging_face() else ()
         self.fingerprint = _fingerprint(enumerate(pieces))
 
     def encode(self, text: str) -> list[int]:
@@ -138,6 +142,10 @@ class SentencePieceTokenizer:
         end = None if self.eod_id is None else self._processor.id_to_piece(self.eod_id)
         write_atomically(Path(folder) / "tokenizer.model", self._model)
         _save_hugging_face(Path(folder), fast, end)
+
+    def _begin_ids(self) -> tuple[int, ...]:
+        stated = _beside(self._path, "tokenizer_config.json").get("add_bos_token", True)  # as of Llama's tokenizer
+        return (self._processor.bos_id(),) if stated and self._processor.bos_id() >= 0 else ()
 
     def _is_of_hugging_face(self) -> bool:
         """Whether the model is what a Hugging Face folder has, and not one that stands beside a `tokenizer.json`."""
@@ -178,6 +186,7 @@ class HuggingFaceTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         marks = (i for i, token in added.items() if token.special)
         self.special_ids: tuple[int, ...] = _sorted_ids(*marks, self.eod_id, self.mask_id)
+        self.begin_ids: tuple[int, ...] = self._begin_ids()
         self.fingerprint = _fingerprint((i, piece) for piece, i in vocab.items())
 
     def encode(self, text: str) -> list[int]:
@@ -198,6 +207,12 @@ class HuggingFaceTokenizer:
         filled = {**self._lacking(stated), **stated, **self._undeclared_end()}
         if filled != stated:
             write_atomically(folder / "tokenizer_config.json", _as_json(filled))
+
+    def _begin_ids(self) -> tuple[int, ...]:
+        """What the file's template has before a text."""
+        whole = self._tokenizer.encode(_PROBE, add_special_tokens=True)
+        before = itertools.takewhile(bool, whole.special_tokens_mask)
+        return tuple(whole.ids[: len(list(before))])
 
     def _lacking(self, stated: Mapping[str, Any]) -> dict[str, Any]:
         """What a configuration without a class lacks: transformers would take that of the model's family, whatever
@@ -232,6 +247,7 @@ class ByteTokenizer:
     mask_id: int | None = None
     pad_id: int | None = None
     special_ids: tuple[int, ...] = (256,)
+    begin_ids: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.fingerprint = _fingerprint(enumerate([*_byte_characters(), END_OF_DOCUMENT]))

@@ -264,6 +264,7 @@ def test_of_a_hugging_face_folder_everything_stays(folder: Path, tmp_path: Path)
     tokenizer = load_tokenizer(folder)
     processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     assert tokenizer.eod_id == processor.piece_to_id("<end>") != processor.eos_id()
+    assert tokenizer.begin_ids == (processor.bos_id(),) and tokenizer.encode("x")[:1] != [processor.bos_id()]
     tokenizer.save(tmp_path / "copy")
     contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (folder, tmp_path / "copy")]
     assert contents[0] == contents[1]
