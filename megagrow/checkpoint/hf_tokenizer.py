@@ -1,11 +1,13 @@
 """What transformers makes of the tokenizer in an exported folder."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megagrow.checkpoint.source import Source
 from megagrow.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megagrow.errors import DataError
 
 # How Qwen2's tokenizer cuts text before it merges bytes.
 QWEN2_PATTERN = (
@@ -47,17 +49,20 @@ def token_ids_with(source: Source, own: Path | str | None, chosen: Path | str | 
     """The source's special ids, unless another tokenizer comes along than its own; None: as that one says.
 
     Args:
-        own: where the source's tokenizer is; None: nobody knows, and the ids have to agree on the end of a document.
+        own: where the source's tokenizer is. Where nobody knows, or it cannot be read, the ids have to agree on the
+            end of a document.
         chosen: what comes along.
 
     Raises:
-        DataError: a tokenizer cannot be read.
+        DataError: the chosen tokenizer cannot be read.
     """
-    if chosen is None or source.token_ids is None or str(chosen) == str(own):
+    owner = source.token_ids_of or own
+    if chosen is None or source.token_ids is None or str(chosen) == str(owner):
         return source.token_ids
     tokenizer = load_tokenizer(chosen)
-    if own is not None:
-        return source.token_ids if load_tokenizer(own).fingerprint == tokenizer.fingerprint else None
+    with suppress(DataError):  # gone, or damaged, which may be why another was chosen
+        if owner is not None:
+            return source.token_ids if load_tokenizer(owner).fingerprint == tokenizer.fingerprint else None
     stated = source.token_ids.get("eos_token_id")
     ends = stated if isinstance(stated, list) else [stated]
     return source.token_ids if stated is None or tokenizer.eod_id in ends else None

@@ -55,6 +55,7 @@ class Source:
         dropped: parameters on disk that the model does without.
         window: tokens that its attention is bounded to where it comes from, and not here; None: nowhere.
         token_ids: its special tokens by the names that a Hugging Face config.json has for them; None: it states none.
+        token_ids_of: the tokenizer that they belong to, where a run has named another one since; "" else.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Source:
     dropped: tuple[str, ...] = ()
     window: int | None = None
     token_ids: dict[str, Any] | None = None
+    token_ids_of: str = ""
 
     @cached_property
     def identity(self) -> str:
@@ -243,7 +245,7 @@ def _open_own(path: Path) -> Source:
 
     data = manifest.config.get("data")
     tokenizers = data.get("tokenizer") if isinstance(data, dict) else "", manifest.provenance.get("tokenizer")
-    tokenizer = next((each for each in tokenizers if isinstance(each, str) and each), "")
+    named = [each for each in tokenizers if isinstance(each, str) and each]  # by the run, and by what it began from
     has_moments = f"optim.exp_avg.{parameter_names(model)[0]}" in manifest.tensors
     optimizer = stored_optimizer(manifest.state.get("optimizer"), where) if has_moments else None
     ledger = manifest.state.get("ledger")
@@ -255,11 +257,12 @@ def _open_own(path: Path) -> Source:
         dtype_of,
         lambda: manifest.sha256,
         ledger,
-        tokenizer,
+        named[0] if named else "",
         read,
         optimizer,
         has_just_grown,
         token_ids=_stored_token_ids(manifest.provenance.get("token_ids"), where),
+        token_ids_of=named[1] if len(named) == 2 else "",
     )
 
 

@@ -79,21 +79,25 @@ def describe(prefix: str | Path) -> Description | None:
 def check_one_tokenizer(data: DataConfig) -> None:
     """Raises DataError unless all datasets that say what made them name one tokenizer, that of `data.tokenizer` if set.
 
-    Ids of another are in range as often as not, and mean other text: the loss would not tell.
+    Ids of another are in range as often as not, and mean other text: the loss would not tell. One whose tokens
+    `data.tokenizer` begins with will do.
     """
     fields = {"data.train": data.train, "data.validation": data.validation}
     prefixes = [prefix for field, value in fields.items() if value for prefix in parse_blend(value, field).prefixes]
     described = {prefix: found for prefix in prefixes if (found := describe(prefix))}
-    if data.tokenizer:
-        wanted, whose = load_tokenizer(data.tokenizer).fingerprint, f"data.tokenizer={data.tokenizer}"
-    elif described:
-        first, found = next(iter(described.items()))
-        wanted, whose = found["tokenizer_sha256"], f"that of {first}"
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    first = next(iter(described), "")
     for prefix, found in described.items():
+        if tokenizer is None:
+            wanted = described[first]["tokenizer_sha256"]
+            rest = f"that of {first}; name a tokenizer that has the tokens of both (data.tokenizer)"
+        else:
+            wanted = tokenizer.fingerprint_of_first(found["vocab_size"])
+            rest = f"data.tokenizer={data.tokenizer}; give the one that made it"
         if found["tokenizer_sha256"] != wanted:
             raise DataError(
-                f"{description_path(prefix)}: the dataset was made with another tokenizer than {whose}; give the one "
-                "that made it, or preprocess the corpus again"
+                f"{description_path(prefix)}: the dataset was made with another tokenizer than {rest}, or preprocess "
+                "the corpus again"
             )
 
 

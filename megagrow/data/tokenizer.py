@@ -3,7 +3,6 @@
 import hashlib
 import heapq
 import io
-import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,6 @@ _HUGGING_FACE_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-_PROBE = "a"  # any text
 _CHUNK_CHARACTERS = 2048  # text is sampled for training in pieces of whole lines of about this size
 
 
@@ -54,6 +52,9 @@ class Tokenizer(Protocol):
     special_ids: tuple[int, ...]  # ids that stand for no text, in order
     begin_ids: tuple[int, ...]  # what transformers puts before a text; `encode` and megagrow's own data do not
     fingerprint: str  # sha256 over (id, piece): what an id means, whatever file says it
+
+    def fingerprint_of_first(self, num_tokens: int) -> str:
+        """That of a tokenizer whose tokens are the first ones of this, which some more were added to."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, nothing added. Raises DataError for a lone surrogate."""
@@ -123,7 +124,11 @@ class SentencePieceTokenizer:
         marks = (i for i in range(self.vocab_size) if self._processor.is_control(i) or self._processor.is_unknown(i))
         self.special_ids: tuple[int, ...] = _sorted_ids(*marks, self.eod_id, self.mask_id)
         self.begin_ids: tuple[int, ...] = self._begin_ids() if self._is_of_hugging_face() else ()
-        self.fingerprint = _fingerprint(enumerate(pieces))
+        self._pieces = list(enumerate(pieces))
+        self.fingerprint = _fingerprint(self._pieces)
+
+    def fingerprint_of_first(self, num_tokens: int) -> str:
+        return _fingerprint(self._pieces[:num_tokens])
 
     def encode(self, text: str) -> list[int]:
         _refuse_surrogates(text)
@@ -144,8 +149,8 @@ class SentencePieceTokenizer:
         _save_hugging_face(Path(folder), fast, end)
 
     def _begin_ids(self) -> tuple[int, ...]:
-        stated = _beside(self._path, "tokenizer_config.json").get("add_bos_token", True)  # as of Llama's tokenizer
-        return (self._processor.bos_id(),) if stated and self._processor.bos_id() >= 0 else ()
+        asks = _beside(self._path, "tokenizer_config.json").get("add_bos_token") is True
+        return (self._processor.bos_id(),) if asks and self._processor.bos_id() >= 0 else ()
 
     def _is_of_hugging_face(self) -> bool:
         """Whether the model is what a Hugging Face folder has, and not one that stands beside a `tokenizer.json`."""
@@ -186,8 +191,12 @@ class HuggingFaceTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         marks = (i for i, token in added.items() if token.special)
         self.special_ids: tuple[int, ...] = _sorted_ids(*marks, self.eod_id, self.mask_id)
-        self.begin_ids: tuple[int, ...] = self._begin_ids()
-        self.fingerprint = _fingerprint((i, piece) for piece, i in vocab.items())
+        self.begin_ids: tuple[int, ...] = _begin_ids(stated.get("post_processor"))
+        self._pieces = [(i, piece) for piece, i in vocab.items()]
+        self.fingerprint = _fingerprint(self._pieces)
+
+    def fingerprint_of_first(self, num_tokens: int) -> str:
+        return _fingerprint((i, piece) for i, piece in self._pieces if i < num_tokens)
 
     def encode(self, text: str) -> list[int]:
         _refuse_surrogates(text)
@@ -204,23 +213,30 @@ class HuggingFaceTokenizer:
         with os_errors_as_data_errors(folder):
             write_atomically(folder / "tokenizer.json", self._path.read_bytes())
         stated = _beside(self._path, "tokenizer_config.json")
-        filled = {**self._lacking(stated), **stated, **self._undeclared_end()}
+        lacking = {**self._lacking(stated), **self._undeclared_end()}
+        filled = {**stated, **{name: value for name, value in lacking.items() if stated.get(name) is None}}
         if filled != stated:
             write_atomically(folder / "tokenizer_config.json", _as_json(filled))
-
-    def _begin_ids(self) -> tuple[int, ...]:
-        """What the file's template has before a text."""
-        whole = self._tokenizer.encode(_PROBE, add_special_tokens=True)
-        before = itertools.takewhile(bool, whole.special_tokens_mask)
-        return tuple(whole.ids[: len(list(before))])
 
     def _lacking(self, stated: Mapping[str, Any]) -> dict[str, Any]:
         """What a configuration without a class lacks: transformers would take that of the model's family, whatever
         made the ids."""
         if stated.get("tokenizer_class") is not None:
             return {}
-        roles = {role: name for role, name in self._roles().items() if _declared(self._path, role) is None}
-        return _tokenizer_config(None, roles)
+        roles = self._roles()
+        if (begin := self._begin()) is not None:
+            roles["bos_token"] = begin
+        return _tokenizer_config(
+            None, {role: name for role, name in roles.items() if _declared(self._path, role) is None}
+        )
+
+    def _begin(self) -> str | None:
+        """The token that begins a text: of the template, or as GPT-2's class has it, which begins with an end."""
+        if self.begin_ids:
+            begin = str(self._tokenizer.id_to_token(self.begin_ids[0]))
+            return None if begin == "[CLS]" else begin  # BERT's has a name of its own
+        end = None if self.eod_id is None else self._tokenizer.id_to_token(self.eod_id)
+        return END_OF_DOCUMENT if end == END_OF_DOCUMENT else None
 
     def _undeclared_end(self) -> dict[str, str]:
         """The token that ends documents, where the files beside this one do not name it."""
@@ -250,7 +266,10 @@ class ByteTokenizer:
     begin_ids: tuple[int, ...] = ()
 
     def __init__(self) -> None:
-        self.fingerprint = _fingerprint(enumerate([*_byte_characters(), END_OF_DOCUMENT]))
+        self.fingerprint = self.fingerprint_of_first(self.vocab_size)
+
+    def fingerprint_of_first(self, num_tokens: int) -> str:
+        return _fingerprint(enumerate([*_byte_characters(), END_OF_DOCUMENT][:num_tokens]))
 
     def encode(self, text: str) -> list[int]:
         return list(self.encode_bytes(text))
@@ -366,6 +385,22 @@ def _sorted_ids(*ids: int | None) -> tuple[int, ...]:
 
 def _fingerprint(pieces: Iterable[tuple[int, str]]) -> str:
     return hashlib.sha256(json.dumps(sorted(pieces)).encode()).hexdigest()
+
+
+def _begin_ids(post_processor: Any) -> tuple[int, ...]:
+    """What the template of a tokenizer.json has before a text."""
+    if not isinstance(post_processor, dict):
+        return ()
+    if post_processor["type"] == "Sequence":
+        return tuple(i for each in post_processor["processors"] for i in _begin_ids(each))
+    if post_processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        return (int(post_processor["cls"][1]),)
+    found: list[int] = []
+    for piece in post_processor.get("single", ()):
+        if "Sequence" in piece:
+            return tuple(found)
+        found += post_processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return ()
 
 
 def _refuse_surrogates(text: str) -> None:

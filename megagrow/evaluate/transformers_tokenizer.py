@@ -28,6 +28,8 @@ def load_transformers_tokenizer(path: Path | str) -> Any:
         # Without config.json, by which transformers chooses classes; ours says what is wrong better than it does, too.
         load_tokenizer(path).save(folder)
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever stumbles over the files beside the tokenizer's
             raise DataError(f"{path}: transformers cannot load the tokenizer ({shown(str(error))})") from error
+    found.name_or_path = str(path)  # by which lm_eval's caches know it
+    return found

@@ -44,8 +44,6 @@ class Beginning:
         Raises:
             ConfigError, CheckpointError: the source does not fit the run, or does not know its data.
         """
-        if note := tokenizer_note(self.config.model.family, self.config.data.tokenizer):
-            self.say(note)
         folder = self.config.init.from_
         learner, state = self._begin_from(open_source(folder)) if folder else self._begin_at_random()
         growing.check_freezing(learner, state, self.config)
@@ -58,6 +56,7 @@ class Beginning:
         if told := explain(config):
             self.say(told)
         state = RunState(small or config.model, "small" if small else "main")
+        self._tell_of_tokenizer(config.data.tokenizer)
         growing.check_recipes(state, config)
         part = build_part(state.model, config, self.mesh)
         initialize_part(part, config.train.seed)
@@ -77,8 +76,9 @@ class Beginning:
             )
         check_models_from(source.model, config, str(source.path))
         state = RunState(source.model, "small" if grows else "main")
-        state.tokenizer = _place_of_tokenizer(source)
-        state.token_ids = token_ids_with(source, tokenizer_of(source), config.data.tokenizer or None)
+        state.tokenizer, own = _place_of_tokenizer(source), tokenizer_of(source)
+        state.token_ids = token_ids_with(source, own, config.data.tokenizer or None)
+        self._tell_of_tokenizer(config.data.tokenizer or own)
         growing.check_recipes(state, config)
         share_identity(source, self.mesh)
         state.ledger.inherit("source", source.identity, ledger_of(source, config.init.source_flops))
@@ -88,6 +88,10 @@ class Beginning:
         if told := growing.moments_note(source, config):
             self.say(told)
         return growing.new_learner(part, config, source), state
+
+    def _tell_of_tokenizer(self, tokenizer: Path | str | None) -> None:
+        if note := tokenizer_note(self.config.model.family, tokenizer):
+            self.say(note)
 
     def _check_source(self, part: Part, source: Source) -> None:
         """Its loss on the run's data, which tells a tokenizer that is not its own."""

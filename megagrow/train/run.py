@@ -114,13 +114,13 @@ def _train(given: Config, config: Config, watchdog: Watchdog, stop: StopRequest)
 
 
 def _as_begun(given: Config, config: Config, mesh: Mesh) -> Config:
-    """With the steps that `growth.bootstrap` and `salt.share` gave as the run began, whatever `train.steps` is now."""
+    """With the steps that `growth.bootstrap` and `salt.share` gave as the run began, however long it has become."""
     at_step, salt_steps = saving.saved_steps(config, mesh)
     if config.growth != given.growth and not (given.growth.at_step or given.growth.at_tokens) and at_step is not None:
         config = replace(config, growth=replace(config.growth, at_step=at_step))
-    if given.salt.share and salt_steps is not None and salt_steps != config.salt.steps:
+    if given.salt.share and salt_steps is not None and salt_steps < config.salt.steps:
         if mesh.is_main:
-            kept = f"stage 1 keeps its {salt_steps} steps, as the run began; set salt.steps to change that"
+            kept = f"stage 1 keeps its {salt_steps} steps, as the run began; --salt.share 0 --salt.steps N changes that"
             print(f"salt.share={given.salt.share:g}: {kept}", file=sys.stderr, flush=True)
         config = replace(config, salt=replace(config.salt, steps=salt_steps))
     check(config, mesh.world.size)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from safetensors.torch import save_file
 
 from megagrow.checkpoint import convert, hf, source, store
 from megagrow.checkpoint.convert import Comparison
-from megagrow.checkpoint.hf import HFReader
+from megagrow.checkpoint.hf import HFReader, model_config_from_hf
 from megagrow.checkpoint.hf_tokenizer import tokenizer_note
 from megagrow.checkpoint.remote import as_path
-from megagrow.config import Config, ModelConfig, ParallelConfig
+from megagrow.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megagrow.config_file import to_dict
 from megagrow.data.tokenizer import load_tokenizer
 from megagrow.errors import CheckpointError
@@ -175,6 +176,27 @@ def test_another_tokenizer_brings_its_own_special_ids(tmp_path, tool, own) -> No
         assert HFReader(target).token_ids == {"eos_token_id": load_tokenizer(tmp_path / "other").eod_id}
 
 
+def test_a_tokenizer_can_replace_one_that_is_damaged(tmp_path, tool) -> None:
+    before = save_folder(tmp_path / "before", "llama", eos_token_id=40, bos_token_id=39)
+    (before / "tokenizer.json").write_text("{}")
+    other = save_tokenizer(tmp_path / "other")
+    assert tool(before, tmp_path / "out", "--to", "hf", "--no-verify", "--tokenizer", other)[0] == 0
+    assert HFReader(tmp_path / "out").token_ids == {"eos_token_id": load_tokenizer(other).eod_id}
+
+
+def test_a_run_that_named_another_tokenizer_since_brings_that_ones_ids(tmp_path, tool) -> None:
+    model, own = model_config_from_hf(save_folder(tmp_path / "before", "llama")), tmp_path / "own"
+    tensors = {f"model.{name}": torch.zeros(shape) for name, shape in parameter_shapes(model).items()}
+    first, second = save_tokenizer(tmp_path / "first"), save_tokenizer(tmp_path / "second", "<more>")
+    for data, ends in (("", 40), (str(first), 40), (str(second), load_tokenizer(second).eod_id)):
+        config = to_dict(Config(model=model, data=DataConfig(tokenizer=data)))
+        provenance = {"tokenizer": str(first), "token_ids": {"eos_token_id": 40}}
+        store.save(own, 0, tensors, {"model": to_dict(model), "ledger": None}, config=config, provenance=provenance)
+        assert tool(own, tmp_path / f"out-{Path(data).name}", "--to", "hf", "--no-verify")[0] == 0
+        assert HFReader(tmp_path / f"out-{Path(data).name}").token_ids == {"eos_token_id": ends}
+        shutil.rmtree(own)
+
+
 def test_the_same_tokenizer_leaves_the_special_ids_as_they_are(tmp_path, tool) -> None:
     end = load_tokenizer(save_tokenizer(tmp_path / "same")).eod_id
     before = save_folder(tmp_path / "before", "llama", eos_token_id=[40, end], bos_token_id=39)
@@ -197,7 +219,8 @@ def test_a_tokenizer_that_transformers_would_rebuild_is_told(tmp_path, tool) -> 
     ids = load_tokenizer(tmp_path / "hf").encode(text)
     assert theirs.decode(ids) != text, "transformers has changed: the note may go"
     assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf").decode(ids) == text
-    assert load_transformers_tokenizer(tmp_path / "hf").decode(ids) == text
+    loaded = load_transformers_tokenizer(tmp_path / "hf")
+    assert loaded.decode(ids) == text and loaded.name_or_path == str(tmp_path / "hf")
     transformers.Qwen2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1}, merges=[]).save_pretrained(tmp_path / "qwen")
     assert not tokenizer_note("qwen2", tmp_path / "qwen") and not tokenizer_note("llama", tmp_path / "hf")
 

@@ -15,7 +15,7 @@ from megagrow import torch_ops
 from megagrow.config import DataConfig, ModelConfig
 from megagrow.data.description import check_one_tokenizer, description_path
 from megagrow.data.mlm import Masking, make_masking
-from megagrow.data.tokenizer import ByteTokenizer, load_tokenizer
+from megagrow.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from megagrow.errors import ConfigError, DataError
 from megagrow.model.dropout import token_keys
 
@@ -186,6 +186,14 @@ def test_datasets_of_another_tokenizer_are_refused(folder: Path, field: str) -> 
             check_one_tokenizer(changed)
         assert "\n" not in str(refused.value)
     check_one_tokenizer(replace(data, train=f"{folder}/other", tokenizer=""))
+    more = HuggingFaceTokenizer(folder / "tokenizer.json")._tokenizer
+    more.add_special_tokens(["<|im_end|>"])
+    (folder / "more").mkdir()
+    more.save(str(folder / "more/tokenizer.json"))
+    check_one_tokenizer(replace(data, tokenizer=str(folder / "more")))  # which has all that the dataset has
+    described("huggingface", load_tokenizer(folder / "more").fingerprint, folder / "new")
+    with pytest.raises(DataError, match=r"new\.json: .* made with another tokenizer"):
+        check_one_tokenizer(replace(data, train=f"{folder}/new"))
     with pytest.raises(DataError, match="absent: no such tokenizer"):
         check_one_tokenizer(replace(data, tokenizer="absent"))
 

@@ -154,7 +154,7 @@ def test_transformers_gives_the_same_ids(
     assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
 
 
-@pytest.mark.parametrize("stated", [None, {"model_max_length": 1024}, {"eos_token": None}])
+@pytest.mark.parametrize("stated", [None, {"model_max_length": 1024}, {"eos_token": None, "tokenizer_class": None}])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3", "gpt_neox", "bert", "roberta"])
 def test_a_tokenizer_of_another_family_keeps_its_ids_and_its_end(
     library: list[Document], tmp_path: Path, family: str, stated: dict[str, Any] | None
@@ -180,6 +180,7 @@ def test_a_tokenizer_of_another_family_keeps_its_ids_and_its_end(
     AutoConfig.for_model(family).save_pretrained(tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.eos_token_id == ours.eod_id and len(theirs) == ours.vocab_size
+    assert theirs.bos_token_id == ours.eod_id, "as GPT-2's own class has it"
     assert theirs.model_max_length == (stated or {}).get("model_max_length", theirs.model_max_length)
     for text in SAMPLES:
         assert theirs(text)["input_ids"] == ours.encode(text)
@@ -259,12 +260,46 @@ def folder(library: list[Document], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("asks", [True, False, None])
+def test_what_begins_a_text_is_what_transformers_puts_there(folder: Path, asks: bool | None) -> None:
+    from transformers import AutoTokenizer, LlamaConfig
+
+    stated = json.loads((folder / "tokenizer_config.json").read_text())
+    del stated["add_bos_token"]
+    stated |= {"tokenizer_class": "LlamaTokenizer", "eos_token": "<end>"} | (
+        {} if asks is None else {"add_bos_token": asks}
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+    LlamaConfig().save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    begins = AutoTokenizer.from_pretrained(folder)("x")["input_ids"][0]
+    assert tokenizer.begin_ids == ((begins,) if begins == tokenizer._processor.bos_id() else ())
+    assert bool(tokenizer.begin_ids) is bool(asks)
+
+
+def test_a_tokenizer_that_cannot_spell_every_text_loads(tmp_path: Path) -> None:
+    """Of nucleotides, say; its template ends texts, too."""
+    vocab = {"A": 0, "C": 1, "G": 2, "T": 3, "[CLS]": 4, "[SEP]": 5}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    fast.post_processor = tokenizers.processors.Sequence(
+        [
+            tokenizers.processors.ByteLevel(),
+            tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 4), ("[SEP]", 5)]),
+        ]
+    )
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).begin_ids == (4,)
+    fast.post_processor = tokenizers.processors.RobertaProcessing(("[SEP]", 5), ("[CLS]", 4))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).begin_ids == (4,)
+
+
 def test_of_a_hugging_face_folder_everything_stays(folder: Path, tmp_path: Path) -> None:
     """BOS and chat template stand beside the model, where transformers looks for them, and so does what ends a text."""
     tokenizer = load_tokenizer(folder)
     processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     assert tokenizer.eod_id == processor.piece_to_id("<end>") != processor.eos_id()
-    assert tokenizer.begin_ids == (processor.bos_id(),) and tokenizer.encode("x")[:1] != [processor.bos_id()]
+    assert tokenizer.encode("x")[:1] != [processor.bos_id()]
     tokenizer.save(tmp_path / "copy")
     contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (folder, tmp_path / "copy")]
     assert contents[0] == contents[1]

@@ -396,7 +396,10 @@ def test_stage_one_keeps_its_length_when_the_run_is_extended(
     assert run(config) == 0
     assert "stage 1 keeps" not in capfd.readouterr().err
     assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))) == 0
-    assert "salt.share=0.5: stage 1 keeps its 2 steps, as the run began; set salt.steps" in capfd.readouterr().err
+    assert (
+        "salt.share=0.5: stage 1 keeps its 2 steps, as the run began; --salt.share 0 --salt.steps N"
+        in capfd.readouterr().err
+    )
     assert [line["phase"] for line in metrics(tmp_path / "run")] == ["salt"] * 2 + ["train"] * 6
 
 
