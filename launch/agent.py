@@ -7,11 +7,13 @@ this process, not in a child: SLURM signals only what it has started, Kubernetes
 
 `MAX_CRASHES=N` in the environment ends a crash loop: after N starts in a row that crashed or hung at one and the same
 checkpoint the next start is refused with code 2, until `crashes.jsonl` in the run's directory is removed. A start is
-noted there before it begins, and struck off if it did not crash: one whose agent was killed counts too.
+noted there before it begins, and struck off if it did not crash: one whose agent was killed counts too. Where torch or
+megagrow cannot be imported the code is 2 as well: the next start would meet the same.
 """
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -19,23 +21,41 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import main as torchrun
+SIGNALLED = 128  # plus the signal's number, as in a shell: stopped before it could save, which is no crash
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
-from megagrow.command_line import DRY_RUN, parse
-from megagrow.config import Config
-from megagrow.data.files import write_atomically
-from megagrow.errors import ConfigError, DataError, HangError, MegagrowError, Preempted
-from megagrow.metrics import EXIT_FILE, clear_exit, read_exit, write_exit
-from megagrow.train.saving import root_of
+
+def stop_early(number: int, _: FrameType | None) -> NoReturn:
+    """Until there are ranks, which torchrun passes signals to: the kernel drops those that the first process of a
+    container does not listen to, and the pod would wait for nodes that never come."""
+    sys.exit(SIGNALLED + number)
+
+
+if __name__ == "__main__":
+    for each in SIGNALS:
+        signal.signal(each, stop_early)
+
+try:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    from megagrow.command_line import DRY_RUN, parse
+    from megagrow.config import Config
+    from megagrow.data.files import write_atomically
+    from megagrow.errors import ConfigError, DataError, HangError, MegagrowError, Preempted
+    from megagrow.metrics import EXIT_FILE, clear_exit, read_exit, write_exit
+    from megagrow.train.saving import root_of
+except ImportError as error:
+    print(f"megagrow: exit code 2: {sys.executable} lacks what a run needs: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 CRASH = 1  # no exit.json, or an error that the run did not foresee
 TOLD = range(ConfigError.exit_code, Preempted.exit_code + 1)  # codes that only the run itself gives
-SIGNALLED = 128  # plus the signal's number, as in a shell: stopped before it could save, which is no crash
 CRASHES_FILE = "crashes.jsonl"
 EXIT_SECONDS = 3.0  # after which exit.json, written on another node, is seen here if it is there
 
@@ -72,12 +92,23 @@ def run(arguments: list[str], directory: Path) -> tuple[int, str]:
     try:
         torchrun(arguments)
         return 0, "done"
+    except SystemExit as stopped:  # by `stop_early`
+        return int(stopped.code or 0), "stopped before the ranks had started"
     except (ChildFailedError, RendezvousError, SignalException) as error:
         failure = error
+    finally:
+        ignore_signals()
     with suppress(DataError):
         if told := wait_for_exit(directory, before):
             return told["code"], told["reason"]
     return code_of(failure), f"no exit.json: {failure}"
+
+
+def ignore_signals() -> None:
+    """From torchrun's end on: whoever ends the other nodes' agents must not hide how this one ended."""
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def dry_run(arguments: list[str]) -> int:
@@ -129,8 +160,10 @@ def tell(code: int, reason: str) -> int:
 
 def refuse_crash_loop(directory: Path, config: Config) -> None:
     """Raises ConfigError if the last MAX_CRASHES starts all ended where the next one would begin."""
-    limit = int(os.environ.get("MAX_CRASHES", "0"))
-    if limit:
+    given = os.environ.get("MAX_CRASHES", "0")
+    if not given.isdecimal():
+        raise ConfigError(f"MAX_CRASHES={given} must be a whole number; 0 counts no crashes")
+    if limit := int(given):
         last, here = crashes(directory)[-limit:], newest_checkpoint(config)
         if len(last) == limit and all(crash["checkpoint"] == here for crash in last):
             where = f"at {here}" if here else "before the first checkpoint"

@@ -28,7 +28,9 @@ unset PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT # of the static rendezvous: 
 # Who hosts the meeting point is said, because a guess by host name fails where MASTER_ADDR is an alias. Nodes may be
 # minutes apart: images are pulled, disks are mounted.
 [ "$NODE_RANK" = 0 ] && is_host=true || is_host=false
-exec "${PYTHON:-python}" "$here/agent.py" \
+python=${PYTHON:-python}
+command -v "$python" >/dev/null || { echo "megagrow: exit code 2: no $python here; set PYTHON to one that has megagrow" >&2; exit 2; }
+exec "$python" "$here/agent.py" \
     --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
     --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${JOB_ID:-megagrow}" \
     --rdzv-conf "is_host=$is_host,read_timeout=900,join_timeout=900" -- "$@"

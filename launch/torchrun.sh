@@ -10,4 +10,6 @@ set -euo pipefail
 here=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 source "$here/env.sh"
 
-exec "${PYTHON:-python}" "$here/agent.py" --standalone --nproc-per-node "${NPROC_PER_NODE:-auto}" -- "$@"
+python=${PYTHON:-python}
+command -v "$python" >/dev/null || { echo "megagrow: exit code 2: no $python here; set PYTHON to one that has megagrow" >&2; exit 2; }
+exec "$python" "$here/agent.py" --standalone --nproc-per-node "${NPROC_PER_NODE:-auto}" -- "$@"

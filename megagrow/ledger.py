@@ -2,7 +2,7 @@
 
 Two totals come out of it, and every saving is stated by both:
 
-    papers_convention  what the run spent on the large model: operator learning, teacher, training
+    papers_convention  what the large model took: operator learning, teacher, training, in the run or by tools before it
     all_in             that, the small model's training and scoring, wherever they happened
 
 A cost that nobody knows is None, and a sum that contains it is None: never zero.
@@ -30,6 +30,7 @@ PHASES = {
     "evaluation": "held-out loss: how a run is measured, not what it costs, so in neither total",
 }
 LEFT_OUT_BY_PAPERS = ("small", "scoring")
+BY_TOOLS = ("teacher", "ligo", "growth")  # what tools can do ahead of a run: a cache of a teacher, a grown checkpoint
 MEASURES = ("flops", "tokens", "seconds")
 
 LARGEST = 1e60  # FLOPs, tokens or seconds: far above any cost, and far below where sums of floats overflow
@@ -161,10 +162,15 @@ class Ledger:
         """{"papers_convention", "all_in"}: {"flops", "tokens", "seconds"}; None: not known."""
         mine = [p for p in self.phases if p.phase != "evaluation"]
         theirs = [p for ledger in self._foundations().values() for p in ledger.phases if p.phase != "evaluation"]
+        ahead = [p for ledger in self._foundations().values() if ledger._is_of_tools() for p in ledger.phases]
         return {
-            "papers_convention": _total([p for p in mine if p.phase not in LEFT_OUT_BY_PAPERS]),
+            "papers_convention": _total([p for p in mine if p.phase not in LEFT_OUT_BY_PAPERS] + ahead),
             "all_in": _total(mine + theirs),
         }
+
+    def _is_of_tools(self) -> bool:
+        """Whether nothing was trained, only done ahead of a run what the run would have done."""
+        return bool(self.phases) and all(p.phase in BY_TOOLS for p in self.phases)
 
     def inherited_cost(self) -> Totals:
         """What `all_in` holds beyond `own`: the cost of everything that this run started from."""

@@ -39,6 +39,23 @@ def test_a_small_model_with_three_uses_is_charged_once() -> None:
     assert totals["all_in"] == {"flops": 200.0, "tokens": 50, "seconds": 15.5}
 
 
+def test_work_that_tools_did_ahead_is_no_gift() -> None:
+    """A cached teacher and a checkpoint grown by a tool cost the papers' convention what they cost inside a run."""
+    small = made("train", 100.0)
+    grown_by_tool = made("ligo", 20.0)
+    grown_by_tool.add("growth", flops=1.0, tokens=0, seconds=0.5)
+    grown_by_tool.inherit("source", "small@9", small)
+    run = Ledger()
+    run.inherit("source", "grown", grown_by_tool)
+    run.inherit("cache of 0123", "cache", made("teacher", 3.0))
+    run.inherit("teacher", "small@9", small)
+    run.add("teacher", flops=0.0, tokens=10, seconds=0.1)
+    run.add("salt", flops=30.0, tokens=10, seconds=3.0)
+    totals = run.totals()
+    assert totals["papers_convention"]["flops"] == 20.0 + 1.0 + 3.0 + 30.0
+    assert totals["all_in"]["flops"] == totals["papers_convention"]["flops"] + 100.0
+
+
 def test_two_small_models_are_charged_twice() -> None:
     run = Ledger()
     run.inherit("source", "a", made("train", 100.0))

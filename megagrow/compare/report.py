@@ -167,7 +167,7 @@ def _caveats(results: Results) -> Iterator[str]:
             f"Fewer than three scratch runs count on seeds {', '.join(chords)}, as others are missing or ended above a "
             "cheaper one: savings there are read from a chord, which overstates them."
         )
-    yield "Seconds are those of training steps, without start-up, evaluation and saving."
+    yield "Seconds run from the first step on, with saving, without start-up and evaluation."
     parallel = _distinct(results, "parallel")
     if parallel and parallel != [1]:
         beside = " or ".join(map(str, parallel))

@@ -119,7 +119,8 @@ def caveats(runs: list[Run], scratch: list[Run], grown: Run | None) -> list[str]
     largest = max(num_parameters(run.config.model) for run in runs)
     if largest < 1e8:
         found.append(f"Small scale ({quantity(largest)} parameters): larger models need their own measurement.")
-    found.append("Seconds are those of training steps, without start-up, evaluation and saving.")
+    found.append("Seconds run from the first step on, with saving, without start-up and evaluation.")
+    found.append("What a crash lost since the last checkpoint is in no total.")
     found.append("Seconds assume that every run had the machine to itself.")
     return found
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -207,6 +208,44 @@ def test_by_hand_nothing_is_counted(starts, tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("MAX_CRASHES")
     assert [starts(1) for _ in range(3)] == [1, 1, 1]
     assert not (tmp_path / "crashes.jsonl").exists()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_signal_before_the_ranks_start_is_no_crash(tmp_path: Path, waits: bool) -> None:
+    """While it imports, or waits for another node; the first process of a container would not even get it."""
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, str(LAUNCH / "agent.py"), *options, "--", "quickstart_small", "--run.dir", str(tmp_path)]
+    environment = {**os.environ, "MAX_CRASHES": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as agent:
+        log = tmp_path / "crashes.jsonl"
+        began = time.monotonic()
+        while agent.poll() is None and (not log.exists() if waits else time.monotonic() < began + 0.5):
+            time.sleep(0.02)
+        time.sleep(1.0 if waits else 0.0)  # into the rendezvous
+        agent.send_signal(signal.SIGTERM)
+        errors = agent.communicate(timeout=60)[1]
+    assert agent.returncode == 128 + signal.SIGTERM, errors
+    assert not log.exists()
+
+
+def test_a_broken_environment_ends_with_2(tmp_path: Path) -> None:
+    """Else a scheduler would start it again for ever: nothing has been counted yet."""
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: cannot open')")
+    command = [sys.executable, str(LAUNCH / "agent.py"), "--standalone", "--", "quickstart_small"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert "lacks what a run needs: libcudart.so: cannot open" in ended.stderr
+    script = subprocess.run(
+        [LAUNCH / "torchrun.sh", "x"], env={**os.environ, "PYTHON": "no-python"}, capture_output=True
+    )
+    assert script.returncode == 2 and b"no no-python here; set PYTHON" in script.stderr
+
+
+def test_a_limit_that_is_no_number_is_refused(starts, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MAX_CRASHES", "abc")
+    assert starts(0) == 2
+    assert "MAX_CRASHES=abc must be a whole number" in capsys.readouterr().err
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
