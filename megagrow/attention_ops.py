@@ -27,9 +27,9 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLEX_DTYPES = (*HALF_DTYPES, torch.float32)
 FLEX_MIN_HEAD_DIM = 16  # of FlexAttention's Triton kernels
 MASK_BLOCK = 128  # positions; FlexAttention's default, which all of its kernels' tiles divide
-# The versions that FlexAttention is compiled in: source, target and teacher, each with and without gradients, for every
-# pair of lengths. torch's limit of 8 is soon reached, and what follows would run unfused, all scores in memory.
-FLEX_VERSIONS = 64
+# The versions that a function is compiled in: FlexAttention's of source, target and teacher, each with and without
+# gradients, for every pair of lengths. torch's limit of 8 is soon reached, and what follows would run unfused.
+VERSIONS = 64
 
 
 def check_attention_backend(backend: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -162,9 +162,13 @@ def _heads_for_fused_kernel(q_BNSD: Tensor, x_BKTD: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, FLEX_VERSIONS)
+    allow_versions()
     return torch.compile(flex_attention, fullgraph=True)
+
+
+def allow_versions() -> None:
+    """Lets torch compile a function `VERSIONS` times in this process."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
 
 
 def _block_mask(query_documents_BS: Tensor, key_documents_BT: Tensor, causal: bool) -> BlockMask:

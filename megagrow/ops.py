@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagrow import cpu_ops, torch_ops, torch_vocab_ops
-from megagrow.attention_ops import DocumentMask, attention, check_attention_backend, document_mask
+from megagrow.attention_ops import DocumentMask, allow_versions, attention, check_attention_backend, document_mask
 from megagrow.growth_ops import dense_blocks_, dense_map, dense_map_, layer_mix, sparse_map_
 from megagrow.serving import (
     KERNEL_DTYPES,
@@ -335,7 +335,11 @@ def distill_grad_(
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a function, one for all who ask: what calls it with equal shapes shares its code."""
+    """torch.compile of a function, one for all who ask: what calls it with equal shapes shares its code.
+
+    Every model of a run that grows takes versions of its own: beyond torch's eight the newest would run uncompiled.
+    """
+    allow_versions()
     return torch.compile(function)
 
 

@@ -143,6 +143,9 @@ def make_mesh(parallel: ParallelConfig) -> Mesh:
     shard = num_data * context // replicate
     storage = init_device_mesh(device.type, (pipeline, replicate, shard, tensor), mesh_dim_names=STORAGE_AXES)
     pp, dp, cp, tp = (_axis(samples, name) for name in SAMPLE_AXES)
+    if pp.size > 1:
+        # NCCL wants all ranks of a group in its first operation, which would be an exchange between the two ends.
+        dist.all_reduce(torch.zeros(1, device=device), group=pp.group)
     return Mesh(
         pp=pp,
         dp=dp,

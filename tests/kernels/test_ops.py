@@ -1,5 +1,6 @@
 """The twins against their definitions and by numerical differentiation, and which one serves."""
 
+import functools
 import importlib.util
 import inspect
 import sys
@@ -386,3 +387,19 @@ def test_tokens_that_both_models_exclude_leave_no_trace(temperatures: tuple[floa
     torch.testing.assert_close(
         found_TK, torch_vocab_ops.distill_stats(s_TV, t_TV, labels_T, *temperatures, reverse=reverse)
     )
+
+
+def test_a_function_of_many_models_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that grows in width several times has more versions of a block than torch allows at first."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    ops.compiled.cache_clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for width in range(1, 12):
+            assert ops.compiled(scaled)(torch.nn.Linear(width, width)).shape == (width, width)
+    ops.compiled.cache_clear()
+
+
+def scaled(layer: torch.nn.Linear) -> Tensor:
+    return 2 * layer.weight
