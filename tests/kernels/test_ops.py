@@ -392,10 +392,9 @@ def test_tokens_that_both_models_exclude_leave_no_trace(temperatures: tuple[floa
 def test_a_function_of_many_models_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that grows in width several times has more versions of a block than torch allows at first."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     ops.compiled.cache_clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
         for width in range(1, 12):
             assert ops.compiled(scaled)(torch.nn.Linear(width, width)).shape == (width, width)
     ops.compiled.cache_clear()
