@@ -31,6 +31,7 @@ ORDER = [
     "roles",
     "host_memory",
     "cpu_ops",
+    "product_ops",
     "attention_ops",
     "torch_ops",
     "torch_vocab_ops",

@@ -146,7 +146,7 @@ def test_pieces_of_a_product_are_bounded_on_any_device(monkeypatch: pytest.Monke
     assert ops.piece_rows("cuda", 2**27, 4) == 1
     assert ops.piece_rows("cpu", 4096, 4) == cpu_ops.PIECE_ROWS
     sizes = []
-    monkeypatch.setattr(ops, "product", lambda a, b: sizes.append(len(a)) or a @ b.T)
+    monkeypatch.setattr(product_ops, "product", lambda a, b: sizes.append(len(a)) or a @ b.T)
     total_MN = torch.zeros(10, 2**23, device="meta")
     ops.add_product_(total_MN, torch.empty(10, 3, device="meta"), torch.empty(2**23, 3, device="meta"))
     assert sizes == [2] * 5
