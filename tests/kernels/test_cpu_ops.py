@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megagrow import attention_ops, cpu_ops, ops
+from megagrow import attention_ops, cpu_ops, ops, product_ops
 from megagrow.model import recompute
 
 F64 = torch.float64
